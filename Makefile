@@ -1,0 +1,29 @@
+# `make` or `make help` lists what there is. Everything runs inside .venv, which the first target makes.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+
+.PHONY: help demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/perceiver: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-learn's handwritten digits
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+
+test: $(BIN)/perceiver  ## install, then run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(BIN)/perceiver  ## install, then ruff and mypy --strict
+	$(BIN)/ruff check src tests examples
+	$(BIN)/ruff format --check src tests examples
+	$(BIN)/mypy
+
+clean:  ## remove the virtual environment, caches and what the demo made
+	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The Perceiver as a command-line toolkit."""

@@ -1,0 +1,475 @@
+"""Every option there is: pydantic models read from TOML, changed by dotted overrides, written into each run.
+
+A `Config` fixes a model, its inputs, how data is read and how it is trained. Nothing here touches a file of data
+or imports torch. Unknown keys are refused with the nearest real one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+import types
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from perceiver_cli.errors import UsageError
+from perceiver_cli.files import show_path
+
+MAX_CONFIG_BYTES = 1 << 20
+MAX_SCHEDULE_STEPS = 4096
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+def _pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int) else value
+
+
+Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]  # one number stands for both sides
+Range = tuple[float, float]
+
+
+class Table(BaseModel):
+    """One table of the TOML file: fixed once made, and strict about keys and numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+# ---------------------------------------------------------------- model
+
+
+class ModelConfig(Table):
+    """The Perceiver's size and weight sharing (paper sections 3.1 and 4.1; defaults: the ImageNet model).
+
+    `schedule` says what runs in which order and with whose weights: `c1` is a cross-attend with weight set 1, `t0`
+    a latent Transformer with weight set 0, `(c1 t0)x7` repeats. The default is Table 7's sharing: the first
+    cross-attend has its own weights, cross-attends 2 to 8 share theirs, and so do all latent Transformers.
+    """
+
+    num_latents: Size = 512
+    latent_channels: Size = 1024
+    schedule: str = "c0 t0 (c1 t0)x7"
+    self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6
+    num_cross_heads: Size = 1
+    num_self_heads: Size = 8
+    # Width of Q, K and V in the cross-attend: the paper's min(input channels, latent channels), or the input's as in
+    # the official code. The two differ only where latents are narrower than inputs.
+    cross_channels: Literal["min", "input"] = "min"
+    widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
+    # Least width of the learned modality encoding when there are several modalities (paper 4.2: 4 for video).
+    modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.latent_channels % self.num_self_heads:
+            raise ValueError(
+                f"latent_channels {self.latent_channels} is not a multiple of num_self_heads {self.num_self_heads}"
+            )
+        if not self.steps or self.steps[0][0] != "c":
+            raise ValueError("schedule must begin with a cross-attend, such as 'c0 t0'")
+        for kind in "ct":
+            used = list(dict.fromkeys(index for k, index in self.steps if k == kind))
+            if used != list(range(len(used))):
+                raise ValueError(
+                    f"schedule must number its {kind} weight sets 0, 1, 2 ... by first use, found {used}"
+                )
+        return self
+
+    @property
+    def steps(self) -> tuple[tuple[str, int], ...]:
+        """The schedule, expanded: (kind, weight set) pairs with kind "c" or "t"."""
+        text = self.schedule
+        while "(" in text:
+            expanded = re.sub(
+                r"\(([^()]*)\)x(\d{1,4})",
+                lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)),
+                text,
+            )
+            if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
+                raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
+            text = expanded
+        steps = []
+        for word in text.split():
+            match = re.fullmatch(r"([ct])(\d{1,4})", word)
+            if match is None:
+                raise ValueError(
+                    f"schedule word {word!r} is neither a cross-attend (c0) nor a latent Transformer (t0)"
+                )
+            steps.append((match[1], int(match[2])))
+        return tuple(steps)
+
+    @property
+    def num_cross_sets(self) -> int:
+        """Number of distinct cross-attend weight sets."""
+        return 1 + max(index for kind, index in self.steps if kind == "c")
+
+    @property
+    def num_latent_sets(self) -> int:
+        """Number of distinct latent Transformer weight sets."""
+        return 1 + max((index for kind, index in self.steps if kind == "t"), default=-1)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+class InputSpec(Table):
+    """How one modality becomes a byte array. Subclasses register themselves by the default of `modality`.
+
+    A modality outside this package subclasses it beside its `Modality` (see examples/custom_modality.py).
+    """
+
+    kinds: ClassVar[dict[str, type[InputSpec]]] = {}
+    modality: str
+    # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
+    bands: Annotated[int, Field(ge=0, le=4096)] = 64
+    # The paper's mu per axis, in samples over [-1, 1]; unset, the number of inputs along the axis.
+    max_resolution: tuple[Positive, ...] | None = None
+    # Inputs merged into one along each axis; their values become channels.
+    patch: tuple[Size, ...] = (1,)
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        InputSpec.kinds[cls.model_fields["modality"].default] = cls
+
+
+class ImageSpec(InputSpec):
+    """Pixels as a grid, height x width (paper 4.1). Values stay uint8 until the model."""
+
+    modality: Literal["image"] = "image"
+    # "auto": the median of the training images, no larger than max_auto_size on its longer side.
+    size: Pair | Literal["auto"] = (224, 224)
+    max_auto_size: Size = 64
+    color: Literal["rgb", "grey", "auto"] = "rgb"
+    patch: Pair = (1, 1)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
+    # Training: the Inception crop, a mirror, RandAugment.
+    crop_area: Range = (0.08, 1.0)
+    crop_aspect: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
+
+
+class AudioSpec(InputSpec):
+    """Sound as raw samples in segments, or as a log-mel spectrogram (paper 4.2)."""
+
+    modality: Literal["audio"] = "audio"
+    features: Literal["raw", "mel"] = "raw"
+    # "auto": the most common rate of the training files, no higher than max_auto_rate_hz.
+    rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
+    max_auto_rate_hz: int = 16_000
+    clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28
+    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"
+    short: Literal["loop", "pad"] = "loop"  # what fills a clip that is longer than its file
+    patch: tuple[Size, ...] = (128,)
+    # Mel mode only.
+    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64
+    window_s: Positive = 0.025
+    hop_s: Positive = 0.010
+    min_hz: Annotated[float, Field(ge=0)] = 20.0
+    # Training: random window, gain in decibels either way, SpecAugment (mel mode).
+    gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0
+    time_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    time_mask_share: Fraction = 0.1
+    frequency_masks: Annotated[int, Field(ge=0, le=100)] = 0
+    frequency_mask_share: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        axes = 1 if self.features == "raw" else 2
+        if len(self.patch) != axes:
+            raise ValueError(f"patch of {self.features} audio has {axes} side(s), found {list(self.patch)}")
+        return self
+
+
+class PointsSpec(InputSpec):
+    """Points of a cloud or of a mesh's surface: positions only (paper 4.3)."""
+
+    modality: Literal["points"] = "points"
+    num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
+    patch: tuple[Size, ...] = (1,)
+    # Points sampled once per file and kept; each visit in training draws num_points of them.
+    pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
+    # Training: per-point scaling (paper 4.3), turn about one axis, scaling of the whole along each axis.
+    point_scale: Range = (0.99, 1.01)
+    rotate: Literal["none", "x", "y", "z", "any"] = "none"
+    stretch: Range = (1.0, 1.0)
+
+
+# ---------------------------------------------------------------- data and training
+
+
+class Limits(Table):
+    """What one input may cost before it is refused; each is raised by `--limit NAME=VALUE`."""
+
+    file_bytes: int = 2 << 30
+    image_pixels: int = 89_478_485
+    audio_seconds: float = 3600.0
+    audio_channels: int = 64
+    vertices: int = 10_000_000
+    faces: int = 20_000_000
+    decoded_bytes: int = 1 << 30
+
+
+class DataConfig(Table):
+    """Where examples come from and how they are read."""
+
+    path: str | None = None
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, when there is no validation split
+    max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen from cores and device
+    cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
+    class_weight_power: Annotated[float, Field(ge=0, le=1)] = (
+        0.0  # 0 none, 0.5 square root, 1 inverse frequency
+    )
+    limits: Limits = Limits()
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)")
+
+
+def _duration(value: Any) -> Any:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value} steps"
+    if isinstance(value, str) and _DURATION.fullmatch(value.strip()) is None:
+        raise ValueError(f"a duration is like '500 steps', '3 epochs' or '5%', found {value!r}")
+    return value
+
+
+Duration = Annotated[str, BeforeValidator(_duration)]
+
+
+def duration_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -> int:
+    """Return a duration such as "5%", "3 epochs" or "500 steps" in optimiser steps."""
+    match = _DURATION.fullmatch(duration.strip())
+    assert match is not None, duration
+    amount, unit = float(match[1]), match[2]
+    if unit == "%":
+        return round(total_steps * amount / 100)
+    return round(amount * (steps_per_epoch if unit.startswith("epoch") else 1))
+
+
+class TrainConfig(Table):
+    """Optimiser, schedule and length of a run."""
+
+    epochs: Annotated[float, Field(gt=0)] = 120.0
+    steps: Annotated[int, Field(gt=0)] | None = None  # set, it wins over epochs
+    max_time_s: Positive | None = None  # set, it wins over both: the schedule is planned to end with it
+    batch_size: Size = 64
+    accumulate: Size = 1  # batches per optimiser step
+    optimizer: Literal["adamw", "lamb"] = "lamb"
+    lr: Positive = 0.004
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    warmup: Duration = "0 steps"
+    decay_at: tuple[Duration, ...] = ()  # of the step schedule
+    decay_factor: Positive = 0.1
+    clip_norm: Positive | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
+    eval_every: Duration = "1 epoch"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    device: str = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+
+
+# ---------------------------------------------------------------- the whole
+
+
+class Config(Table):
+    """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
+
+    name: str = "custom"
+    model: ModelConfig = ModelConfig()
+    inputs: dict[str, InputSpec]
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _specs(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get("inputs"), dict):
+            return value
+        return {**value, "inputs": {key: _spec(key, table) for key, table in value["inputs"].items()}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.inputs:
+            raise ValueError("a configuration needs at least one [inputs.<modality>] table")
+        return self
+
+    @classmethod
+    def parse(cls, tables: dict[str, Any], origin: str = "configuration") -> Config:
+        """Return the validated Config.
+
+        Raises:
+            UsageError: one line that names the first wrong key or value; for an unknown key, the nearest real one.
+        """
+        try:
+            return cls.model_validate(tables)
+        except (ValidationError, _SpecError) as error:
+            raise UsageError(f"{origin}: {_first_problem(error, cls)}") from None
+
+    def override(self, assignments: list[str]) -> Config:
+        """Return this Config changed by `a.b=value` assignments, values in TOML (bare words are strings)."""
+        tables = self.to_dict()
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals or not key:
+                raise UsageError(f"--set {assignment}: expected KEY=VALUE, such as train.lr=0.001")
+            *parents, leaf = key.strip().split(".")
+            table = tables
+            for parent in parents:
+                table = table.setdefault(parent, {})
+                if not isinstance(table, dict):
+                    raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
+            table[leaf] = None if text.strip() == "none" else _toml_value(text)
+        return Config.parse(tables, "--set")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain tables: only JSON types, the same after a round trip."""
+        tables = self.model_dump(mode="json")
+        tables["inputs"] = {key: spec.model_dump(mode="json") for key, spec in self.inputs.items()}
+        return tables
+
+    def to_toml(self) -> str:
+        """Return the resolved configuration as TOML; keys without a value are left out."""
+        return tomli_w.dumps(_without_none(self.to_dict()))
+
+
+class _SpecError(Exception):
+    """A ValidationError inside one inputs table, with the key that it lies under."""
+
+    def __init__(self, key: str, error: ValidationError, spec: type[InputSpec]) -> None:
+        super().__init__(key)
+        self.key, self.error, self.spec = key, error, spec
+
+
+def _spec(key: str, table: Any) -> Any:
+    if isinstance(table, InputSpec):
+        return table
+    kind = table.get("modality", key) if isinstance(table, dict) else key
+    if kind not in InputSpec.kinds:
+        known = ", ".join(sorted(InputSpec.kinds))
+        raise ValueError(f"[inputs.{key}]: unknown modality {kind!r}, known are {known}")
+    spec = InputSpec.kinds[kind]
+    try:
+        return spec.model_validate(table)
+    except ValidationError as error:
+        raise _SpecError(key, error, spec) from None
+
+
+def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) -> str:
+    prefix: tuple[Any, ...] = ()
+    if isinstance(error, _SpecError):
+        prefix, model, error = ("inputs", error.key), error.spec, error.error
+    problem = error.errors(include_url=False)[0]
+    names = [
+        part
+        for part in problem["loc"]
+        if isinstance(part, str) and not part.startswith(("function-", "tuple["))
+    ]
+    where = ".".join(map(str, (*prefix, *names)))
+    if problem["type"] == "extra_forbidden":
+        known = list(_fields_at(model, names[:-1]))
+        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
+        return f"unknown key {where}" + (
+            f", did you mean {'.'.join([*map(str, prefix), *names[:-1], near[0]])}"
+            if near
+            else f", known are {', '.join(known)}"
+        )
+    message = problem["msg"].removeprefix("Value error, ")
+    found = problem.get("input")
+    shown = (
+        ""
+        if isinstance(found, dict | Table) or problem["type"] == "value_error"
+        else f", found {found!r:.80}"
+    )
+    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+
+
+def _fields_at(model: type[BaseModel], path: list[str]) -> typing.Iterable[str]:
+    for name in path:
+        annotation = model.model_fields[name].annotation
+        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return model.model_fields
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
+
+
+def _without_none(table: Any) -> Any:
+    if isinstance(table, dict):
+        return {key: _without_none(value) for key, value in table.items() if value is not None}
+    return [_without_none(value) for value in table] if isinstance(table, list) else table
+
+
+# ---------------------------------------------------------------- presets and files
+
+
+def preset_names() -> list[str]:
+    """Return the names of the recipes that ship with the package, sorted."""
+    folder = resources.files("perceiver_cli") / "presets"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def preset_text(name: str) -> str:
+    """Return a preset's TOML with its comments.
+
+    Raises:
+        UsageError: there is no such preset; names the nearest.
+    """
+    names = preset_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        raise UsageError(
+            f"no preset named {name!r}",
+            f"did you mean {near[0]}" if near else f"there are {', '.join(names)}",
+        )
+    return (resources.files("perceiver_cli") / "presets" / f"{name}.toml").read_text("utf-8")
+
+
+def load_preset(name: str) -> Config:
+    """Return the Config of a preset that ships with the package."""
+    return Config.parse({"name": name, **tomllib.loads(preset_text(name))}, f"preset {name}")
+
+
+def load_config(path: Path) -> Config:
+    """Return the Config in a TOML file.
+
+    Raises:
+        UsageError: the file cannot be read, is not TOML, or holds a wrong key or value.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise UsageError(
+                f"{show_path(path)}: larger than {MAX_CONFIG_BYTES} bytes, expected a TOML configuration"
+            )
+        tables = tomllib.loads(data.decode("utf-8"))
+    except OSError as error:
+        raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UsageError(f"{show_path(path)}: not a TOML configuration: {error}") from error
+    return Config.parse({"name": path.stem, **tables}, show_path(path))

@@ -1,0 +1,80 @@
+"""Every error a user can meet, with the exit code that scripts see.
+
+The message is one line that names the input, what was found and what was expected; the hint says what to do
+next. Anything else that escapes is a bug and exits with 1.
+"""
+
+from __future__ import annotations
+
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_DATA = 3
+EXIT_RESOURCE = 5
+EXIT_DIVERGED = 6
+EXIT_INTEGRITY = 7
+
+
+class PerceiverError(Exception):
+    """Base of all expected errors.
+
+    Args:
+        message: one line: the input, what was found, what was expected.
+        hint: what to do next, e.g. the flag that raises a limit.
+    """
+
+    exit_code: int = EXIT_BUG
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+    def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
+        # Errors cross process borders (data workers); the default would lose the hint.
+        return type(self), (self.message, self.hint)
+
+
+class UsageError(PerceiverError):
+    """A flag, a configuration value or a combination of them that cannot work."""
+
+    exit_code = EXIT_USAGE
+
+
+class DataError(PerceiverError):
+    """Input data that is missing, corrupt, over a limit or of the wrong kind."""
+
+    exit_code = EXIT_DATA
+
+
+class LimitError(DataError):
+    """Input data that is larger than a limit allows; the hint names the flag that raises it."""
+
+    def __init__(self, what: str, found: float, unit: str, limit: str, allowed: float) -> None:
+        self.args_given = (what, found, unit, limit, allowed)
+        super().__init__(
+            f"{what}: {found:.0f} {unit} > {allowed:.0f}", f"pass --limit {limit}={found:.0f} to allow it"
+        )
+
+    def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
+        return DataError, (self.message, self.hint)
+
+
+class ResourceError(PerceiverError):
+    """An output that cannot be written, a lock held by another process, or memory that ran out."""
+
+    exit_code = EXIT_RESOURCE
+
+
+class DivergedError(PerceiverError):
+    """Training met a loss or gradient that is not finite."""
+
+    exit_code = EXIT_DIVERGED
+
+
+class IntegrityError(PerceiverError):
+    """A checkpoint that is damaged, incomplete or of another format version."""
+
+    exit_code = EXIT_INTEGRITY

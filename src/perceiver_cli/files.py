@@ -1,0 +1,96 @@
+"""Paths as they are shown, and outputs that are either whole or absent."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from perceiver_cli.errors import ResourceError
+
+MAX_SHOWN = 200  # characters of a path in a message
+
+
+def show_path(path: str | os.PathLike[str]) -> str:
+    """Return `path` in quotes as a single safe line: control, bidi and non-UTF-8 bytes C-escaped, <= 200 long.
+
+    A file name is data from a stranger. This is the only way one may reach a terminal or a log.
+    """
+    shown = []
+    for char in os.fspath(path):
+        code = ord(char)
+        if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
+            shown.append(f"\\x{code - 0xDC00:02x}")
+        elif char == "\n":
+            shown.append("\\n")
+        elif char in "\\'":
+            shown.append("\\" + char)
+        elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+            shown.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+        else:
+            shown.append(char)
+    text = "".join(shown)
+    if len(text) > MAX_SHOWN:
+        half = MAX_SHOWN // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return f"'{text}'"
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[bytes]]:
+    """Open a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
+
+    The order write, fsync(file), rename, fsync(folder) means that after a crash or a power cut the name holds
+    either the old content or the new, never a part (ALICE, OSDI 2014).
+
+    Raises:
+        ResourceError: the folder cannot be made or written, or the disk is full.
+    """
+    target = Path(path)
+    folder = target.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name[:80]}.", suffix=".tmp")
+    except OSError as error:
+        raise cannot_write(target, error) from error
+    try:
+        with os.fdopen(handle, mode) as file:
+            yield file
+            file.flush()
+            # mkstemp gives 0600; an output has the mode that the user's umask asks for.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.fchmod(file.fileno(), 0o666 & ~umask)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        sync_folder(folder)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise cannot_write(target, error) from error
+        raise
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def cannot_write(path: Path, error: OSError) -> ResourceError:
+    """Return the one-line error for an output that could not be written."""
+    reason = error.strerror or type(error).__name__
+    return ResourceError(f"{show_path(path)}: cannot write: {reason}", "free space or choose another output")

@@ -1,0 +1,55 @@
+"""The modalities there are, and which one a file belongs to, by its content. Never imports torch."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from perceiver_cli.config import InputSpec
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.preprocess.base import Modality, Source
+
+__all__ = ["BUILT_IN", "detect", "formats", "modality", "register"]
+
+BUILT_IN = ("image", "audio", "points")  # name is file; detection asks in this order
+_registered: dict[str, Modality[Any]] = {}
+
+
+def register(new: Modality[Any]) -> None:
+    """Make a modality from outside the package known under its name. Detection asks it before the built-in ones.
+
+    Raises:
+        UsageError: its `InputSpec` subclass is not defined, or the name is taken.
+    """
+    if new.name in BUILT_IN or new.name not in InputSpec.kinds:
+        raise UsageError(
+            f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default"
+        )
+    _registered[new.name] = new
+
+
+def modality(name: str) -> Modality[Any]:
+    """Return the modality of that name. Raises UsageError where there is none."""
+    if name in BUILT_IN:
+        return import_module(f"perceiver_cli.preprocess.{name}").MODALITY  # type: ignore[no-any-return]
+    if name in _registered:
+        return _registered[name]
+    raise UsageError(f"no modality named {name!r}", f"there are {', '.join([*_registered, *BUILT_IN])}")
+
+
+def detect(source: Source) -> str:
+    """Return the name of the modality that reads `source`, judged by its first bytes.
+
+    Raises:
+        DataError: empty, unreadable, or of no known format.
+    """
+    head = source.head()
+    for name in [*_registered, *BUILT_IN]:
+        if modality(name).sniff(head, source.name):
+            return name
+    raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
+
+
+def formats() -> str:
+    """Return the formats of every modality, for messages."""
+    return "; ".join(f"{name}: {modality(name).formats}" for name in [*_registered, *BUILT_IN])

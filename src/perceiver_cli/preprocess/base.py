@@ -1,0 +1,212 @@
+"""What every modality gives: a decoded array, then a byte array; and the helpers they share. NumPy only.
+
+Preprocessing has two halves. `load` decodes a file into a plain array: slow, the same every time, worth keeping.
+`prepare` turns that array into a `ByteArray`: cheap, and random only through the generator it is given. The byte
+array keeps a regular grid as a shape; Fourier features are made from it inside the model.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.config import InputSpec, Limits
+from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.files import show_path
+
+Array = NDArray[Any]
+HEAD_BYTES = 4096  # enough for every signature that detection looks at
+
+
+@dataclass(frozen=True)
+class Source:
+    """One encoded input: a file, or bytes that arrived on a pipe. Nothing is read until asked."""
+
+    name: str
+    data: bytes | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name, safe to print."""
+        return show_path(self.name)
+
+    def head(self) -> bytes:
+        """Return the first `HEAD_BYTES` bytes, for detection by content.
+
+        Raises:
+            DataError: missing, not a regular file, unreadable or empty.
+        """
+        if self.data is not None:
+            head = self.data[:HEAD_BYTES]
+        else:
+            with self._open_file() as file:
+                head = file.read(HEAD_BYTES)
+        if not head:
+            raise DataError(f"{self.shown}: the file is empty")
+        return head
+
+    def open(self, limits: Limits) -> BinaryIO:
+        """Return a seekable binary file object over the input.
+
+        Raises:
+            LimitError: larger than `limits.file_bytes`, known from its size alone.
+            DataError: missing, not a regular file, unreadable or empty.
+        """
+        file: BinaryIO = io.BytesIO(self.data) if self.data is not None else self._open_file()
+        size = len(self.data) if self.data is not None else os.fstat(file.fileno()).st_size
+        if size == 0 or size > limits.file_bytes:
+            file.close()
+            if size == 0:
+                raise DataError(f"{self.shown}: the file is empty")
+            raise LimitError(self.shown, size, "bytes", "file_bytes", limits.file_bytes)
+        return file
+
+    def read(self, limits: Limits) -> bytes:
+        """Return all bytes of the input, under the same checks as `open`."""
+        if self.data is not None and len(self.data) <= limits.file_bytes:
+            return self.data
+        with self.open(limits) as file:
+            return file.read()
+
+    def _open_file(self) -> BinaryIO:
+        try:
+            # Non-blocking, so that a FIFO named like an image cannot hang the reader.
+            handle = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"{self.shown}: cannot read: {reason}") from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise DataError(f"{self.shown}: not a regular file")
+        return os.fdopen(handle, "rb")
+
+
+@dataclass(frozen=True)
+class ByteArray:
+    """One input of the model, before Fourier features (the paper's byte array is M x C with them).
+
+    values: (*grid, c) in their native dtype; for a point set (M, c), where c may be 0.
+    positions: (M, d) float32 in [-1, 1] for a point set; None for a regular grid.
+    """
+
+    values: Array
+    positions: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape that every ByteArray of one modality has: all that the model needs to know of it.
+
+    grid: number of inputs along each axis; (M,) for a point set.
+    channels: values per input (c), after patches.
+    dims: position axes (d): len(grid) for a grid.
+    bands: Fourier bands per axis (K).
+    max_resolution: the paper's mu for each axis; bands are spaced linearly from 1 to mu / 2.
+    mean, std: values enter the model as (value - mean) / std; one number, or one per channel.
+    """
+
+    grid: tuple[int, ...]
+    channels: int
+    dims: int
+    bands: int
+    max_resolution: tuple[float, ...]
+    is_grid: bool = True
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    @property
+    def num_inputs(self) -> int:
+        """M, the number of rows of the byte array."""
+        return prod(self.grid)
+
+    @property
+    def position_channels(self) -> int:
+        """d (2 K + 1): raw position, sines and cosines of every axis (paper 3.2)."""
+        return self.dims * (2 * self.bands + 1)
+
+    @property
+    def num_channels(self) -> int:
+        """C, the columns of the byte array: values and position features."""
+        return self.channels + self.position_channels
+
+
+S = TypeVar("S", bound=InputSpec)
+
+
+class Modality(ABC, Generic[S]):
+    """One kind of input. A new modality is one subclass, in one file, given to `register`."""
+
+    name: ClassVar[str]
+    formats: ClassVar[str]  # for messages: what files it reads
+
+    @abstractmethod
+    def sniff(self, head: bytes, name: str) -> bool:
+        """Return whether the first bytes are of a format it reads; the name only decides where bytes cannot."""
+
+    @abstractmethod
+    def load(self, source: Source, spec: S, limits: Limits) -> Array:
+        """Return the decoded array, the same every time; limits are checked before memory is taken.
+
+        Raises:
+            DataError: unreadable, truncated, empty, not finite or over a limit.
+        """
+
+    @abstractmethod
+    def layout(self, spec: S) -> Layout:
+        """Return the shape of what `prepare` gives. Raises UsageError where `spec` contradicts itself."""
+
+    @abstractmethod
+    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None) -> ByteArray:
+        """Return the byte array; with `rng` augmented for training, without it as for evaluation."""
+
+    def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
+        """Return `spec` with every "auto" settled by looking at a sample of the training files."""
+        return spec
+
+
+def patchify(values: Array, patch: tuple[int, ...]) -> Array:
+    """Return (*grid // patch, c * prod(patch)): each patch becomes one input, its values channels.
+
+    Order inside a patch is row-major, channels last. What does not fill a patch at the far end is dropped.
+    """
+    if all(side == 1 for side in patch):
+        return values
+    dims = len(patch)
+    grid = tuple(n // p for n, p in zip(values.shape[:dims], patch, strict=True))
+    values = values[tuple(slice(0, n * p) for n, p in zip(grid, patch, strict=True))]
+    split = [side for pair in zip(grid, patch, strict=True) for side in pair]
+    values = values.reshape(*split, values.shape[-1])
+    order = (*range(0, 2 * dims, 2), *range(1, 2 * dims, 2), 2 * dims)
+    return np.ascontiguousarray(values.transpose(order).reshape(*grid, -1))
+
+
+def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:
+    """Refuse an array of `count` items that would pass `limits.decoded_bytes`, before it is allocated."""
+    if count * itemsize > limits.decoded_bytes:
+        raise LimitError(
+            source.shown, count * itemsize, "decoded bytes", "decoded_bytes", limits.decoded_bytes
+        )
+
+
+def check_contract(source: Source, values: Array, what: str) -> Array:
+    """Return `values` if they are non-empty and finite: what a decoder calls success is checked once more."""
+    if values.size == 0:
+        raise DataError(f"{source.shown}: no {what} in the file")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise DataError(f"{source.shown}: {what} that are not finite numbers")
+    return values
+
+
+def named(path: str | os.PathLike[str]) -> Source:
+    """Return the Source of a file."""
+    return Source(os.fspath(Path(path)))
