@@ -78,9 +78,7 @@ class ModelConfig(Table):
         for kind in "ct":
             used = list(dict.fromkeys(index for k, index in self.steps if k == kind))
             if used != list(range(len(used))):
-                raise ValueError(
-                    f"schedule must number its {kind} weight sets 0, 1, 2 ... by first use, found {used}"
-                )
+                raise ValueError(f"schedule must number its {kind} weight sets 0, 1, 2 ... by first use, found {used}")
         return self
 
     @property
@@ -100,9 +98,7 @@ class ModelConfig(Table):
         for word in text.split():
             match = re.fullmatch(r"([ct])(\d{1,4})", word)
             if match is None:
-                raise ValueError(
-                    f"schedule word {word!r} is neither a cross-attend (c0) nor a latent Transformer (t0)"
-                )
+                raise ValueError(f"schedule word {word!r} is neither a cross-attend (c0) nor a latent Transformer (t0)")
             steps.append((match[1], int(match[2])))
         return tuple(steps)
 
@@ -230,9 +226,7 @@ class DataConfig(Table):
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
     workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen from cores and device
     cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
-    class_weight_power: Annotated[float, Field(ge=0, le=1)] = (
-        0.0  # 0 none, 0.5 square root, 1 inverse frequency
-    )
+    class_weight_power: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 none, 0.5 square root, 1 inverse frequency
     limits: Limits = Limits()
 
 
@@ -377,11 +371,7 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
     if isinstance(error, _SpecError):
         prefix, model, error = ("inputs", error.key), error.spec, error.error
     problem = error.errors(include_url=False)[0]
-    names = [
-        part
-        for part in problem["loc"]
-        if isinstance(part, str) and not part.startswith(("function-", "tuple["))
-    ]
+    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("function-", "tuple["))]
     where = ".".join(map(str, (*prefix, *names)))
     if problem["type"] == "extra_forbidden":
         known = list(_fields_at(model, names[:-1]))
@@ -393,11 +383,7 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
         )
     message = problem["msg"].removeprefix("Value error, ")
     found = problem.get("input")
-    shown = (
-        ""
-        if isinstance(found, dict | Table) or problem["type"] == "value_error"
-        else f", found {found!r:.80}"
-    )
+    shown = "" if isinstance(found, dict | Table) or problem["type"] == "value_error" else f", found {found!r:.80}"
     return f"{where}: {message}{shown}" if where else f"{message}{shown}"
 
 
@@ -428,9 +414,7 @@ def _without_none(table: Any) -> Any:
 def preset_names() -> list[str]:
     """Return the names of the recipes that ship with the package, sorted."""
     folder = resources.files("perceiver_cli") / "presets"
-    return sorted(
-        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
-    )
+    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
 def preset_text(name: str) -> str:
@@ -464,9 +448,7 @@ def load_config(path: Path) -> Config:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
-            raise UsageError(
-                f"{show_path(path)}: larger than {MAX_CONFIG_BYTES} bytes, expected a TOML configuration"
-            )
+            raise UsageError(f"{show_path(path)}: larger than {MAX_CONFIG_BYTES} bytes, expected a TOML configuration")
         tables = tomllib.loads(data.decode("utf-8"))
     except OSError as error:
         raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error

@@ -54,9 +54,7 @@ class LimitError(DataError):
 
     def __init__(self, what: str, found: float, unit: str, limit: str, allowed: float) -> None:
         self.args_given = (what, found, unit, limit, allowed)
-        super().__init__(
-            f"{what}: {found:.0f} {unit} > {allowed:.0f}", f"pass --limit {limit}={found:.0f} to allow it"
-        )
+        super().__init__(f"{what}: {found:.0f} {unit} > {allowed:.0f}", f"pass --limit {limit}={found:.0f} to allow it")
 
     def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
         return DataError, (self.message, self.hint)

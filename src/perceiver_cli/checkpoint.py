@@ -1,0 +1,288 @@
+"""Weights on disk: safetensors only, self-contained, checksummed, and never half written.
+
+A model file's header holds everything that its use needs: format number, configuration (with preprocessing), class
+names, step and metrics. A training state is such a file too, listed with its sha256 in `MANIFEST.json`, whose rename is
+the moment of the commit; the one before it is kept until the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_cli.config import Config
+from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError
+from perceiver_cli.files import atomic_write, show_path, write_text
+
+if TYPE_CHECKING:  # `info` reads headers without waiting for torch
+    from torch import Tensor
+
+    from perceiver_cli.model import Perceiver
+
+FORMAT = 1
+MAX_HEADER_BYTES = 8 << 20
+MAX_TENSORS = 100_000
+MODEL_FILE = "model.safetensors"
+STATE_FOLDER = "last"
+MANIFEST = "MANIFEST.json"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a model file says of itself."""
+
+    config: Config
+    classes: tuple[str, ...]
+    step: int
+    metrics: Mapping[str, Any]
+    data_fingerprint: str = ""
+
+
+# ---------------------------------------------------------------- model files
+
+
+def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
+    """Write a self-contained model file, whole or not at all. Raises ResourceError where it cannot be written."""
+    header = {
+        "kind": "model",
+        "format": FORMAT,
+        "config": info.config.to_dict(),
+        "classes": list(info.classes),
+        "step": info.step,
+        "metrics": dict(info.metrics),
+        "data_fingerprint": info.data_fingerprint,
+    }
+    _write(path, weights, header)
+
+
+def read_info(path: Path) -> ModelInfo:
+    """Return what a model file says of itself, from its header alone (no torch, no weights).
+
+    Raises:
+        IntegrityError: damaged, or of another format version. UsageError: not a model file of this program.
+    """
+    header = _read_header(path)
+    if header.get("kind") != "model":
+        raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
+    try:
+        config = Config.parse(header["config"], show_path(path))
+        classes = tuple(map(str, header["classes"]))
+        fingerprint = str(header.get("data_fingerprint", ""))
+        return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint)
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise IntegrityError(f"{show_path(path)}: incomplete header: {error}") from error
+
+
+def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
+    """Return the model of a file, on the CPU and in evaluation mode, and what the file says of it.
+
+    Raises:
+        IntegrityError: damaged (checksum), incomplete, or with tensors that do not fit its configuration.
+    """
+    from perceiver_cli.data import Reader
+    from perceiver_cli.model import Perceiver
+
+    info = read_info(path)
+    tensors = _read_tensors(path, _read_header(path))
+    layouts = Reader(info.config.inputs, info.config.data.limits).layouts
+    model = Perceiver(info.config.model, layouts, len(info.classes))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if expected != found:
+        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        shown = "; ".join(f"{n}: expected {expected.get(n)}, found {found.get(n)}" for n in differing[:3])
+        raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit its configuration: {shown}")
+    model.load_state_dict(tensors)
+    return model.eval(), info
+
+
+def find_model(given: str | None) -> Path:
+    """Return the model file to use: of the run folder or file given, else $PERCEIVER_MODEL, else runs/latest.
+
+    Raises:
+        UsageError: there is none; names where it was looked for.
+    """
+    wanted = given or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
+    path = Path(wanted)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        if given is None and "PERCEIVER_MODEL" not in os.environ:
+            raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
+        raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
+    return file
+
+
+# ---------------------------------------------------------------- training state
+
+
+def save_state(run: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Commit a training state to `run`/last and drop all but the one before it; returns the file.
+
+    `state` must be JSON and have "step". A crash at any moment leaves the previous state committed.
+    """
+    folder = run / STATE_FOLDER
+    file = folder / f"step-{state['step']:08d}.safetensors"
+    digest = _write(file, tensors, {"kind": "training state", "format": FORMAT, **state})
+    kept = [entry for entry in _manifest(folder) if entry["file"] != file.name][:1]
+    entries = [{"file": file.name, "size": file.stat().st_size, "sha256": digest, "step": state["step"]}, *kept]
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": entries}, indent=1) + "\n")
+    current = {entry["file"] for entry in entries}
+    for old in folder.iterdir():
+        if old.name not in current and old.name != MANIFEST and (old.suffix == ".safetensors" or old.suffix == ".tmp"):
+            old.unlink(missing_ok=True)
+    return file
+
+
+def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Return tensors and state of the newest whole training state of a run, and a note on each damaged newer one.
+
+    Raises:
+        IntegrityError: there is none, or none that is whole.
+    """
+    folder = run / STATE_FOLDER
+    notes: list[str] = []
+    for entry in _manifest(folder):
+        path = folder / str(entry["file"])
+        try:
+            found = _sha256(path)
+            if found != entry["sha256"]:
+                raise IntegrityError(
+                    f"{show_path(path)}: sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}"
+                )
+            header = _read_header(path)
+            return _read_tensors(path, header), header, notes
+        except PerceiverError as error:
+            notes.append(str(error))
+    if notes:
+        raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(notes)}")
+    raise IntegrityError(f"{show_path(run)}: no training state to resume", f"expected {STATE_FOLDER}/{MANIFEST} in it")
+
+
+def _manifest(folder: Path) -> list[dict[str, Any]]:
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_bytes())["states"]
+        good = all(Path(str(e["file"])).name == e["file"] and len(e["sha256"]) == 64 for e in entries)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: damaged manifest: {error}") from error
+    if not good:
+        raise IntegrityError(f"{show_path(path)}: damaged manifest")
+    return list(entries)
+
+
+# ---------------------------------------------------------------- safetensors
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
+    """Write tensors and JSON header; return the sha256 of the file."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"perceiver": json.dumps({**header, "sha256": _content_hash(whole)})}
+    data = save(whole, metadata)
+    with atomic_write(path) as file:
+        file.write(data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return our JSON header of a safetensors file, after checking every claim that the format makes.
+
+    Done by hand before the library sees the file: it accepts duplicate keys, and a header of 100 MB.
+    """
+    shown = show_path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise IntegrityError(f"{shown}: not a whole safetensors file ({size} bytes, header of {length})")
+            text = file.read(length)
+    except OSError as error:
+        raise UsageError(f"{shown}: cannot read: {error.strerror}") from error
+    try:
+        tables = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        metadata = tables.pop("__metadata__", {})
+        spans = sorted((t["data_offsets"][0], t["data_offsets"][1], _tensor_bytes(t)) for t in tables.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise IntegrityError(f"{shown}: damaged safetensors header: {error}") from error
+    end = 0
+    for start, stop, expected in spans:
+        if start != end or stop - start != expected:
+            raise IntegrityError(f"{shown}: damaged safetensors header: tensors overlap or leave gaps")
+        end = stop
+    if len(tables) > MAX_TENSORS or 8 + length + end != size:
+        raise IntegrityError(f"{shown}: {size} bytes, the header says {8 + length + end}: cut short or appended to")
+    if not isinstance(metadata, dict) or "perceiver" not in metadata:
+        raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
+    try:
+        header = json.loads(metadata["perceiver"], object_pairs_hook=_unique, parse_constant=_no_constant)
+        version = header["format"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{shown}: damaged header: {error}") from error
+    if version != FORMAT:
+        raise IntegrityError(f"{shown}: format {version}, this program reads {FORMAT}", "upgrade perceiver-cli")
+    return dict(header)
+
+
+def _read_tensors(path: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{show_path(path)}: damaged: {error}") from error
+    found = _content_hash(tensors)
+    if found != header.get("sha256"):
+        raise IntegrityError(
+            f"{show_path(path)}: content sha256 {found[:12]}, the header says {str(header.get('sha256'))[:12]}"
+        )
+    return tensors
+
+
+def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+    import torch
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+
+
+def _tensor_bytes(table: Mapping[str, Any]) -> int:
+    total = ITEM_BYTES[table["dtype"]]
+    for side in table["shape"]:
+        if not isinstance(side, int) or side < 0:
+            raise ValueError(f"side {side!r} of a shape")
+        total *= side
+    return total
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("the same key twice")
+    return table
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a JSON number")

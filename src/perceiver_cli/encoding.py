@@ -1,0 +1,112 @@
+"""Positions become Fourier features, and values with features the byte array that latents attend to.
+
+Axes: B batch, M inputs, C input channels, c value channels, d position axes, K bands per axis.
+Positions and features are float32 whatever the precision of the run: in bfloat16 the high bands are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_cli.preprocess.base import Layout
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A batch of one modality's byte arrays before Fourier features.
+
+    values: (B, *grid, c) in any dtype; positions: (B, M, d) float32 for point sets, None for grids.
+    """
+
+    values: Tensor
+    positions: Tensor | None = None
+
+    def to(self, device: torch.device) -> Segment:
+        """Return the segment on `device`; the copy overlaps with computation where the memory is pinned."""
+        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
+        return Segment(self.values.to(device, non_blocking=True), positions)
+
+    def pin_memory(self) -> Segment:
+        """Return the segment in page-locked memory (called by the data loader when training on a GPU)."""
+        return Segment(self.values.pin_memory(), None if self.positions is None else self.positions.pin_memory())
+
+
+def fourier_features(positions: Tensor, bands: int, max_resolution: tuple[float, ...]) -> Tensor:
+    """Return (..., d (2 K + 1)) features of positions (..., d) in [-1, 1] (paper 3.2).
+
+    For axis i, band k: sin and cos of f_k pi x_i with f_k spaced linearly from 1 to max_resolution[i] / 2.
+    Channel order as in the official code: [x_1 .. x_d, sin of axis 1 .. d, cos of axis 1 .. d].
+    """
+    positions = positions.float()
+    if bands == 0:
+        return positions
+    angles = []
+    for axis, resolution in enumerate(max_resolution):
+        frequencies = torch.linspace(1.0, resolution / 2, bands, device=positions.device, dtype=torch.float64)
+        angles.append(positions[..., axis, None].double() * (frequencies * torch.pi))
+    angle = torch.cat(angles, dim=-1)
+    return torch.cat([positions, angle.sin().float(), angle.cos().float()], dim=-1)
+
+
+def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Return (M, d) positions of a regular grid, row-major; each axis runs from -1 to 1, ends included."""
+    axes = [torch.linspace(-1.0, 1.0, side, device=device) for side in grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
+
+
+class ByteArrayEncoding(nn.Module):
+    """Gives the paper's byte array (B, M, C) of all modalities from their segments.
+
+    One modality: C = c + d (2 K + 1). Several (paper 4.2): each row ends in a learned vector of its modality, wide
+    enough that all rows have C = the widest + `modality_channels`, and the rows follow each other in sorted order.
+    """
+
+    def __init__(self, layouts: Mapping[str, Layout], modality_channels: int) -> None:
+        super().__init__()
+        self.layouts = dict(sorted(layouts.items()))
+        widest = max(layout.num_channels for layout in self.layouts.values())
+        self.num_channels = widest + (modality_channels if len(self.layouts) > 1 else 0)
+        self.modality_encodings = nn.ParameterDict()
+        if len(self.layouts) > 1:
+            for name, layout in self.layouts.items():
+                self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
+        for name, layout in self.layouts.items():
+            self.register_buffer(f"mean_{name}", torch.tensor(layout.mean), persistent=False)
+            self.register_buffer(f"std_{name}", torch.tensor(layout.std), persistent=False)
+        self._grid_features: dict[tuple[str, torch.device], Tensor] = {}  # made once per device, never saved
+
+    def forward(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return (B, M, C) float32, M summed over the modalities."""
+        rows = [self._rows(name, layout, segments[name]) for name, layout in self.layouts.items()]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    def _rows(self, name: str, layout: Layout, segment: Segment) -> Tensor:
+        values = segment.values
+        batch = len(values)
+        if tuple(values.shape[1:]) != (*layout.grid, layout.channels):
+            raise ValueError(
+                f"{name} values of shape {tuple(values.shape)}, expected (B, {', '.join(map(str, layout.grid))}, "
+                f"{layout.channels})"
+            )
+        parts = []
+        if layout.channels:
+            scaled = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
+            parts.append(scaled.reshape(batch, layout.num_inputs, layout.channels))
+        if segment.positions is None:
+            parts.append(self._features(name, layout, values.device).expand(batch, -1, -1))
+        else:
+            parts.append(fourier_features(segment.positions, layout.bands, layout.max_resolution))
+        if name in self.modality_encodings:
+            parts.append(self.modality_encodings[name].expand(batch, layout.num_inputs, -1))
+        return torch.cat(parts, dim=-1)
+
+    def _features(self, name: str, layout: Layout, device: torch.device) -> Tensor:
+        key = (name, device)
+        if key not in self._grid_features:
+            positions = grid_positions(layout.grid, device)
+            self._grid_features[key] = fourier_features(positions, layout.bands, layout.max_resolution)
+        return self._grid_features[key]

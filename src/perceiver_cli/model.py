@@ -1,0 +1,115 @@
+"""The Perceiver of Jaegle et al. 2021: cross-attends and latent Transformers, run by a schedule, then a linear head.
+
+Axes: B batch, M inputs, N latents, C input channels, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_cli.attention import CrossAttend, SelfAttend, normalise
+from perceiver_cli.config import ModelConfig
+from perceiver_cli.encoding import ByteArrayEncoding, Segment
+from perceiver_cli.preprocess.base import Layout
+
+LATENT_STD = 0.02
+# A normal distribution cut at two sigma has this standard deviation; Haiku divides by it.
+TRUNCATED_STD = 0.87962566103423978
+
+
+class Perceiver(nn.Module):
+    """Logits from segments of one or several modalities.
+
+    Weight sharing is data: `cross_attends` and `latent_transformers` hold the distinct weight sets, and the schedule
+    (`ModelConfig.steps`) says which runs when. With the default schedule that is Table 7's: 2 cross-attends and 6
+    self-attend blocks, used 8 times.
+
+    Args:
+        config: sizes and schedule.
+        layouts: the shape of each modality's input, by name.
+        num_classes: columns of the logits.
+        seed: of the initial weights, which depend on nothing else.
+    """
+
+    def __init__(self, config: ModelConfig, layouts: Mapping[str, Layout], num_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoding = ByteArrayEncoding(layouts, config.modality_channels)
+        latent_channels, input_channels = config.latent_channels, self.encoding.num_channels
+        width = cross_width(config, input_channels)
+        self.latents = nn.Parameter(torch.empty(config.num_latents, latent_channels))
+        self.cross_attends = nn.ModuleList(
+            CrossAttend(latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor)
+            for _ in range(config.num_cross_sets)
+        )
+        self.latent_transformers = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor)
+                    for _ in range(config.self_attends_per_block)
+                )
+            )
+            for _ in range(config.num_latent_sets)
+        )
+        self.head = nn.Linear(latent_channels, num_classes)
+        initialise(self, seed)
+
+    def forward(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return logits (B, classes) in float32: the mean over latents, then one linear layer (App. C)."""
+        logits: Tensor = self.head(self.encode(segments).mean(dim=1))
+        return logits.float()
+
+    def encode(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return the final latents (B, N, D)."""
+        byte_array = normalise(self.encoding(segments))
+        latents = self.latents.expand(len(byte_array), -1, -1)
+        memory: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, made once per weight set and forward
+        for kind, index in self.config.steps:
+            if kind == "t":
+                latents = self.latent_transformers[index](latents)
+                continue
+            cross_attend = self.cross_attends[index]
+            assert isinstance(cross_attend, CrossAttend)
+            if index not in memory:
+                memory[index] = cross_attend.keys_values(byte_array, self.config.num_latents)
+            latents = cross_attend(latents, *memory[index])
+        return latents
+
+
+def cross_width(config: ModelConfig, input_channels: int) -> int:
+    """Return the width of Q, K and V in the cross-attends: min(C, D) by the paper, C in the official code."""
+    return min(input_channels, config.latent_channels) if config.cross_channels == "min" else input_channels
+
+
+@torch.no_grad()
+def initialise(model: Perceiver, seed: int) -> None:
+    """Set every parameter from `seed` alone.
+
+    | parameter | distribution | source |
+    |---|---|---|
+    | latents, modality encodings | normal, std 0.02, cut at two sigma (Haiku's reading of [-2, 2]) | App. C |
+    | linear weights | LeCun: normal cut at two sigma, variance 1 / fan-in after the cut | official code |
+    | linear biases, LayerNorm offsets | 0 | official code |
+    | LayerNorm scales | 1 | official code |
+    | the head's weight | 0 | official code |
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(parameter: Tensor, std: float) -> None:
+        if not parameter.is_meta:
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    fill(model.latents, LATENT_STD)
+    for encoding in model.encoding.modality_encodings.values():
+        fill(encoding, LATENT_STD)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            fill(module.weight, 1 / sqrt(module.in_features) / TRUNCATED_STD)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    nn.init.zeros_(model.head.weight)

@@ -1,0 +1,103 @@
+"""LAMB, parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import cos, pi
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from perceiver_cli.config import TrainConfig, duration_steps
+
+
+class Lamb(Optimizer):
+    """LAMB (You et al., ICLR 2020): Adam's direction, decayed, then rescaled per tensor by ||weights|| / ||update||.
+
+    As in the official Perceiver code the trust ratio is taken after weight decay and is 1 where either norm is 0.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.004,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        assert closure is None, "LAMB here takes no closure"
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients = [p.grad for p in parameters]
+            for p in parameters:
+                if not self.state[p]:
+                    self.state[p].update(
+                        step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
+                    )
+                self.state[p]["step"] += 1
+            first = [self.state[p]["exp_avg"] for p in parameters]
+            second = [self.state[p]["exp_avg_sq"] for p in parameters]
+            beta1, beta2 = group["betas"]
+            torch._foreach_lerp_(first, gradients, 1 - beta1)
+            torch._foreach_mul_(second, beta2)
+            torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
+            counts = [float(self.state[p]["step"]) for p in parameters]
+            updates = torch._foreach_div(first, [1 - beta1**n for n in counts])
+            denominators = torch._foreach_div(second, [1 - beta2**n for n in counts])
+            torch._foreach_sqrt_(denominators)
+            torch._foreach_add_(denominators, group["eps"])
+            torch._foreach_div_(updates, denominators)
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
+            weight_norms, update_norms = torch._foreach_norm(parameters), torch._foreach_norm(updates)
+            ratios = [
+                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w))
+                for w, u in zip(weight_norms, update_norms, strict=True)
+            ]
+            torch._foreach_mul_(updates, ratios)
+            torch._foreach_add_(parameters, updates, alpha=-group["lr"])
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
+    """Return the optimiser of a model. Weight decay spares biases and LayerNorms, as in the official code."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if config.optimizer == "lamb":
+        return Lamb(groups, config.lr, config.betas, config.eps)
+    return AdamW(groups, config.lr, config.betas, config.eps, fused=True)
+
+
+def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
+    """Return the learning rate of optimiser step `step` (from 0): warm-up, then constant, cosine to 0, or steps."""
+    warmup = duration_steps(config.warmup, total_steps, steps_per_epoch)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "cosine":
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return config.lr * 0.5 * (1 + cos(pi * progress))
+    if config.schedule == "step":
+        passed = sum(step >= duration_steps(at, total_steps, steps_per_epoch) for at in config.decay_at)
+        return config.lr * config.decay_factor**passed
+    return config.lr
+
+
+def make_average(model: nn.Module, decay: float) -> AveragedModel:
+    """Return an exponential moving average of a model's weights that starts quickly and settles at `decay`."""
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
+        n = float(count)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=update)
