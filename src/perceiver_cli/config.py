@@ -275,6 +275,7 @@ class TrainConfig(Table):
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
     eval_every: Duration = "1 epoch"
+    save_every: Duration = "1 epoch"  # of the state to resume from; every evaluation saves it too
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -246,14 +246,14 @@ def _tally(counter: Counter[str]) -> str:
 class Batch:
     """What the model is given at once.
 
-    segments: by modality; labels: (B,) class index, -1 where unknown; examples: in the same order; bad: (example,
-    error) of those that could not be read and are therefore missing from the tensors.
+    segments: by modality; labels: (B,) class index, -1 where unknown; examples: in the same order; bad: (position in
+    the task, example, error) of those that could not be read and are therefore missing from the tensors.
     """
 
     segments: Mapping[str, Segment]
     labels: Tensor
     examples: tuple[Example, ...]
-    bad: tuple[tuple[Example, str], ...] = ()
+    bad: tuple[tuple[int, Example, str], ...] = ()
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the data loader when training on a GPU)."""
@@ -289,10 +289,13 @@ class Reader(Dataset[Batch]):
             return self._decoded[example.id]
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
-        return {
-            name: modality(spec.modality).load(example.sources[name], spec, self.limits)
-            for name, spec in self.specs.items()
-        }
+        return {name: self._load(spec, example.sources[name]) for name, spec in self.specs.items()}
+
+    def _load(self, spec: InputSpec, source: Source) -> Array:
+        wanted = modality(spec.modality)
+        if not wanted.sniff(source.head(), source.name):
+            raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
+        return wanted.load(source, spec, self.limits)
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
@@ -317,7 +320,7 @@ class Reader(Dataset[Batch]):
         """Return the batch of a task; examples that cannot be read are in `bad` instead."""
         rows: dict[str, list[Any]] = {name: [] for name in self.specs}
         good: list[Example] = []
-        bad: list[tuple[Example, str]] = []
+        bad: list[tuple[int, Example, str]] = []
         for position, example in enumerate(task.examples):
             rng = None if task.seeds is None else np.random.default_rng([*task.seeds[position], example.key])
             try:
@@ -326,7 +329,7 @@ class Reader(Dataset[Batch]):
                     name: modality(spec.modality).prepare(raw[name], spec, rng) for name, spec in self.specs.items()
                 }
             except DataError as error:
-                bad.append((example, str(error)))
+                bad.append((position, example, str(error)))
                 continue
             good.append(example)
             for name, array in arrays.items():
@@ -447,7 +450,7 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
 
 def resolve_specs(specs: Mapping[str, InputSpec], examples: Sequence[Example], limits: Limits) -> dict[str, InputSpec]:
     """Return the specs with every "auto" settled by a sample of the examples."""
-    probes = [e for e in sorted(examples, key=lambda e: e.key)[:PROBES]]
+    probes = sorted(examples, key=lambda e: e.key)[:PROBES]
     return {
         name: modality(spec.modality).resolve(spec, [probe.sources[name] for probe in probes], limits)
         for name, spec in specs.items()

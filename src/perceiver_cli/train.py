@@ -1,0 +1,743 @@
+"""Training as a generator of events: plan, read, step, average, evaluate, save, resume.
+
+A run folder holds `model.safetensors` (the best model so far), `last/` (the state to resume from), `metrics.jsonl` and
+`config.toml` (resolved; `perceiver train --config` replays it).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_cli.checkpoint import (
+    MODEL_FILE,
+    STATE_FOLDER,
+    ModelInfo,
+    find_model,
+    load_model,
+    load_state,
+    save_model,
+    save_state,
+)
+from perceiver_cli.config import Config, duration_steps, load_preset
+from perceiver_cli.cost import Cost, estimate
+from perceiver_cli.data import (
+    Batch,
+    Catalog,
+    Example,
+    Reader,
+    class_weights,
+    resolve_specs,
+    scan_folder,
+    training_tasks,
+)
+from perceiver_cli.device import Compute, choose
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
+from perceiver_cli.evaluate import Report, score
+from perceiver_cli.files import cannot_write, show_path, write_text
+from perceiver_cli.model import Perceiver
+from perceiver_cli.optim import learning_rate, make_average, make_optimizer
+
+MAX_PARAMETERS = 2_000_000_000
+LIST_BAD = 20  # unreadable files named in an error
+TIMED_STEPS = 5  # steps whose rate the first plan of a timed run rests on
+TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
+SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
+CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
+
+# ---------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Started:
+    """The run is planned. summary: counts, shapes, sizes, as `--dry-run` prints them."""
+
+    summary: Mapping[str, Any]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Files decoded so far, of all; bad: those that could not be."""
+
+    done: int
+    total: int
+    bad: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step. loss: of its batch (as of the last look, on a GPU); samples_per_s: since the last."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    lr: float
+    samples_per_s: float
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A look at the validation split. best: whether this is the best model so far."""
+
+    step: int
+    epoch: float
+    train_loss: float
+    accuracy: float
+    loss: float
+    best: bool
+    elapsed_s: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A file was committed."""
+
+    path: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The run ended: by its plan, or early because it was asked to. metrics: of the best model."""
+
+    model: Path
+    step: int
+    stopped_early: bool
+    metrics: Mapping[str, Any]
+    elapsed_s: float
+
+
+Event = Started | Loaded | StepDone | Evaluated | Saved | Finished
+
+
+# ---------------------------------------------------------------- trainer
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        data: a folder of class folders; None takes `config.data.path`.
+        output: the run folder; None makes runs/<preset>-<n>.
+        config: a complete recipe; None takes the tiny preset of the modality found.
+        overrides: `key=value` changes, as of `--set`.
+        resume: continue the run in `output`. Its configuration is used; overrides apply on top.
+        init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
+        replace: start over in an output folder that already holds a run.
+    """
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] | None = None,
+        output: str | os.PathLike[str] | None = None,
+        config: Config | None = None,
+        *,
+        overrides: Sequence[str] = (),
+        resume: bool = False,
+        init_from: str | os.PathLike[str] | None = None,
+        replace: bool = False,
+    ) -> None:
+        self.started_at = time.monotonic()
+        self.resume, self.init_from, self.replace = resume, init_from, replace
+        self._stop = False
+        self._tensors: dict[str, Tensor] = {}
+        self._state: dict[str, Any] = {}
+        self.notes: list[str] = []
+        if resume:
+            if output is None:
+                raise UsageError("--resume needs the run folder to continue", "pass -o RUN")
+            self._tensors, self._state, damaged = load_state(Path(output))
+            self.notes += [f"fell back to an older training state: {note}" for note in damaged]
+            config = Config.parse(self._state["config"], show_path(output))
+        path = os.fspath(data) if data is not None else config.data.path if config is not None else None
+        if path is None:
+            raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
+        catalog = scan_folder(path, self._state.get("classes"))
+        config = (config or load_preset(f"tiny-{catalog.modality}")).override(list(overrides))
+        found, wanted = {catalog.modality}, {spec.modality for spec in config.inputs.values()}
+        if found != wanted:
+            reads = "+".join(sorted(wanted))
+            raise DataError(f"{show_path(path)}: holds {catalog.modality}, but {config.name} reads {reads}")
+        self.catalog: Catalog = catalog.hold_out(config.data.val_fraction)
+        self.notes += self.catalog.notes
+        self._check_classes()
+        specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
+        self.config = config.model_copy(
+            update={"inputs": specs, "data": config.data.model_copy(update={"path": os.path.abspath(path)})}
+        )
+        self.compute: Compute = choose(config.train.device, config.train.precision)
+        self.reader = Reader(specs, config.data.limits, self.catalog.bad)
+        self.cost: Cost = estimate(config.model, self.reader.layouts, len(self.catalog.classes))
+        if self.cost.parameters > MAX_PARAMETERS:
+            raise UsageError(
+                f"this model has {self.cost.parameters:,} parameters ({4 * self.cost.parameters / 1e9:.1f} GB)",
+                f"at most {MAX_PARAMETERS:,} are built here",
+            )
+        self.output = Path(output) if output is not None else next_run(config.name)
+        if resume:
+            self._check_resumable()
+
+    @property
+    def train_examples(self) -> tuple[Example, ...]:
+        """The examples that are learned from."""
+        return self.catalog.splits["train"]
+
+    @property
+    def val_examples(self) -> tuple[Example, ...]:
+        """The examples that choose the best model; may be empty."""
+        return self.catalog.splits.get("val", ())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in which every training example is seen once, rounded."""
+        return max(1, round(len(self.train_examples) / (self.config.train.batch_size * self.config.train.accumulate)))
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimiser steps of the run, where no time limit says otherwise."""
+        train = self.config.train
+        return train.steps or max(
+            1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate))
+        )
+
+    def stop(self) -> None:
+        """Ask the run to end after the step in progress, saved and resumable. Safe to call from a signal handler."""
+        self._stop = True
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the run is going to be: data, shapes, sizes, lengths, paths."""
+        train, data = self.config.train, self.config.data
+        splits = {name: len(examples) for name, examples in self.catalog.splits.items()}
+        return {
+            "preset": self.config.name,
+            "data": data.path,
+            "modality": self.catalog.modality,
+            "splits": splits,
+            "classes": {name: self.catalog.counts("train")[name] for name in self.catalog.classes},
+            "inputs": {
+                name: {"shape": list(layout.grid), "channels": layout.num_channels}
+                for name, layout in self.reader.layouts.items()
+            },
+            "parameters": self.cost.parameters,
+            "flops": self.cost.flops,
+            "training_bytes": self.cost.training_bytes(train.batch_size, averaged=train.ema_decay > 0),
+            "steps": None if train.max_time_s else self.planned_steps,
+            "max_time_s": train.max_time_s,
+            "batch_size": train.batch_size * train.accumulate,
+            "device": str(self.compute.device),
+            "precision": self.compute.precision,
+            "output": os.fspath(self.output),
+        }
+
+    def dry_run(self) -> dict[str, Any]:
+        """Return the summary with a measured step and the time it adds up to. Nothing is written."""
+        run = _Run(self)
+        batches = self.reader.batches(run.tasks(TIMED_STEPS))
+        times = []
+        for batch in batches:
+            begin = time.perf_counter()
+            run.backward(batch, 1)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.synchronize()
+            times.append(time.perf_counter() - begin)
+        per_step = sorted(times)[len(times) // 2] * self.config.train.accumulate
+        eta = self.config.train.max_time_s or per_step * self.planned_steps
+        return {**self.summary(), "seconds_per_step": per_step, "eta_s": eta}
+
+    def fit(self) -> Iterator[Event]:
+        """Train, yielding events. Closing the generator early leaves the last saved state to resume from.
+
+        Raises:
+            DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
+            cannot be written, holds another run, or is in use.
+        """
+        with ExitStack() as stack:
+            self._prepare_output(stack)
+            yield Started(self.summary(), tuple(self.notes))
+            yield from self._preload()
+            yield from _Run(self).events()
+
+    # ------------------------------------------------------------ preparation
+
+    def _check_classes(self) -> None:
+        if not self.catalog.splits.get("train"):
+            raise DataError(
+                f"{show_path(self.catalog.root)}: no training split", f"found {', '.join(sorted(self.catalog.splits))}"
+            )
+        counts = {name: count for name, count in self.catalog.counts("train").items() if count}
+        if len(counts) < 2:
+            found = ", ".join(f"{show_path(name)} with {count} files" for name, count in counts.items())
+            raise DataError(
+                f"{show_path(self.catalog.root)}: one class to learn: {found}", "a classifier needs at least two"
+            )
+        single = [show_path(name) for name, count in counts.items() if count == 1]
+        if single:
+            self.notes.append(f"only one training file in {len(single)} classes: {', '.join(single[:10])}")
+
+    def _check_resumable(self) -> None:
+        if self._state["fingerprint"] != self.catalog.fingerprint:
+            raise UsageError(
+                f"{show_path(self.output)}: the data changed since this run was saved (fingerprint "
+                f"{self._state['fingerprint']}, now {self.catalog.fingerprint})",
+                "train anew with --init-from to start from its weights",
+            )
+        before, now = self._state["config"]["model"], self.config.to_dict()["model"]
+        changed = [key for key in now if before.get(key) != now[key]]
+        if changed:
+            raise UsageError(f"--resume cannot change the model ({', '.join(f'model.{key}' for key in changed)})")
+
+    def _prepare_output(self, stack: ExitStack) -> None:
+        """Make, lock and mark the run folder, before any time is spent."""
+        exists = (self.output / MODEL_FILE).exists() or (self.output / STATE_FOLDER).exists()
+        if exists and not self.resume and not self.replace:
+            raise UsageError(
+                f"{show_path(self.output)}: already holds a run", "pass --resume to continue it, or --replace"
+            )
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((self.output / ".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ResourceError(f"{show_path(self.output)}: in use by another training run") from error
+        except OSError as error:
+            raise cannot_write(self.output, error) from error
+        if not self.resume:
+            for old in [self.output / MODEL_FILE, *(self.output / STATE_FOLDER).glob("*")]:
+                old.unlink(missing_ok=True)
+            write_text(self.output / "metrics.jsonl", "")
+        write_text(self.output / "config.toml", self.config.to_toml())
+
+    def _preload(self) -> Iterator[Loaded]:
+        data = self.config.data
+        examples = [*self.train_examples, *self.val_examples]
+        workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+        done = 0
+        for done in self.reader.preload(examples, data.cache_bytes, workers):
+            if done % 100 == 0 or done == len(examples):
+                yield Loaded(done, len(examples), len(self.reader.bad))
+        self.check_bad(self.reader.bad, done)
+        if self.reader.bad:
+            self.notes.append(f"{len(self.reader.bad)} unreadable files are left out")
+
+    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> None:
+        """Raise DataError if more than the allowed share of the files looked at is unreadable."""
+        among = [error for identity, error in bad.items() if identity in self._ids]
+        allowed = self.config.data.max_bad
+        if len(among) > allowed * max(1, looked_at):
+            listed = "\n  ".join(among[:LIST_BAD]) + ("\n  ..." if len(among) > LIST_BAD else "")
+            raise DataError(
+                f"{len(among)} of {looked_at} files cannot be read, more than {allowed:.1%}; "
+                f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
+                f"\n  {listed}"
+            )
+
+    @property
+    def _ids(self) -> set[str]:
+        return {example.id for example in (*self.train_examples, *self.val_examples)}
+
+
+# ---------------------------------------------------------------- the loop
+
+
+class _Run:
+    """Model, optimiser and position of a run in progress."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.config, self.compute, self.catalog = trainer.config, trainer.compute, trainer.catalog
+        train = self.config.train
+        model = Perceiver(self.config.model, trainer.reader.layouts, len(self.catalog.classes), train.seed)
+        if trainer.init_from is not None:
+            trainer.notes += transfer(model, self.catalog.classes, trainer.init_from)
+        self.model = model.to(self.compute.device).train()
+        self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
+        self.optimizer = make_optimizer(self.model, train)
+        self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
+        counts = [self.catalog.counts("train")[name] for name in self.catalog.classes]
+        weights = class_weights(counts, self.config.data.class_weight_power)
+        self.class_weights = weights.to(self.compute.device) if self.config.data.class_weight_power else None
+        self.step = 0
+        self.total_steps = trainer.planned_steps
+        self.elapsed_before = 0.0
+        self.best: dict[str, Any] = {}
+        self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
+        self.loss_count = 0
+        if trainer.resume:
+            self._restore(trainer._tensors, trainer._state)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training time, those before a resume counted in."""
+        return self.elapsed_before + time.monotonic() - self.trainer.started_at
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen, as a fraction."""
+        train = self.config.train
+        return self.step * train.batch_size * train.accumulate / len(self.trainer.train_examples)
+
+    def tasks(self, batches: int) -> Iterator[Any]:
+        """Return the tasks of the next `batches` batches."""
+        train = self.config.train
+        start = self.step * train.accumulate
+        return training_tasks(self.trainer.train_examples, train.batch_size, train.seed, start, start + batches)
+
+    def events(self) -> Iterator[Event]:
+        """Yield the events of the loop."""
+        train, data = self.config.train, self.config.data
+        timing = _Timing(self)
+        endless = 1 << 40 if train.max_time_s else (self.total_steps - self.step) * train.accumulate
+        workers = self.compute.default_workers if data.workers is None else data.workers
+        batches = self.trainer.reader.batches(self.tasks(endless), workers, pin=self.compute.device.type == "cuda")
+        check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
+        metrics = _MetricsLog(self.trainer.output, self.step)
+        last_loss, last_time, last_step = float("nan"), time.perf_counter(), self.step
+        evaluated_at = self.step
+        while not timing.over() and not self.trainer._stop:
+            lr = learning_rate(train, self.step, self.total_steps, self.trainer.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss = self._step(batches)
+            self.step += 1
+            timing.stepped()
+            if self.step % check_every == 0 or timing.over():
+                last_loss = float(loss)
+                if not isfinite(last_loss):
+                    self._diverged(last_loss, lr)
+                now = time.perf_counter()
+                rate = (self.step - last_step) * train.batch_size * train.accumulate / max(1e-9, now - last_time)
+                last_time, last_step = now, self.step
+                yield StepDone(self.step, self.total_steps, self.epoch, last_loss, lr, rate)
+            if timing.evaluation_due():
+                self._check_finite(lr)
+                evaluated = self._evaluate(metrics, lr)
+                evaluated_at = self.step
+                timing.evaluated()
+                yield evaluated
+                if evaluated.best:
+                    yield Saved(self.trainer.output / MODEL_FILE, self.step)
+                yield self._save()
+                last_time, last_step = time.perf_counter(), self.step
+            elif timing.save_due():
+                self._check_finite(lr)
+                yield self._save()
+                last_time, last_step = time.perf_counter(), self.step
+        if evaluated_at != self.step and not self.trainer._stop:
+            yield self._evaluate(metrics, lr)
+            evaluated_at = self.step
+        yield self._save()
+        if not (self.trainer.output / MODEL_FILE).exists():
+            self._save_model({})  # stopped before the first evaluation
+        yield Finished(self.trainer.output / MODEL_FILE, self.step, self.trainer._stop, dict(self.best), self.elapsed)
+
+    # ------------------------------------------------------------ one step
+
+    def _step(self, batches: Iterator[Batch]) -> Tensor:
+        """Do one optimiser step; return its mean loss, still on the device."""
+        train = self.config.train
+        loss = torch.zeros((), device=self.compute.device)
+        for _ in range(train.accumulate):
+            batch = next(batches)
+            if batch.bad:
+                self._note_bad(batch)
+            if batch.examples:
+                loss += self.backward(batch, train.accumulate)
+        self.scaler.unscale_(self.optimizer)
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.loss_sum += loss
+        self.loss_count += 1
+        return loss
+
+    def backward(self, batch: Batch, accumulate: int) -> Tensor:
+        """Add the gradients of one batch; return its loss over `accumulate`."""
+        device = self.compute.device
+        segments = {name: segment.to(device) for name, segment in batch.segments.items()}
+        labels = batch.labels.to(device, non_blocking=True)
+        with self.compute.autocast():
+            logits = self.model(segments)
+        smoothing = self.config.train.label_smoothing
+        loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing) / accumulate
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _note_bad(self, batch: Batch) -> None:
+        """Remember files that turned out unreadable in training; stop if they are too many."""
+        reader = self.trainer.reader
+        reader.bad.update({example.id: error for _, example, error in batch.bad})
+        seen = min(self.step * self.config.train.batch_size + 1, len(self.trainer.train_examples))
+        if len(reader.bad) > 10 or seen == len(self.trainer.train_examples):
+            self.trainer.check_bad(reader.bad, seen)
+
+    def _check_finite(self, lr: float) -> None:
+        if self.loss_count and not isfinite(float(self.loss_sum)):
+            self._diverged(float(self.loss_sum), lr)
+
+    def _diverged(self, loss: float, lr: float) -> None:
+        raise DivergedError(
+            f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
+            f"the state before is kept in {show_path(self.trainer.output / STATE_FOLDER)}; try a lower --lr, "
+            "train.warmup or train.clip_norm",
+        )
+
+    # ------------------------------------------------------------ evaluation and saving
+
+    @property
+    def judged(self) -> Perceiver:
+        """The model that is evaluated and saved: the average where there is one."""
+        model = self.model if self.average is None else self.average.module
+        assert isinstance(model, Perceiver)
+        return model
+
+    def _evaluate(self, metrics: _MetricsLog, lr: float) -> Evaluated:
+        train_loss = float(self.loss_sum) / max(1, self.loss_count)
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        examples = self.trainer.val_examples
+        record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": lr}
+        if examples:
+            train = self.config.train
+            batch_size = max(train.batch_size, 64)
+            classes = self.catalog.classes
+            report: Report = score(self.judged, self.trainer.reader, examples, classes, self.compute, batch_size)
+            record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
+        # Without a validation split the latest model is the best known.
+        better = not examples or not self.best or _rank(record) >= _rank(self.best)
+        record["elapsed_s"] = round(self.elapsed, 3)
+        if better:
+            self.best = record
+            self._save_model(record)
+        metrics.write({**record, "best": better})
+        accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
+        return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
+
+    def _save_model(self, metrics: Mapping[str, Any]) -> None:
+        # The model travels; where the data lay does not.
+        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"path": None})})
+        info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
+        save_model(self.trainer.output / MODEL_FILE, self.judged.state_dict(), info)
+
+    def _save(self) -> Saved:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        state = {
+            "config": self.config.to_dict(),
+            "classes": list(self.catalog.classes),
+            "fingerprint": self.catalog.fingerprint,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "elapsed_s": self.elapsed,
+            "best": self.best,
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
+            "scaler": self.scaler.state_dict(),
+        }
+        return Saved(save_state(self.trainer.output, tensors, state), self.step)
+
+    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        try:
+            self.model.load_state_dict(part("model."))
+            if self.average is not None:
+                self.average.load_state_dict(part("average."))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in part("optimizer.").items():
+                index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            self.optimizer.load_state_dict(
+                {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
+            )
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best = int(state["step"]), dict(state["best"])
+            self.loss_sum += float(state["loss_sum"])
+            self.loss_count = int(state["loss_count"])
+            self.elapsed_before = float(state["elapsed_s"])
+            if self.config.train.max_time_s:
+                self.total_steps = int(state["total_steps"])
+            elif self.total_steps != state["total_steps"]:
+                self.trainer.notes.append(
+                    f"the plan changed from {state['total_steps']} to {self.total_steps} steps: "
+                    "the learning rate follows the new one"
+                )
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise IntegrityError(
+                f"{show_path(self.trainer.output)}: the training state does not fit: {error}"
+            ) from error
+
+
+class _Timing:
+    """When a run evaluates, saves and ends.
+
+    With a time limit the total number of steps is planned again after every step, from the measured rate and with
+    room for the last evaluation, so that the learning rate schedule ends with the time.
+    """
+
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        self.config = run.config.train
+        self.limit = self.config.max_time_s
+        self.began = time.monotonic()
+        self.first = run.step
+        self.spent_evaluating = 0.0
+        self.evaluations = 0
+        self.mark = self.began  # end of the last step or evaluation
+        self.next_evaluation_s = run.elapsed
+        self._next_by_clock()
+
+    def _next_by_clock(self) -> None:
+        if self.limit is not None:
+            self.next_evaluation_s = self.run.elapsed + self.limit / TIMED_EVALUATIONS
+
+    def over(self) -> bool:
+        """Return whether the plan is fulfilled."""
+        return self.run.step >= self.run.total_steps
+
+    def stepped(self) -> None:
+        """Take note of a finished step and, in a timed run, plan the rest."""
+        self.mark = time.monotonic()
+        if self.limit is None:
+            return
+        run, done = self.run, self.run.step - self.first
+        if done < TIMED_STEPS and run.elapsed < self.limit:
+            run.total_steps = max(run.total_steps, run.step + 1)
+            return
+        per_step = (self.mark - self.began - self.spent_evaluating) / done
+        per_evaluation = self.spent_evaluating / self.evaluations if self.evaluations else self._guess(per_step)
+        left = self.limit * (1 - SAFETY) - run.elapsed
+        coming = max(1, round(TIMED_EVALUATIONS * left / self.limit))
+        # From here on the number can only be a real plan: at least this step, at most what the time allows.
+        run.total_steps = run.step + max(0, int((left - coming * per_evaluation) / per_step))
+
+    def _guess(self, per_step: float) -> float:
+        """Seconds of an evaluation not yet seen: a forward is about a third of a step."""
+        train = self.config
+        return per_step * len(self.run.trainer.val_examples) / (3 * train.batch_size * train.accumulate)
+
+    def evaluation_due(self) -> bool:
+        """Return whether to evaluate after the step just done."""
+        run = self.run
+        if self.over():
+            return True
+        if self.limit is not None:
+            return run.elapsed >= self.next_evaluation_s
+        every = duration_steps(self.config.eval_every, run.total_steps, run.trainer.steps_per_epoch)
+        return run.step % max(1, every) == 0
+
+    def evaluated(self) -> None:
+        """Take note of a finished evaluation."""
+        now = time.monotonic()
+        self.spent_evaluating += now - self.mark
+        self.evaluations += 1
+        self.mark = now
+        self._next_by_clock()
+
+    def save_due(self) -> bool:
+        """Return whether to save between evaluations."""
+        every = duration_steps(self.config.save_every, self.run.total_steps, self.run.trainer.steps_per_epoch)
+        return self.run.step % max(1, every) == 0
+
+
+class _MetricsLog:
+    """metrics.jsonl: a line per evaluation. A resumed run first drops the lines after its starting step."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Order of validation results: accuracy first, then loss."""
+    return record.get("val_accuracy", 0.0), -record.get("val_loss", 0.0)
+
+
+# ---------------------------------------------------------------- runs and transfer
+
+
+def next_run(name: str) -> Path:
+    """Return the first free folder runs/<name>-<n>."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def mark_latest(run: Path) -> None:
+    """Point runs/latest in the current folder at a run, so that other commands find it without -m."""
+    runs = Path("runs")
+    try:
+        runs.mkdir(exist_ok=True)
+        temporary = runs / f".latest-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(run, runs))
+        os.replace(temporary, runs / "latest")
+    except OSError as error:
+        raise cannot_write(runs / "latest", error) from error
+
+
+def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
+    """Copy into `model` every weight of a trained one that fits by name and shape; return notes on what did not.
+
+    Rows of the head are matched by class name.
+
+    Raises:
+        UsageError: no model there, or nothing of it fits.
+    """
+    donor, info = load_model(find_model(os.fspath(source)))
+    theirs, ours = donor.state_dict(), model.state_dict()
+    taken = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape and "head." not in name]
+    if not taken:
+        raise UsageError(f"--init-from {show_path(source)}: no weight of {info.config.name} fits this model")
+    rows = [(i, info.classes.index(name)) for i, name in enumerate(classes) if name in info.classes]
+    with torch.no_grad():
+        for name in taken:
+            ours[name].copy_(theirs[name])
+        if ours["head.weight"].shape[1] == theirs["head.weight"].shape[1]:
+            for mine, other in rows:
+                ours["head.weight"][mine] = theirs["head.weight"][other]
+                ours["head.bias"][mine] = theirs["head.bias"][other]
+    fresh = sum(1 for name in ours if name not in taken and "head." not in name)
+    return [
+        f"started from {show_path(source)}: {len(taken)} tensors taken, {fresh} fresh, "
+        f"{len(rows)} of {len(classes)} classes known to it"
+    ]
