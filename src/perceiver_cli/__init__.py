@@ -1,1 +1,76 @@
-"""The Perceiver as a command-line toolkit."""
+"""The 2021 Perceiver for files: everything that the commands do, as Python. Names load when first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perceiver_cli.checkpoint import load_model as load
+    from perceiver_cli.config import Config, InputSpec, load_config, load_preset
+    from perceiver_cli.encoding import Segment, byte_array
+    from perceiver_cli.errors import PerceiverError
+    from perceiver_cli.evaluate import Report, evaluate
+    from perceiver_cli.model import Perceiver
+    from perceiver_cli.optim import Lamb
+    from perceiver_cli.predict import Prediction, Predictor
+    from perceiver_cli.preprocess import register
+    from perceiver_cli.preprocess.base import ByteArray, Layout, Modality, Source
+    from perceiver_cli.train import Trainer
+
+_HOMES = {
+    "ByteArray": "preprocess.base",
+    "Config": "config",
+    "InputSpec": "config",
+    "Lamb": "optim",
+    "Layout": "preprocess.base",
+    "Modality": "preprocess.base",
+    "Perceiver": "model",
+    "PerceiverError": "errors",
+    "Prediction": "predict",
+    "Predictor": "predict",
+    "Report": "evaluate",
+    "Segment": "encoding",
+    "Source": "preprocess.base",
+    "Trainer": "train",
+    "byte_array": "encoding",
+    "evaluate": "evaluate",
+    "load": "checkpoint:load_model",
+    "load_config": "config",
+    "load_preset": "config",
+    "register": "preprocess",
+}
+
+__all__ = [
+    "ByteArray",
+    "Config",
+    "InputSpec",
+    "Lamb",
+    "Layout",
+    "Modality",
+    "Perceiver",
+    "PerceiverError",
+    "Prediction",
+    "Predictor",
+    "Report",
+    "Segment",
+    "Source",
+    "Trainer",
+    "byte_array",
+    "evaluate",
+    "load",
+    "load_config",
+    "load_preset",
+    "register",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home, _, renamed = _HOMES[name].partition(":")
+    return getattr(import_module(f"{__name__}.{home}"), renamed or name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

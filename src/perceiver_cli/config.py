@@ -143,8 +143,11 @@ class ImageSpec(InputSpec):
     # "auto": the median of the training images, no larger than max_auto_size on its longer side.
     size: Pair | Literal["auto"] = (224, 224)
     max_auto_size: Size = 64
+    # "auto": grey if no probed training image shows a colour; unsettled it reads as rgb.
     color: Literal["rgb", "grey", "auto"] = "rgb"
-    patch: Pair = (1, 1)
+    # "auto": the smallest square that leaves at most max_auto_inputs inputs; 1 is the paper's pixels.
+    patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
+    max_auto_inputs: Size = 256
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
@@ -288,6 +291,7 @@ class Config(Table):
     """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
 
     name: str = "custom"
+    num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
     model: ModelConfig = ModelConfig()
     inputs: dict[str, InputSpec]
     data: DataConfig = DataConfig()

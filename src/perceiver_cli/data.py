@@ -128,21 +128,24 @@ def scan_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = No
     if kind is None:
         raise _nothing_usable(top)
 
+    def identity(path: str) -> str:
+        return path[len(os.fspath(top)) :].lstrip(os.sep)
+
     # A file of another kind is bad if it carries the suffix of a usable one (a truncated .png), else just not data.
     other: list[tuple[str, str, str, str]] = []
     usable: list[tuple[str, str, str]] = []
     for path, split, name in found:
         problem = _sniff_problem(path, kind)
         (usable.append((path, split, name)) if problem is None else other.append((path, split, name, problem)))
-    suffixes = {Path(path).suffix.lower() for path, _, _ in usable}
+    suffixes = {_suffix(path) for path, _, _ in usable}
     bad: dict[str, str] = {}
     ignored: Counter[str] = Counter()
     for path, split, name, problem in other:
-        if Path(path).suffix.lower() in suffixes:
-            bad[os.path.relpath(path, top)] = problem
+        if _suffix(path) in suffixes:
+            bad[identity(path)] = problem
             usable.append((path, split, name))
         else:
-            ignored[Path(path).suffix.lower() or "no suffix"] += 1
+            ignored[_suffix(path) or "no suffix"] += 1
     if ignored:
         notes.append(f"ignored {sum(ignored.values())} files that are not {kind}: {_tally(ignored)}")
 
@@ -155,8 +158,7 @@ def scan_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = No
         notes.append(f"{sum(strangers.values())} files of classes not among {known}: {_tally(strangers)}")
     splits: dict[str, list[Example]] = defaultdict(list)
     for path, split, name in usable:
-        identity = os.path.relpath(path, top)
-        splits[split].append(Example(identity, {kind: Source(path)}, index.get(name)))
+        splits[split].append(Example(identity(path), {kind: Source(path)}, index.get(name)))
     ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in splits.items()}
     return Catalog(os.fspath(root), kind, names, ordered, bad, tuple(notes))
 
@@ -224,7 +226,7 @@ def _nothing_usable(top: Path) -> DataError:
     suffixes: Counter[str] = Counter()
     folders = sum(1 for entry in top.iterdir() if entry.is_dir())
     for count, path in enumerate(walk_files(top)):
-        suffixes[Path(path).suffix.lower() or "no suffix"] += 1
+        suffixes[_suffix(path) or "no suffix"] += 1
         if count == 10_000:
             break
     found = f"{folders} folders and {suffixes.total()} files" + (f" ({_tally(suffixes)})" if suffixes else "")
@@ -232,6 +234,10 @@ def _nothing_usable(top: Path) -> DataError:
         f"{show_path(top)}: no usable files: found {found}",
         f"expected class/file or split/class/file with {formats()}",
     )
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
 
 
 def _tally(counter: Counter[str]) -> str:

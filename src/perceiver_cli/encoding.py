@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from perceiver_cli.preprocess.base import Layout
+from perceiver_cli.config import InputSpec, Limits
+from perceiver_cli.errors import DataError
+from perceiver_cli.preprocess import detect, modality
+from perceiver_cli.preprocess.base import Layout, Source
 
 
 @dataclass(frozen=True)
@@ -110,3 +115,19 @@ class ByteArrayEncoding(nn.Module):
             positions = grid_positions(layout.grid, device)
             self._grid_features[key] = fourier_features(positions, layout.bands, layout.max_resolution)
         return self._grid_features[key]
+
+
+def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.float32]:
+    """Return the paper's byte array of one file, (M, C) with Fourier features, as the model would be given it.
+
+    Raises:
+        DataError: unreadable, over a limit, or of another modality than `spec`.
+    """
+    kind = modality(spec.modality)
+    if not kind.sniff(source.head(), source.name):
+        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
+    prepared = kind.prepare(kind.load(source, spec, limits), spec, None)
+    positions = None if prepared.positions is None else torch.from_numpy(prepared.positions)[None]
+    segment = Segment(torch.from_numpy(prepared.values)[None], positions)
+    rows: Tensor = ByteArrayEncoding({spec.modality: kind.layout(spec)}, 0)({spec.modality: segment})
+    return rows[0].numpy()

@@ -22,9 +22,7 @@ def register(new: Modality[Any]) -> None:
         UsageError: its `InputSpec` subclass is not defined, or the name is taken.
     """
     if new.name in BUILT_IN or new.name not in InputSpec.kinds:
-        raise UsageError(
-            f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default"
-        )
+        raise UsageError(f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default")
     _registered[new.name] = new
 
 

@@ -49,8 +49,13 @@ class Source:
         if self.data is not None:
             head = self.data[:HEAD_BYTES]
         else:
-            with self._open_file() as file:
-                head = file.read(HEAD_BYTES)
+            handle = self._open_handle()
+            try:
+                head = os.read(handle, HEAD_BYTES)
+            except OSError as error:
+                raise DataError(f"{self.shown}: cannot read: {error.strerror}") from error
+            finally:
+                os.close(handle)
         if not head:
             raise DataError(f"{self.shown}: the file is empty")
         return head
@@ -62,7 +67,7 @@ class Source:
             LimitError: larger than `limits.file_bytes`, known from its size alone.
             DataError: missing, not a regular file, unreadable or empty.
         """
-        file: BinaryIO = io.BytesIO(self.data) if self.data is not None else self._open_file()
+        file: BinaryIO = io.BytesIO(self.data) if self.data is not None else os.fdopen(self._open_handle(), "rb")
         size = len(self.data) if self.data is not None else os.fstat(file.fileno()).st_size
         if size == 0 or size > limits.file_bytes:
             file.close()
@@ -78,7 +83,7 @@ class Source:
         with self.open(limits) as file:
             return file.read()
 
-    def _open_file(self) -> BinaryIO:
+    def _open_handle(self) -> int:
         try:
             # Non-blocking, so that a FIFO named like an image cannot hang the reader.
             handle = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -88,7 +93,7 @@ class Source:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise DataError(f"{self.shown}: not a regular file")
-        return os.fdopen(handle, "rb")
+        return handle
 
 
 @dataclass(frozen=True)
@@ -193,9 +198,7 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
 def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:
     """Refuse an array of `count` items that would pass `limits.decoded_bytes`, before it is allocated."""
     if count * itemsize > limits.decoded_bytes:
-        raise LimitError(
-            source.shown, count * itemsize, "decoded bytes", "decoded_bytes", limits.decoded_bytes
-        )
+        raise LimitError(source.shown, count * itemsize, "decoded bytes", "decoded_bytes", limits.decoded_bytes)
 
 
 def check_contract(source: Source, values: Array, what: str) -> Array:

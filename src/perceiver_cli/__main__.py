@@ -1,0 +1,15 @@
+"""`perceiver` and `python -m perceiver_cli`."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line."""
+    from perceiver_cli.cli import app
+    from perceiver_cli.console import guarded
+
+    guarded(app)
+
+
+if __name__ == "__main__":
+    main()

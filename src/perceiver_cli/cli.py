@@ -1,0 +1,328 @@
+"""The commands. Each parses, calls one public function and hands what it gives to the console.
+
+torch is imported only inside the bodies that need it, so that `--help` and `--version` are immediate.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from perceiver_cli import console
+from perceiver_cli.errors import EXIT_DATA, UsageError
+
+app = typer.Typer(
+    name="perceiver",
+    help="Classify images, sound and point clouds with the Perceiver (Jaegle et al., 2021).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+presets_app = typer.Typer(help="List the recipes that ship with the program, or show one.", rich_markup_mode=None)
+app.add_typer(presets_app, name="presets", invoke_without_command=True)
+
+# ---------------------------------------------------------------- options that several commands share
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest]."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
+Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at once.")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="NAME=VALUE", help="Raise what one input may cost, e.g. image_pixels=200M."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+) -> None:
+    console.debug = debug
+    if version:
+        from importlib.metadata import version as installed
+
+        console.emit(f"perceiver {installed('perceiver-cli')}\n")
+        raise typer.Exit
+
+
+# ---------------------------------------------------------------- train
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str | None, typer.Argument(help="Folder: class/file, split/class/file or class/split/file.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Recipe [default: the tiny one of the modality found].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="Length in time, e.g. 300, 5m, 1h30m: the run ends with it.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="As computed.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
+    max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
+    limit: Limit = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
+    init_from: Annotated[str | None, typer.Option(help="Start from the weights of a run or model file.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
+) -> None:
+    """Train a model on a folder of labelled files. The last line printed is the path of the best model."""
+    from perceiver_cli.config import load_config, load_preset
+    from perceiver_cli.train import Trainer, mark_latest
+
+    if preset is not None and config is not None:
+        raise UsageError("--preset and --config are two recipes", "pass one of them")
+    recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+    overrides = list(changes or [])
+    if epochs is not None or steps is not None or max_time is not None:
+        overrides += [f"train.steps={steps or 'none'}", f"train.max_time_s={_seconds(max_time) or 'none'}"]
+    given = {"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr, "train.seed": seed}
+    given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
+    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
+    overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
+    if resume and output is None:
+        output = Path("runs/latest").resolve()
+    trainer = Trainer(data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace)
+    if dry_run:
+        console.show_plan(trainer.dry_run())
+        return
+    mark_latest(trainer.output)
+    console.follow_training(trainer.fit(), trainer.stop)
+
+
+# ---------------------------------------------------------------- evaluate and predict
+
+
+@app.command()
+def evaluate(
+    data: Annotated[str, typer.Argument(help="Folder: class/file, split/class/file or class/split/file.")],
+    model: Model = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl, confusion.png.")
+    ] = None,
+    json: Json = False,
+    batch_size: BatchSize = 64,
+    workers: Workers = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    limit: Limit = None,
+) -> None:
+    """Measure a model on labelled files: accuracy, top-5, loss, and each class."""
+    from perceiver_cli.evaluate import evaluate as evaluate_model
+    from perceiver_cli.evaluate import save_report
+
+    predictor = _predictor(model, device, precision, limit)
+    with console.counting("evaluating") as progress:
+        report = evaluate_model(predictor, data, split, batch_size, workers, progress)
+    for note in report.notes:
+        console.say(f"note: {note}")
+    for _, error in report.bad[:20]:
+        console.say(f"perceiver evaluate: {error}")
+    if output is not None:
+        save_report(report, output)
+        console.say(f"wrote metrics.json, predictions.jsonl and confusion.png into {console.show_path(output)}")
+    console.show_report(report, json)
+    if report.bad:
+        raise typer.Exit(EXIT_DATA)
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[str] | None, typer.Argument(help="Files, folders, or - for bytes on stdin.")] = None,
+    model: Model = None,
+    style: Annotated[
+        Literal["auto", "table", "jsonl", "csv", "tsv"],
+        typer.Option("--format", help="auto is a table on a terminal, else JSON lines."),
+    ] = "auto",
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
+    all_probs: Annotated[bool, typer.Option("--all-probs", help="Give the probability of every class.")] = False,
+    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
+    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    batch_size: BatchSize = 32,
+    workers: Workers = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    limit: Limit = None,
+) -> None:
+    """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3."""
+    sources = _sources(inputs or [], files_from, null, stdin_name)
+    predictor = _predictor(model, device, precision, limit)
+    predictions = predictor.predict(sources, batch_size, workers)
+    raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs))
+
+
+def _predictor(model: str | None, device: str, precision: str, limit: list[str] | None) -> Any:
+    from perceiver_cli.config import Limits
+    from perceiver_cli.predict import Predictor
+
+    predictor = Predictor(model, device, precision)
+    if model is None:
+        console.say(f"using {console.show_path(predictor.path)}")
+    predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **_limits(limit)})
+    return predictor
+
+
+def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
+    """Yield what to predict: files as given, files below folders, listed files, bytes on stdin."""
+    from perceiver_cli.data import walk_files
+    from perceiver_cli.preprocess.base import Source
+
+    if not inputs and files_from is None:
+        raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
+    if inputs.count("-") + (files_from == "-") > 1:
+        raise UsageError("stdin can be read once", "pass - once, or --files-from -")
+    if ("-" in inputs or files_from == "-") and sys.stdin.isatty():
+        raise UsageError("stdin is a terminal", "pipe something in: sox in.mp3 -t wav - | perceiver predict -")
+
+    def found() -> Iterator[Any]:
+        for given in inputs:
+            if given == "-":
+                yield Source(stdin_name, sys.stdin.buffer.read())
+            elif Path(given).is_dir():
+                yield from walk_files(given)
+            else:
+                yield given
+        if files_from is not None:
+            yield from _listed(files_from, b"\0" if null else b"\n")
+
+    return found()
+
+
+def _listed(path: str, separator: bytes) -> Iterator[str]:
+    """Yield the paths in a list, as they arrive."""
+    import os
+
+    try:
+        stream = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115  (read to its end below)
+    except OSError as error:
+        raise UsageError(f"--files-from {console.show_path(path)}: cannot read: {error.strerror}") from error
+    rest = b""
+    while chunk := stream.read1(1 << 16):
+        *names, rest = (rest + chunk).split(separator)
+        yield from (os.fsdecode(name) for name in names if name)
+    if rest:
+        yield os.fsdecode(rest)
+
+
+# ---------------------------------------------------------------- preprocess, info, presets, bench
+
+
+@app.command()
+def preprocess(
+    source: Annotated[str, typer.Argument(metavar="FILE", help="An image, a sound, a mesh or a cloud.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="FILE.npy, FILE.safetensors, or - for npy on stdout.")
+    ] = "-",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Prepare as this run or model file does.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Prepare as this recipe does [default: the paper's].")] = None,
+    limit: Limit = None,
+) -> None:
+    """Write the byte array of one file: M x C float32 with its Fourier features (ImageNet: 50176 x 261)."""
+    from perceiver_cli.recipes import input_recipe, write_byte_array
+
+    if output == "-":
+        console.refuse_terminal("a byte array")
+    spec, limits = input_recipe(source, model, preset, _limits(limit))
+    shape = write_byte_array(source, spec, limits, output, console.emit_bytes)
+    console.say(f"{console.show_path(source)}: {shape[0]} x {shape[1]} float32")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset, a configuration, a run or a model file.")],
+    json: Json = False,
+) -> None:
+    """Print parameters, FLOPs and shapes of a preset or a model file, without building it."""
+    from perceiver_cli.recipes import describe
+
+    console.show_facts(describe(name), json)
+
+
+@presets_app.callback()
+def presets(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        from perceiver_cli.config import preset_names, preset_text
+
+        for name in preset_names():
+            console.emit(f"{name:<16} {preset_text(name).splitlines()[0].lstrip('# ')}\n")
+
+
+@presets_app.command()
+def show(name: Annotated[str, typer.Argument(help="One of those that `perceiver presets` lists.")]) -> None:
+    """Print a recipe with its comments: perceiver presets show NAME > run.toml."""
+    from perceiver_cli.config import preset_text
+
+    console.emit(preset_text(name))
+
+
+@app.command()
+def bench(
+    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time.")] = "tiny-image",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    workers: Workers = 0,
+    json: Json = False,
+) -> None:
+    """Measure samples per second of a training step, of a forward pass and of the data loader, on made-up data."""
+    from perceiver_cli.bench import bench as run_bench
+
+    console.show_facts(run_bench(preset, batch_size, seconds, device, precision, workers), json)
+
+
+# ---------------------------------------------------------------- small parsers
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return "300", "5m", "1h30m" in seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    total = (
+        sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    )
+    if total <= 0:
+        raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
+    return total
+
+
+def _limits(assignments: list[str] | None) -> dict[str, float]:
+    """Return the limits raised on the command line, suffixes k, M and G counted as powers of 1000."""
+    from perceiver_cli.config import Limits
+
+    raised: dict[str, float] = {}
+    for assignment in assignments or []:
+        name, _, text = assignment.partition("=")
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+        if name not in Limits.model_fields or match is None:
+            known = ", ".join(Limits.model_fields)
+            raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names are {known}")
+        value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+        raised[name] = int(value) if value.is_integer() else value
+    return raised

@@ -1,0 +1,387 @@
+"""What people and pipes see: data on stdout, talk on stderr, exit codes, progress. The only user of rich."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from perceiver_cli.errors import EXIT_BUG, EXIT_DATA, PerceiverError, ResourceError, UsageError
+from perceiver_cli.files import show_path
+
+if TYPE_CHECKING:
+    from perceiver_cli.evaluate import Report
+    from perceiver_cli.predict import Prediction
+    from perceiver_cli.train import Evaluated, Event, StepDone
+
+talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
+debug = False
+
+
+# ---------------------------------------------------------------- the whole program
+
+
+def guarded(app: Callable[[], None]) -> None:
+    """Run the command line: expected errors become one line and their exit code; a bug says so and exits with 1."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
+    try:
+        app()
+    except PerceiverError as error:
+        if debug:
+            traceback.print_exc()
+        say(f"perceiver: {error}")
+        sys.exit(error.exit_code)
+    except MemoryError as error:
+        say("perceiver: out of memory; try a smaller --batch-size")
+        sys.exit(ResourceError("").exit_code if error else EXIT_BUG)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        say(f"perceiver: this is a bug: {type(error).__name__}: {error}; run it again with --debug before the command")
+        sys.exit(EXIT_BUG)
+
+
+def say(message: str) -> None:
+    """Print one line of talk on stderr."""
+    with suppress(OSError, ValueError):  # nobody may be listening
+        talk.print(Text(message.encode("utf-8", "backslashreplace").decode()))
+
+
+def emit(text: str) -> None:
+    """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
+
+    Raises:
+        ResourceError: stdout is closed, or its disk is full.
+    """
+    emit_bytes(text.encode("utf-8", "surrogateescape"))
+
+
+def emit_bytes(data: bytes) -> None:
+    """Write bytes to stdout and flush, as `emit` does."""
+    if sys.stdout is None:
+        raise ResourceError("stdout is closed")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(data)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        end_by_signal(signal.SIGPIPE)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered can no longer fail
+        raise ResourceError(f"stdout: cannot write: {error.strerror}") from error
+
+
+def end_by_signal(number: int) -> None:
+    """End this process by a signal, so that shells and schedulers see which."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
+def is_terminal() -> bool:
+    """Return whether stdout is a terminal."""
+    return sys.stdout is not None and sys.stdout.isatty()
+
+
+def emit_json(record: Mapping[str, Any]) -> None:
+    """Write one JSON object on one line."""
+    emit(json.dumps(record) + "\n")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("class", "name", "") else "right", overflow="fold")
+    return table
+
+
+def _emit_table(table: Table) -> None:
+    stream = io.StringIO()
+    # In a pipe a row is a line, however long.
+    width = None if is_terminal() else 1000
+    color = "auto" if is_terminal() and "NO_COLOR" not in os.environ else None
+    console = Console(file=stream, width=width, force_terminal=color == "auto", color_system=color, markup=False)  # type: ignore[arg-type]
+    console.print(table)
+    emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()))
+
+
+# ---------------------------------------------------------------- training
+
+
+def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
+    """Show a run's events as they come; the last line on stdout is the path of the best model.
+
+    The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
+    second ends it at once.
+    """
+    from perceiver_cli.train import Evaluated, Finished, Loaded, Started, StepDone
+
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    with _TrainingDisplay() as display:
+        for event in events:
+            match event:
+                case Started(summary, notes):
+                    display.started(summary, notes)
+                case Loaded(done, total, bad):
+                    display.loaded(done, total, bad)
+                case StepDone():
+                    display.stepped(event)
+                case Evaluated():
+                    display.evaluated(event)
+                case Finished():
+                    finished = event
+                case _:
+                    pass
+    if "val_accuracy" in finished.metrics:
+        best = f"best validation accuracy {finished.metrics['val_accuracy']:.4f} at step {finished.metrics['step']}, "
+    else:
+        best = ""
+    ending = "stopped early and saved" if finished.stopped_early else "done"
+    say(f"{ending}: {best}{finished.step} steps in {_clock(finished.elapsed_s)}")
+    if received:
+        say(f"to go on: perceiver train --resume -o {show_path(finished.model.parent)}")
+        end_by_signal(received[0])
+    emit(f"{finished.model}\n")
+
+
+class _TrainingDisplay:
+    """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
+
+    def __enter__(self) -> _TrainingDisplay:
+        self.live = talk.is_terminal
+        self.header_shown = False
+        self.last_line = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"), console=talk, transient=True, disable=not self.live,
+        )  # fmt: skip
+        self.task = self.progress.add_task("reading", total=None, facts="")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def started(self, summary: Mapping[str, Any], notes: Iterable[str]) -> None:
+        """Say what the run is."""
+        for line in plan_lines(summary):
+            say(line)
+        for note in notes:
+            say(f"note: {note}")
+
+    def loaded(self, done: int, total: int, bad: int) -> None:
+        """Show files decoded."""
+        facts = f"{bad} unreadable" if bad else ""
+        self.progress.update(self.task, description="reading", completed=done, total=total, facts=facts)
+        if done == total and not self.live:
+            say(f"read {total} files" + (f", {bad} of them unreadable and left out" if bad else ""))
+
+    def stepped(self, event: StepDone) -> None:
+        """Show a step."""
+        facts = f"loss {event.loss:.3f}  {event.samples_per_s:.0f}/s  epoch {event.epoch:.1f}"
+        self.progress.update(
+            self.task, description="training", completed=event.step, total=event.total_steps, facts=facts
+        )
+        if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
+            self.last_line = time.monotonic()
+            say(f"step {event.step} of {event.total_steps}  {facts}")
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Show a row of the table of evaluations."""
+        if not self.header_shown:
+            self.header_shown = True
+            say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
+        mark = " *" if event.best else ""
+        say(
+            f"{event.epoch:8.2f} {event.step:8d} {event.train_loss:11.4f} {event.loss:9.4f} {event.accuracy:8.4f} "
+            f"{_clock(event.elapsed_s):>8}{mark}"
+        )
+        self.last_line = time.monotonic()
+
+
+def plan_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the plan of a run as lines for people."""
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    inputs = ", ".join(
+        f"{name} {' x '.join(map(str, given['shape']))} of {given['channels']} channels"
+        for name, given in summary["inputs"].items()
+    )
+    length = (
+        f"{summary['steps']} steps" if summary["steps"] else f"as many steps as fit in {_clock(summary['max_time_s'])}"
+    )
+    return [
+        f"{summary['preset']}: {len(summary['classes'])} classes, {summary['modality']} ({splits}) in "
+        f"{show_path(summary['data'])}",
+        f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
+        f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
+        f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
+        f"{show_path(summary['output'])}",
+    ]
+
+
+def show_plan(summary: Mapping[str, Any]) -> None:
+    """Print a dry run: lines on a terminal, one JSON object otherwise."""
+    if not is_terminal():
+        emit_json(summary)
+        return
+    lines = plan_lines(summary)
+    for name, count in summary["classes"].items():
+        lines.append(f"  {show_path(name)} {count}")
+    lines.append(f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all")
+    emit("\n".join(lines) + "\n")
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def show_predictions(predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool) -> int:
+    """Write predictions as they come; return the exit code: 0, or 3 where any input was bad."""
+    if style == "auto":
+        style = "table" if is_terminal() else "jsonl"
+    writer = {"table": _table_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}[style]
+    failed = 0
+
+    def watched() -> Iterator[Prediction]:
+        nonlocal failed
+        for prediction in predictions:
+            if prediction.error is not None:
+                failed += 1
+                say(f"perceiver predict: {prediction.error}")
+            yield prediction
+
+    for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs):
+        emit(row)
+    return EXIT_DATA if failed else 0
+
+
+def _json_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool) -> Iterator[str]:
+    for prediction in predictions:
+        yield json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n"
+
+
+def _csv_rows(predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool) -> Iterator[str]:
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
+
+    def row(cells: list[Any]) -> str:
+        stream.seek(0)
+        stream.truncate()
+        writer.writerow([_cell(cell) for cell in cells])
+        return stream.getvalue()
+
+    header = False
+    for prediction in predictions:
+        count = min(top_k, len(prediction.classes))
+        if not header:
+            header = True
+            ranks = [
+                f"{name}{rank}" for rank in ["", *(f"_{i}" for i in range(2, count + 1))] for name in ("label", "prob")
+            ]
+            yield row(["path", *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
+        best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
+        every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
+        yield row([prediction.path, *best, *every, prediction.error or ""])
+
+
+def _cell(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value != "-"
+        else value
+    )
+
+
+def _table_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool) -> Iterator[str]:
+    for prediction in predictions:
+        shown = show_path(prediction.path)
+        if prediction.error is not None:
+            yield f"{shown}  (not read)\n"
+            continue
+        ranked = prediction.top(len(prediction.classes) if all_probs else top_k)
+        (label, prob), *others = ranked
+        rest = "  ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
+        yield f"{shown}  {show_path(label)[1:-1]} {prob:.3f}" + (f"   ({rest})" if rest else "") + "\n"
+
+
+# ---------------------------------------------------------------- evaluation and info
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """Print an evaluation: headline and per-class table, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    emit(
+        f"{report.split}: accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
+        f"({report.num_examples} examples)\n"
+    )
+    table = _table("class", "count", "accuracy", "precision", "f1")
+    for name, row in report.per_class.items():
+        numbers = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("accuracy", "precision", "f1"))
+        table.add_row(Text(show_path(name)[1:-1]), str(row["count"]), *numbers)
+    _emit_table(table)
+
+
+@contextmanager
+def counting(description: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on stderr while something is counted, if that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as progress:
+        task = progress.add_task(description, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
+    """Print names and values: aligned lines, or one JSON object."""
+    if as_json:
+        emit_json(facts)
+        return
+    rows = list(_flat(facts, ""))
+    width = max(len(name) for name, _ in rows)
+    emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+
+
+def _flat(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        elif isinstance(value, int):
+            yield prefix + name, f"{value:,}"
+        elif isinstance(value, list | tuple):
+            yield prefix + name, " ".join(show_path(v)[1:-1] if isinstance(v, str) else str(v) for v in value)
+        elif value is not None:
+            yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_path(str(value))[1:-1]
+
+
+def refuse_terminal(what: str) -> None:
+    """Raise UsageError if binary data were about to fill a terminal."""
+    if is_terminal():
+        raise UsageError(f"{what} is binary and stdout is a terminal", "pass -o FILE, or pipe it on")

@@ -1,0 +1,402 @@
+"""Sound: decoded to mono at one rate, then raw samples in segments or a log-mel spectrogram (paper 4.2).
+
+What a file declares is compared with its size and the limits before anything is decoded, and with what was
+decoded after. libsndfile decodes, soxr resamples; both are imported when the first file is read.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from perceiver_cli.config import AudioSpec, Limits
+from perceiver_cli.errors import DataError, LimitError, UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.base import (
+    Array,
+    ByteArray,
+    Layout,
+    Modality,
+    Source,
+    check_contract,
+    check_decoded,
+    patchify,
+)
+
+__all__ = ["MODALITY", "AudioModality"]
+
+Samples = NDArray[np.float32]
+
+BLOCK_FRAMES = 65_536
+MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
+UNKNOWN_FRAMES = 1 << 62  # libsndfile gives 2^63 - 1 where a stream declares no length
+# Full scale is 1; floats that hold 32-bit integers reach 2^31. Beyond this, power would overflow float32.
+MAX_AMPLITUDE = 1e10
+# Sizes in a sound that was written to a pipe: unset, or the most there can be (0x7FFFF000: SoX).
+STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
+MAX_CHUNKS = 10_000
+WAVE_MAGIC = (b"RIFF", b"RIFX", b"RF64")
+POWER_FLOOR = 1e-10  # of a full-scale sine: -100 dB, below the noise of 16-bit sound
+MIN_STD = 1e-4  # of log power; a flatter spectrogram is silence
+
+
+class AudioModality(Modality[AudioSpec]):
+    """Sound files of every kind that libsndfile reads and that have a signature of their own."""
+
+    name = "audio"
+    formats = "WAV, FLAC, OGG, MP3, AIFF, AU, CAF"
+
+    def sniff(self, head: bytes, name: str) -> bool:
+        """Return whether `head` has the signature of a sound file; the name is not looked at."""
+        if head[:4] in WAVE_MAGIC:
+            return head[8:12] == b"WAVE"
+        if head[:4] == b"FORM":
+            return head[8:12] in (b"AIFF", b"AIFC")
+        return head[:4] in (b"fLaC", b"OggS", b".snd", b"caff") or head[:3] == b"ID3" or _is_mpeg_frame(head)
+
+    def load(self, source: Source, spec: AudioSpec, limits: Limits) -> Samples:
+        """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
+
+        Raises:
+            UsageError: the rate is still "auto".
+            DataError: not decodable, shorter than declared, no such channel, no samples, not finite.
+            LimitError: more seconds, channels or bytes than allowed, known before they are decoded.
+        """
+        rate_hz = _rate(spec)
+        with source.open(limits) as file, _sound_file(source, file) as sound:
+            samples = _decode(source, sound, spec, limits)
+            found_hz = int(sound.samplerate)
+        check_contract(source, samples, "samples")
+        if np.abs(samples).max() > MAX_AMPLITUDE:
+            raise DataError(f"{source.shown}: samples above {MAX_AMPLITUDE:g}, expected full scale to be 1")
+        if found_hz != rate_hz:
+            import soxr
+
+            samples = check_contract(source, soxr.resample(samples, found_hz, rate_hz, "HQ"), "samples")
+        return samples
+
+    def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
+        """Return `spec` with a rate: the commonest of `sources` by their headers, at most `max_auto_rate_hz`.
+
+        Without sources it is `max_auto_rate_hz`.
+
+        Raises:
+            DataError: none of the sources can be read.
+        """
+        if spec.rate_hz != "auto":
+            return spec
+        if not sources:
+            return spec.model_copy(update={"rate_hz": spec.max_auto_rate_hz})
+        rates: Counter[int] = Counter()
+        failure = DataError("no sound files to take the sample rate from", "set inputs.audio.rate_hz")
+        for source in sources:
+            try:
+                with source.open(limits) as file, _sound_file(source, file) as sound:
+                    rates[_checked_rate(source, sound)] += 1
+            except DataError as error:
+                failure = error
+        if not rates:
+            raise failure
+        commonest = max(rates, key=lambda rate: (rates[rate], rate))  # no dependence on the order of files
+        return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
+
+    def layout(self, spec: AudioSpec) -> Layout:
+        """Return (n / patch,) inputs of raw sound, or (frames, mels) / patch of a spectrogram; n samples a clip.
+
+        Paper 4.2: 1.28 s at 48 kHz are 61,440 samples, in segments of 128 a byte array of 480 x 128.
+
+        Raises:
+            UsageError: a clip shorter than a window or a patch, or a max_resolution of the wrong length.
+        """
+        shape = (_num_samples(spec),) if spec.features == "raw" else _mel_shape(spec)
+        grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
+        if 0 in grid:
+            raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip's {list(shape)}")
+        resolution = spec.max_resolution or tuple(float(side) for side in grid)
+        if len(resolution) != len(grid):
+            raise UsageError(
+                f"inputs.audio.max_resolution has {len(resolution)} number(s), expected {len(grid)} for {spec.features}"
+            )
+        return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution)
+
+    def prepare(self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None) -> ByteArray:
+        """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.
+
+        Without `rng` the clip is the middle of the sound; with it: random place, gain, and SpecAugment (mel).
+        """
+        clip = _clip(raw, _num_samples(spec), spec.short, rng)
+        if rng is not None and spec.gain_db:
+            clip = clip * np.float32(10 ** (rng.uniform(-spec.gain_db, spec.gain_db) / 20))
+        if spec.features == "raw":
+            return ByteArray(patchify(clip[:, None], spec.patch))
+        features = _log_mel(clip, spec)
+        if rng is not None:
+            _mask(features, 0, spec.time_masks, spec.time_mask_share, rng)
+            _mask(features, 1, spec.frequency_masks, spec.frequency_mask_share, rng)
+        return ByteArray(patchify(features[:, :, None], spec.patch))
+
+
+MODALITY = AudioModality()
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _is_mpeg_frame(head: bytes) -> bool:
+    """Return whether `head` begins with a frame header of MPEG audio, layer II or III.
+
+    The sync alone is 11 bits and matches a UTF-16 text (0xFF 0xFE, which would be layer I).
+    """
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
+        return False
+    version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
+    bitrate, rate = head[2] >> 4, head[2] >> 2 & 3
+    return version != 1 and layer in (1, 2) and bitrate not in (0, 15) and rate != 3
+
+
+class _Reader:
+    """A file that never raises: libsndfile calls it from C, where an exception could only be printed."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        try:
+            return self.file.seek(offset, whence)
+        except (OSError, ValueError, OverflowError):  # a damaged header asks for a place that cannot be
+            return self.file.tell()
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        except (OSError, ValueError):  # a failing disk: the sound ends here, and is found short
+            return 0
+
+
+@contextmanager
+def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
+    """Yield the soundfile.SoundFile over `file`. Whatever libsndfile raises inside becomes a DataError."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound:
+            # Else soundfile seeks after every block: slow, and an error where a FLAC declares no length.
+            sound.seekable = lambda: False
+            yield sound
+    except DataError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "error_string", None) or f"{type(error).__name__} {error}"
+        raise DataError(f"{source.shown}: cannot decode the sound: {show_path(str(reason))[1:-1]}") from error
+
+
+def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
+    """Return `file`, rewound, unless its header says more or less of the size of the sound than the truth.
+
+    Of WAV, AIFF and AU, libsndfile reads what there is where more was declared, without a word. It reads nothing of
+    a WAV that was streamed with size 0: for that, a copy that declares the maximum comes back instead.
+
+    Raises:
+        DataError: the file declares more bytes of sound than it holds.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    header = file.read(24)
+    file.seek(0)
+    magic, at, long_size = header[:4], 12, 0
+    if magic == b".snd" and len(header) == 24:
+        at, declared = struct.unpack_from(">2I", header, 4)
+        _check_sound_bytes(source, declared, size - at)
+    order = "<" if magic in (b"RIFF", b"RF64") else ">"
+    for _ in range(MAX_CHUNKS if magic in (*WAVE_MAGIC, b"FORM") else 0):
+        file.seek(at)
+        if len(header := file.read(24)) < 8:
+            break
+        at += 8
+        name, declared = struct.unpack_from(f"{order}4sI", header)
+        if name in (b"data", b"SSND"):
+            declared = long_size if declared == 0xFFFFFFFF and long_size else declared
+            _check_sound_bytes(source, declared, size - at)
+            if name == b"data" and declared == 0 and at < size and not _is_chunk(header[8:], size - at, order):
+                file.seek(0)
+                data = bytearray(file.read())
+                data[at - 4 : at] = b"\xff" * 4
+                return io.BytesIO(data)
+            break
+        if name == b"ds64" and magic == b"RF64" and len(header) == 24:  # 64-bit sizes of the file and its sound
+            long_size = int.from_bytes(header[16:24], "little")
+        at += declared + (declared & 1)
+    file.seek(0)
+    return file
+
+
+def _check_sound_bytes(source: Source, declared: int, found: int) -> None:
+    if declared > found and declared not in STREAMED_SIZES:
+        raise DataError(f"{source.shown}: declared {declared} bytes of sound, found {max(0, found)}")
+
+
+def _is_chunk(data: bytes, room: int, order: str) -> bool:
+    """Return whether a RIFF chunk begins here, rather than sound: a printable name, and a size that fits."""
+    if len(data) < 8 or not all(0x20 <= byte < 0x7F for byte in data[:4]):
+        return False
+    return bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
+
+
+def _checked_rate(source: Source, sound: Any) -> int:
+    rate = int(sound.samplerate)
+    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
+        raise DataError(f"{source.shown}: sample rate {rate} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
+    return rate
+
+
+def _decode(source: Source, sound: Any, spec: AudioSpec, limits: Limits) -> Samples:
+    """Return the chosen channel, or the mean of all, as (samples,) float32 at the file's own rate."""
+    rate, channels, declared = _checked_rate(source, sound), int(sound.channels), int(sound.frames)
+    if channels > limits.audio_channels:
+        raise LimitError(source.shown, channels, "channels", "audio_channels", limits.audio_channels)
+    if spec.channel != "mix" and spec.channel >= channels:
+        raise DataError(f"{source.shown}: no channel {spec.channel}, found {channels} channel(s) counted from 0")
+    known = declared < UNKNOWN_FRAMES
+    growth = max(1.0, _rate(spec) / rate)  # of the array, by resampling
+
+    def check(frames: int) -> None:
+        if frames > limits.audio_seconds * rate:
+            raise LimitError(source.shown, math.ceil(frames / rate), "seconds", "audio_seconds", limits.audio_seconds)
+        check_decoded(source, frames * growth, 4, limits)
+
+    if known:
+        check(declared)
+    buffer = np.empty((min(BLOCK_FRAMES, max(1, declared)), channels), np.float32)
+    blocks: list[Samples] = []
+    total = 0
+    while len(block := sound.read(out=buffer)):
+        total += len(block)
+        check(total)  # again, for a stream that declares nothing
+        if spec.channel != "mix" or channels == 1:
+            blocks.append(block[:, 0 if spec.channel == "mix" else spec.channel].copy())
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # refused by the caller's check
+                blocks.append(block.mean(axis=1))
+    if known and total < declared and _declares_length(source, sound, limits):
+        raise DataError(f"{source.shown}: declared {declared} frames of sound, found {total}")
+    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+
+
+def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
+    """Return whether the frame count is the file's own: in an MP3 without a Xing header it is an estimate.
+
+    libsndfile then reads as far as the estimate, which is good for a constant bitrate.
+    """
+    if sound.format != "MP3":
+        return True
+    with source.open(limits) as file:
+        head = file.read(10)
+        tag = 0
+        if head[:3] == b"ID3" and len(head) == 10:  # its size is four times 7 bits
+            tag = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        file.seek(tag)
+        frame = file.read(256)
+    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))
+
+
+# ---------------------------------------------------------------- features
+
+
+def _rate(spec: AudioSpec) -> int:
+    if spec.rate_hz == "auto":
+        raise UsageError("inputs.audio.rate_hz is still 'auto', expected a number by now", "set it in hertz")
+    return spec.rate_hz
+
+
+def _num_samples(spec: AudioSpec) -> int:
+    return math.floor(spec.clip_s * _rate(spec) + 0.5)
+
+
+def _window_and_hop(spec: AudioSpec) -> tuple[int, int]:
+    rate = _rate(spec)
+    return max(1, math.floor(spec.window_s * rate + 0.5)), max(1, math.floor(spec.hop_s * rate + 0.5))
+
+
+def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
+    """Return (frames, mels) of a clip. Frames lie wholly inside it: nothing is padded."""
+    samples, (window, hop) = _num_samples(spec), _window_and_hop(spec)
+    if samples < window:
+        raise UsageError(f"inputs.audio.clip_s is {samples} samples, shorter than one window of {window}")
+    if spec.min_hz >= _rate(spec) / 2:
+        raise UsageError(f"inputs.audio.min_hz {spec.min_hz:g} is not below half of rate_hz {spec.rate_hz}")
+    return 1 + (samples - window) // hop, spec.num_mels
+
+
+def _clip(raw: Array, samples: int, short: str, rng: np.random.Generator | None) -> Samples:
+    """Return (samples,) of `raw`: a random or the middle part; a shorter sound is repeated or padded."""
+    if raw.size >= samples:
+        spare = raw.size - samples
+        start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
+        return raw[start : start + samples]
+    if short == "loop":
+        phase = int(rng.integers(raw.size)) if rng is not None else 0
+        return raw.take(np.arange(phase, phase + samples), mode="wrap")
+    start = int(rng.integers(samples - raw.size + 1)) if rng is not None else 0
+    clip = np.zeros(samples, np.float32)
+    clip[start : start + raw.size] = raw
+    return clip
+
+
+def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:
+    """Return the log-mel spectrogram (frames, mels) of `clip`, with zero mean and unit variance over the clip.
+
+    A factor on the samples is a constant added to log power. Level says more of the microphone than of the sound,
+    and the mean takes it out, the variance the loudness range; silence gives zeros.
+    """
+    window, hop = _window_and_hop(spec)
+    taper, filters = _filters(_rate(spec), window, spec.num_mels, spec.min_hz)
+    frames = sliding_window_view(clip, window)[::hop] * taper
+    spectrum = np.fft.rfft(frames, n=2 * (filters.shape[0] - 1), axis=1)
+    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
+    features: Samples = np.log(power @ filters + np.float32(POWER_FLOOR))
+    features -= features.mean()
+    std = features.std()
+    return features / std if std > MIN_STD else np.zeros_like(features)
+
+
+@lru_cache(maxsize=8)
+def _filters(rate_hz: int, window: int, num_mels: int, min_hz: float) -> tuple[Samples, Samples]:
+    """Return the periodic Hann window (window,), and the HTK mel filterbank (bins, mels) of equal area (Slaney).
+
+    The window is scaled so that a full-scale sine has power 1. Where mels lie closer than the bins of the Fourier
+    transform, a triangle is widened to one bin either way: none is empty.
+    """
+    num_fft = 1 << max(1, (window - 1).bit_length())
+    taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window) if window > 1 else np.ones(1)
+    bin_hz = rate_hz / num_fft
+    low, high = (2595 * math.log10(1 + hz / 700) for hz in (min_hz, rate_hz / 2))
+    edges = 700 * (10 ** (np.linspace(low, high, num_mels + 2) / 2595) - 1)
+    centre = edges[1:-1]
+    left, right = np.minimum(edges[:-2], centre - bin_hz), np.maximum(edges[2:], centre + bin_hz)
+    hz = np.arange(num_fft // 2 + 1)[:, None] * bin_hz
+    triangles = np.minimum((hz - left) / (centre - left), (right - hz) / (right - centre)).clip(0)
+    filters = triangles * (2 * bin_hz / (right - left))
+    taper /= taper.sum() / 2
+    return taper.astype(np.float32), filters.astype(np.float32)
+
+
+def _mask(features: Samples, axis: int, count: int, share: float, rng: np.random.Generator) -> None:
+    """Set `count` random bands along `axis` to 0, the mean; widths uniform up to `share` (SpecAugment, paper 4.2)."""
+    length = features.shape[axis]
+    for _ in range(count):
+        width = int(rng.integers(int(share * length) + 1))
+        start = int(rng.integers(length - width + 1))
+        features[(slice(None),) * axis + (slice(start, start + width),)] = 0.0
