@@ -1,7 +1,8 @@
 """Point clouds and the surfaces of meshes: positions only, as in the paper's ModelNet40 model (section 4.3).
 
-What a file declares is compared with its size and the limits before a reader sees it. STL, OBJ, XYZ and NPY are
-read here with NumPy; PLY, OFF and GLB by trimesh, from memory, with a resolver that refuses every other file.
+What a file declares is compared with its size and the limits before a reader sees it. STL, OBJ, XYZ, NPY and
+binary PLY are read here with NumPy; ASCII PLY, OFF and GLB by trimesh, from memory, with a resolver that refuses
+every other file.
 """
 
 from __future__ import annotations
@@ -38,16 +39,21 @@ __all__ = ["MODALITY", "PointsModality"]
 
 Floats = NDArray[np.float64]
 Mesh = tuple[Floats, NDArray[np.int64]]  # vertices (V, 3) and triangles (F, 3); F is 0 for a point cloud
+# Of a PLY header, with NumPy's types: (name, type, type of a list's length or "") and (name, rows, properties).
+Property = tuple[str, str, str]
+Element = tuple[str, int, list[Property]]
 
 POOL_SEED = 0  # the pool of a file is the same in every run
 MAX_COORDINATE = 1e30  # its square would still be far from overflow in float64, sums of it in float32
 MAX_HEADER_BYTES = 1 << 16  # of PLY
 MAX_PROPERTIES = 1000
 MAX_JSON_BYTES = 8 << 20  # of GLB
-MAX_NODES = 10_000
+MAX_NODES, MAX_DEPTH = 10_000, 128
 BLOCK_FACES = 1 << 20  # areas are computed in blocks, to bound memory
-PLY_BYTES = {"char": 1, "uchar": 1, "short": 2, "ushort": 2, "int": 4, "uint": 4, "float": 4, "double": 8}
-PLY_BYTES |= {f"{kind}{bits}": bits // 8 for kind in ("int", "uint", "float") for bits in (8, 16, 32, 64)}
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
+PLY_TYPES |= {"float": "f4", "double": "f8"} | {f"int{8 * n}": f"i{n}" for n in (1, 2, 4, 8)}
+PLY_TYPES |= {f"uint{8 * n}": f"u{n}" for n in (1, 2, 4, 8)} | {f"float{8 * n}": f"f{n}" for n in (2, 4, 8)}
+PLY_CORNERS = ("vertex_indices", "vertex_index")
 GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
@@ -361,32 +367,69 @@ def _ply(source: Source, data: bytes, limits: Limits) -> Mesh:
     if end < 0 or body == 0:
         raise DataError(f"{source.shown}: no end of the PLY header in {min(len(data), MAX_HEADER_BYTES)} bytes")
     lines = [line.split() for line in data[:end].decode("ascii", "replace").splitlines()]
-    is_ascii = ["format", "ascii"] in [line[:2] for line in lines]
-    counts: dict[str, int] = {}
-    row_bytes: dict[str, int] = {}
-    properties, element = 0, ""
+    kind = next(line[1] for line in lines if line[:1] == ["format"])
+    order = ">" if kind == "binary_big_endian" else "<"
+    elements: list[Element] = []
     for line in lines:
         if line[:1] == ["element"]:
-            element = line[1]
-            counts[element], row_bytes[element] = int(line[2]), 0
-            if counts[element] < 0:
-                raise DataError(f"{source.shown}: declared {counts[element]} of element {element!a}")
+            elements.append((line[1], int(line[2]), []))
         elif line[:1] == ["property"]:
-            properties += 1
-            row_bytes[element] += 2 if is_ascii else PLY_BYTES[line[2] if line[1] == "list" else line[1]]
-    if properties > MAX_PROPERTIES:
-        raise DataError(f"{source.shown}: {properties} properties in the PLY header, expected <= {MAX_PROPERTIES}")
-    declared = counts.get("vertex", 0)
-    _check_claim(source, sum(counts[name] * row_bytes[name] for name in counts), len(data) - body + 1)
-    _check_counts(source, declared, counts.get("face", 0), limits)
-    if is_ascii:
-        found = sum(1 for line in data[body:].splitlines() if line.strip())
-        if sum(counts.values()) > found:
-            raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {found}")
-    vertices, faces = _in_scene(_trimesh(source, data, "ply"))
-    if len(vertices) != declared:
-        raise DataError(f"{source.shown}: declared {declared} vertices, found {len(vertices)}")
+            size = order + PLY_TYPES[line[2]] if line[1] == "list" else ""
+            elements[-1][2].append((line[-1], order + PLY_TYPES[line[-2]], size))
+    properties = sum(len(element[2]) for element in elements)
+    if properties > MAX_PROPERTIES or any(count < 0 for _, count, _ in elements):
+        raise DataError(f"{source.shown}: {properties} properties, or a negative count, in the PLY header")
+    counts = {name: count for name, count, _ in elements}
+    least = {name: sum(np.dtype(size or kind).itemsize for _, kind, size in row) for name, _, row in elements}
+    if kind == "ascii":
+        least = {name: 2 * len(row) for name, _, row in elements}
+    _check_claim(source, sum(counts[name] * least[name] for name in counts), len(data) - body + 1)
+    _check_counts(source, counts.get("vertex", 0), counts.get("face", 0), limits)
+    if kind != "ascii":
+        return _binary_ply(data, body, elements)
+    found = sum(1 for line in data[body:].splitlines() if line.strip())
+    if sum(counts.values()) > found:
+        raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {found}")
+    return _in_scene(_trimesh(source, data, "ply"))
+
+
+def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
+    """Read the body of a binary PLY from offset `at`. (trimesh reads none with triangles beside quadrilaterals.)"""
+    vertices, faces = np.empty((0, 3)), NO_FACES
+    for name, count, row in elements:
+        columns, at = _ply_columns(data, at, count, row)
+        if name == "vertex":
+            vertices = np.stack([np.asarray(columns[axis], np.float64).reshape(-1) for axis in "xyz"], axis=1)
+        for key in PLY_CORNERS:
+            if name == "face" and count and key in columns:
+                corners = list(columns[key])
+                faces = _triangles(np.concatenate(corners).astype(np.int64), np.array([len(face) for face in corners]))
     return vertices, faces
+
+
+def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple[dict[str, Any], int]:
+    """Return {property: one array or list a row} of a binary element, and the offset of the next element."""
+    fields: list[Any] = []
+    for key, kind, size in row:  # in most files all lists are as long as in the first row
+        first = np.frombuffer(data, size, 1, at + np.dtype(fields).itemsize)[0] if size and count else 0
+        fields += [(f"{key} size", size), (key, kind, (int(first),))] if size else [(key, kind)]
+    record = np.dtype(fields)
+    if at + count * record.itemsize <= len(data):
+        table = np.frombuffer(data, record, count, at)
+        if all((table[f"{key} size"] == table[f"{key} size"][:1]).all() for key, _, size in row if size):
+            return {key: table[key] for key, _, _ in row}, at + count * record.itemsize
+    columns: dict[str, Any] = {key: [] for key, _, _ in row}
+    for _ in range(count):
+        for key, kind, size in row:
+            length = 1
+            if size:
+                length = int(np.frombuffer(data, size, 1, at)[0])
+                at += np.dtype(size).itemsize
+            if not 0 <= length * np.dtype(kind).itemsize <= len(data) - at:
+                raise ValueError("the PLY ends inside its data")
+            columns[key].append(np.frombuffer(data, kind, length, at))
+            at += length * np.dtype(kind).itemsize
+    return columns, at
 
 
 def _off(source: Source, data: bytes, limits: Limits) -> Mesh:
@@ -423,6 +466,10 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
     children = [child for node in nodes for child in node.get("children", [])]
     if len(children) != len(set(children)):  # else a few nodes unfold into millions
         raise DataError(f"{source.shown}: a node with two parents")
+    level, depth = sorted(set(range(len(nodes))) - set(children)), 0
+    while level := [child for node in level for child in nodes[node].get("children", [])]:
+        if (depth := depth + 1) > MAX_DEPTH:  # each transform is the product of all above it
+            raise DataError(f"{source.shown}: nodes more than {MAX_DEPTH} deep")
     if any(not isinstance(size, int) or size < 0 for size in claims):
         raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
     for view in views:
