@@ -1,0 +1,108 @@
+"""Configuration: what it refuses, and that it survives its own files."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perceiver_cli.config import (
+    Config,
+    ModelConfig,
+    duration_steps,
+    load_config,
+    load_preset,
+    preset_names,
+    preset_text,
+)
+from perceiver_cli.errors import UsageError
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_say_what_they_are_and_replay(name: str) -> None:
+    first = preset_text(name).splitlines()[0]
+    assert first.startswith("# ")
+    assert len(first) > 20
+    config = load_preset(name)
+    assert config.name == name
+    assert Config.parse(tomllib.loads(config.to_toml())) == config
+    assert Config.parse(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("train.lrr=1", "unknown key train.lrr, did you mean train.lr"),
+        ("inputs.image.sizee=3", "unknown key inputs.image.sizee, did you mean inputs.image.size"),
+        ("modle.num_latents=3", "unknown key modle, did you mean model"),
+        ("data.limits.zzz=3", "known are file_bytes"),
+        ("train.lr=-1", "train.lr: Input should be greater than 0, found -1"),
+        ("train.lr=nan", "train.lr"),
+        ("train.optimizer=lamp", "'adamw' or 'lamb', found 'lamp'"),
+        ("train.warmup=soon", "a duration is like"),
+        ("model.num_self_heads=7", "latent_channels 128 is not a multiple of num_self_heads 7"),
+        ("model.num_latents=1000000000", "model.num_latents"),
+        ("inputs.smell.size=3", "unknown modality 'smell', known are"),
+        ("train.seed", "expected KEY=VALUE"),
+        ("train.lr.x=1", "train.lr.x"),
+    ],
+)
+def test_wrong_options_are_named(change: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_preset("tiny-image").override([change])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_override_takes_toml_values_and_bare_words() -> None:
+    config = load_preset("tiny-image").override(
+        ["train.steps=7", "train.optimizer=lamb", "inputs.image.size=[8, 9]", "train.clip_norm=none"]
+    )
+    assert (config.train.steps, config.train.optimizer, config.train.clip_norm) == (7, "lamb", None)
+    assert vars(config.inputs["image"])["size"] == (8, 9)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ("c0 t0", "c0 t0"),
+        ("c0 t0 (c1 t0)x3", "c0 t0 c1 t0 c1 t0 c1 t0"),
+        ("c0 ((t0)x2 c1)x2", "c0 t0 t0 c1 t0 t0 c1"),
+        ("(c0 t0)x0 c0", "c0"),
+    ],
+)
+def test_schedule(schedule: str, steps: str) -> None:
+    assert " ".join(f"{kind}{index}" for kind, index in ModelConfig(schedule=schedule).steps) == steps
+
+
+@pytest.mark.parametrize("schedule", ["", "t0 c0", "c1", "c0 t1", "c0 x0", "(c0 t0", "((c0)x9999)x9999", "c0 t0)x2"])
+def test_impossible_schedules(schedule: str) -> None:
+    with pytest.raises(ValueError, match="schedule"):
+        ModelConfig(schedule=schedule)
+
+
+@given(st.integers(0, 10_000), st.integers(1, 10_000), st.integers(1, 500))
+def test_durations(amount: int, total: int, per_epoch: int) -> None:
+    assert duration_steps(f"{amount} steps", total, per_epoch) == amount
+    assert duration_steps(f"{amount} epochs", total, per_epoch) == amount * per_epoch
+    assert duration_steps("50%", total, per_epoch) == round(total / 2)
+
+
+def test_unreadable_configurations_are_one_line(tmp_path: Path) -> None:
+    cases = {"a.toml": b"x = [", "b.toml": b"\xff\xfe", "c.toml": b"[inputs]\n", "d.toml": b"#" * (1 << 21)}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UsageError) as caught:
+            load_config(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="No such file"):
+        load_config(tmp_path / "none.toml")
+
+
+def test_nearest_preset_is_named() -> None:
+    with pytest.raises(UsageError, match="did you mean imagenet"):
+        load_preset("imagnet")
