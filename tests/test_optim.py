@@ -82,7 +82,7 @@ def test_average_starts_at_the_model_and_follows_it() -> None:
         with torch.no_grad():
             model.weight.fill_(float(n))
         average.update_parameters(model)
-        values.append(float(average.module.weight))
+        values.append(float(average.module.weight.detach()))
     assert values[0] == 0.0
     expected = 0.0
     for n in range(1, 50):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from perceiver_cli.config import Config, InputSpec, load_config, load_preset
     from perceiver_cli.encoding import Segment, byte_array
     from perceiver_cli.errors import PerceiverError
-    from perceiver_cli.evaluate import Report, evaluate
+    from perceiver_cli.evaluate import Report
     from perceiver_cli.model import Perceiver
     from perceiver_cli.optim import Lamb
     from perceiver_cli.predict import Prediction, Predictor
@@ -34,7 +34,6 @@ _HOMES = {
     "Source": "preprocess.base",
     "Trainer": "train",
     "byte_array": "encoding",
-    "evaluate": "evaluate",
     "load": "checkpoint:load_model",
     "load_config": "config",
     "load_preset": "config",
@@ -57,7 +56,6 @@ __all__ = [
     "Source",
     "Trainer",
     "byte_array",
-    "evaluate",
     "load",
     "load_config",
     "load_preset",

@@ -74,11 +74,11 @@ class CrossAttend(nn.Module):
         scale = query.shape[-1] ** -0.5
         if keys is values:
             # (W, C) -> (H, W / H, C): the rows of each head
-            key_rows = self.key.weight.unflatten(0, (self.heads, -1))
+            key_rows = self.key.weight.view(self.heads, -1, keys.shape[-1])
             folded = (query @ key_rows) * (self.input_norm.weight * scale)  # (B, H, N, C)
             attended = attend(folded.flatten(1, 2).unsqueeze(1), keys, values, 1.0)  # all heads share xhat
             attended = attended.view(batch, self.heads, count, -1) * self.input_norm.weight + self.input_norm.bias
-            value_rows = self.value.weight.unflatten(0, (self.heads, -1))
+            value_rows = self.value.weight.view(self.heads, -1, keys.shape[-1])
             attended = merge_heads(attended @ value_rows.mT) + self.value.bias
         else:
             attended = merge_heads(attend(query, keys, values, scale))
@@ -114,7 +114,7 @@ def normalise(x: Tensor) -> Tensor:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return (B, N, W) as (B, H, N, W / H)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

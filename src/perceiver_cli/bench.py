@@ -110,7 +110,7 @@ def _training_step(model: Perceiver, batch: Batch, train: Any, compute: Compute)
     def step() -> None:
         with compute.autocast():
             logits = model(segments)
-        torch.nn.functional.cross_entropy(logits, labels).backward()
+        torch.nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         if average is not None:

@@ -67,7 +67,7 @@ def read_info(path: Path) -> ModelInfo:
     Raises:
         IntegrityError: damaged, or of another format version. UsageError: not a model file of this program.
     """
-    header = _read_header(path)
+    header = _read_header(path).fields
     if header.get("kind") != "model":
         raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
     try:
@@ -156,7 +156,7 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
                     f"{show_path(path)}: sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}"
                 )
             header = _read_header(path)
-            return _read_tensors(path, header), header, notes
+            return _read_tensors(path, header), header.fields, notes
         except PerceiverError as error:
             notes.append(str(error))
     if notes:
@@ -181,20 +181,29 @@ def _manifest(folder: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- safetensors
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> str:
-    """Write tensors and JSON header; return the sha256 of the file."""
+@dataclass(frozen=True)
+class _Header:
+    """Our part of a safetensors header: its fields, the text they were read from, the checksum of text and tensors."""
+
+    fields: dict[str, Any]
+    text: str
+    sha256: str
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
+    """Write tensors and JSON fields; return the sha256 of the file."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"perceiver": json.dumps({**header, "sha256": _content_hash(whole)})}
-    data = save(whole, metadata)
+    text = json.dumps(fields)
+    data = save(whole, {"perceiver": text, "sha256": _checksum(text, whole)})
     with atomic_write(path) as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """Return our JSON header of a safetensors file, after checking every claim that the format makes.
+def _read_header(path: Path) -> _Header:
+    """Return our part of a safetensors header, after checking every claim that the format makes.
 
     Done by hand before the library sees the file: it accepts duplicate keys, and a header of 100 MB.
     """
@@ -205,11 +214,11 @@ def _read_header(path: Path) -> dict[str, Any]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise IntegrityError(f"{shown}: not a whole safetensors file ({size} bytes, header of {length})")
-            text = file.read(length)
+            table_text = file.read(length)
     except OSError as error:
         raise UsageError(f"{shown}: cannot read: {error.strerror}") from error
     try:
-        tables = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        tables = json.loads(table_text, object_pairs_hook=_unique, parse_constant=_no_constant)
         metadata = tables.pop("__metadata__", {})
         spans = sorted((t["data_offsets"][0], t["data_offsets"][1], _tensor_bytes(t)) for t in tables.values())
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -224,16 +233,17 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(metadata, dict) or "perceiver" not in metadata:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
-        header = json.loads(metadata["perceiver"], object_pairs_hook=_unique, parse_constant=_no_constant)
-        version = header["format"]
+        text = str(metadata["perceiver"])
+        fields = dict(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant))
+        version = fields["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{shown}: damaged header: {error}") from error
     if version != FORMAT:
         raise IntegrityError(f"{shown}: format {version}, this program reads {FORMAT}", "upgrade perceiver-cli")
-    return dict(header)
+    return _Header(fields, text, str(metadata.get("sha256")))
 
 
-def _read_tensors(path: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, header: _Header) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -241,22 +251,22 @@ def _read_tensors(path: Path, header: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{show_path(path)}: damaged: {error}") from error
-    found = _content_hash(tensors)
-    if found != header.get("sha256"):
+    found = _checksum(header.text, tensors)
+    if found != header.sha256:
         raise IntegrityError(
-            f"{show_path(path)}: content sha256 {found[:12]}, the header says {str(header.get('sha256'))[:12]}"
+            f"{show_path(path)}: content sha256 {found[:12]}, the header says {show_path(header.sha256[:12])}"
         )
-    return tensors
+    return dict(tensors)
 
 
-def _content_hash(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     import torch
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

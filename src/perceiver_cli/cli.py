@@ -5,6 +5,7 @@ torch is imported only inside the bodies that need it, so that `--help` and `--v
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import typer
 
 from perceiver_cli import console
 from perceiver_cli.errors import EXIT_DATA, UsageError
+from perceiver_cli.files import show_path
 
 app = typer.Typer(
     name="perceiver",
@@ -44,17 +46,22 @@ Limit = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        console.emit(f"perceiver {version('perceiver-cli')}\n")
+        raise typer.Exit
+
+
 @app.callback()
 def main(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
 ) -> None:
     console.debug = debug
-    if version:
-        from importlib.metadata import version as installed
-
-        console.emit(f"perceiver {installed('perceiver-cli')}\n")
-        raise typer.Exit
 
 
 # ---------------------------------------------------------------- train
@@ -96,8 +103,15 @@ def train(
     recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
-        overrides += [f"train.steps={steps or 'none'}", f"train.max_time_s={_seconds(max_time) or 'none'}"]
-    given = {"train.epochs": epochs, "train.batch_size": batch_size, "train.lr": lr, "train.seed": seed}
+        # A length given here replaces every length of the recipe.
+        lengths = {"max_steps": None, "steps": steps, "max_time_s": _seconds(max_time)}
+        overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
+    given: dict[str, object] = {
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.lr": lr,
+        "train.seed": seed,
+    }
     given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
     overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
@@ -144,7 +158,7 @@ def evaluate(
         console.say(f"perceiver evaluate: {error}")
     if output is not None:
         save_report(report, output)
-        console.say(f"wrote metrics.json, predictions.jsonl and confusion.png into {console.show_path(output)}")
+        console.say(f"wrote metrics.json, predictions.jsonl and confusion.png into {show_path(output)}")
     console.show_report(report, json)
     if report.bad:
         raise typer.Exit(EXIT_DATA)
@@ -182,7 +196,7 @@ def _predictor(model: str | None, device: str, precision: str, limit: list[str] 
 
     predictor = Predictor(model, device, precision)
     if model is None:
-        console.say(f"using {console.show_path(predictor.path)}")
+        console.say(f"using {show_path(predictor.path)}")
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **_limits(limit)})
     return predictor
 
@@ -215,12 +229,10 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
 
 def _listed(path: str, separator: bytes) -> Iterator[str]:
     """Yield the paths in a list, as they arrive."""
-    import os
-
     try:
-        stream = sys.stdin.buffer if path == "-" else Path(path).open("rb")  # noqa: SIM115  (read to its end below)
+        stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
     except OSError as error:
-        raise UsageError(f"--files-from {console.show_path(path)}: cannot read: {error.strerror}") from error
+        raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
     rest = b""
     while chunk := stream.read1(1 << 16):
         *names, rest = (rest + chunk).split(separator)
@@ -249,7 +261,7 @@ def preprocess(
         console.refuse_terminal("a byte array")
     spec, limits = input_recipe(source, model, preset, _limits(limit))
     shape = write_byte_array(source, spec, limits, output, console.emit_bytes)
-    console.say(f"{console.show_path(source)}: {shape[0]} x {shape[1]} float32")
+    console.say(f"{show_path(source)}: {shape[0]} x {shape[1]} float32")
 
 
 @app.command()

@@ -261,8 +261,9 @@ class TrainConfig(Table):
     """Optimiser, schedule and length of a run."""
 
     epochs: Annotated[float, Field(gt=0)] = 120.0
-    steps: Annotated[int, Field(gt=0)] | None = None  # set, it wins over epochs
-    max_time_s: Positive | None = None  # set, it wins over both: the schedule is planned to end with it
+    max_steps: Annotated[int, Field(gt=0)] | None = None  # an upper bound of what epochs come to
+    steps: Annotated[int, Field(gt=0)] | None = None  # set, it wins over both
+    max_time_s: Positive | None = None  # set, it wins over all: the schedule is planned to end with it
     batch_size: Size = 64
     accumulate: Size = 1  # batches per optimiser step
     optimizer: Literal["adamw", "lamb"] = "lamb"

@@ -359,10 +359,10 @@ class Reader(Dataset[Batch]):
         """
         loader: DataLoader[Batch] = DataLoader(
             self,
-            sampler=tasks,  # type: ignore[arg-type]
+            sampler=tasks,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_unchanged,
+            collate_fn=_unchanged,  # type: ignore[arg-type]  # one task is one batch
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
         )

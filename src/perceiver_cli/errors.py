@@ -6,6 +6,8 @@ next. Anything else that escapes is a bug and exits with 1.
 
 from __future__ import annotations
 
+from math import ceil
+
 EXIT_BUG = 1
 EXIT_USAGE = 2
 EXIT_DATA = 3
@@ -53,11 +55,11 @@ class LimitError(DataError):
     """Input data that is larger than a limit allows; the hint names the flag that raises it."""
 
     def __init__(self, what: str, found: float, unit: str, limit: str, allowed: float) -> None:
-        self.args_given = (what, found, unit, limit, allowed)
-        super().__init__(f"{what}: {found:.0f} {unit} > {allowed:.0f}", f"pass --limit {limit}={found:.0f} to allow it")
+        needed = ceil(found)
+        super().__init__(f"{what}: {needed} {unit} > {allowed:.0f}", f"pass --limit {limit}={needed} to allow it")
 
     def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
-        return DataError, (self.message, self.hint)
+        return DataError, (self.message, self.hint)  # what it was made from is in the words
 
 
 class ResourceError(PerceiverError):

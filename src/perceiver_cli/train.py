@@ -172,9 +172,8 @@ class Trainer:
         if found != wanted:
             reads = "+".join(sorted(wanted))
             raise DataError(f"{show_path(path)}: holds {catalog.modality}, but {config.name} reads {reads}")
+        self.notes += catalog.notes + check_classes(catalog)
         self.catalog: Catalog = catalog.hold_out(config.data.val_fraction)
-        self.notes += self.catalog.notes
-        self._check_classes()
         specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
         self.config = config.model_copy(
             update={"inputs": specs, "data": config.data.model_copy(update={"path": os.path.abspath(path)})}
@@ -210,9 +209,10 @@ class Trainer:
     def planned_steps(self) -> int:
         """Optimiser steps of the run, where no time limit says otherwise."""
         train = self.config.train
-        return train.steps or max(
-            1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate))
-        )
+        if train.steps is not None:
+            return train.steps
+        whole = max(1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate)))
+        return min(whole, train.max_steps or whole)
 
     def stop(self) -> None:
         """Ask the run to end after the step in progress, saved and resumable. Safe to call from a signal handler."""
@@ -274,21 +274,6 @@ class Trainer:
 
     # ------------------------------------------------------------ preparation
 
-    def _check_classes(self) -> None:
-        if not self.catalog.splits.get("train"):
-            raise DataError(
-                f"{show_path(self.catalog.root)}: no training split", f"found {', '.join(sorted(self.catalog.splits))}"
-            )
-        counts = {name: count for name, count in self.catalog.counts("train").items() if count}
-        if len(counts) < 2:
-            found = ", ".join(f"{show_path(name)} with {count} files" for name, count in counts.items())
-            raise DataError(
-                f"{show_path(self.catalog.root)}: one class to learn: {found}", "a classifier needs at least two"
-            )
-        single = [show_path(name) for name, count in counts.items() if count == 1]
-        if single:
-            self.notes.append(f"only one training file in {len(single)} classes: {', '.join(single[:10])}")
-
     def _check_resumable(self) -> None:
         if self._state["fingerprint"] != self.catalog.fingerprint:
             raise UsageError(
@@ -311,7 +296,8 @@ class Trainer:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context((self.output / ".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A POSIX lock, unlike flock's, is not inherited by data workers, which may outlive a killed run by seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ResourceError(f"{show_path(self.output)}: in use by another training run") from error
         except OSError as error:
@@ -478,7 +464,7 @@ class _Run:
             logits = self.model(segments)
         smoothing = self.config.train.label_smoothing
         loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing) / accumulate
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def synchronize(self) -> None:
@@ -692,6 +678,19 @@ def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------- runs and transfer
+
+
+def check_classes(catalog: Catalog) -> tuple[str, ...]:
+    """Return notes on classes that are too small; raise DataError where there are not two classes to tell apart."""
+    where = show_path(catalog.root)
+    if not catalog.splits.get("train"):
+        raise DataError(f"{where}: no training split", f"found {', '.join(sorted(catalog.splits))}")
+    counts = {name: count for name, count in catalog.counts("train").items() if count}
+    if len(counts) < 2:
+        found = ", ".join(f"{show_path(name)} with {count} files" for name, count in counts.items())
+        raise DataError(f"{where}: one class to learn: {found}", "a classifier needs at least two")
+    single = [show_path(name) for name, count in counts.items() if count == 1]
+    return (f"only one training file in {len(single)} classes: {', '.join(single[:10])}",) if single else ()
 
 
 def next_run(name: str) -> Path:

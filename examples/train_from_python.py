@@ -1,0 +1,33 @@
+"""The commands as Python: train on class folders, watch the events, evaluate, predict.
+
+python examples/train_from_python.py DATA RUN [KEY=VALUE ...]
+"""
+
+import sys
+
+from perceiver_cli import Predictor, Trainer
+from perceiver_cli.evaluate import evaluate
+from perceiver_cli.train import Evaluated, Finished
+
+
+def main(data: str, run: str, *overrides: str) -> None:
+    """Train, then say how good it is and what it makes of the first test files."""
+    trainer = Trainer(data, run, overrides=overrides)
+    for event in trainer.fit():  # a generator: stop asking, and it stops
+        if isinstance(event, Evaluated):
+            print(f"epoch {event.epoch:.1f}: validation accuracy {event.accuracy:.3f}")
+        elif isinstance(event, Finished):
+            print(f"best model: {event.model}")
+
+    predictor = Predictor(run)
+    report = evaluate(predictor, data)
+    print(f"{report.split}: {report.accuracy:.3f} of {report.num_examples}")
+    wrong = [record["path"] for record in report.records if not record["correct"]]
+    print(f"wrong: {wrong[:3]}")
+    examples = trainer.catalog.splits.get("test", trainer.val_examples)[:3]
+    for prediction in predictor.predict(next(iter(example.sources.values())) for example in examples):
+        print(prediction.label, round(prediction.prob, 3))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,358 @@
+"""Whole commands through the real entry point and real pipes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from safetensors.numpy import load_file
+
+from tests.conftest import SMALL, Perceive, write_images
+
+SETS = [part for change in SMALL for part in ("--set", change)]
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path) -> Path:
+    """A folder in which a model was trained: runs/latest points at it."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(trained)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def files(bars: Path) -> list[Path]:
+    return sorted((bars / "test").rglob("*.png"))
+
+
+def lines(output: bytes) -> list[dict[str, object]]:
+    return [json.loads(line) for line in output.splitlines()]
+
+
+# ---------------------------------------------------------------- the main path
+
+
+def test_train_evaluate_predict(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    done = perceive("train", bars, *SETS, "--epochs", "25", "--lr", "0.01", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b"runs/tiny-image-1/model.safetensors\n"
+    assert b"3 classes, image (test 30, train 108, val 12)" in done.stderr
+    assert b"val acc" in done.stderr
+    assert b"\x1b[" not in done.stderr  # no colours, no bars where there is no terminal
+
+    done = perceive("evaluate", bars, "--json", "-o", "report", cwd=tmp_path)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert {"accuracy", "top5", "loss", "num_examples", "per_class", "split"} <= set(report)
+    assert (report["split"], report["num_examples"]) == ("test", 30)
+    assert report["accuracy"] > 0.9
+    assert b"using 'runs/latest/model.safetensors'" in done.stderr
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json", "predictions.jsonl", "confusion.png"}
+
+    file = next((bars / "test" / "right").iterdir())
+    (line,) = lines(perceive("predict", file, cwd=tmp_path).stdout)
+    assert (line["path"], line["label"]) == (str(file), "right")
+    assert [set(top) for top in line["top"]] == [{"label", "prob"}] * 3  # type: ignore[attr-defined]
+
+
+def test_evaluate_for_people(perceive: Perceive, here: Path, bars: Path) -> None:
+    done = perceive("evaluate", bars, cwd=here)
+    head, columns, *rows = done.stdout.decode().splitlines()
+    assert head.startswith("test: accuracy ")
+    assert columns.split() == ["class", "count", "accuracy", "precision", "f1"]
+    assert [row.split()[0] for row in rows] == ["left", "middle", "right"]
+
+
+def test_resume_from_the_shell(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    assert perceive("train", bars, "-o", "run", *SETS, "--steps", "3", cwd=tmp_path).returncode == 0
+    again = perceive("train", bars, "-o", "run", *SETS, "--steps", "3", cwd=tmp_path)
+    assert again.returncode == 2
+    assert b"'run': already holds a run; pass --resume" in again.stderr
+    done = perceive("train", "--resume", "--steps", "6", cwd=tmp_path)  # runs/latest, the data of its configuration
+    assert done.returncode == 0, done.stderr
+    assert b"6 steps" in done.stderr
+
+
+def test_dry_run(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    plan = json.loads(perceive("train", bars, *SETS, "--dry-run", cwd=tmp_path).stdout)
+    assert {"splits", "classes", "inputs", "parameters", "flops", "training_bytes", "steps", "eta_s"} <= set(plan)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------- predict in pipes
+
+
+def test_predict_reads_lists_and_bytes(perceive: Perceive, here: Path, files: list[Path]) -> None:
+    expected = [json.loads(line) for line in perceive("predict", *files[:3], cwd=here).stdout.splitlines()]
+    listed = "\n".join(map(str, files[:3])).encode()
+    assert lines(perceive("predict", "--files-from", "-", cwd=here, stdin=listed).stdout) == expected
+    (here / "list").write_bytes(listed.replace(b"\n", b"\0") + b"\0")
+    assert lines(perceive("predict", "--files-from", "list", "-0", cwd=here).stdout) == expected
+    (line,) = lines(perceive("predict", "-", "--stdin-name", "cam", cwd=here, stdin=files[0].read_bytes()).stdout)
+    assert line["path"] == "cam"
+    assert line["prob"] == pytest.approx(expected[0]["prob"])
+
+
+def test_predict_formats(perceive: Perceive, here: Path, files: list[Path]) -> None:
+    (here / "=1+1.png").write_bytes(files[0].read_bytes())
+    done = perceive("predict", "=1+1.png", "none.png", "--format", "csv", "--top-k", "2", cwd=here)
+    assert done.returncode == 3
+    head, row, bad = csv.reader(io.StringIO(done.stdout.decode()))
+    assert head == ["path", "label", "prob", "label_2", "prob_2", "error"]
+    assert row[:2] == ["'=1+1.png", "left"]  # no spreadsheet takes it for a formula
+    assert bad[:5] == ["none.png", "", "", "", ""]
+    assert "No such file" in bad[5]
+    done = perceive("predict", files[0], "--format", "tsv", "--all-probs", cwd=here)
+    assert done.stdout.splitlines()[0].split(b"\t")[-4:] == [b"p_left", b"p_middle", b"p_right", b"error"]
+    done = perceive("predict", files[0], "--format", "table", cwd=here)
+    assert done.stdout.decode().startswith(f"'{files[0]}'  left 0.")
+
+
+def test_a_bad_input_is_a_line_and_status_3(perceive: Perceive, here: Path, files: list[Path]) -> None:
+    (here / "cut.png").write_bytes(files[0].read_bytes()[:50])
+    done = perceive("predict", files[0], "cut.png", files[1], cwd=here)
+    assert done.returncode == 3
+    found = lines(done.stdout)
+    assert [set(line) for line in found] == [
+        {"path", "label", "prob", "top"},
+        {"path", "error"},
+        {"path", "label", "prob", "top"},
+    ]
+    assert done.stderr.count(b"cut.png") == 1
+
+
+def test_a_reader_that_leaves_ends_it_quietly(here: Path, files: list[Path], perceive: Perceive) -> None:
+    program = Path(sys.executable).parent / "perceiver"
+    script = (
+        f"'{program}' predict --batch-size 1 -m runs/latest --files-from list 2>err | head -1; echo ${{PIPESTATUS[0]}}"
+    )
+    (here / "list").write_text("\n".join(map(str, files * 20)))
+    done = subprocess.run(["bash", "-c", script], cwd=here, capture_output=True, check=True)
+    first, status = done.stdout.splitlines()
+    assert json.loads(first)["label"] == "left"
+    assert status == b"141"
+    assert (here / "err").read_bytes() == b""
+
+
+def test_a_full_disk_on_stdout_is_one_line(here: Path, files: list[Path]) -> None:
+    program = Path(sys.executable).parent / "perceiver"
+    with open("/dev/full", "wb") as full:
+        command = [program, "predict", files[0], "-m", "runs/latest"]
+        done = subprocess.run(command, cwd=here, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == 5
+    assert done.stderr == b"perceiver: stdout: cannot write: No space left on device\n"
+
+
+HOSTILE = [
+    b"\xff.png", b"[red]x.png", b"[bold]", b"\x1b]0;owned\x07.png", b"a\nb.png", b"a\rb.png",
+    "a\u202eb.png".encode(), b"-rf.png",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_hostile_names_survive_and_never_reach_the_terminal_raw(
+    perceive: Perceive, here: Path, files: list[Path], locale: str
+) -> None:
+    for name in HOSTILE:
+        Path(os.fsdecode(os.fsencode(here) + b"/" + name)).write_bytes(files[0].read_bytes()[:50])
+    done = perceive("predict", "--files-from", "-", "-0", cwd=here, stdin=b"\0".join(HOSTILE), LC_ALL=locale)
+    assert done.returncode == 3
+    assert [os.fsencode(str(line["path"])) for line in lines(done.stdout)] == HOSTILE
+    assert not [byte for byte in done.stderr if byte < 0x20 and byte != 0x0A]
+    assert len(done.stderr.splitlines()) == len(HOSTILE) + 1
+    table = perceive("predict", "--files-from", "-", "-0", "--format", "table", cwd=here, stdin=b"\0".join(HOSTILE))
+    assert not [byte for byte in table.stdout if byte < 0x20 and byte != 0x0A]
+
+
+def test_hostile_class_names(perceive: Perceive, tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"[red]a": 12, "b\x1b[31m\n": 12})
+    done = perceive("train", "data", "-o", "run", *SETS, "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = perceive("evaluate", "data", "-m", "run", "--split", "all", cwd=tmp_path)
+    assert b"[red]a" in done.stdout
+    assert rb"b\x1b[31m\n" in done.stdout
+    assert b"\x1b" not in done.stdout + done.stderr
+
+
+# ---------------------------------------------------------------- preprocess and info
+
+
+def test_preprocess_gives_the_papers_byte_array(perceive: Perceive, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(tmp_path / "cat.jpg")
+    done = perceive("preprocess", "cat.jpg", "-o", "cat.npy", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = np.load(tmp_path / "cat.npy", allow_pickle=False)
+    assert (rows.shape, rows.dtype) == ((50_176, 261), np.float32)
+    assert b"50176 x 261 float32" in done.stderr
+    np.testing.assert_allclose(rows[0, 3:5], [-1, -1])  # y, x of the first pixel
+    np.testing.assert_allclose(rows[-1, 3:5], [1, 1])
+    perceive("preprocess", "cat.jpg", "-o", "cat.safetensors", cwd=tmp_path)
+    assert np.array_equal(load_file(tmp_path / "cat.safetensors")["image"], rows)
+    piped = perceive("preprocess", "cat.jpg", cwd=tmp_path).stdout
+    assert np.array_equal(np.load(io.BytesIO(piped)), rows)
+
+
+def test_preprocess_of_sound_points_and_as_a_model_does(perceive: Perceive, here: Path, files: list[Path]) -> None:
+    soundfile.write(here / "a.wav", np.zeros(48_000, np.float32), 48_000)
+    (here / "cube.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    for name, shape in (("a.wav", (480, 128 + 129)), ("cube.off", (2048, 387))):
+        assert perceive("preprocess", name, "-o", "x.npy", cwd=here).returncode == 0
+        assert np.load(here / "x.npy").shape == shape
+    assert perceive("preprocess", files[0], "-m", "runs/latest", "-o", "x.npy", cwd=here).returncode == 0
+    info = json.loads(perceive("info", "runs/latest", "--json", cwd=here).stdout)
+    assert np.load(here / "x.npy").shape == (info["inputs"]["image"]["count"], info["inputs"]["image"]["channels"])
+    refused = perceive("preprocess", "a.wav", "--preset", "imagenet", "-o", "x.npy", cwd=here)
+    assert refused.returncode == 3
+    assert b"'a.wav': audio by its content, but imagenet reads image" in refused.stderr
+    assert perceive("preprocess", "a.wav", "-o", "x.mp3", cwd=here).returncode == 2
+
+
+def test_info(perceive: Perceive, here: Path) -> None:
+    facts = json.loads(perceive("info", "imagenet", "--json").stdout)
+    assert (facts["parameters"], facts["classes"]) == (44_912_254, 1000)
+    assert facts["flops"] == pytest.approx(706.3e9, rel=5e-3)
+    assert facts["inputs"]["image"] == {"modality": "image", "grid": [224, 224], "count": 50_176, "channels": 261}
+    assert facts["latents"] == {"count": 512, "channels": 1024}
+    facts = json.loads(perceive("info", "runs/latest", "--json", cwd=here).stdout)
+    assert (facts["classes"], facts["class_names"]) == (3, ["left", "middle", "right"])
+    unknown = perceive("info", "imagnet")
+    assert unknown.returncode == 2
+    assert unknown.stderr.count(b"\n") == 1
+
+
+def test_presets(perceive: Perceive) -> None:
+    listed = perceive("presets").stdout.decode()
+    for name in ("imagenet", "audioset-audio", "modelnet40", "tiny-image", "tiny-audio", "tiny-points"):
+        assert name in listed
+        assert perceive("presets", "show", name).stdout.startswith(b"# ")
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def png_claiming(side: int) -> bytes:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"")
+
+
+PLY_CLAIM = b"""ply
+format binary_little_endian 1.0
+element vertex 1000000000000
+property float x
+property float y
+property float z
+end_header
+"""
+WAV_CLAIM = (
+    struct.pack("<4sI4s", b"RIFF", 0xFFFFFFFF, b"WAVE")
+    + struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, 8000, 16000, 2, 16)
+    + struct.pack("<4sI", b"data", 0xFFFFFFF0)
+    + b"\0" * 3200
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("big.png", png_claiming(31_623), b"pass --limit image_pixels=1000014129"),
+        ("big.ply", PLY_CLAIM, b"declared at least 12000000000000 bytes of data"),
+        ("big.wav", WAV_CLAIM, b"declared 4294967280 bytes of sound, found 3200"),
+        ("empty.png", b"", b"the file is empty"),
+        ("what.bin", b"\x01\x02\x03", b"not a format that is read here"),
+    ],
+)  # fmt: skip
+def test_files_that_claim_too_much_are_refused_from_the_header(
+    perceive: Perceive, tmp_path: Path, name: str, data: bytes, message: bytes
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    done = perceive("preprocess", name, "-o", "x.npy", cwd=tmp_path)
+    assert done.returncode == 3
+    assert message in done.stderr
+    assert done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "x.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train", "nowhere"], 3, b"'nowhere': no such folder; expected a folder of class folders"),
+        (["train", "."], 3, b"no usable files"),
+        (["train"], 2, b"no data given"),
+        (["train", ".", "--preset", "imagnet"], 2, b"did you mean imagenet"),
+        (["train", ".", "--max-time", "soon"], 2, b"--max-time soon: not a time"),
+        (["train", ".", "--preset", "imagenet", "--set", "train.lrr=1"], 3, b"no usable files"),
+        (["train", "--resume", "-o", "none"], 7, b"no training state to resume"),
+        (["predict", "x.png"], 2, b"no model: there is no runs/latest here; pass -m RUN"),
+        (["predict"], 2, b"nothing to predict"),
+        (["predict", "x.png", "--format", "xml"], 2, b"--format"),
+        (["evaluate", ".", "-m", "nowhere"], 2, b"'nowhere': no model file"),
+        (["predict", "x.png", "--limit", "pixels=3"], 2, b"no model"),
+    ],
+)
+def test_refusals_are_one_line_with_their_status(
+    perceive: Perceive, tmp_path: Path, arguments: list[str], status: int, message: bytes
+) -> None:
+    done = perceive(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stderr
+    assert message in done.stderr
+    assert b"Traceback" not in done.stderr
+    assert done.stdout == b""
+
+
+def test_unknown_keys_name_the_nearest(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    done = perceive("train", bars, "--set", "train.lrr=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == b"perceiver: --set: unknown key train.lrr, did you mean train.lr\n"
+
+
+def test_a_model_of_another_modality_names_both(perceive: Perceive, here: Path) -> None:
+    soundfile.write(here / "a.wav", np.zeros(8_000, np.float32), 8_000)
+    done = perceive("predict", "a.wav", cwd=here)
+    assert done.returncode == 3
+    assert b"audio by its content, expected image" in done.stderr
+
+
+def test_damaged_models_exit_with_7(perceive: Perceive, trained: Path, tmp_path: Path) -> None:
+    data = bytearray((trained / "model.safetensors").read_bytes())
+    data[-9] ^= 4
+    (tmp_path / "m.safetensors").write_bytes(data)
+    done = perceive("predict", "x.png", "-m", "m.safetensors", cwd=tmp_path)
+    assert done.returncode == 7
+    assert b"content sha256" in done.stderr
+
+
+def test_too_many_bad_files_exit_with_3_and_the_list(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    shutil.copytree(bars, tmp_path / "data")
+    for i in range(5):
+        (tmp_path / "data" / "train" / "left" / f"{i:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = perceive("train", "data", *SETS, "--steps", "2", cwd=tmp_path)
+    assert done.returncode == 3
+    assert b"5 of 120 files cannot be read, more than 1.0%; pass --max-bad 0.042" in done.stderr
+    assert done.stderr.count(b".png'") == 5
+
+
+def test_binary_is_refused_on_a_terminal(bars: Path, tmp_path: Path, files: list[Path]) -> None:
+    program = Path(sys.executable).parent / "perceiver"
+    main, terminal = os.openpty()
+    command = [program, "preprocess", files[0]]
+    done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, cwd=tmp_path, check=False)
+    os.close(terminal)
+    os.close(main)
+    assert done.returncode == 2
+    assert b"stdout is a terminal; pass -o FILE" in done.stderr

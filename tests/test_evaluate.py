@@ -1,0 +1,104 @@
+"""Reports: figures by hand, splits, classes by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perceiver_cli.errors import DataError
+from perceiver_cli.evaluate import Report, evaluate, save_report
+from perceiver_cli.predict import Predictor
+from tests.conftest import write_images
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    return Predictor(trained)
+
+
+def test_figures_are_those_of_the_predictions(predictor: Predictor, bars: Path) -> None:
+    report = evaluate(predictor, bars)
+    assert (report.split, report.num_examples) == ("test", 30)
+    records = {record["path"]: record for record in report.records}
+    right, losses = 0, []
+    for prediction in predictor.predict(sorted((bars / "test").rglob("*.png"))):
+        path = Path(prediction.path)
+        record = records[str(path.relative_to(bars))]
+        true = predictor.classes.index(path.parent.name)
+        losses.append(-np.log(prediction.probs[true]))
+        right += prediction.label == path.parent.name
+        assert record["prediction"] == prediction.label
+        assert record["correct"] == (prediction.label == path.parent.name)
+    assert report.accuracy == pytest.approx(right / 30)
+    assert report.accuracy > 0.9
+    assert report.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert report.top5 == 1.0
+
+
+def test_per_class_rows_by_hand() -> None:
+    report = Report(("a", "b", "c"), 0.5, 1.0, 0.1, ((3, 1, 0), (2, 2, 0), (0, 0, 0)))
+    rows = report.per_class
+    assert rows["a"] == {"count": 4, "correct": 3, "accuracy": 0.75, "precision": 0.6, "f1": 6 / 9}
+    assert rows["b"]["precision"] == pytest.approx(2 / 3)
+    assert rows["c"] == {"count": 0, "correct": 0, "accuracy": None, "precision": None, "f1": None}
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_which_split(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    assert evaluate(predictor, bars, "train").num_examples == 108
+    held = evaluate(predictor, bars, "val")  # what this run held out of this very data
+    assert held.num_examples == 12
+    with pytest.raises(DataError, match="no dev split; there are test, train, val, all"):
+        evaluate(predictor, bars, "dev")
+    other = write_images(tmp_path / "other", {"left": 3, "right": 3})
+    report = evaluate(predictor, other)  # data the run never saw: all of it
+    assert (report.split, report.num_examples) == ("all", 6)
+
+
+def test_classes_are_matched_by_name_and_differences_said(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    shutil.copytree(bars / "test" / "right", tmp_path / "test" / "right")
+    shutil.copytree(bars / "test" / "left", tmp_path / "test" / "unknown")
+    report = evaluate(predictor, tmp_path)
+    assert report.num_examples == 10
+    assert report.accuracy > 0.8  # "right" is found by its name, though it is the first folder here
+    assert report.strangers == 10
+    assert any("'left', 'middle'" in note for note in report.notes)
+    assert any("'unknown' 10" in note for note in report.notes)
+
+
+def test_bad_files_are_counted(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    shutil.copytree(bars / "test", tmp_path / "test")
+    (tmp_path / "test" / "left" / "000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    report = evaluate(predictor, tmp_path)
+    assert (report.num_examples, len(report.bad)) == (29, 1)
+
+
+def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    report = evaluate(predictor, bars)
+    save_report(report, tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"] == report.accuracy
+    assert np.sum(metrics["confusion"]) == 30
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 30
+    assert {"path", "label", "prediction", "prob", "correct", "loss"} == set(json.loads(lines[0]))
+    with Image.open(tmp_path / "out" / "confusion.png") as image:
+        assert min(image.size) > 300
+
+
+def test_class_names_are_data_in_the_picture(tmp_path: Path) -> None:
+    save_report(Report(("$x^", "a\nb"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), "test"), tmp_path)
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_another_modality_names_both(predictor: Predictor, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    with pytest.raises(DataError, match=r"holds points, but .*model\.safetensors' reads image"):
+        evaluate(predictor, tmp_path)

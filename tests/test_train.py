@@ -1,0 +1,288 @@
+"""Whole runs: events, files, resume to the bit, time limits, divergence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from perceiver_cli.checkpoint import MODEL_FILE, load_model, load_state
+from perceiver_cli.config import load_config
+from perceiver_cli.errors import DataError, DivergedError, ResourceError, UsageError
+from perceiver_cli.train import Evaluated, Finished, Saved, Started, StepDone, Trainer, next_run
+from tests.conftest import SMALL, write_images
+
+FULL = (
+    *SMALL,
+    "train.accumulate=2",
+    "train.ema_decay=0.9",
+    "train.optimizer=lamb",
+    "train.steps=24",
+    "train.eval_every=7 steps",
+    "train.save_every=5 steps",
+)
+
+
+def digest(run: Path) -> str:
+    """Return a hash of the best model's and the last state's tensors."""
+    total = hashlib.sha256()
+    for tensors in (load_file(run / MODEL_FILE), load_state(run)[0]):
+        for name in sorted(tensors):
+            total.update(name.encode() + tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest of an uninterrupted run with everything on: accumulation, averaging, augmentation, LAMB."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    list(Trainer(bars, run, overrides=FULL).fit())
+    return digest(run)
+
+
+def test_events_and_files_of_a_run(trained: Path, bars: Path) -> None:
+    config = load_config(trained / "config.toml")
+    assert config.data.path == str(bars)
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    assert lines[-1]["val_accuracy"] > 0.9
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert sum(line["best"] for line in lines) >= 1
+    assert (trained / "last" / "MANIFEST.json").exists()
+
+
+def test_the_order_of_events(bars: Path, tmp_path: Path) -> None:
+    events = list(
+        Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=6", "train.eval_every=3 steps"]).fit()
+    )
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], Finished)
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [3, 6]
+    assert {event.path.name for event in events if isinstance(event, Saved)} >= {
+        MODEL_FILE,
+        "step-00000006.safetensors",
+    }
+
+
+@pytest.mark.parametrize(("workers", "cut"), [(0, 1), (0, 13), (2, 8), (2, 19)])
+def test_resumed_is_uninterrupted_to_the_bit(bars: Path, tmp_path: Path, whole: str, workers: int, cut: int) -> None:
+    """Stopped after any step, in mid-epoch, and resumed with any number of workers."""
+    run = tmp_path / "run"
+    trainer = Trainer(bars, run, overrides=[*FULL, f"data.workers={workers}"])
+    for event in trainer.fit():
+        if isinstance(event, StepDone) and event.step == cut:
+            trainer.stop()
+    assert load_state(run)[1]["step"] == cut
+    list(Trainer(None, run, overrides=[f"data.workers={2 - workers}"], resume=True).fit())
+    assert digest(run) == whole
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_and_resumed_is_uninterrupted(bars: Path, tmp_path: Path, whole: str, workers: int) -> None:
+    """SIGKILL, twice, wherever it falls: in a step, a save, or before the first."""
+    run = tmp_path / "run"
+    script = (
+        "import sys; from perceiver_cli.train import Trainer\n"
+        "data, run, resume, *overrides = sys.argv[1:]\n"
+        "for event in Trainer(data, run, overrides=overrides, resume=resume == 'yes').fit(): print(event, flush=True)\n"
+    )
+    rng = random.Random(workers)
+    for _ in range(2):
+        started = (run / "last" / "MANIFEST.json").exists()
+        if run.exists() and not started:
+            shutil.rmtree(run)
+        command = [
+            sys.executable,
+            "-c",
+            script,
+            bars,
+            run,
+            "yes" if started else "no",
+            *FULL,
+            f"data.workers={workers}",
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith(b"StepDone") and rng.random() < 0.15:
+                time.sleep(rng.random() * 0.02)
+                break
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    resume = (run / "last" / "MANIFEST.json").exists()
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)
+    list(Trainer(bars, run, overrides=[*FULL, f"data.workers={workers}"], resume=resume).fit())
+    assert digest(run) == whole
+
+
+def test_the_same_seed_gives_the_same_model_and_another_does_not(bars: Path, tmp_path: Path, whole: str) -> None:
+    list(Trainer(bars, tmp_path / "same", overrides=[*FULL, "data.workers=1", "data.cache_bytes=0"]).fit())
+    assert digest(tmp_path / "same") == whole
+    list(Trainer(bars, tmp_path / "other", overrides=[*FULL, "train.seed=1"]).fit())
+    assert digest(tmp_path / "other") != whole
+
+
+def test_a_written_configuration_replays_the_run(bars: Path, tmp_path: Path, whole: str) -> None:
+    list(Trainer(bars, tmp_path / "a", overrides=FULL).fit())
+    list(Trainer(None, tmp_path / "b", load_config(tmp_path / "a" / "config.toml")).fit())
+    assert digest(tmp_path / "b") == whole
+
+
+def test_a_time_limit_is_a_plan(bars: Path, tmp_path: Path) -> None:
+    """The schedule ends with the time: the last learning rate is near zero, and the limit is kept."""
+    overrides = [*SMALL, "train.max_time_s=4", "train.schedule=cosine", "train.warmup=0 steps"]
+    begin = time.monotonic()
+    events = list(Trainer(bars, tmp_path / "run", overrides=overrides).fit())
+    took = time.monotonic() - begin
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert 1.0 < took < 5.0
+    assert steps[-1].lr < 0.02 * max(step.lr for step in steps)
+    assert steps[-1].step == events[-1].step > 20  # type: ignore[union-attr]
+    assert len([event for event in events if isinstance(event, Evaluated)]) >= 5
+
+
+def test_a_run_that_diverges_keeps_what_was_good(bars: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL, "train.lr=1e30", "train.optimizer=adamw", "train.steps=50", "train.save_every=1 steps"]
+    with pytest.raises(DivergedError, match=r"training diverged: loss (nan|inf) at step \d+, learning rate 1e\+30"):
+        list(Trainer(bars, tmp_path / "run", overrides=overrides).fit())
+    tensors, state, _ = load_state(tmp_path / "run")
+    assert state["step"] >= 1
+    assert all(torch.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("model."))
+
+
+def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) -> None:
+    """The trunk and the rows of known classes are taken; the rest is new."""
+    write_images(tmp_path / "data", {"left": 12, "new": 12})
+    trainer = Trainer(
+        tmp_path / "data", tmp_path / "run", overrides=[*SMALL, "train.steps=1", "train.lr=1e-9"], init_from=trained
+    )
+    list(trainer.fit())
+    assert any("1 of 2 classes known to it" in note for note in trainer.notes)
+    ours, theirs = load_model(tmp_path / "run" / MODEL_FILE)[0], load_model(trained / MODEL_FILE)[0]
+    torch.testing.assert_close(ours.latents, theirs.latents)
+    torch.testing.assert_close(ours.head.weight[0], theirs.head.weight[0])
+    assert ours.head.weight[1].abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_one_class_is_refused_with_the_counts(tmp_path: Path) -> None:
+    write_images(tmp_path, {"only": 7})
+    with pytest.raises(DataError, match=r"one class to learn: 'only' with 7 files; a classifier needs at least two"):
+        Trainer(tmp_path, tmp_path / "run")
+
+
+def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    for i in range(3):
+        target = tmp_path / "data" / "a" / f"{i:03d}.png"
+        target.write_bytes(target.read_bytes()[:50])
+    with pytest.raises(DataError) as caught:
+        list(Trainer(tmp_path / "data", tmp_path / "run", overrides=[*SMALL, "train.steps=2"]).fit())
+    assert "3 of 40 files cannot be read, more than 1.0%; pass --max-bad 0.075" in str(caught.value)
+    assert all(f"00{i}.png" in str(caught.value) for i in range(3))
+    trainer = Trainer(tmp_path / "data", tmp_path / "run2", overrides=[*SMALL, "train.steps=2", "data.max_bad=0.075"])
+    list(trainer.fit())
+    assert "3 unreadable files are left out" in trainer.notes
+
+
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_a_bad_file_is_never_replaced_by_another_example(tmp_path: Path, cache: int) -> None:
+    """Found early (kept in memory) or late (read on each visit), it only makes its batch smaller."""
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    (tmp_path / "data" / "a" / "007.png").write_bytes((tmp_path / "data" / "a" / "006.png").read_bytes()[:70])
+    overrides = [*SMALL, "train.epochs=2", "data.max_bad=0.5", f"data.cache_bytes={cache}", "data.val_fraction=0"]
+    trainer = Trainer(tmp_path / "data", tmp_path / "run", overrides=overrides)
+    list(trainer.fit())
+    assert set(trainer.reader.bad) == {"a/007.png"}
+
+
+def test_a_run_folder_is_not_overwritten_or_shared(trained: Path, bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="already holds a run; pass --resume"):
+        list(Trainer(bars, trained, overrides=SMALL).fit())
+    run = tmp_path / "run"
+    holder = (
+        "import fcntl, sys, time; from pathlib import Path; run = Path(sys.argv[1]); run.mkdir()\n"
+        "lock = (run / '.lock').open('w'); fcntl.lockf(lock, fcntl.LOCK_EX); print(flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder, run], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ResourceError, match="in use by another training run"):
+            next(Trainer(bars, run, overrides=SMALL).fit())
+        other.kill()
+
+
+def test_an_unwritable_output_is_found_before_the_first_step(bars: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        next(Trainer(bars, tmp_path / "file" / "run", overrides=SMALL).fit())
+
+
+def test_resume_refuses_other_data_and_another_model(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    run = tmp_path / "run"
+    list(Trainer(tmp_path / "data", run, overrides=[*SMALL, "train.steps=2"]).fit())
+    with pytest.raises(UsageError, match=r"cannot change the model \(model.num_latents\)"):
+        Trainer(None, run, overrides=["model.num_latents=4"], resume=True)
+    write_images(tmp_path / "data", {"a": 21})
+    with pytest.raises(UsageError, match="the data changed"):
+        Trainer(None, run, resume=True)
+
+
+def test_resume_can_go_further_and_says_so(bars: Path, tmp_path: Path) -> None:
+    list(Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=4"]).fit())
+    trainer = Trainer(None, tmp_path / "run", overrides=["train.steps=9"], resume=True)
+    events = list(trainer.fit())
+    assert [event.step for event in events if isinstance(event, StepDone)] == [5, 6, 7, 8, 9]
+    assert any("the plan changed from 4 to 9 steps" in note for note in trainer.notes)
+
+
+def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
+    plan = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.epochs=10"]).dry_run()
+    assert not (tmp_path / "run").exists()
+    assert plan["splits"] == {"test": 30, "train": 108, "val": 12}
+    assert plan["steps"] == 68  # 10 x 108 / 16, rounded up
+    assert plan["inputs"]["image"]["shape"] == [12, 12]
+    assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 68)
+    assert plan["training_bytes"] > plan["parameters"] * 16
+
+
+def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert next_run("tiny-image") == Path("runs/tiny-image-1")
+    (tmp_path / "runs" / "tiny-image-1").mkdir(parents=True)
+    assert next_run("tiny-image") == Path("runs/tiny-image-2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_is_passed_on(bars: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [Path(sys.executable).parent / "perceiver", "train", bars, "-o", tmp_path / "run", "--steps", "100000"]
+    command += [part for change in SMALL for part in ("--set", change)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
+    assert process.stderr is not None
+    for _ in range(600):
+        if (tmp_path / "run" / "last" / "MANIFEST.json").exists():
+            break
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == -number
+    assert b"perceiver train --resume -o" in err
+    assert out == b""
+    assert load_state(tmp_path / "run")[1]["step"] > 0
