@@ -2,12 +2,12 @@
 # What `make demo` runs: real handwritten digits as PNG class folders, then train, evaluate, predict. No network.
 #   examples/quickstart.sh [FOLDER] [TIME]      default: demo 45s
 set -euo pipefail
-cd "$(dirname "$0")/.."
+examples=$(dirname "$0")
 folder=${1:-demo}
 time=${2:-45s}
 
 echo "== 1,797 scikit-learn digits as PNG, in $folder/digits/{train,test}/<class>/" >&2
-python examples/write_digits.py "$folder/digits"
+python "$examples/write_digits.py" "$folder/digits"
 
 echo "== train for $time" >&2
 model=$(perceiver train "$folder/digits" -o "$folder/run" --max-time "$time" --replace)
@@ -15,7 +15,7 @@ model=$(perceiver train "$folder/digits" -o "$folder/run" --max-time "$time" --r
 echo "== evaluate on the test split" >&2
 perceiver evaluate "$folder/digits" -m "$folder/run" -o "$folder/report"
 
-echo "== predict single files, as JSON lines into jq's place" >&2
+echo "== predict single files, as JSON lines" >&2
 find "$folder/digits/test/3" "$folder/digits/test/8" -name '*0.png' |
     perceiver predict -m "$folder/run" --files-from - --top-k 2 | head -n 5
 

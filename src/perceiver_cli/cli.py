@@ -96,7 +96,7 @@ def train(
 ) -> None:
     """Train a model on a folder of labelled files. The last line printed is the path of the best model."""
     from perceiver_cli.config import load_config, load_preset
-    from perceiver_cli.train import Trainer, mark_latest
+    from perceiver_cli.train import Trainer
 
     if preset is not None and config is not None:
         raise UsageError("--preset and --config are two recipes", "pass one of them")
@@ -117,11 +117,12 @@ def train(
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:
         output = Path("runs/latest").resolve()
-    trainer = Trainer(data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace)
+    trainer = Trainer(
+        data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True
+    )
     if dry_run:
         console.show_plan(trainer.dry_run())
         return
-    mark_latest(trainer.output)
     console.follow_training(trainer.fit(), trainer.stop)
 
 

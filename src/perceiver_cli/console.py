@@ -130,6 +130,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     from perceiver_cli.train import Evaluated, Finished, Loaded, Started, StepDone
 
     received: list[int] = []
+    finished: Finished | None = None
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
@@ -153,6 +154,10 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
                     finished = event
                 case _:
                     pass
+    if finished is None:
+        say("stopped before the first step")
+        end_by_signal(received[0])
+        return
     if "val_accuracy" in finished.metrics:
         best = f"best validation accuracy {finished.metrics['val_accuracy']:.4f} at step {finished.metrics['step']}, "
     else:

@@ -49,10 +49,11 @@ def fourier_features(positions: Tensor, bands: int, max_resolution: tuple[float,
     positions = positions.float()
     if bands == 0:
         return positions
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64  # MPS has no float64
     angles = []
     for axis, resolution in enumerate(max_resolution):
-        frequencies = torch.linspace(1.0, resolution / 2, bands, device=positions.device, dtype=torch.float64)
-        angles.append(positions[..., axis, None].double() * (frequencies * torch.pi))
+        frequencies = torch.linspace(1.0, resolution / 2, bands, device=positions.device, dtype=exact)
+        angles.append(positions[..., axis, None].to(exact) * (frequencies * torch.pi))
     angle = torch.cat(angles, dim=-1)
     return torch.cat([positions, angle.sin().float(), angle.cos().float()], dim=-1)
 

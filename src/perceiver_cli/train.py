@@ -138,6 +138,7 @@ class Trainer:
         resume: continue the run in `output`. Its configuration is used; overrides apply on top.
         init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
         replace: start over in an output folder that already holds a run.
+        latest: point runs/latest in the current folder at this run once it has something to show.
     """
 
     def __init__(
@@ -150,9 +151,10 @@ class Trainer:
         resume: bool = False,
         init_from: str | os.PathLike[str] | None = None,
         replace: bool = False,
+        latest: bool = False,
     ) -> None:
         self.started_at = time.monotonic()
-        self.resume, self.init_from, self.replace = resume, init_from, replace
+        self.resume, self.init_from, self.replace, self.latest = resume, init_from, replace, latest
         self._stop = False
         self._tensors: dict[str, Tensor] = {}
         self._state: dict[str, Any] = {}
@@ -189,6 +191,13 @@ class Trainer:
         self.output = Path(output) if output is not None else next_run(config.name)
         if resume:
             self._check_resumable()
+        needed = self.cost.training_bytes(config.train.batch_size, averaged=config.train.ema_decay > 0)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.compute.device.type == "cpu" and needed > memory:
+            self.notes.append(
+                f"a step may need {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}: "
+                "try a smaller --batch-size with a larger train.accumulate"
+            )
 
     @property
     def train_examples(self) -> tuple[Example, ...]:
@@ -262,6 +271,8 @@ class Trainer:
     def fit(self) -> Iterator[Event]:
         """Train, yielding events. Closing the generator early leaves the last saved state to resume from.
 
+        Asked to stop before the first step, it ends without Finished: there is nothing to show or resume.
+
         Raises:
             DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
             cannot be written, holds another run, or is in use.
@@ -270,7 +281,8 @@ class Trainer:
             self._prepare_output(stack)
             yield Started(self.summary(), tuple(self.notes))
             yield from self._preload()
-            yield from _Run(self).events()
+            if not self._stop:
+                yield from _Run(self).events()
 
     # ------------------------------------------------------------ preparation
 
@@ -316,6 +328,8 @@ class Trainer:
         for done in self.reader.preload(examples, data.cache_bytes, workers):
             if done % 100 == 0 or done == len(examples):
                 yield Loaded(done, len(examples), len(self.reader.bad))
+            if self._stop:
+                return
         self.check_bad(self.reader.bad, done)
         if self.reader.bad:
             self.notes.append(f"{len(self.reader.bad)} unreadable files are left out")
@@ -527,6 +541,8 @@ class _Run:
         config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"path": None})})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.trainer.output / MODEL_FILE, self.judged.state_dict(), info)
+        if self.trainer.latest:
+            mark_latest(self.trainer.output)
 
     def _save(self) -> Saved:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}

@@ -1,0 +1,85 @@
+"""The README's blocks and the examples, run as they stand."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+BLOCKS = re.findall(r"<!-- test: digits -->\n```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+def run(command: list[str | Path], cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "PERCEIVER_MODEL"}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with digits/ in it, as the README's commands expect."""
+    folder = tmp_path_factory.mktemp("readme")
+    run([sys.executable, ROOT / "examples" / "write_digits.py", "digits"], folder)
+    return folder
+
+
+def test_the_readme_has_blocks_to_run() -> None:
+    assert [language for language, _ in BLOCKS] == ["sh", "python", "python"]
+
+
+@pytest.mark.parametrize(
+    ("language", "text"), BLOCKS, ids=[f"{i}-{language}" for i, (language, _) in enumerate(BLOCKS)]
+)
+def test_readme_blocks_run(place: Path, language: str, text: str) -> None:
+    command: list[str | Path] = ["bash", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
+    done = run(command, place)
+    if language == "sh":
+        assert '"label": "7"' in done.stdout
+        assert "path,label,prob,label_2,prob_2,error" in done.stdout
+        assert "44,912,254" in done.stdout
+        assert "50176 x 261 float32" in done.stderr
+    else:
+        assert "Finished(" in done.stdout or "torch.Size([2, 10])" in done.stdout
+
+
+def test_readme_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in (ROOT / "src" / "perceiver_cli").rglob("*.py"):
+        if not path.name.startswith("__"):
+            assert f"`{path.name}`" in text, path
+
+
+def test_quickstart_and_pipe_examples(tmp_path: Path) -> None:
+    done = run(["bash", ROOT / "examples" / "quickstart.sh", "demo", "8s"], tmp_path)
+    assert "Everything is in demo/" in done.stderr
+    accuracy = re.search(r"test: accuracy ([\d.]+)", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.5
+    assert done.stdout.count('"label"') >= 5
+    assert (tmp_path / "demo" / "report" / "confusion.png").exists()
+    piped = run(["bash", ROOT / "examples" / "predict_in_a_pipe.sh", "demo/run", "demo/digits/test/1"], tmp_path)
+    assert '"path": "camera"' in piped.stdout
+    assert "status 3" in piped.stdout
+
+
+def test_train_from_python_example(place: Path) -> None:
+    script = ROOT / "examples" / "train_from_python.py"
+    done = run([sys.executable, script, "digits", "from-python", "train.steps=20"], place)
+    assert "best model: from-python/model.safetensors" in done.stdout
+    assert "test: 0." in done.stdout
+
+
+def test_custom_modality_example(tmp_path: Path) -> None:
+    done = run([sys.executable, ROOT / "examples" / "custom_modality.py", tmp_path], tmp_path)
+    accuracy = re.search(r"test: accuracy ([\d.]+) of 40", done.stdout)
+    assert accuracy is not None
+    assert float(accuracy[1]) > 0.9
