@@ -16,8 +16,8 @@ echo "== evaluate on the test split" >&2
 perceiver evaluate "$folder/digits" -m "$folder/run" -o "$folder/report"
 
 echo "== predict single files, as JSON lines" >&2
-find "$folder/digits/test/3" "$folder/digits/test/8" -name '*0.png' |
-    perceiver predict -m "$folder/run" --files-from - --top-k 2 | head -n 5
+find "$folder/digits/test" -name '1[0-4]00.png' |
+    perceiver predict -m "$folder/run" --files-from - --top-k 2
 
 cat >&2 <<END
 == Everything is in $folder/

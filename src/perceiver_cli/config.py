@@ -341,7 +341,7 @@ class Config(Table):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain tables: only JSON types, the same after a round trip."""
-        tables = self.model_dump(mode="json")
+        tables = self.model_dump(mode="json", exclude={"inputs"})
         tables["inputs"] = {key: spec.model_dump(mode="json") for key, spec in self.inputs.items()}
         return tables
 
