@@ -64,7 +64,7 @@ def test_quickstart_and_pipe_examples(tmp_path: Path) -> None:
     accuracy = re.search(r"test: accuracy ([\d.]+)", done.stdout)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.5
-    assert done.stdout.count("\"label\"") >= 5
+    assert done.stdout.count('"label"') >= 5
     assert (tmp_path / "demo" / "report" / "confusion.png").exists()
     piped = run(["bash", ROOT / "examples" / "predict_in_a_pipe.sh", "demo/run", "demo/digits/test/1"], tmp_path)
     assert '"path": "camera"' in piped.stdout

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_cli.attention import CrossAttend
-from perceiver_cli.config import ModelConfig, load_preset
+from perceiver_cli.config import ImageSpec, ModelConfig, load_preset
 from perceiver_cli.cost import estimate
 from perceiver_cli.encoding import Segment
 from perceiver_cli.model import Perceiver
@@ -52,6 +54,68 @@ def test_parameters_and_flops_of_the_papers_tables(schedule: str, parameters: in
     assert count(build(schedule)) == cost.parameters == parameters
     assert cost.flops / 1e9 == pytest.approx(gflop, rel=5e-4)
     assert (cost.num_inputs, cost.input_channels) == (50_176, 261)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "parameters"),
+    [
+        # Table 2's learned positions, 128 a pixel, one cross-attend: 48.19 M (paper.md's derivation).
+        ({"schedule": "c0 (t0)x8"}, {"positions": "learned"}, 48_189_577),
+        # Perceiver IO's published ImageNet models: Fourier, learned positions, convolution.
+        ({"schedule": "c0 (t0)x8", "head": "query"}, {}, 48_440_627),
+        (
+            {"schedule": "c0 (t0)x8"},
+            {"positions": "learned", "learned_channels": 256, "stem": "linear", "stem_channels": 256},
+            55_885_288,
+        ),
+    ],
+)
+def test_parameters_of_learned_positions_and_perceiver_io(
+    model: dict[str, object], inputs: dict[str, object], parameters: int
+) -> None:
+    spec = ImageSpec.model_validate(inputs)
+    config, layouts = ModelConfig.model_validate(model), {"image": modality("image").layout(spec)}
+    with torch.device("meta"):
+        built = Perceiver(config, layouts, 1000)
+    assert count(built) == estimate(config, layouts, 1000).parameters == parameters
+
+
+@pytest.mark.parametrize("stem", ["none", "linear", "conv-same", "conv-valid"])
+@pytest.mark.parametrize("head", ["mean", "query"])
+def test_flops_and_parameters_of_stems_and_heads(stem: str, head: str) -> None:
+    spec = ImageSpec.model_validate({"size": [30, 25], "stem": stem, "stem_channels": 8, "bands": 3})
+    layout = modality("image").layout(spec)
+    config = SMALL.model_copy(update={"head": head, "schedule": "c0 t0 c1 t0"})
+    model = Perceiver(config, {"image": layout}, 10)
+    for module in model.modules():
+        if isinstance(module, CrossAttend):
+            module.folds = lambda num_latents: False  # type: ignore[assignment]
+    counter = FlopCounterMode(display=False)
+    with counter, sdpa_kernel(SDPBackend.MATH):
+        model({"image": Segment(torch.randint(0, 256, (1, *layout.prepared_shape), dtype=torch.uint8))})
+    cost = estimate(config, {"image": layout}, 10)
+    assert counter.get_total_flops() == cost.flops
+    assert count(model) == cost.parameters
+
+
+def test_a_fixed_permutation_of_rows_changes_no_logit() -> None:
+    """Permuted ImageNet (4.1): one order for all inputs, features travelling with their pixels."""
+    plain, permuted = (
+        randomised(Perceiver(SMALL, {"image": replace(GRID, permutation=seed)}, 5)) for seed in (None, 7)
+    )
+    image = torch.randn(2, 6, 5, 3)
+    torch.testing.assert_close(permuted({"image": Segment(image)}), plain({"image": Segment(image)}), rtol=0, atol=1e-5)
+    assert not torch.equal(permuted.encoding({"image": Segment(image)}), plain.encoding({"image": Segment(image)}))
+
+
+def test_learned_positions_tell_places_apart() -> None:
+    layout = replace(GRID, learned_channels=16, learned_std=1.0)
+    model = randomised(Perceiver(SMALL, {"image": layout}, 5))
+    assert model.encoding.learned_positions["image"].shape == (30, 16)
+    assert layout.num_channels == 3 + 16
+    image = torch.randn(1, 6, 5, 3)
+    moved = model({"image": Segment(image.flip(1))}) - model({"image": Segment(image)})
+    assert moved.abs().max() > 1e-3
 
 
 def test_counts_of_the_parts() -> None:

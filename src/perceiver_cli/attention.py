@@ -16,15 +16,16 @@ EPS = 1e-5  # LayerNorm's, as in Haiku
 class Dense(nn.Module):
     """LayerNorm, linear, GELU, linear: the block after every attention; widening 1 is the paper's (no bottleneck)."""
 
-    def __init__(self, channels: int, widening: int) -> None:
+    def __init__(self, channels: int, widening: int, gelu: str = "tanh") -> None:
         super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
         self.norm = nn.LayerNorm(channels, eps=EPS)
         self.widen = nn.Linear(channels, channels * widening)
         self.project = nn.Linear(channels * widening, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, N, D), to be added to `x`."""
-        out: Tensor = self.project(F.gelu(self.widen(self.norm(x)), approximate="tanh"))
+        out: Tensor = self.project(F.gelu(self.widen(self.norm(x)), approximate=self.approximate))
         return out
 
 
@@ -41,18 +42,31 @@ class CrossAttend(nn.Module):
 
     `folds` picks the cheaper one. A key bias shifts all scores of a latent equally, so it changes nothing and gets no
     gradient in the folded form (and exactly zero, mathematically, in the other).
+
+    With `residual` off the result of the attention takes the latents' place instead of being added to them.
     """
 
-    def __init__(self, latent_channels: int, input_channels: int, width: int, heads: int, widening: int) -> None:
+    def __init__(
+        self,
+        latent_channels: int,
+        input_channels: int,
+        width: int,
+        heads: int,
+        widening: int,
+        gelu: str = "tanh",
+        *,
+        residual: bool = True,
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.residual = residual
         self.latent_norm = nn.LayerNorm(latent_channels, eps=EPS)
         self.input_norm = nn.LayerNorm(input_channels, eps=EPS)
         self.query = nn.Linear(latent_channels, width)
         self.key = nn.Linear(input_channels, width)
         self.value = nn.Linear(input_channels, width)
         self.output = nn.Linear(width, latent_channels)
-        self.dense = Dense(latent_channels, widening)
+        self.dense = Dense(latent_channels, widening, gelu)
 
     def folds(self, num_latents: int) -> bool:
         """Return whether the folded form costs fewer multiply-adds per input than the projected one."""
@@ -82,14 +96,15 @@ class CrossAttend(nn.Module):
             attended = merge_heads(attended @ value_rows.mT) + self.value.bias
         else:
             attended = merge_heads(attend(query, keys, values, scale))
-        latents = latents + self.output(attended)
+        attended = self.output(attended)
+        latents = latents + attended if self.residual else attended
         return latents + self.dense(latents)  # type: ignore[no-any-return]
 
 
 class SelfAttend(nn.Module):
     """One block of the latent Transformer on latents (B, N, D): a GPT-2 block without a mask (paper 3.1, App. C)."""
 
-    def __init__(self, channels: int, heads: int, widening: int) -> None:
+    def __init__(self, channels: int, heads: int, widening: int, gelu: str = "tanh") -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(channels, eps=EPS)
@@ -97,7 +112,7 @@ class SelfAttend(nn.Module):
         self.key = nn.Linear(channels, channels)
         self.value = nn.Linear(channels, channels)
         self.output = nn.Linear(channels, channels)
-        self.dense = Dense(channels, widening)
+        self.dense = Dense(channels, widening, gelu)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the new latents (B, N, D)."""

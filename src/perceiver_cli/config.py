@@ -64,6 +64,10 @@ class ModelConfig(Table):
     # the official code. The two differ only where latents are narrower than inputs.
     cross_channels: Literal["min", "input"] = "min"
     widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
+    gelu: Literal["tanh", "erf"] = "tanh"  # tanh is jax.nn.gelu's default, erf what transformers computes
+    # Before the last linear layer: the paper's mean over latents, or Perceiver IO's learned query that attends to them.
+    head: Literal["mean", "query"] = "mean"
+    query_residual: bool = True  # of the query head: add what it attends to, or take it alone
     # Least width of the learned modality encoding when there are several modalities (paper 4.2: 4 for video).
     modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4
 
@@ -130,6 +134,12 @@ class InputSpec(Table):
     max_resolution: tuple[Positive, ...] | None = None
     # Inputs merged into one along each axis; their values become channels.
     patch: tuple[Size, ...] = (1,)
+    # Fourier features, or a learned vector for each place of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
+    positions: Literal["fourier", "learned"] = "fourier"
+    learned_channels: Size = 128
+    learned_std: Positive = 1.0
+    # A seed: rows of the byte array in one random order, the same for every input, features and all (paper 4.1).
+    permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -148,6 +158,10 @@ class ImageSpec(InputSpec):
     # "auto": the smallest square that leaves at most max_auto_inputs inputs; 1 is the paper's pixels.
     patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
     max_auto_inputs: Size = 256
+    # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
+    # and pooling to a quarter of each side, padded as in the official code (same) or as in transformers (valid).
+    stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
+    stem_channels: Size = 64
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation

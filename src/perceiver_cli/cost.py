@@ -46,9 +46,12 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
     cross = 2 * d + 2 * c + _linear(d, w) + 2 * _linear(c, w) + _linear(w, d) + dense
     self_block = 2 * d + 4 * _linear(d, d) + dense
     encodings = sum(c - layout.num_channels for layout in layouts.values()) if len(layouts) > 1 else 0
+    readout = d + 4 * d + 4 * _linear(d, d) + 2 * d + 2 * _linear(d, d) if config.head == "query" else 0
     parameters = (
         n * d
         + encodings
+        + readout
+        + sum(_front_parameters(layout) for layout in layouts.values())
         + config.num_cross_sets * cross
         + config.num_latent_sets * config.self_attends_per_block * self_block
         + _linear(d, num_classes)
@@ -59,12 +62,33 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
     self_flops = 2 * (4 * n * d * d + 2 * n * n * d) + dense_flops
     num_cross = sum(kind == "c" for kind, _ in config.steps)
     num_self = (len(config.steps) - num_cross) * config.self_attends_per_block
-    flops = num_cross * cross_flops + num_self * self_flops + 2 * d * num_classes
+    readout_flops = 2 * (2 * d * d + 2 * n * d * d + 2 * n * d) + 4 * d * d if config.head == "query" else 0
+    flops = num_cross * cross_flops + num_self * self_flops + readout_flops + 2 * d * num_classes
+    flops += sum(_front_flops(layout) for layout in layouts.values())
 
     # Kept per example: the byte array and its normalised form; per block what the backward reads (norms, Q, K, V,
     # attention output, the two halves of the dense block).
     kept = 2 * m * c + num_cross * n * (6 * d + 4 * c + 2 * d * widening) + num_self * n * d * (8 + 2 * widening)
     return Cost(parameters, flops, m, c, 4 * kept)
+
+
+def _front_parameters(layout: Layout) -> int:
+    """Parameters of learned positions and of the stem."""
+    positions = layout.num_inputs * layout.learned_channels
+    if layout.stem == "none":
+        return positions
+    if layout.stem == "linear":
+        return positions + _linear(layout.channels, layout.stem_channels)
+    return positions + 49 * layout.channels * layout.stem_channels + 2 * layout.stem_channels
+
+
+def _front_flops(layout: Layout) -> int:
+    if layout.stem == "none":
+        return 0
+    if layout.stem == "linear":
+        return 2 * layout.num_inputs * layout.channels * layout.stem_channels
+    height, width, _ = layout.prepared_shape
+    return 2 * -(-height // 2) * -(-width // 2) * 49 * layout.channels * layout.stem_channels
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError
@@ -80,7 +81,15 @@ class ByteArrayEncoding(nn.Module):
         if len(self.layouts) > 1:
             for name, layout in self.layouts.items():
                 self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
+        self.learned_positions = nn.ParameterDict()
+        self.stems = nn.ModuleDict()
         for name, layout in self.layouts.items():
+            if layout.learned_channels:
+                self.learned_positions[name] = nn.Parameter(torch.empty(layout.num_inputs, layout.learned_channels))
+            if layout.stem == "linear":
+                self.stems[name] = nn.Linear(layout.channels, layout.stem_channels)
+            elif layout.stem != "none":
+                self.stems[name] = ConvStem(layout.channels, layout.stem_channels, same=layout.stem == "conv-same")
             self.register_buffer(f"mean_{name}", torch.tensor(layout.mean), persistent=False)
             self.register_buffer(f"std_{name}", torch.tensor(layout.std), persistent=False)
         self._grid_features: dict[tuple[str, torch.device], Tensor] = {}  # made once per device, never saved
@@ -93,22 +102,28 @@ class ByteArrayEncoding(nn.Module):
     def _rows(self, name: str, layout: Layout, segment: Segment) -> Tensor:
         values = segment.values
         batch = len(values)
-        if tuple(values.shape[1:]) != (*layout.grid, layout.channels):
-            raise ValueError(
-                f"{name} values of shape {tuple(values.shape)}, expected (B, {', '.join(map(str, layout.grid))}, "
-                f"{layout.channels})"
-            )
+        if tuple(values.shape[1:]) != layout.prepared_shape:
+            expected = ", ".join(map(str, layout.prepared_shape))
+            raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
         parts = []
         if layout.channels:
             scaled = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
-            parts.append(scaled.reshape(batch, layout.num_inputs, layout.channels))
-        if segment.positions is None:
+            if name in self.stems:
+                scaled = self.stems[name](scaled)
+            parts.append(scaled.reshape(batch, layout.num_inputs, -1))
+        if name in self.learned_positions:
+            parts.append(self.learned_positions[name].expand(batch, -1, -1))
+        elif segment.positions is None:
             parts.append(self._features(name, layout, values.device).expand(batch, -1, -1))
         else:
             parts.append(fourier_features(segment.positions, layout.bands, layout.max_resolution))
         if name in self.modality_encodings:
             parts.append(self.modality_encodings[name].expand(batch, layout.num_inputs, -1))
-        return torch.cat(parts, dim=-1)
+        rows = torch.cat(parts, dim=-1)
+        if layout.permutation is None:
+            return rows
+        order = torch.randperm(layout.num_inputs, generator=torch.Generator().manual_seed(layout.permutation))
+        return rows[:, order.to(rows.device)]
 
     def _features(self, name: str, layout: Layout, device: torch.device) -> Tensor:
         key = (name, device)
@@ -116,6 +131,34 @@ class ByteArrayEncoding(nn.Module):
             positions = grid_positions(layout.grid, device)
             self._grid_features[key] = fourier_features(positions, layout.bands, layout.max_resolution)
         return self._grid_features[key]
+
+
+class ConvStem(nn.Module):
+    """Convolution of 7, batch norm, ReLU, max pooling of 3, each halving the sides (Perceiver IO's conv variant).
+
+    same: pads as TensorFlow's SAME does, the larger half at the end; else 3 on every side and none for the pooling.
+    """
+
+    def __init__(self, channels: int, out_channels: int, *, same: bool) -> None:
+        super().__init__()
+        self.same = same
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size=7, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(out_channels)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return (B, H / 4, W / 4, out_channels) of values (B, H, W, channels)."""
+        x = values.movedim(-1, 1)
+        x = F.pad(x, _same_padding(x, 7) if self.same else (3, 3, 3, 3))
+        x = F.relu(self.norm(self.conv(x)))
+        if self.same:
+            x = F.pad(x, _same_padding(x, 3), value=-torch.inf)
+        return F.max_pool2d(x, kernel_size=3, stride=2).movedim(1, -1)
+
+
+def _same_padding(x: Tensor, kernel: int) -> tuple[int, int, int, int]:
+    """Return (left, right, top, bottom) so that a stride of 2 gives half of each side, rounded up."""
+    height, width = (max(0, (-(-side // 2) - 1) * 2 + kernel - side) for side in x.shape[-2:])
+    return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.float32]:

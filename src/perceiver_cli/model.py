@@ -43,24 +43,28 @@ class Perceiver(nn.Module):
         width = cross_width(config, input_channels)
         self.latents = nn.Parameter(torch.empty(config.num_latents, latent_channels))
         self.cross_attends = nn.ModuleList(
-            CrossAttend(latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor)
+            CrossAttend(
+                latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor, config.gelu
+            )
             for _ in range(config.num_cross_sets)
         )
         self.latent_transformers = nn.ModuleList(
             nn.Sequential(
                 *(
-                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor)
+                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor, config.gelu)
                     for _ in range(config.self_attends_per_block)
                 )
             )
             for _ in range(config.num_latent_sets)
         )
+        self.readout = QueryReadout(config) if config.head == "query" else None
         self.head = nn.Linear(latent_channels, num_classes)
         initialise(self, seed)
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return logits (B, classes) in float32: the mean over latents, then one linear layer (App. C)."""
-        logits: Tensor = self.head(self.encode(segments).mean(dim=1))
+        latents = self.encode(segments)
+        logits: Tensor = self.head(latents.mean(dim=1) if self.readout is None else self.readout(latents))
         return logits.float()
 
     def encode(self, segments: Mapping[str, Segment]) -> Tensor:
@@ -80,6 +84,22 @@ class Perceiver(nn.Module):
         return latents
 
 
+class QueryReadout(nn.Module):
+    """Perceiver IO's way from latents to one vector: a learned query attends to them, with one head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels = config.latent_channels
+        self.query = nn.Parameter(torch.empty(1, channels))
+        self.cross_attend = CrossAttend(channels, channels, channels, 1, 1, config.gelu, residual=config.query_residual)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return (B, D) from latents (B, N, D)."""
+        keys_values = self.cross_attend.keys_values(normalise(latents), 1)
+        query = self.query.expand(len(latents), -1, -1)
+        return self.cross_attend(query, *keys_values)[:, 0]  # type: ignore[no-any-return]
+
+
 def cross_width(config: ModelConfig, input_channels: int) -> int:
     """Return the width of Q, K and V in the cross-attends: min(C, D) by the paper, C in the official code."""
     return min(input_channels, config.latent_channels) if config.cross_channels == "min" else input_channels
@@ -91,10 +111,11 @@ def initialise(model: Perceiver, seed: int) -> None:
 
     | parameter | distribution | source |
     |---|---|---|
-    | latents, modality encodings | normal, std 0.02, cut at two sigma (Haiku's reading of [-2, 2]) | App. C |
-    | linear weights | LeCun: normal cut at two sigma, variance 1 / fan-in after the cut | official code |
+    | latents, modality encodings, query | normal, std 0.02, cut at two sigma (Haiku's reading of [-2, 2]) | App. C |
+    | learned positions | the same with `learned_std`, 1.0 unless set | 4.1, App. B |
+    | linear, convolution | LeCun: normal cut at two sigma, variance 1 / fan-in after the cut | official code |
     | linear biases, LayerNorm offsets | 0 | official code |
-    | LayerNorm scales | 1 | official code |
+    | LayerNorm and batch norm scales | 1 | official code |
     | the head's weight | 0 | official code |
     """
     generator = torch.Generator().manual_seed(seed)
@@ -104,12 +125,17 @@ def initialise(model: Perceiver, seed: int) -> None:
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
 
     fill(model.latents, LATENT_STD)
+    if model.readout is not None:
+        fill(model.readout.query, LATENT_STD)
     for encoding in model.encoding.modality_encodings.values():
         fill(encoding, LATENT_STD)
+    for name, table in model.encoding.learned_positions.items():
+        fill(table, model.encoding.layouts[name].learned_std)
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            fill(module.weight, 1 / sqrt(module.in_features) / TRUNCATED_STD)
-            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fill(module.weight, 1 / sqrt(module.weight[0].numel()) / TRUNCATED_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     nn.init.zeros_(model.head.weight)

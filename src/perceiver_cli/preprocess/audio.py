@@ -31,6 +31,7 @@ from perceiver_cli.preprocess.base import (
     check_contract,
     check_decoded,
     patchify,
+    position_options,
 )
 
 __all__ = ["MODALITY", "AudioModality"]
@@ -127,7 +128,7 @@ class AudioModality(Modality[AudioSpec]):
             raise UsageError(
                 f"inputs.audio.max_resolution has {len(resolution)} number(s), expected {len(grid)} for {spec.features}"
             )
-        return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution)
+        return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution, **position_options(spec))
 
     def prepare(self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.

@@ -112,12 +112,16 @@ class ByteArray:
 class Layout:
     """The shape that every ByteArray of one modality has: all that the model needs to know of it.
 
-    grid: number of inputs along each axis; (M,) for a point set.
-    channels: values per input (c), after patches.
+    grid: number of inputs along each axis, after any stem; (M,) for a point set.
+    channels: values per input (c) as prepared, after patches.
     dims: position axes (d): len(grid) for a grid.
     bands: Fourier bands per axis (K).
     max_resolution: the paper's mu for each axis; bands are spaced linearly from 1 to mu / 2.
     mean, std: values enter the model as (value - mean) / std; one number, or one per channel.
+    learned_channels, learned_std: width (0: none) and initial scale of learned positions, in place of Fourier features.
+    permutation: seed of the one order in which rows are given, or None.
+    stem, stem_channels: learned layers on the values before positions are attached, and how many channels they give.
+    values_grid: shape of the values as prepared, where a stem makes the grid smaller; else None.
     """
 
     grid: tuple[int, ...]
@@ -128,6 +132,17 @@ class Layout:
     is_grid: bool = True
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    learned_channels: int = 0
+    learned_std: float = 1.0
+    permutation: int | None = None
+    stem: str = "none"
+    stem_channels: int = 0
+    values_grid: tuple[int, ...] | None = None
+
+    @property
+    def prepared_shape(self) -> tuple[int, ...]:
+        """(*grid, c) of the values as prepared."""
+        return (*(self.values_grid or self.grid), self.channels)
 
     @property
     def num_inputs(self) -> int:
@@ -136,13 +151,13 @@ class Layout:
 
     @property
     def position_channels(self) -> int:
-        """d (2 K + 1): raw position, sines and cosines of every axis (paper 3.2)."""
-        return self.dims * (2 * self.bands + 1)
+        """d (2 K + 1): raw position, sines and cosines of every axis (paper 3.2); or those that are learned."""
+        return self.learned_channels or self.dims * (2 * self.bands + 1)
 
     @property
     def num_channels(self) -> int:
         """C, the columns of the byte array: values and position features."""
-        return self.channels + self.position_channels
+        return (self.channels if self.stem == "none" else self.stem_channels) + self.position_channels
 
 
 S = TypeVar("S", bound=InputSpec)
@@ -193,6 +208,12 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
     values = values.reshape(*split, values.shape[-1])
     order = (*range(0, 2 * dims, 2), *range(1, 2 * dims, 2), 2 * dims)
     return np.ascontiguousarray(values.transpose(order).reshape(*grid, -1))
+
+
+def position_options(spec: InputSpec) -> dict[str, Any]:
+    """Return the part of a Layout that is the same for every grid: learned positions and permutation."""
+    learned = spec.learned_channels if spec.positions == "learned" else 0
+    return {"learned_channels": learned, "learned_std": spec.learned_std, "permutation": spec.permutation}
 
 
 def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:

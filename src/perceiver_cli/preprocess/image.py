@@ -31,6 +31,7 @@ from perceiver_cli.preprocess.base import (
     check_contract,
     check_decoded,
     patchify,
+    position_options,
 )
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")  # Pillow's other plugins are never reached
@@ -215,7 +216,8 @@ class ImageModality(Modality[ImageSpec]):
         (height, width), patch = _size(spec), _patch(spec)
         if patch[0] > height or patch[1] > width:
             raise UsageError(f"image patch {list(patch)} is larger than image size {[height, width]}")
-        grid = (height // patch[0], width // patch[1])
+        values_grid = (height // patch[0], width // patch[1])
+        grid = _stem_grid(spec.stem, values_grid)
         resolution = spec.max_resolution or tuple(map(float, grid))
         if len(resolution) != 2:
             raise UsageError(f"image max_resolution needs 2 numbers, found {len(resolution)}")
@@ -235,6 +237,10 @@ class ImageModality(Modality[ImageSpec]):
             max_resolution=resolution,
             mean=_per_channel("mean", spec.mean, colors) * area,
             std=_per_channel("std", spec.std, colors) * area,
+            stem=spec.stem,
+            stem_channels=spec.stem_channels,
+            values_grid=values_grid,
+            **position_options(spec),
         )
 
     def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
@@ -287,6 +293,18 @@ def _size(spec: ImageSpec) -> tuple[int, int]:
     if spec.size == "auto":
         raise UsageError('image size is still "auto"', "it is settled from training data; or give a size")
     return spec.size
+
+
+def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the grid that a stem leaves: convolution of 7 and pooling of 3, each with stride 2."""
+    if not stem.startswith("conv"):
+        return grid
+    # "same" rounds each halving up; "valid" pads the convolution by 3 and the pooling by nothing.
+    convolved = [-(-side // 2) for side in grid]
+    height, width = (-(-side // 2) if stem == "conv-same" else (side - 3) // 2 + 1 for side in convolved)
+    if min(height, width) < 1:
+        raise UsageError(f"image size {list(grid)} is too small for stem {stem}")
+    return height, width
 
 
 def _patch(spec: ImageSpec) -> tuple[int, int]:

@@ -103,7 +103,11 @@ class PointsModality(Modality[PointsSpec]):
         """
         if spec.patch != (1,):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
-        return Layout((spec.num_points,), 0, 3, spec.bands, spec.max_resolution, is_grid=False)
+        if spec.positions == "learned":
+            raise UsageError("inputs.points.positions cannot be learned: points have no fixed places")
+        return Layout(
+            (spec.num_points,), 0, 3, spec.bands, spec.max_resolution, is_grid=False, permutation=spec.permutation
+        )
 
     def prepare(self, raw: Array, spec: PointsSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3), normalised to [-1, 1], as positions (M, 3) without values.
