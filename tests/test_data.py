@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 
 from perceiver_cli.config import ImageSpec, Limits
 from perceiver_cli.data import (
+    Batch,
     Example,
     Reader,
     class_weights,
+    mix,
     ordered_tasks,
     resolve_specs,
     scan_folder,
     training_tasks,
 )
+from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.base import Source
 from tests.conftest import write_images
@@ -224,3 +227,33 @@ def test_class_weights() -> None:
     weights = class_weights(counts.tolist(), 1.0).numpy()
     assert weights[0] / weights[1] == pytest.approx(9)
     assert (weights * counts).sum() / counts.sum() == pytest.approx(1)
+
+
+# ---------------------------------------------------------------- mixing
+
+
+def image_batch(count: int = 4) -> Batch:
+    values = torch.arange(count, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 10, 8, 3) * 10
+    return Batch({"image": Segment(values)}, torch.arange(count), tuple(examples(count)))
+
+
+def test_mixup_is_the_weighted_mean_of_both() -> None:
+    mixed = mix(image_batch(), 1.0, 0.0, np.random.default_rng(0))
+    values = mixed.segments["image"].values
+    assert 0 < mixed.share < 1
+    assert mixed.other_labels.tolist() == [3, 2, 1, 0]
+    expected = torch.tensor([mixed.share * 10 * i + (1 - mixed.share) * 10 * (3 - i) for i in range(4)])
+    torch.testing.assert_close(values[:, 0, 0, 0], expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000))
+def test_cutmix_share_is_what_was_not_pasted(seed: int) -> None:
+    batch = image_batch()
+    mixed = mix(batch, 0.0, 1.0, np.random.default_rng(seed))
+    values = mixed.segments["image"].values
+    assert values.dtype == torch.uint8
+    kept = (values[0] == batch.segments["image"].values[0]).float().mean()
+    assert mixed.share == pytest.approx(float(kept), abs=1e-6)
+    assert set(values[0].unique().tolist()) <= {0, 30}
+    assert batch.segments["image"].values[0].max() == 0  # the batch itself is left alone

@@ -74,6 +74,12 @@ def test_warmup_and_cosine() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_flat_then_cosine() -> None:
+    config = TrainConfig(lr=1.0, schedule="cosine", flat="50%")
+    assert [learning_rate(config, step, 100, 7) for step in (0, 25, 49, 50)] == [1.0] * 4
+    assert learning_rate(config, 75, 100, 7) == pytest.approx(0.5)
+
+
 def test_average_starts_at_the_model_and_follows_it() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = make_average(model, 0.9)

@@ -31,6 +31,8 @@ FULL = (
     "train.steps=24",
     "train.eval_every=7 steps",
     "train.save_every=5 steps",
+    "train.mixup=0.2",
+    "train.cutmix=1.0",
 )
 
 

@@ -287,10 +287,14 @@ class TrainConfig(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup: Duration = "0 steps"
+    flat: Duration = "0 steps"  # of the cosine schedule: how long the peak is held before it falls
     decay_at: tuple[Duration, ...] = ()  # of the step schedule
     decay_factor: Positive = 0.1
     clip_norm: Positive | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. For images.
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
     eval_every: Duration = "1 epoch"
     save_every: Duration = "1 epoch"  # of the state to resume from; every evaluation saves it too

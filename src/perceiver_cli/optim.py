@@ -79,12 +79,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of optimiser step `step` (from 0): warm-up, then constant, cosine to 0, or steps."""
+    """Return the learning rate of optimiser step `step` (from 0): warm-up, then constant, flat and cosine, or steps."""
     warmup = duration_steps(config.warmup, total_steps, steps_per_epoch)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     if config.schedule == "cosine":
-        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        start = warmup + duration_steps(config.flat, total_steps, steps_per_epoch)
+        progress = min(1.0, max(0, step - start) / max(1, total_steps - start))
         return config.lr * 0.5 * (1 + cos(pi * progress))
     if config.schedule == "step":
         passed = sum(step >= duration_steps(at, total_steps, steps_per_epoch) for at in config.decay_at)

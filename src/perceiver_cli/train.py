@@ -17,6 +17,7 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,6 +40,7 @@ from perceiver_cli.data import (
     Example,
     Reader,
     class_weights,
+    mix,
     resolve_specs,
     scan_folder,
     training_tasks,
@@ -55,6 +57,7 @@ LIST_BAD = 20  # unreadable files named in an error
 TIMED_STEPS = 5  # steps whose rate the first plan of a timed run rests on
 TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
 SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
+MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
 
 # ---------------------------------------------------------------- events
@@ -176,6 +179,8 @@ class Trainer:
             raise DataError(f"{show_path(path)}: holds {catalog.modality}, but {config.name} reads {reads}")
         self.notes += catalog.notes + check_classes(catalog)
         self.catalog: Catalog = catalog.hold_out(config.data.val_fraction)
+        if (config.train.mixup or config.train.cutmix) and found != {"image"}:
+            raise UsageError(f"train.mixup and train.cutmix are for images, this data is {catalog.modality}")
         specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
         self.config = config.model_copy(
             update={"inputs": specs, "data": config.data.model_copy(update={"path": os.path.abspath(path)})}
@@ -451,12 +456,12 @@ class _Run:
         """Do one optimiser step; return its mean loss, still on the device."""
         train = self.config.train
         loss = torch.zeros((), device=self.compute.device)
-        for _ in range(train.accumulate):
+        for micro in range(train.accumulate):
             batch = next(batches)
             if batch.bad:
                 self._note_bad(batch)
             if batch.examples:
-                loss += self.backward(batch, train.accumulate)
+                loss += self.backward(batch, train.accumulate, micro)
         self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -469,15 +474,25 @@ class _Run:
         self.loss_count += 1
         return loss
 
-    def backward(self, batch: Batch, accumulate: int) -> Tensor:
-        """Add the gradients of one batch; return its loss over `accumulate`."""
-        device = self.compute.device
-        segments = {name: segment.to(device) for name, segment in batch.segments.items()}
-        labels = batch.labels.to(device, non_blocking=True)
+    def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
+        """Add the gradients of one batch, the `micro`-th of its step; return its loss over `accumulate`."""
+        device, train = self.compute.device, self.config.train
+        targets = [(batch.labels, 1.0)]
+        given = batch.segments
+        if train.mixup or train.cutmix:
+            # Its own stream: a function of seed and place in the run, like everything random here.
+            rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
+            mixed = mix(batch, train.mixup, train.cutmix, rng)
+            given, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
         with self.compute.autocast():
-            logits = self.model(segments)
-        smoothing = self.config.train.label_smoothing
-        loss = F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing) / accumulate
+            logits = self.model({name: segment.to(device) for name, segment in given.items()})
+        loss = torch.zeros((), device=device)
+        for labels, share in targets:
+            target = labels.to(device, non_blocking=True)
+            loss = loss + share * F.cross_entropy(
+                logits, target, self.class_weights, label_smoothing=train.label_smoothing
+            )
+        loss = loss / accumulate
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
