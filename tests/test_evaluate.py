@@ -8,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from sklearn.metrics import average_precision_score
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.evaluate import Report, evaluate, save_report
+from perceiver_cli.evaluate import Report, average_precision, evaluate, save_report
 from perceiver_cli.predict import Predictor
-from tests.conftest import write_images
+from perceiver_cli.train import Trainer
+from tests.conftest import SMALL, write_images
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def test_figures_are_those_of_the_predictions(predictor: Predictor, bars: Path) 
 
 
 def test_per_class_rows_by_hand() -> None:
-    report = Report(("a", "b", "c"), 0.5, 1.0, 0.1, ((3, 1, 0), (2, 2, 0), (0, 0, 0)))
+    report = Report(("a", "b", "c"), 0.5, 1.0, 0.1, ((3, 1, 0), (2, 2, 0), (0, 0, 0)), 8)
     rows = report.per_class
     assert rows["a"] == {"count": 4, "correct": 3, "accuracy": 0.75, "precision": 0.6, "f1": 6 / 9}
     assert rows["b"]["precision"] == pytest.approx(2 / 3)
@@ -92,7 +95,7 @@ def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
 
 
 def test_class_names_are_data_in_the_picture(tmp_path: Path) -> None:
-    save_report(Report(("$x^", "a\nb"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), "test"), tmp_path)
+    save_report(Report(("$x^", "a\nb"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), 2, split="test"), tmp_path)
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 
@@ -102,3 +105,58 @@ def test_another_modality_names_both(predictor: Predictor, tmp_path: Path) -> No
         (tmp_path / name / "x.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
     with pytest.raises(DataError, match=r"holds points, but .*model\.safetensors' reads image"):
         evaluate(predictor, tmp_path)
+
+
+# ---------------------------------------------------------------- several labels
+
+
+def test_average_precision_is_scikit_learns_and_not_transposed() -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.random((40, 6)) < 0.3
+    targets[:, 4] = False
+    scores = rng.random((40, 6)) + 0.5 * targets
+    found = average_precision(torch.tensor(scores), torch.tensor(targets, dtype=torch.float64))
+    present = [0, 1, 2, 3, 5]
+    expected = [average_precision_score(targets[:, k], scores[:, k]) for k in present]
+    assert found[4] is None
+    np.testing.assert_allclose([found[k] for k in present], expected, atol=1e-6)
+    report = Report(tuple("abcdef"), 0, 0, 0, None, 40, found)
+    right = average_precision_score(targets[:, present], scores[:, present], average="macro")
+    wrong = average_precision_score(
+        targets.T[:, targets.any(axis=1)], scores.T[:, targets.any(axis=1)], average="macro"
+    )
+    assert report.mean_average_precision == pytest.approx(right, abs=1e-6)
+    assert abs(right - wrong) > 0.05  # the trap of the paper's first version would show
+
+
+def test_training_with_several_labels(tmp_path: Path) -> None:
+    """Bars in two rows at once: each label has its own row, and the model finds both."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "x").mkdir()
+    lines = ["path,labels,split"]
+    for i in range(160):
+        pixels = rng.integers(0, 60, (12, 12), dtype=np.uint8)
+        labels = [
+            name
+            for k, name in enumerate(("top", "middle", "low"))
+            if rng.random() < 0.4 and not pixels[5 * k].fill(255)
+        ]
+        Image.fromarray(pixels).save(tmp_path / "x" / f"{i:03d}.png")
+        lines.append(f"x/{i:03d}.png,{';'.join(labels)},{'test' if i % 4 == 0 else 'train'}")
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    overrides = [*SMALL, "train.epochs=30", "train.lr=0.01", "train.label_smoothing=0"]
+    list(Trainer(tmp_path / "m.csv", tmp_path / "run", overrides=overrides).fit())
+    predictor = Predictor(tmp_path / "run")
+    report = evaluate(predictor, tmp_path / "m.csv")
+    facts = report.to_dict()
+    assert (report.split, report.num_examples) == ("test", 40)
+    assert facts["mAP"] > 0.95
+    assert set(facts["per_class"]["top"]) == {"average_precision"}
+    save_report(report, tmp_path / "report")
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json", "predictions.jsonl"}
+    both = next(r["path"] for r in report.records if set(r["labels"]) == {"low", "top"})
+    (prediction,) = predictor.predict([tmp_path / both])
+    assert {name for name, prob in zip(predictor.classes, prediction.probs, strict=True) if prob > 0.5} == {
+        "low",
+        "top",
+    }

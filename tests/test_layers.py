@@ -18,7 +18,7 @@ ORDER = [
     "preprocess.base", "preprocess", "preprocess.image", "preprocess.audio", "preprocess.points",
     "encoding", "cost",
     "attention", "model", "optim", "device",
-    "data", "checkpoint",
+    "catalog", "data", "checkpoint",
     "predict", "evaluate", "recipes",
     "train", "bench",
     "console",
@@ -63,7 +63,12 @@ def test_imports_go_down(room: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "room", [room for room in ORDER if room.startswith("preprocess") or room in ("errors", "files", "config", "cost")]
+    "room",
+    [
+        room
+        for room in ORDER
+        if room.startswith("preprocess") or room in ("errors", "files", "config", "cost", "catalog")
+    ],
 )
 def test_preprocessing_and_below_never_see_torch(room: str) -> None:
     assert not any(name.split(".")[0] == "torch" for name in imported(ROOMS[room]))

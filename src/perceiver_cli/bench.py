@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from perceiver_cli.catalog import Example
 from perceiver_cli.config import Limits, load_preset
-from perceiver_cli.data import Batch, Example, Reader, training_tasks
+from perceiver_cli.data import Batch, Reader, training_tasks
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.model import Perceiver
 from perceiver_cli.optim import make_average, make_optimizer
@@ -45,7 +46,7 @@ def bench(
     with tempfile.TemporaryDirectory() as folder:
         examples = [
             Example(
-                str(i), {name: _made_up_file(Path(folder), spec.modality, i) for name, spec in specs.items()}, i % 2
+                str(i), {name: _made_up_file(Path(folder), spec.modality, i) for name, spec in specs.items()}, (i % 2,)
             )
             for i in range(MADE_UP_FILES)
         ]

@@ -202,10 +202,14 @@ def _write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any])
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_header(path: Path) -> _Header:
-    """Return our part of a safetensors header, after checking every claim that the format makes.
+def read_table(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the tensors that any safetensors file lists ({name: dtype, shape, ...}) and its metadata; no weights.
 
-    Done by hand before the library sees the file: it accepts duplicate keys, and a header of 100 MB.
+    Every claim that the format makes is checked by hand before the library sees the file: it accepts duplicate keys,
+    and a header of 100 MB.
+
+    Raises:
+        UsageError: cannot be read. IntegrityError: cut short, damaged, or with a header that contradicts the file.
     """
     shown = show_path(path)
     try:
@@ -230,7 +234,14 @@ def _read_header(path: Path) -> _Header:
         end = stop
     if len(tables) > MAX_TENSORS or 8 + length + end != size:
         raise IntegrityError(f"{shown}: {size} bytes, the header says {8 + length + end}: cut short or appended to")
-    if not isinstance(metadata, dict) or "perceiver" not in metadata:
+    return tables, metadata if isinstance(metadata, dict) else {}
+
+
+def _read_header(path: Path) -> _Header:
+    """Return our part of a safetensors header, after the checks of `read_table`."""
+    shown = show_path(path)
+    _, metadata = read_table(path)
+    if "perceiver" not in metadata:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
         text = str(metadata["perceiver"])

@@ -204,7 +204,7 @@ def _predictor(model: str | None, device: str, precision: str, limit: list[str] 
 
 def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
     """Yield what to predict: files as given, files below folders, listed files, bytes on stdin."""
-    from perceiver_cli.data import walk_files
+    from perceiver_cli.catalog import walk_files
     from perceiver_cli.preprocess.base import Source
 
     if not inputs and files_from is None:

@@ -310,6 +310,7 @@ class Config(Table):
     """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
 
     name: str = "custom"
+    multi_label: bool = False  # several labels an example: sigmoid instead of softmax; a run takes its data's
     num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
     model: ModelConfig = ModelConfig()
     inputs: dict[str, InputSpec]

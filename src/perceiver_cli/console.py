@@ -344,14 +344,17 @@ def show_report(report: Report, as_json: bool) -> None:
     if as_json:
         emit_json(report.to_dict())
         return
+    precision = "" if report.mean_average_precision is None else f"mAP {report.mean_average_precision:.4f}  "
     emit(
-        f"{report.split}: accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
+        f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
         f"({report.num_examples} examples)\n"
     )
-    table = _table("class", "count", "accuracy", "precision", "f1")
+    columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
+    table = _table("class", *columns)
     for name, row in report.per_class.items():
-        numbers = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("accuracy", "precision", "f1"))
-        table.add_row(Text(show_path(name)[1:-1]), str(row["count"]), *numbers)
+        cells = ((key, row[key]) for key in columns)
+        numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
+        table.add_row(Text(show_path(name)[1:-1]), *numbers)
     _emit_table(table)
 
 

@@ -1,4 +1,4 @@
-"""Examples, where they come from, and the batches they become.
+"""From examples to batches: decoding, memory, order, mixing.
 
 Nothing here depends on how many workers read: the order of examples and their augmentation are pure functions of
 (seed, epoch, example id), so a run that is cut and resumed sees exactly what an uninterrupted one would have seen.
@@ -7,16 +7,11 @@ A file that cannot be read is reported; no other example ever takes its place.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
-import os
-from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,225 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from perceiver_cli.catalog import Example
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError
-from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import detect, formats, modality
+from perceiver_cli.preprocess import detect, modality
 from perceiver_cli.preprocess.base import Array, Layout, Source
 
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-PROBES = 64  # files looked at to find the modality and to settle "auto" options
 PRELOAD_CHUNK = 16  # files per message between the decoding processes
-
-
-@dataclass(frozen=True)
-class Example:
-    """One input, not yet read. id: its path below the data folder; sources: by modality; label: class index."""
-
-    id: str
-    sources: Mapping[str, Source]
-    label: int | None = None
-
-    @cached_property
-    def key(self) -> int:
-        """A number made from the id alone, for seeds and splits."""
-        return int.from_bytes(hashlib.sha256(self.id.encode("utf-8", "surrogateescape")).digest()[:8], "little")
-
-
-@dataclass(frozen=True)
-class Catalog:
-    """What a data folder holds: examples by split, class names in order, and what was left out and why."""
-
-    root: str
-    modality: str
-    classes: tuple[str, ...]
-    splits: Mapping[str, tuple[Example, ...]]
-    bad: Mapping[str, str] = field(default_factory=dict)  # example id -> error, known without decoding
-    notes: tuple[str, ...] = ()
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of every split, id and class: what a run was trained on."""
-        digest = hashlib.sha256()
-        for split in sorted(self.splits):
-            for example in self.splits[split]:
-                digest.update(f"{split}\0{example.id}\0{example.label}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()[:16]
-
-    def counts(self, split: str) -> dict[str, int]:
-        """Return the number of examples of each class in a split."""
-        found = Counter(example.label for example in self.splits.get(split, ()))
-        return {name: found[index] for index, name in enumerate(self.classes)}
-
-    def hold_out(self, fraction: float) -> Catalog:
-        """Return the catalog with a validation split: its own, or a stratified share of train chosen by hash of id.
-
-        From each class the examples with the smallest hash go, so that adding files moves few of the old ones. Test
-        examples are never touched.
-        """
-        if "val" in self.splits or fraction == 0 or "train" not in self.splits:
-            return self
-        by_class: dict[int | None, list[Example]] = defaultdict(list)
-        for example in self.splits["train"]:
-            by_class[example.label].append(example)
-        held = {
-            example.id
-            for examples in by_class.values()
-            if len(examples) > 1
-            for example in sorted(examples, key=lambda e: e.key)[: max(1, round(fraction * len(examples)))]
-        }
-        train = tuple(e for e in self.splits["train"] if e.id not in held)
-        val = tuple(e for e in self.splits["train"] if e.id in held)
-        splits = {**self.splits, "train": train, "val": val}
-        return Catalog(self.root, self.modality, self.classes, splits, self.bad, self.notes)
-
-
-# ---------------------------------------------------------------- folders
-
-
-def scan_folder(root: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Catalog:
-    """Return the catalog of a folder: `split/class/file`, `class/split/file` (ModelNet's) or `class/file`.
-
-    The modality is the one that most of the probed files belong to, by content. With `classes` (of a model), labels
-    are matched by name; examples of other classes get the label None.
-
-    Raises:
-        DataError: no such folder, or no usable files in it; says what was looked for and what was found.
-    """
-    top = Path(root)
-    if not top.is_dir():
-        what = "not a folder" if top.exists() else "no such folder"
-        raise DataError(
-            f"{show_path(root)}: {what}", "expected a folder of class folders: split/class/file or class/file"
-        )
-    notes: list[str] = []
-    found = _labelled_files(top, notes)
-    if not found:
-        raise _nothing_usable(top)
-    kind = _majority_modality([path for path, _, _ in found])
-    if kind is None:
-        raise _nothing_usable(top)
-
-    def identity(path: str) -> str:
-        return path[len(os.fspath(top)) :].lstrip(os.sep)
-
-    # A file of another kind is bad if it carries the suffix of a usable one (a truncated .png), else just not data.
-    other: list[tuple[str, str, str, str]] = []
-    usable: list[tuple[str, str, str]] = []
-    for path, split, name in found:
-        problem = _sniff_problem(path, kind)
-        (usable.append((path, split, name)) if problem is None else other.append((path, split, name, problem)))
-    suffixes = {_suffix(path) for path, _, _ in usable}
-    bad: dict[str, str] = {}
-    ignored: Counter[str] = Counter()
-    for path, split, name, problem in other:
-        if _suffix(path) in suffixes:
-            bad[identity(path)] = problem
-            usable.append((path, split, name))
-        else:
-            ignored[_suffix(path) or "no suffix"] += 1
-    if ignored:
-        notes.append(f"ignored {sum(ignored.values())} files that are not {kind}: {_tally(ignored)}")
-
-    train_names = {name for _, split, name in usable if split == "train"} or {name for _, _, name in usable}
-    names = tuple(classes) if classes is not None else tuple(sorted(train_names))
-    index = {name: i for i, name in enumerate(names)}
-    strangers = Counter(name for _, _, name in usable if name not in index)
-    if strangers:
-        known = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} files of classes not among {known}: {_tally(strangers)}")
-    splits: dict[str, list[Example]] = defaultdict(list)
-    for path, split, name in usable:
-        splits[split].append(Example(identity(path), {kind: Source(path)}, index.get(name)))
-    ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in splits.items()}
-    return Catalog(os.fspath(root), kind, names, ordered, bad, tuple(notes))
-
-
-def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all files below a folder, sorted, without hidden ones and without following folder links."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.join(parent, name)
-
-
-def _labelled_files(top: Path, notes: list[str]) -> list[tuple[str, str, str]]:
-    """Return (path, split, class) of every file below class folders."""
-    folders = [entry for entry in sorted(top.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-    splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    if splits:
-        outside = [folder.name for folder in folders if folder not in splits]
-        if outside:
-            notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
-        return [
-            (path, SPLIT_NAMES[split.name.lower()], label.name)
-            for split in splits
-            for label in sorted(split.iterdir())
-            if label.is_dir() and not label.name.startswith(".")
-            for path in walk_files(label)
-        ]
-    found = []
-    for label in folders:
-        inside = [entry for entry in sorted(label.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-        if inside and all(entry.name.lower() in SPLIT_NAMES for entry in inside):
-            found += [
-                (path, SPLIT_NAMES[entry.name.lower()], label.name) for entry in inside for path in walk_files(entry)
-            ]
-        else:
-            found += [(path, "train", label.name) for path in walk_files(label)]
-    return found
-
-
-def _majority_modality(paths: list[str]) -> str | None:
-    votes: Counter[str] = Counter()
-    stride = max(1, len(paths) // PROBES)
-    for path in [*paths[::stride], *paths[: PROBES * 4]]:
-        try:
-            votes[detect(Source(path))] += 1
-        except DataError:
-            continue
-        if votes.total() >= PROBES:
-            break
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _sniff_problem(path: str, kind: str) -> str | None:
-    source = Source(path)
-    try:
-        if modality(kind).sniff(source.head(), path):
-            return None
-    except DataError as error:
-        return str(error)
-    return f"{source.shown}: not {kind} by its content"
-
-
-def _nothing_usable(top: Path) -> DataError:
-    suffixes: Counter[str] = Counter()
-    folders = sum(1 for entry in top.iterdir() if entry.is_dir())
-    for count, path in enumerate(walk_files(top)):
-        suffixes[_suffix(path) or "no suffix"] += 1
-        if count == 10_000:
-            break
-    found = f"{folders} folders and {suffixes.total()} files" + (f" ({_tally(suffixes)})" if suffixes else "")
-    return DataError(
-        f"{show_path(top)}: no usable files: found {found}",
-        f"expected class/file or split/class/file with {formats()}",
-    )
-
-
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
-def _tally(counter: Counter[str]) -> str:
-    shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
-    return shown + (", ..." if len(counter) > 5 else "")
 
 
 # ---------------------------------------------------------------- reading
@@ -252,8 +36,9 @@ def _tally(counter: Counter[str]) -> str:
 class Batch:
     """What the model is given at once.
 
-    segments: by modality; labels: (B,) class index, -1 where unknown; examples: in the same order; bad: (position in
-    the task, example, error) of those that could not be read and are therefore missing from the tensors.
+    segments: by modality; labels: (B,) class index, -1 where there is none, or (B, classes) of 0 and 1 where examples
+    may have several; examples: in the same order; bad: (position in the task, example, error) of those that could not
+    be read and are therefore missing from the tensors.
     """
 
     segments: Mapping[str, Segment]
@@ -278,9 +63,16 @@ class Task:
 class Reader(Dataset[Batch]):
     """Turns tasks into batches. Keeps decoded arrays in memory up to a budget; workers share them after the fork."""
 
-    def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        specs: Mapping[str, InputSpec],
+        limits: Limits,
+        bad: Mapping[str, str] | None = None,
+        multi_label_classes: int = 0,
+    ) -> None:
         self.specs = dict(specs)
         self.limits = limits
+        self.multi_label_classes = multi_label_classes  # 0: one label an example
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
         self._decoded: dict[str, dict[str, Array]] = {}
 
@@ -348,8 +140,15 @@ class Reader(Dataset[Batch]):
             if arrays_of[0].positions is not None:
                 positions = torch.from_numpy(np.stack([array.positions for array in arrays_of]))
             segments[name] = Segment(torch.from_numpy(np.stack([array.values for array in arrays_of])), positions)
-        labels = torch.tensor([-1 if e.label is None else e.label for e in good], dtype=torch.long)
-        return Batch(segments, labels, tuple(good), tuple(bad))
+        return Batch(segments, self._labels(good), tuple(good), tuple(bad))
+
+    def _labels(self, examples: Sequence[Example]) -> Tensor:
+        if not self.multi_label_classes:
+            return torch.tensor([e.labels[0] if e.labels else -1 for e in examples], dtype=torch.long)
+        labels = torch.zeros(len(examples), self.multi_label_classes)
+        for row, example in enumerate(examples):
+            labels[row, list(example.labels)] = 1.0
+        return labels
 
     def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
         """Yield the batch of each task, in order, read ahead by `workers` processes (0: in this one).
@@ -493,12 +292,3 @@ def class_weights(counts: Sequence[int], power: float) -> Tensor:
     frequency = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
     weights = frequency.pow(-power)
     return (weights * frequency.sum() / (weights * frequency).sum()).float()
-
-
-def resolve_specs(specs: Mapping[str, InputSpec], examples: Sequence[Example], limits: Limits) -> dict[str, InputSpec]:
-    """Return the specs with every "auto" settled by a sample of the examples."""
-    probes = sorted(examples, key=lambda e: e.key)[:PROBES]
-    return {
-        name: modality(spec.modality).resolve(spec, [probe.sources[name] for probe in probes], limits)
-        for name, spec in specs.items()
-    }

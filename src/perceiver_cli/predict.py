@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perceiver_cli.catalog import Example
 from perceiver_cli.checkpoint import find_model, load_model
 from perceiver_cli.config import Limits
-from perceiver_cli.data import Batch, Example, Reader, Task, ordered_tasks
+from perceiver_cli.data import Batch, Reader, Task, ordered_tasks
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.model import Perceiver
 from perceiver_cli.preprocess.base import Source
@@ -21,7 +22,10 @@ from perceiver_cli.preprocess.base import Source
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one input: class probabilities in the order of `classes`, or an error."""
+    """The answer to one input: class probabilities in the order of `classes`, or an error.
+
+    With several labels an example the probabilities are independent of each other, and do not sum to 1.
+    """
 
     path: str
     classes: tuple[str, ...]
@@ -97,7 +101,8 @@ class Predictor:
         examples = (Example(source.name, {name: source}) for source in map(_source, inputs))
         for batch, logits in run(self.model, self.reader, ordered_tasks(examples, batch_size), self.compute, workers):
             errors = {position: (example, error) for position, example, error in batch.bad}
-            rows = iter(zip(batch.examples, logits.softmax(dim=-1).tolist(), strict=True))
+            probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
+            rows = iter(zip(batch.examples, probabilities.tolist(), strict=True))
             for position in range(len(batch.examples) + len(batch.bad)):
                 if position in errors:
                     example, error = errors[position]

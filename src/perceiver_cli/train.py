@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perceiver_cli.catalog import Catalog, Example, resolve_specs, scan
 from perceiver_cli.checkpoint import (
     MODEL_FILE,
     STATE_FOLDER,
@@ -36,13 +37,9 @@ from perceiver_cli.config import Config, duration_steps, load_preset
 from perceiver_cli.cost import Cost, estimate
 from perceiver_cli.data import (
     Batch,
-    Catalog,
-    Example,
     Reader,
     class_weights,
     mix,
-    resolve_specs,
-    scan_folder,
     training_tasks,
 )
 from perceiver_cli.device import Compute, choose
@@ -171,7 +168,7 @@ class Trainer:
         path = os.fspath(data) if data is not None else config.data.path if config is not None else None
         if path is None:
             raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
-        catalog = scan_folder(path, self._state.get("classes"))
+        catalog = scan(path, self._state.get("classes"))
         config = (config or load_preset(f"tiny-{catalog.modality}")).override(list(overrides))
         found, wanted = {catalog.modality}, {spec.modality for spec in config.inputs.values()}
         if found != wanted:
@@ -182,11 +179,19 @@ class Trainer:
         if (config.train.mixup or config.train.cutmix) and found != {"image"}:
             raise UsageError(f"train.mixup and train.cutmix are for images, this data is {catalog.modality}")
         specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
+        several = catalog.multi_label
+        if several and config.data.class_weight_power:
+            raise UsageError("data.class_weight_power is for one label an example")
         self.config = config.model_copy(
-            update={"inputs": specs, "data": config.data.model_copy(update={"path": os.path.abspath(path)})}
+            update={
+                "multi_label": several,
+                "inputs": specs,
+                "data": config.data.model_copy(update={"path": os.path.abspath(path)}),
+            }
         )
         self.compute: Compute = choose(config.train.device, config.train.precision)
-        self.reader = Reader(specs, config.data.limits, self.catalog.bad)
+        classes = len(self.catalog.classes)
+        self.reader = Reader(specs, config.data.limits, self.catalog.bad, classes if several else 0)
         self.cost: Cost = estimate(config.model, self.reader.layouts, len(self.catalog.classes))
         if self.cost.parameters > MAX_PARAMETERS:
             raise UsageError(
@@ -488,13 +493,19 @@ class _Run:
             logits = self.model({name: segment.to(device) for name, segment in given.items()})
         loss = torch.zeros((), device=device)
         for labels, share in targets:
-            target = labels.to(device, non_blocking=True)
-            loss = loss + share * F.cross_entropy(
-                logits, target, self.class_weights, label_smoothing=train.label_smoothing
-            )
+            loss = loss + share * self._loss(logits, labels.to(device, non_blocking=True))
         loss = loss / accumulate
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return softmax cross-entropy, or sigmoid cross-entropy where examples have several labels (paper 4.2)."""
+        smoothing = self.config.train.label_smoothing
+        if self.config.multi_label:
+            # Summed over classes, so that the gradient does not shrink with their number.
+            smoothed = labels * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
+        return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
     def synchronize(self) -> None:
         """Wait for the device."""
@@ -541,6 +552,8 @@ class _Run:
             classes = self.catalog.classes
             report: Report = score(self.judged, self.trainer.reader, examples, classes, self.compute, batch_size)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
+            if report.mean_average_precision is not None:
+                record["val_mAP"] = report.mean_average_precision
         # Without a validation split the latest model is the best known.
         better = not examples or not self.best or _rank(record) >= _rank(self.best)
         record["elapsed_s"] = round(self.elapsed, 3)
@@ -704,8 +717,8 @@ class _MetricsLog:
 
 
 def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
-    """Order of validation results: accuracy first, then loss."""
-    return record.get("val_accuracy", 0.0), -record.get("val_loss", 0.0)
+    """Order of validation results: mAP where there is one, else accuracy; then loss."""
+    return record.get("val_mAP", record.get("val_accuracy", 0.0)), -record.get("val_loss", 0.0)
 
 
 # ---------------------------------------------------------------- runs and transfer

@@ -252,7 +252,7 @@ class ImageModality(Modality[ImageSpec]):
         size, patch = _size(spec), _patch(spec)
         if rng is None:
             return ByteArray(patchify(_resize(raw, _center_box(raw, spec, size), size), patch))
-        values = _resize(raw, _random_box(raw, spec, size, rng), size)
+        values = _resize(raw, _random_box(raw, spec, size, rng), size, reducing_gap=3.0)
         if rng.random() < spec.flip:
             values = np.ascontiguousarray(values[:, ::-1])
         if spec.randaugment_layers:
@@ -365,16 +365,20 @@ def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> s
 
 # ---------------------------------------------------------------- geometry
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def _center_box(raw: Array, spec: ImageSpec, size: tuple[int, int]) -> Box:
-    """Return the centre `eval_crop` of the largest box that has the target's aspect ratio."""
+    """Return the centre `eval_crop` of the largest box that has the target's aspect ratio, in whole pixels.
+
+    Rounded down as by transformers' image processor, so that published weights see the pixels that they were
+    evaluated on.
+    """
     height, width = raw.shape[:2]
-    crop_width = min(width, height * size[1] / size[0]) * spec.eval_crop
-    crop_height = min(height, width * size[0] / size[1]) * spec.eval_crop
-    left, top = (width - crop_width) / 2, (height - crop_height) / 2
-    return left, top, min(left + crop_width, width), min(top + crop_height, height)
+    crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
+    crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
 
 
 def _random_box(raw: Array, spec: ImageSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
@@ -400,16 +404,17 @@ def _random_box(raw: Array, spec: ImageSpec, size: tuple[int, int], rng: np.rand
     return left, top, left + crop_width, top + crop_height
 
 
-def _resize(values: Array, box: Box, size: tuple[int, int]) -> Array:
-    """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes."""
+def _resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
+    """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes.
+
+    Cropped first, so that no pixel beyond the box reaches the result. With `reducing_gap` large boxes are first
+    averaged down to that many times `size`: faster, and near enough for training.
+    """
     left, top, right, bottom = box
-    x, y = int(left), int(top)
-    part = values[y : math.ceil(bottom), x : math.ceil(right)]  # Pillow copies what it is given: give it less
-    if part.shape[:2] == size and (right - left, bottom - top) == (size[1], size[0]):
+    part = values[top:bottom, left:right]
+    if part.shape[:2] == size:
         return part
-    inner = (left - x, top - y, right - x, bottom - y)
-    image = _to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, inner, reducing_gap=3.0)
-    return _to_array(image)
+    return _to_array(_to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
 
 
 def _to_image(values: Array) -> Image.Image:
