@@ -7,7 +7,7 @@ import sys
 
 from perceiver_cli import Predictor, Trainer
 from perceiver_cli.evaluate import evaluate
-from perceiver_cli.train import Evaluated, Finished
+from perceiver_cli.events import Evaluated, Finished
 
 
 def main(data: str, run: str, *overrides: str) -> None:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceiver_cli.train import Finished, Trainer
+from perceiver_cli.events import Finished
+from perceiver_cli.train import Trainer
 
 # A model so small that a step takes a few milliseconds.
 SMALL = (

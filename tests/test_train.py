@@ -20,7 +20,9 @@ from safetensors.torch import load_file
 from perceiver_cli.checkpoint import MODEL_FILE, load_model, load_state
 from perceiver_cli.config import load_config
 from perceiver_cli.errors import DataError, DivergedError, ResourceError, UsageError
-from perceiver_cli.train import Evaluated, Finished, Saved, Started, StepDone, Trainer, next_run
+from perceiver_cli.events import Evaluated, Finished, Saved, Started, StepDone
+from perceiver_cli.runs import next_run
+from perceiver_cli.train import Trainer
 from tests.conftest import SMALL, write_images
 
 FULL = (
@@ -178,6 +180,13 @@ def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) 
     torch.testing.assert_close(ours.latents, theirs.latents)
     torch.testing.assert_close(ours.head.weight[0], theirs.head.weight[0])
     assert ours.head.weight[1].abs().max() < 1e-6
+
+
+def test_a_frozen_trunk_leaves_only_the_head_to_learn(trained: Path, bars: Path, tmp_path: Path) -> None:
+    overrides = [*SMALL, "train.steps=5", "train.freeze=trunk", "train.weight_decay=0.1", "train.ema_decay=0.9"]
+    list(Trainer(bars, tmp_path / "run", overrides=overrides, init_from=trained).fit())
+    ours, theirs = (load_file(path / MODEL_FILE) for path in (tmp_path / "run", trained))
+    assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {"head.weight", "head.bias"}
 
 
 # ---------------------------------------------------------------- refusals

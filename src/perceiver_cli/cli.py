@@ -91,6 +91,7 @@ def train(
     limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
     init_from: Annotated[str | None, typer.Option(help="Start from the weights of a run or model file.")] = None,
+    freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
 ) -> None:
@@ -113,6 +114,7 @@ def train(
         "train.seed": seed,
     }
     given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
+    given |= {"train.freeze": freeze}
     overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:

@@ -296,6 +296,7 @@ class TrainConfig(Table):
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
+    freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"
     save_every: Duration = "1 epoch"  # of the state to resume from; every evaluation saves it too
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0

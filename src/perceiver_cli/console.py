@@ -24,8 +24,8 @@ from perceiver_cli.files import show_path
 
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
+    from perceiver_cli.events import Evaluated, Event, StepDone
     from perceiver_cli.predict import Prediction
-    from perceiver_cli.train import Evaluated, Event, StepDone
 
 talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
@@ -127,7 +127,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
     second ends it at once.
     """
-    from perceiver_cli.train import Evaluated, Finished, Loaded, Started, StepDone
+    from perceiver_cli.events import Evaluated, Finished, Loaded, Started, StepDone
 
     received: list[int] = []
     finished: Finished | None = None

@@ -6,13 +6,9 @@ A run folder holds `model.safetensors` (the best model so far), `last/` (the sta
 
 from __future__ import annotations
 
-import fcntl
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -43,11 +39,13 @@ from perceiver_cli.data import (
     training_tasks,
 )
 from perceiver_cli.device import Compute, choose
-from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, UsageError
 from perceiver_cli.evaluate import Report, score
-from perceiver_cli.files import cannot_write, show_path, write_text
+from perceiver_cli.events import Evaluated, Event, Finished, Loaded, Saved, Started, StepDone
+from perceiver_cli.files import show_path
 from perceiver_cli.model import Perceiver
 from perceiver_cli.optim import learning_rate, make_average, make_optimizer
+from perceiver_cli.runs import MetricsLog, claim, mark_latest, next_run
 
 MAX_PARAMETERS = 2_000_000_000
 LIST_BAD = 20  # unreadable files named in an error
@@ -56,73 +54,6 @@ TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
 SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
 MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
-
-# ---------------------------------------------------------------- events
-
-
-@dataclass(frozen=True)
-class Started:
-    """The run is planned. summary: counts, shapes, sizes, as `--dry-run` prints them."""
-
-    summary: Mapping[str, Any]
-    notes: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """Files decoded so far, of all; bad: those that could not be."""
-
-    done: int
-    total: int
-    bad: int
-
-
-@dataclass(frozen=True)
-class StepDone:
-    """One optimiser step. loss: of its batch (as of the last look, on a GPU); samples_per_s: since the last."""
-
-    step: int
-    total_steps: int
-    epoch: float
-    loss: float
-    lr: float
-    samples_per_s: float
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A look at the validation split. best: whether this is the best model so far."""
-
-    step: int
-    epoch: float
-    train_loss: float
-    accuracy: float
-    loss: float
-    best: bool
-    elapsed_s: float
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A file was committed."""
-
-    path: Path
-    step: int
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The run ended: by its plan, or early because it was asked to. metrics: of the best model."""
-
-    model: Path
-    step: int
-    stopped_early: bool
-    metrics: Mapping[str, Any]
-    elapsed_s: float
-
-
-Event = Started | Loaded | StepDone | Evaluated | Saved | Finished
-
 
 # ---------------------------------------------------------------- trainer
 
@@ -287,8 +218,7 @@ class Trainer:
             DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
             cannot be written, holds another run, or is in use.
         """
-        with ExitStack() as stack:
-            self._prepare_output(stack)
+        with claim(self.output, self.config.to_toml(), resume=self.resume, replace=self.replace):
             yield Started(self.summary(), tuple(self.notes))
             yield from self._preload()
             if not self._stop:
@@ -307,28 +237,6 @@ class Trainer:
         changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UsageError(f"--resume cannot change the model ({', '.join(f'model.{key}' for key in changed)})")
-
-    def _prepare_output(self, stack: ExitStack) -> None:
-        """Make, lock and mark the run folder, before any time is spent."""
-        exists = (self.output / MODEL_FILE).exists() or (self.output / STATE_FOLDER).exists()
-        if exists and not self.resume and not self.replace:
-            raise UsageError(
-                f"{show_path(self.output)}: already holds a run", "pass --resume to continue it, or --replace"
-            )
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((self.output / ".lock").open("w"))
-            # A POSIX lock, unlike flock's, is not inherited by data workers, which may outlive a killed run by seconds.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ResourceError(f"{show_path(self.output)}: in use by another training run") from error
-        except OSError as error:
-            raise cannot_write(self.output, error) from error
-        if not self.resume:
-            for old in [self.output / MODEL_FILE, *(self.output / STATE_FOLDER).glob("*")]:
-                old.unlink(missing_ok=True)
-            write_text(self.output / "metrics.jsonl", "")
-        write_text(self.output / "config.toml", self.config.to_toml())
 
     def _preload(self) -> Iterator[Loaded]:
         data = self.config.data
@@ -374,6 +282,9 @@ class _Run:
         model = Perceiver(self.config.model, trainer.reader.layouts, len(self.catalog.classes), train.seed)
         if trainer.init_from is not None:
             trainer.notes += transfer(model, self.catalog.classes, trainer.init_from)
+        if train.freeze == "trunk":
+            model.requires_grad_(False)
+            model.head.requires_grad_(True)
         self.model = model.to(self.compute.device).train()
         self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)
@@ -415,7 +326,7 @@ class _Run:
         workers = self.compute.default_workers if data.workers is None else data.workers
         batches = self.trainer.reader.batches(self.tasks(endless), workers, pin=self.compute.device.type == "cuda")
         check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
-        metrics = _MetricsLog(self.trainer.output, self.step)
+        metrics = MetricsLog(self.trainer.output, self.step)
         last_loss, last_time, last_step = float("nan"), time.perf_counter(), self.step
         evaluated_at = self.step
         while not timing.over() and not self.trainer._stop:
@@ -540,7 +451,7 @@ class _Run:
         assert isinstance(model, Perceiver)
         return model
 
-    def _evaluate(self, metrics: _MetricsLog, lr: float) -> Evaluated:
+    def _evaluate(self, metrics: MetricsLog, lr: float) -> Evaluated:
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
@@ -698,30 +609,12 @@ class _Timing:
         return self.run.step % max(1, every) == 0
 
 
-class _MetricsLog:
-    """metrics.jsonl: a line per evaluation. A resumed run first drops the lines after its starting step."""
-
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / "metrics.jsonl"
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
-
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-
 def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
     """Order of validation results: mAP where there is one, else accuracy; then loss."""
     return record.get("val_mAP", record.get("val_accuracy", 0.0)), -record.get("val_loss", 0.0)
 
 
-# ---------------------------------------------------------------- runs and transfer
+# ---------------------------------------------------------------- checks and transfer
 
 
 def check_classes(catalog: Catalog) -> tuple[str, ...]:
@@ -735,27 +628,6 @@ def check_classes(catalog: Catalog) -> tuple[str, ...]:
         raise DataError(f"{where}: one class to learn: {found}", "a classifier needs at least two")
     single = [show_path(name) for name, count in counts.items() if count == 1]
     return (f"only one training file in {len(single)} classes: {', '.join(single[:10])}",) if single else ()
-
-
-def next_run(name: str) -> Path:
-    """Return the first free folder runs/<name>-<n>."""
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
-
-
-def mark_latest(run: Path) -> None:
-    """Point runs/latest in the current folder at a run, so that other commands find it without -m."""
-    runs = Path("runs")
-    try:
-        runs.mkdir(exist_ok=True)
-        temporary = runs / f".latest-{os.getpid()}"
-        temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(run, runs))
-        os.replace(temporary, runs / "latest")
-    except OSError as error:
-        raise cannot_write(runs / "latest", error) from error
 
 
 def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:

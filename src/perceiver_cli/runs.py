@@ -1,0 +1,86 @@
+"""Run folders: numbered, claimed by one process at a time, found again as the latest; and their log of metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli.checkpoint import MODEL_FILE, STATE_FOLDER
+from perceiver_cli.errors import ResourceError, UsageError
+from perceiver_cli.files import cannot_write, show_path, write_text
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@contextmanager
+def claim(run: Path, config_toml: str, *, resume: bool, replace: bool) -> Iterator[None]:
+    """Make a run folder and hold it for this process, before any time is spent; write its config.toml.
+
+    Raises:
+        UsageError: it already holds a run, and neither `resume` nor `replace` is set.
+        ResourceError: it cannot be written, or another process holds it.
+    """
+    exists = (run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()
+    if exists and not resume and not replace:
+        raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("w")
+    except OSError as error:
+        raise cannot_write(run, error) from error
+    with lock:
+        try:
+            # A POSIX lock, unlike flock's, is not inherited by data workers, which outlive a killed run by seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResourceError(f"{show_path(run)}: in use by another training run") from error
+        if not resume:
+            for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
+                old.unlink(missing_ok=True)
+            write_text(run / METRICS_FILE, "")
+        write_text(run / "config.toml", config_toml)
+        yield
+
+
+class MetricsLog:
+    """metrics.jsonl: a line per evaluation. A resumed run first drops the lines after its starting step."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / METRICS_FILE
+        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def next_run(name: str) -> Path:
+    """Return the first free folder runs/<name>-<n>."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def mark_latest(run: Path) -> None:
+    """Point runs/latest in the current folder at a run, so that other commands find it without -m."""
+    runs = Path("runs")
+    try:
+        runs.mkdir(exist_ok=True)
+        temporary = runs / f".latest-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(run, runs))
+        os.replace(temporary, runs / "latest")
+    except OSError as error:
+        raise cannot_write(runs / "latest", error) from error
