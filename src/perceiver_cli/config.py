@@ -214,10 +214,13 @@ class PointsSpec(InputSpec):
     patch: tuple[Size, ...] = (1,)
     # Points sampled once per file and kept; each visit in training draws num_points of them.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
-    # Training: per-point scaling (paper 4.3), turn about one axis, scaling of the whole along each axis.
+    # Training: per-point scaling (paper 4.3), scaling of the whole along each axis, mirroring along some with probability
+    # one half, turning about one, and noise on each coordinate.
     point_scale: Range = (0.99, 1.01)
     rotate: Literal["none", "x", "y", "z", "any"] = "none"
     stretch: Range = (1.0, 1.0)
+    mirror: tuple[Literal["x", "y", "z"], ...] = ()
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 # ---------------------------------------------------------------- data and training

@@ -112,8 +112,9 @@ class PointsModality(Modality[PointsSpec]):
     def prepare(self, raw: Array, spec: PointsSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3), normalised to [-1, 1], as positions (M, 3) without values.
 
-        In the order of paper 4.3: centred; with `rng` each point scaled by its own factor, then the whole stretched
-        and turned; centred again, and divided by the largest coordinate. One point, many times, is all zeros.
+        In the order of paper 4.3: centred; with `rng` each point scaled by its own factor, then the whole stretched,
+        mirrored and turned, and noise added; centred again, and divided by the largest coordinate. One point, many
+        times, is all zeros.
         """
         count, size = spec.num_points, len(raw)
         if rng is None:
@@ -127,8 +128,14 @@ class PointsModality(Modality[PointsSpec]):
             points = points * rng.uniform(*spec.point_scale, (count, 1)).astype(np.float32)
             if spec.stretch != (1.0, 1.0):
                 points = points * rng.uniform(*spec.stretch, 3).astype(np.float32)
+            for axis in spec.mirror:
+                if rng.random() < 0.5:
+                    points[:, "xyz".index(axis)] *= -1
             if spec.rotate != "none":
                 points = points @ _rotation(spec.rotate, rng)
+            if spec.jitter:
+                size_now = np.abs(points).max()
+                points = points + rng.normal(0, spec.jitter * size_now, points.shape).astype(np.float32)
         points = _centred(points)
         scale = np.abs(points).max()
         positions = points / scale if scale > 0 else points
