@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver_cli.attention import CrossAttend
-from perceiver_cli.config import ImageSpec, ModelConfig, load_preset
+from perceiver_cli.config import ImageSpec, ModelConfig, load_preset, preset_names
 from perceiver_cli.cost import estimate
 from perceiver_cli.encoding import Segment
 from perceiver_cli.model import Perceiver
@@ -154,9 +154,7 @@ def test_flops_in_closed_form_are_those_that_run() -> None:
     assert counter.get_total_flops() == estimate(config, {"image": layout}, 10).flops
 
 
-@pytest.mark.parametrize(
-    "name", ["imagenet", "audioset-audio", "modelnet40", "tiny-image", "tiny-audio", "tiny-points"]
-)
+@pytest.mark.parametrize("name", preset_names())
 def test_closed_form_is_what_is_built(name: str) -> None:
     config = load_preset(name)
     layouts = {}
@@ -166,6 +164,25 @@ def test_closed_form_is_what_is_built(name: str) -> None:
     with torch.device("meta"):
         model = Perceiver(config.model, layouts, 7)
     assert count(model) == estimate(config.model, layouts, 7).parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "channels"),
+    [
+        ("imagenet", 50_176, 261),
+        ("imagenet-permuted", 50_176, 261),
+        ("imagenet-learned", 50_176, 131),
+        ("imagenet-io", 50_176, 261),
+        ("audioset-audio", 480, 257),
+        ("audioset-mel", 4_800, 259),
+        ("modelnet40", 2_048, 387),
+    ],
+)
+def test_inputs_of_the_papers_presets(name: str, inputs: int, channels: int) -> None:
+    config = load_preset(name)
+    (spec,) = config.inputs.values()
+    layout = modality(spec.modality).layout(spec)
+    assert (layout.num_inputs, layout.num_channels) == (inputs, channels)
 
 
 def test_closed_form_with_several_modalities() -> None:
