@@ -18,7 +18,7 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(BIN)/perceiver  ## install, then ruff and mypy --strict
 	$(BIN)/ruff check src tests examples

@@ -284,6 +284,7 @@ def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_is_passed_on(bars: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [Path(sys.executable).parent / "perceiver", "train", bars, "-o", tmp_path / "run", "--steps", "100000"]
+    command += ["--set", "train.save_every=5 steps"]
     command += [part for change in SMALL for part in ("--set", change)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
     assert process.stderr is not None

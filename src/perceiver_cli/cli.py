@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from perceiver_cli import console
-from perceiver_cli.errors import EXIT_DATA, UsageError
+from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
 from perceiver_cli.files import show_path
 
 app = typer.Typer(
@@ -97,7 +97,6 @@ def train(
 ) -> None:
     """Train a model on a folder of labelled files. The last line printed is the path of the best model."""
     from perceiver_cli.config import load_config, load_preset
-    from perceiver_cli.train import Trainer
 
     if preset is not None and config is not None:
         raise UsageError("--preset and --config are two recipes", "pass one of them")
@@ -119,6 +118,12 @@ def train(
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:
         output = Path("runs/latest").resolve()
+    if data is not None and not Path(data).exists():
+        raise DataError(
+            f"{show_path(data)}: no such folder", "expected a folder of class folders, or .csv, .tsv, .jsonl"
+        )
+    from perceiver_cli.train import Trainer  # torch, after what can be refused without it
+
     trainer = Trainer(
         data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True
     )
@@ -194,10 +199,14 @@ def predict(
 
 
 def _predictor(model: str | None, device: str, precision: str, limit: list[str] | None) -> Any:
+    from perceiver_cli.checkpoint import find_model, read_info
     from perceiver_cli.config import Limits
+
+    path = find_model(model)
+    read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
     from perceiver_cli.predict import Predictor
 
-    predictor = Predictor(model, device, precision)
+    predictor = Predictor(path, device, precision)
     if model is None:
         console.say(f"using {show_path(predictor.path)}")
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **_limits(limit)})
@@ -265,6 +274,21 @@ def preprocess(
     spec, limits = input_recipe(source, model, preset, _limits(limit))
     shape = write_byte_array(source, spec, limits, output, console.emit_bytes)
     console.say(f"{show_path(source)}: {shape[0]} x {shape[1]} float32")
+
+
+@app.command("import")
+def import_weights(
+    source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.safetensors"),
+    variant: Annotated[
+        Literal["dm", "hf"], typer.Option(help="Compute as the official code (dm) or as transformers (hf).")
+    ] = "dm",
+) -> None:
+    """Convert an image classifier of transformers (deepmind/vision-perceiver-*) into a model file."""
+    from perceiver_cli.pretrained import import_model
+
+    info = import_model(source, output, variant)
+    console.say(f"wrote {show_path(output)}: {info.config.name}, {len(info.classes)} classes")
 
 
 @app.command()

@@ -214,8 +214,8 @@ class PointsSpec(InputSpec):
     patch: tuple[Size, ...] = (1,)
     # Points sampled once per file and kept; each visit in training draws num_points of them.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
-    # Training: per-point scaling (paper 4.3), scaling of the whole along each axis, mirroring along some with probability
-    # one half, turning about one, and noise on each coordinate.
+    # Training: per-point scaling (paper 4.3), scaling of the whole along each axis, mirroring along some with
+    # probability one half, turning about one, and noise on each coordinate.
     point_scale: Range = (0.99, 1.01)
     rotate: Literal["none", "x", "y", "z", "any"] = "none"
     stretch: Range = (1.0, 1.0)
