@@ -1,6 +1,6 @@
 """A new modality in one file, outside the package: light curves, one number a line in a .curve file.
 
-    python examples/custom_modality.py FOLDER
+    python examples/custom_modality.py [FOLDER]      default: curves
 
 A modality is two classes: an `InputSpec` with its options, and a `Modality` that decodes a file and gives its
 byte array. Registered, it trains, evaluates and predicts like the built-in ones; a run's model file keeps its options.
@@ -105,4 +105,4 @@ def main(folder: Path) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "curves"))

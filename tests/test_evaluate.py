@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.evaluate import Report, average_precision, evaluate, save_report
 from perceiver_cli.predict import Predictor
 from perceiver_cli.train import Trainer
@@ -56,7 +56,7 @@ def test_which_split(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
     assert evaluate(predictor, bars, "train").num_examples == 108
     held = evaluate(predictor, bars, "val")  # what this run held out of this very data
     assert held.num_examples == 12
-    with pytest.raises(DataError, match="no dev split; there are test, train, val, all"):
+    with pytest.raises(UsageError, match="no dev split; there are test, train, val, all"):
         evaluate(predictor, bars, "dev")
     other = write_images(tmp_path / "other", {"left": 3, "right": 3})
     report = evaluate(predictor, other)  # data the run never saw: all of it

@@ -168,6 +168,49 @@ def test_a_run_that_diverges_keeps_what_was_good(bars: Path, tmp_path: Path) -> 
     assert all(torch.isfinite(tensor).all() for name, tensor in tensors.items() if name.startswith("model."))
 
 
+def test_a_validation_loss_that_is_not_finite_is_never_saved(bars: Path, tmp_path: Path) -> None:
+    """The last step of a run can break the model after its loss was looked at."""
+    overrides = [*SMALL, "train.lr=1e30", "train.optimizer=adamw", "train.steps=1"]
+    with pytest.raises(DivergedError):
+        list(Trainer(bars, tmp_path / "run", overrides=overrides).fit())
+    assert not (tmp_path / "run" / MODEL_FILE).exists()
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_replacing_a_run_keeps_it_until_the_new_one_can_begin(trained: Path, bars: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = digest(run)
+    with pytest.raises(UsageError, match="no model file"):
+        list(Trainer(bars, run, overrides=SMALL, init_from=tmp_path / "typo", replace=True).fit())
+    assert digest(run) == before
+    # Its own weights may be the start of what replaces it.
+    list(Trainer(bars, run, overrides=[*SMALL, "train.steps=2"], init_from=run, replace=True).fit())
+    assert load_state(run)[1]["step"] == 2
+
+
+def test_the_same_seed_gives_the_same_bytes(bars: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        list(Trainer(bars, tmp_path / name, overrides=[*SMALL, "train.steps=3"]).fit())
+    assert (tmp_path / "a" / MODEL_FILE).read_bytes() == (tmp_path / "b" / MODEL_FILE).read_bytes()
+
+
+def test_an_unreadable_validation_split_is_no_validation(tmp_path: Path) -> None:
+    write_images(tmp_path / "data" / "train", {"a": 8, "b": 8})
+    write_images(tmp_path / "data" / "val", {"a": 1, "b": 1})
+    for path in (tmp_path / "data" / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:50])
+    overrides = [*SMALL, "train.steps=2", "data.max_bad=1.0"]
+    events = list(Trainer(tmp_path / "data", tmp_path / "run", overrides=overrides).fit())
+    assert isinstance(events[-1], Finished)
+    assert "val_accuracy" not in events[-1].metrics
+
+
+def test_a_step_that_cannot_fit_in_memory_is_refused(bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a step needs about \d+ GiB, this machine has"):
+        Trainer(bars, tmp_path / "run", overrides=["train.batch_size=1000000", "model.num_latents=4096"])
+
+
 def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) -> None:
     """The trunk and the rows of known classes are taken; the rest is new."""
     write_images(tmp_path / "data", {"left": 12, "new": 12})
@@ -249,8 +292,12 @@ def test_resume_refuses_other_data_and_another_model(tmp_path: Path) -> None:
     write_images(tmp_path / "data", {"a": 20, "b": 20})
     run = tmp_path / "run"
     list(Trainer(tmp_path / "data", run, overrides=[*SMALL, "train.steps=2"]).fit())
-    with pytest.raises(UsageError, match=r"cannot change the model \(model.num_latents\)"):
+    with pytest.raises(UsageError, match=r"--resume cannot change model\.num_latents"):
         Trainer(None, run, overrides=["model.num_latents=4"], resume=True)
+    with pytest.raises(UsageError, match=r"--resume cannot change inputs\.image"):
+        Trainer(None, run, overrides=["inputs.image.bands=3"], resume=True)
+    with pytest.raises(UsageError, match=r"--resume cannot change train\.optimizer"):
+        Trainer(None, run, overrides=["train.optimizer=lamb"], resume=True)
     write_images(tmp_path / "data", {"a": 21})
     with pytest.raises(UsageError, match="the data changed"):
         Trainer(None, run, resume=True)

@@ -217,6 +217,8 @@ def _listed_files(manifest: Path) -> tuple[list[Entry], bool]:
     shown = show_path(manifest)
     with Source(os.fspath(manifest)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         text = file.read().decode("utf-8-sig", "surrogateescape")
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        raise DataError(f"{shown}: UTF-16, expected UTF-8")
     try:
         rows = MANIFESTS[manifest.suffix.lower()](text)
     except (ValueError, csv.Error, RecursionError) as error:

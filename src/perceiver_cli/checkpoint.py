@@ -143,7 +143,7 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
     """Return tensors and state of the newest whole training state of a run, and a note on each damaged newer one.
 
     Raises:
-        IntegrityError: there is none, or none that is whole.
+        UsageError: there is none. IntegrityError: none that is whole.
     """
     folder = run / STATE_FOLDER
     notes: list[str] = []
@@ -161,7 +161,7 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
             notes.append(str(error))
     if notes:
         raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(notes)}")
-    raise IntegrityError(f"{show_path(run)}: no training state to resume", f"expected {STATE_FOLDER}/{MANIFEST} in it")
+    raise UsageError(f"{show_path(run)}: no training state to resume", "start it without --resume")
 
 
 def _manifest(folder: Path) -> list[dict[str, Any]]:
@@ -195,8 +195,9 @@ def _write(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any])
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(fields)
-    data = save(whole, {"perceiver": text, "sha256": _checksum(text, whole)})
+    text = json.dumps(fields, allow_nan=False)
+    # One entry: the library writes several in an order of its own, and the same run should give the same bytes.
+    data = save(whole, {"perceiver": json.dumps({"sha256": _checksum(text, whole), **fields})})
     with atomic_write(path) as file:
         file.write(data)
     return hashlib.sha256(data).hexdigest()
@@ -217,7 +218,9 @@ def read_table(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise IntegrityError(f"{shown}: not a whole safetensors file ({size} bytes, header of {length})")
+                raise IntegrityError(
+                    f"{shown}: not a safetensors file, or a damaged one ({size} bytes, header of {length})"
+                )
             table_text = file.read(length)
     except OSError as error:
         raise UsageError(f"{shown}: cannot read: {error.strerror}") from error
@@ -244,14 +247,16 @@ def _read_header(path: Path) -> _Header:
     if "perceiver" not in metadata:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
-        text = str(metadata["perceiver"])
-        fields = dict(json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant))
-        version = fields["format"]
+        given = str(metadata["perceiver"])
+        fields = dict(json.loads(given, object_pairs_hook=_unique, parse_constant=_no_constant))
+        if json.dumps(fields) != given:
+            raise ValueError("not as it was written")
+        sha256, version = str(fields.pop("sha256")), fields["format"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{shown}: damaged header: {error}") from error
     if version != FORMAT:
         raise IntegrityError(f"{shown}: format {version}, this program reads {FORMAT}", "upgrade perceiver-cli")
-    return _Header(fields, text, str(metadata.get("sha256")))
+    return _Header(fields, json.dumps(fields), sha256)
 
 
 def _read_tensors(path: Path, header: _Header) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,8 @@ import typer
 from perceiver_cli import console
 from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
 from perceiver_cli.files import show_path
+
+STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 
 app = typer.Typer(
     name="perceiver",
@@ -70,7 +73,7 @@ def main(
 @app.command()
 def train(
     data: Annotated[
-        str | None, typer.Argument(help="Folder: class/file, split/class/file or class/split/file.")
+        str | None, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
     preset: Annotated[str | None, typer.Option(help="Recipe [default: the tiny one of the modality found].")] = None,
@@ -125,7 +128,15 @@ def train(
     from perceiver_cli.train import Trainer  # torch, after what can be refused without it
 
     trainer = Trainer(
-        data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True
+        data,
+        output,
+        recipe,
+        overrides=overrides,
+        resume=resume,
+        init_from=init_from,
+        replace=replace,
+        latest=True,
+        started_at=STARTED_AT,
     )
     if dry_run:
         console.show_plan(trainer.dry_run())
@@ -138,7 +149,7 @@ def train(
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Argument(help="Folder: class/file, split/class/file or class/split/file.")],
+    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
     model: Model = None,
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
@@ -222,13 +233,13 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
         raise UsageError("stdin can be read once", "pass - once, or --files-from -")
-    if ("-" in inputs or files_from == "-") and sys.stdin.isatty():
-        raise UsageError("stdin is a terminal", "pipe something in: sox in.mp3 -t wav - | perceiver predict -")
+    if "-" in inputs or files_from == "-":
+        _piped_stdin()
 
     def found() -> Iterator[Any]:
         for given in inputs:
             if given == "-":
-                yield Source(stdin_name, sys.stdin.buffer.read())
+                yield Source(stdin_name, _stdin())
             elif Path(given).is_dir():
                 yield from walk_files(given)
             else:
@@ -237,6 +248,18 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
             yield from _listed(files_from, b"\0" if null else b"\n")
 
     return found()
+
+
+def _piped_stdin() -> int:
+    """Return the file number of stdin; a terminal there gets help instead of silence."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("stdin is a terminal", "pipe something in: sox in.mp3 -t wav - | perceiver predict -")
+    return sys.stdin.fileno()
+
+
+def _stdin() -> bytes:
+    with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
+        return stream.read()
 
 
 def _listed(path: str, separator: bytes) -> Iterator[str]:
@@ -258,7 +281,7 @@ def _listed(path: str, separator: bytes) -> Iterator[str]:
 
 @app.command()
 def preprocess(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="An image, a sound, a mesh or a cloud.")],
+    source: Annotated[str, typer.Argument(metavar="FILE", help="An image, a sound, a mesh or a cloud; - for stdin.")],
     output: Annotated[
         str, typer.Option("--output", "-o", help="FILE.npy, FILE.safetensors, or - for npy on stdout.")
     ] = "-",
@@ -267,13 +290,15 @@ def preprocess(
     limit: Limit = None,
 ) -> None:
     """Write the byte array of one file: M x C float32 with its Fourier features (ImageNet: 50176 x 261)."""
+    from perceiver_cli.preprocess.base import Source
     from perceiver_cli.recipes import input_recipe, write_byte_array
 
     if output == "-":
         console.refuse_terminal("a byte array")
-    spec, limits = input_recipe(source, model, preset, _limits(limit))
-    shape = write_byte_array(source, spec, limits, output, console.emit_bytes)
-    console.say(f"{show_path(source)}: {shape[0]} x {shape[1]} float32")
+    given = Source("-", _stdin()) if source == "-" else Source(source)
+    spec, limits = input_recipe(given, model, preset, _limits(limit))
+    shape = write_byte_array(given, spec, limits, output, console.emit_bytes)
+    console.say(f"{given.shown}: {shape[0]} x {shape[1]} float32")
 
 
 @app.command("import")

@@ -360,7 +360,7 @@ class Config(Table):
                 if not isinstance(table, dict):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
             table[leaf] = None if text.strip() == "none" else _toml_value(text)
-        return Config.parse(tables, "--set")
+        return Config.parse(tables, "options")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain tables: only JSON types, the same after a round trip."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,7 +21,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_DATA, PerceiverError, ResourceError, UsageError
+from perceiver_cli.errors import EXIT_BUG, EXIT_DATA, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
 from perceiver_cli.files import show_path
 
 if TYPE_CHECKING:
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
     from perceiver_cli.events import Evaluated, Event, StepDone
     from perceiver_cli.predict import Prediction
 
-talk = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+class _Talk(Console):
+    """Lines on stderr. A reader that leaves is no reason for a run to end."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+# In a pipe or a log a line stays a line; on a terminal words wrap.
+talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
 debug = False
 
@@ -45,9 +56,14 @@ def guarded(app: Callable[[], None]) -> None:
             traceback.print_exc()
         say(f"perceiver: {error}")
         sys.exit(error.exit_code)
-    except MemoryError as error:
+    except MemoryError:
         say("perceiver: out of memory; try a smaller --batch-size")
-        sys.exit(ResourceError("").exit_code if error else EXIT_BUG)
+        sys.exit(EXIT_RESOURCE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            raise
+        say(f"perceiver: stdout: cannot write: {error.strerror}")
+        sys.exit(EXIT_RESOURCE)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -218,10 +234,8 @@ class _TrainingDisplay:
             self.header_shown = True
             say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
         mark = " *" if event.best else ""
-        say(
-            f"{event.epoch:8.2f} {event.step:8d} {event.train_loss:11.4f} {event.loss:9.4f} {event.accuracy:8.4f} "
-            f"{_clock(event.elapsed_s):>8}{mark}"
-        )
+        losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
+        say(f"{event.epoch:8.2f} {event.step:8d} {losses} {_clock(event.elapsed_s):>8}{mark}")
         self.last_line = time.monotonic()
 
 
@@ -255,6 +269,13 @@ def show_plan(summary: Mapping[str, Any]) -> None:
         lines.append(f"  {show_path(name)} {count}")
     lines.append(f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all")
     emit("\n".join(lines) + "\n")
+
+
+def _figure(value: float) -> str:
+    """Return a number for the table of evaluations; a dash where there is no validation split."""
+    if isnan(value):
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def _clock(seconds: float) -> str:
@@ -325,15 +346,15 @@ def _cell(value: Any) -> Any:
 
 
 def _table_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool) -> Iterator[str]:
+    yield f"{'file':<40} {'label':<16} {'prob':>6}  others\n"
     for prediction in predictions:
-        shown = show_path(prediction.path)
+        shown = show_path(prediction.path)[1:-1]
         if prediction.error is not None:
-            yield f"{shown}  (not read)\n"
+            yield f"{shown:<40} (not read)\n"
             continue
-        ranked = prediction.top(len(prediction.classes) if all_probs else top_k)
-        (label, prob), *others = ranked
-        rest = "  ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
-        yield f"{shown}  {show_path(label)[1:-1]} {prob:.3f}" + (f"   ({rest})" if rest else "") + "\n"
+        (label, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
+        rest = ", ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
+        yield f"{shown:<40} {show_path(label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 # ---------------------------------------------------------------- evaluation and info

@@ -96,6 +96,8 @@ class ByteArrayEncoding(nn.Module):
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return (B, M, C) float32, M summed over the modalities."""
+        if segments.keys() != self.layouts.keys():
+            raise ValueError(f"segments of {sorted(segments)}, expected {sorted(self.layouts)}")
         rows = [self._rows(name, layout, segments[name]) for name, layout in self.layouts.items()]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 

@@ -18,7 +18,7 @@ from perceiver_cli.catalog import Catalog, Example, scan
 from perceiver_cli.checkpoint import ModelInfo
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path, write_text
 from perceiver_cli.model import Perceiver
 from perceiver_cli.predict import Predictor, run
@@ -233,7 +233,7 @@ def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[
         return "all", everything
     if split is not None:
         if split not in splits:
-            raise DataError(
+            raise UsageError(
                 f"{show_path(catalog.root)}: no {split} split", f"there are {', '.join(sorted(splits))}, all"
             )
         return split, splits[split]

@@ -19,6 +19,8 @@ from perceiver_cli.device import Compute, choose
 from perceiver_cli.model import Perceiver
 from perceiver_cli.preprocess.base import Source
 
+Input = str | os.PathLike[str] | bytes | Source
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -93,10 +95,10 @@ class Predictor:
         """The names of what the model reads, e.g. "image"."""
         return "+".join(spec.modality for spec in self.info.config.inputs.values())
 
-    def predict(
-        self, inputs: Iterable[str | os.PathLike[str] | bytes | Source], batch_size: int = 32, workers: int = 0
-    ) -> Iterator[Prediction]:
-        """Yield one prediction per input, in order; an input that cannot be read gives one with `error` set."""
+    def predict(self, inputs: Input | Iterable[Input], batch_size: int = 32, workers: int = 0) -> Iterator[Prediction]:
+        """Yield one prediction per input (a path or bytes), in order; a bad one gives a prediction with `error` set."""
+        if isinstance(inputs, str | bytes | os.PathLike | Source):
+            inputs = [inputs]
         (name,) = self.info.config.inputs  # one modality; several come with their own way of naming parts
         examples = (Example(source.name, {name: source}) for source in map(_source, inputs))
         for batch, logits in run(self.model, self.reader, ordered_tasks(examples, batch_size), self.compute, workers):
@@ -127,7 +129,7 @@ def run(
         yield batch, logits.cpu().double()
 
 
-def _source(given: str | os.PathLike[str] | bytes | Source) -> Source:
+def _source(given: Input) -> Source:
     if isinstance(given, Source):
         return given
     return Source("-", given) if isinstance(given, bytes) else Source(os.fspath(given))

@@ -68,7 +68,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def input_recipe(
-    source: str, model: str | None, preset: str | None, raised: Mapping[str, float]
+    source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
 ) -> tuple[InputSpec, Limits]:
     """Return how to prepare a file: as a model or a preset does, or as the paper does for its modality.
 
@@ -77,7 +77,7 @@ def input_recipe(
     """
     if model is not None and preset is not None:
         raise UsageError("--model and --preset are two recipes", "pass one of them")
-    kind = detect(Source(source))
+    kind = detect(source)
     config: Config
     if model is not None:
         config = read_info(find_model(model)).config
@@ -90,11 +90,11 @@ def input_recipe(
         if spec.modality == kind:
             return settled(spec), limits
     reads = "+".join(spec.modality for spec in config.inputs.values())
-    raise DataError(f"{show_path(source)}: {kind} by its content, but {config.name} reads {reads}")
+    raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {reads}")
 
 
 def write_byte_array(
-    source: str, spec: InputSpec, limits: Limits, output: str, emit: Callable[[bytes], None]
+    source: Source, spec: InputSpec, limits: Limits, output: str, emit: Callable[[bytes], None]
 ) -> tuple[int, int]:
     """Write a file's byte array (M, C) to FILE.npy, FILE.safetensors or, for "-", through `emit`; return (M, C).
 
@@ -106,7 +106,7 @@ def write_byte_array(
         raise UsageError(f"-o {show_path(output)}: not a format written here", "expected .npy, .safetensors or -")
     from perceiver_cli.encoding import byte_array  # torch, after all that can be refused without it
 
-    rows = np.ascontiguousarray(byte_array(Source(source), spec, limits))
+    rows = np.ascontiguousarray(byte_array(source, spec, limits))
     if suffix == ".safetensors":
         from safetensors.numpy import save
 

@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ from perceiver_cli.errors import ResourceError, UsageError
 from perceiver_cli.files import cannot_write, show_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
-def claim(run: Path, config_toml: str, *, resume: bool, replace: bool) -> Iterator[None]:
-    """Make a run folder and hold it for this process, before any time is spent; write its config.toml.
+def claim(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
+    """Make a run folder and hold it for this process, before any time is spent; what it holds stays as it is.
 
     Raises:
         UsageError: it already holds a run, and neither `resume` nor `replace` is set.
@@ -30,7 +31,7 @@ def claim(run: Path, config_toml: str, *, resume: bool, replace: bool) -> Iterat
         raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / ".lock").open("w")
+        lock = (run / LOCK_FILE).open("w")
     except OSError as error:
         raise cannot_write(run, error) from error
     with lock:
@@ -39,12 +40,22 @@ def claim(run: Path, config_toml: str, *, resume: bool, replace: bool) -> Iterat
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ResourceError(f"{show_path(run)}: in use by another training run") from error
-        if not resume:
-            for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
-                old.unlink(missing_ok=True)
-            write_text(run / METRICS_FILE, "")
-        write_text(run / "config.toml", config_toml)
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # it never began: leave no empty folder
+                (run / LOCK_FILE).unlink()
+                with suppress(OSError):
+                    run.rmdir()
+
+
+def begin(run: Path, config_toml: str, *, fresh: bool) -> None:
+    """Write a run's config.toml; with `fresh`, drop what an earlier run left behind."""
+    if fresh:
+        for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
+            old.unlink(missing_ok=True)
+        write_text(run / METRICS_FILE, "")
+    write_text(run / "config.toml", config_toml)
 
 
 class MetricsLog:
@@ -60,7 +71,7 @@ class MetricsLog:
         """Append one line."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
 

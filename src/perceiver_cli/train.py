@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,13 @@ from perceiver_cli.data import (
     training_tasks,
 )
 from perceiver_cli.device import Compute, choose
-from perceiver_cli.errors import DataError, DivergedError, IntegrityError, UsageError
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
 from perceiver_cli.evaluate import Report, score
 from perceiver_cli.events import Evaluated, Event, Finished, Loaded, Saved, Started, StepDone
 from perceiver_cli.files import show_path
 from perceiver_cli.model import Perceiver
 from perceiver_cli.optim import learning_rate, make_average, make_optimizer
-from perceiver_cli.runs import MetricsLog, claim, mark_latest, next_run
+from perceiver_cli.runs import MetricsLog, begin, claim, mark_latest, next_run
 
 MAX_PARAMETERS = 2_000_000_000
 LIST_BAD = 20  # unreadable files named in an error
@@ -70,6 +71,7 @@ class Trainer:
         init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
         replace: start over in an output folder that already holds a run.
         latest: point runs/latest in the current folder at this run once it has something to show.
+        started_at: the moment, by `time.monotonic`, that a time limit counts from; None is now.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Trainer:
         init_from: str | os.PathLike[str] | None = None,
         replace: bool = False,
         latest: bool = False,
+        started_at: float | None = None,
     ) -> None:
-        self.started_at = time.monotonic()
+        self.started_at = time.monotonic() if started_at is None else started_at
         self.resume, self.init_from, self.replace, self.latest = resume, init_from, replace, latest
         self._stop = False
         self._tensors: dict[str, Tensor] = {}
@@ -105,8 +108,14 @@ class Trainer:
         if found != wanted:
             reads = "+".join(sorted(wanted))
             raise DataError(f"{show_path(path)}: holds {catalog.modality}, but {config.name} reads {reads}")
-        self.notes += catalog.notes + check_classes(catalog)
         self.catalog: Catalog = catalog.hold_out(config.data.val_fraction)
+        if resume and self._state["fingerprint"] != self.catalog.fingerprint:
+            raise UsageError(
+                f"{show_path(output or '')}: the data changed since this run was saved (fingerprint "
+                f"{self._state['fingerprint']}, now {self.catalog.fingerprint})",
+                "train anew with --init-from to start from its weights",
+            )
+        self.notes += catalog.notes + check_classes(catalog)
         if (config.train.mixup or config.train.cutmix) and found != {"image"}:
             raise UsageError(f"train.mixup and train.cutmix are for images, this data is {catalog.modality}")
         specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
@@ -135,9 +144,9 @@ class Trainer:
         needed = self.cost.training_bytes(config.train.batch_size, averaged=config.train.ema_decay > 0)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if self.compute.device.type == "cpu" and needed > memory:
-            self.notes.append(
-                f"a step may need {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}: "
-                "try a smaller --batch-size with a larger train.accumulate"
+            raise UsageError(
+                f"a step needs about {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
+                "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N",
             )
 
     @property
@@ -147,8 +156,8 @@ class Trainer:
 
     @property
     def val_examples(self) -> tuple[Example, ...]:
-        """The examples that choose the best model; may be empty."""
-        return self.catalog.splits.get("val", ())
+        """The examples that choose the best model; those known to be unreadable are left out. May be empty."""
+        return tuple(e for e in self.catalog.splits.get("val", ()) if e.id not in self.reader.bad)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -218,29 +227,31 @@ class Trainer:
             DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
             cannot be written, holds another run, or is in use.
         """
-        with claim(self.output, self.config.to_toml(), resume=self.resume, replace=self.replace):
+        with claim(self.output, resume=self.resume, replace=self.replace):
             yield Started(self.summary(), tuple(self.notes))
             yield from self._preload()
-            if not self._stop:
-                yield from _Run(self).events()
+            if self._stop:
+                return
+            run = _Run(self)
+            # Only now, when nothing but training is left to fail, does an older run give way.
+            begin(self.output, self.config.to_toml(), fresh=not self.resume)
+            yield from run.events()
 
     # ------------------------------------------------------------ preparation
 
     def _check_resumable(self) -> None:
-        if self._state["fingerprint"] != self.catalog.fingerprint:
-            raise UsageError(
-                f"{show_path(self.output)}: the data changed since this run was saved (fingerprint "
-                f"{self._state['fingerprint']}, now {self.catalog.fingerprint})",
-                "train anew with --init-from to start from its weights",
-            )
-        before, now = self._state["config"]["model"], self.config.to_dict()["model"]
-        changed = [key for key in now if before.get(key) != now[key]]
+        before, now = self._state["config"], self.config.to_dict()
+        changed = [f"model.{key}" for key, value in now["model"].items() if before["model"].get(key) != value]
+        if before["train"]["optimizer"] != now["train"]["optimizer"]:
+            changed.append("train.optimizer")
+        saved = Reader(Config.parse(before).inputs, self.config.data.limits).layouts
+        changed += [f"inputs.{key}" for key, layout in self.reader.layouts.items() if saved.get(key) != layout]
         if changed:
-            raise UsageError(f"--resume cannot change the model ({', '.join(f'model.{key}' for key in changed)})")
+            raise UsageError(f"--resume cannot change {', '.join(changed)}", "train anew, perhaps with --init-from")
 
     def _preload(self) -> Iterator[Loaded]:
         data = self.config.data
-        examples = [*self.train_examples, *self.val_examples]
+        examples = [*self.train_examples, *self.catalog.splits.get("val", ())]
         workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
         done = 0
         for done in self.reader.preload(examples, data.cache_bytes, workers):
@@ -266,7 +277,7 @@ class Trainer:
 
     @property
     def _ids(self) -> set[str]:
-        return {example.id for example in (*self.train_examples, *self.val_examples)}
+        return {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
 
 
 # ---------------------------------------------------------------- the loop
@@ -462,16 +473,18 @@ class _Run:
             batch_size = max(train.batch_size, 64)
             classes = self.catalog.classes
             report: Report = score(self.judged, self.trainer.reader, examples, classes, self.compute, batch_size)
+            if not isfinite(report.loss):
+                self._diverged(report.loss, lr)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
         # Without a validation split the latest model is the best known.
         better = not examples or not self.best or _rank(record) >= _rank(self.best)
-        record["elapsed_s"] = round(self.elapsed, 3)
         if better:
             self.best = record
             self._save_model(record)
-        metrics.write({**record, "best": better})
+        # The time stays out of the model file: the same seed gives the same bytes.
+        metrics.write({**record, "elapsed_s": round(self.elapsed, 3), "best": better})
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 
@@ -481,7 +494,8 @@ class _Run:
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.trainer.output / MODEL_FILE, self.judged.state_dict(), info)
         if self.trainer.latest:
-            mark_latest(self.trainer.output)
+            with suppress(ResourceError):  # a convenience; the current folder may well be read-only
+                mark_latest(self.trainer.output)
 
     def _save(self) -> Saved:
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
@@ -532,8 +546,9 @@ class _Run:
                     "the learning rate follows the new one"
                 )
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
             raise IntegrityError(
-                f"{show_path(self.trainer.output)}: the training state does not fit: {error}"
+                f"{show_path(self.trainer.output)}: the training state does not fit: {reason}"
             ) from error
 
 
@@ -562,7 +577,8 @@ class _Timing:
 
     def over(self) -> bool:
         """Return whether the plan is fulfilled."""
-        return self.run.step >= self.run.total_steps
+        late = self.limit is not None and self.run.elapsed >= self.limit
+        return self.run.step >= self.run.total_steps or (late and self.run.step > self.first)
 
     def stepped(self) -> None:
         """Take note of a finished step and, in a timed run, plan the rest."""
