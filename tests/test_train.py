@@ -22,7 +22,7 @@ from perceiver_cli.config import load_config
 from perceiver_cli.errors import DataError, DivergedError, ResourceError, UsageError
 from perceiver_cli.events import Evaluated, Finished, Saved, Started, StepDone
 from perceiver_cli.runs import next_run
-from perceiver_cli.train import Trainer
+from perceiver_cli.train import Trainer, within_one_error
 from tests.conftest import SMALL, write_images
 
 FULL = (
@@ -223,6 +223,15 @@ def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) 
     torch.testing.assert_close(ours.latents, theirs.latents)
     torch.testing.assert_close(ours.head.weight[0], theirs.head.weight[0])
     assert ours.head.weight[1].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("value", "top", "count", "best"),
+    [(0.80, 0.80, 30, True), (23 / 30, 24 / 30, 30, True), (21 / 30, 24 / 30, 30, False), (0.865, 0.87, 6000, False),
+     (0.868, 0.87, 6000, True), (0.99, 1.0, 100, False), (0.0, 0.0, 5, True)],
+)  # fmt: skip
+def test_the_latest_within_one_standard_error_is_the_best(value: float, top: float, count: int, best: bool) -> None:
+    assert within_one_error(value, top, count) is best
 
 
 def test_a_frozen_trunk_leaves_only_the_head_to_learn(trained: Path, bars: Path, tmp_path: Path) -> None:

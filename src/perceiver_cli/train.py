@@ -1,7 +1,8 @@
 """Training as a generator of events: plan, read, step, average, evaluate, save, resume.
 
-A run folder holds `model.safetensors` (the best model so far), `last/` (the state to resume from), `metrics.jsonl` and
-`config.toml` (resolved; `perceiver train --config` replays it).
+A run folder holds `model.safetensors` (the best model so far: the latest within one standard error of the highest
+validation score), `last/` (the state to resume from), `metrics.jsonl` and `config.toml` (resolved; `perceiver train
+--config` replays it).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from math import ceil, isfinite
+from math import ceil, isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,7 @@ class _Run:
         self.total_steps = trainer.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
+        self.top = 0.0  # the highest validation score so far
         self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
         self.loss_count = 0
         if trainer.resume:
@@ -478,8 +480,11 @@ class _Run:
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
-        # Without a validation split the latest model is the best known.
-        better = not examples or not self.best or _rank(record) >= _rank(self.best)
+        better = True  # without a validation split the latest model is the best known
+        if examples:
+            value = record.get("val_mAP", record["val_accuracy"])
+            self.top = max(self.top, value)
+            better = within_one_error(value, self.top, len(examples))
         if better:
             self.best = record
             self._save_model(record)
@@ -511,6 +516,7 @@ class _Run:
             "total_steps": self.total_steps,
             "elapsed_s": self.elapsed,
             "best": self.best,
+            "top": self.top,
             "loss_sum": float(self.loss_sum),
             "loss_count": self.loss_count,
             "scaler": self.scaler.state_dict(),
@@ -534,7 +540,7 @@ class _Run:
             )
             if state["scaler"]:
                 self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best = int(state["step"]), dict(state["best"])
+            self.step, self.best, self.top = int(state["step"]), dict(state["best"]), float(state["top"])
             self.loss_sum += float(state["loss_sum"])
             self.loss_count = int(state["loss_count"])
             self.elapsed_before = float(state["elapsed_s"])
@@ -625,9 +631,13 @@ class _Timing:
         return self.run.step % max(1, every) == 0
 
 
-def _rank(record: Mapping[str, Any]) -> tuple[float, float]:
-    """Order of validation results: mAP where there is one, else accuracy; then loss."""
-    return record.get("val_mAP", record.get("val_accuracy", 0.0)), -record.get("val_loss", 0.0)
+def within_one_error(value: float, top: float, count: int) -> bool:
+    """Return whether a validation score is within one standard error of the highest so far, on `count` examples.
+
+    The latest such model counts as the best: on 30 examples a lead of one or two says nothing, and an early model that
+    was lucky would win over one that has learned on at a falling rate (Breiman's one-standard-error rule).
+    """
+    return value >= top - sqrt(max(0.0, top * (1 - top)) / count)
 
 
 # ---------------------------------------------------------------- checks and transfer
