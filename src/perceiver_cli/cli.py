@@ -76,7 +76,9 @@ def train(
         str | None, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
-    preset: Annotated[str | None, typer.Option(help="Recipe [default: the tiny one of the modality found].")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Recipe [default: --init-from's, or the modality's tiny one].")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,

@@ -28,6 +28,7 @@ from perceiver_cli.checkpoint import (
     find_model,
     load_model,
     load_state,
+    read_info,
     save_model,
     save_state,
 )
@@ -66,7 +67,7 @@ class Trainer:
     Args:
         data: a folder of class folders; None takes `config.data.path`.
         output: the run folder; None makes runs/<preset>-<n>.
-        config: a complete recipe; None takes the tiny preset of the modality found.
+        config: a complete recipe; None takes that of `init_from`, else the tiny preset of the modality found.
         overrides: `key=value` changes, as of `--set`.
         resume: continue the run in `output`. Its configuration is used; overrides apply on top.
         init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
@@ -100,6 +101,8 @@ class Trainer:
             self._tensors, self._state, damaged = load_state(Path(output))
             self.notes += [f"fell back to an older training state: {note}" for note in damaged]
             config = Config.parse(self._state["config"], show_path(output))
+        elif config is None and init_from is not None:
+            config = read_info(find_model(os.fspath(init_from))).config
         path = os.fspath(data) if data is not None else config.data.path if config is not None else None
         if path is None:
             raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
@@ -134,21 +137,10 @@ class Trainer:
         classes = len(self.catalog.classes)
         self.reader = Reader(specs, config.data.limits, self.catalog.bad, classes if several else 0)
         self.cost: Cost = estimate(config.model, self.reader.layouts, len(self.catalog.classes))
-        if self.cost.parameters > MAX_PARAMETERS:
-            raise UsageError(
-                f"this model has {self.cost.parameters:,} parameters ({4 * self.cost.parameters / 1e9:.1f} GB)",
-                f"at most {MAX_PARAMETERS:,} are built here",
-            )
         self.output = Path(output) if output is not None else next_run(config.name)
+        self._check_size()
         if resume:
             self._check_resumable()
-        needed = self.cost.training_bytes(config.train.batch_size, averaged=config.train.ema_decay > 0)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.compute.device.type == "cpu" and needed > memory:
-            raise UsageError(
-                f"a step needs about {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
-                "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N",
-            )
 
     @property
     def train_examples(self) -> tuple[Example, ...]:
@@ -239,6 +231,21 @@ class Trainer:
             yield from run.events()
 
     # ------------------------------------------------------------ preparation
+
+    def _check_size(self) -> None:
+        """Refuse what cannot be built or trained here, before anything is allocated."""
+        if self.cost.parameters > MAX_PARAMETERS:
+            raise UsageError(
+                f"this model has {self.cost.parameters:,} parameters ({4 * self.cost.parameters / 1e9:.1f} GB)",
+                f"at most {MAX_PARAMETERS:,} are built here",
+            )
+        needed = self.summary()["training_bytes"]
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if self.compute.device.type == "cpu" and needed > memory:
+            raise UsageError(
+                f"a step needs about {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
+                "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N",
+            )
 
     def _check_resumable(self) -> None:
         before, now = self._state["config"], self.config.to_dict()
