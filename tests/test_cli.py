@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -83,6 +84,16 @@ def test_resume_from_the_shell(perceive: Perceive, bars: Path, tmp_path: Path) -
     done = perceive("train", "--resume", "--steps", "6", cwd=tmp_path)  # runs/latest, the data of its configuration
     assert done.returncode == 0, done.stderr
     assert b"6 steps" in done.stderr
+
+
+def test_fine_tuning_says_what_was_taken(perceive: Perceive, here: Path, bars: Path) -> None:
+    changes = ["--set", "model.schedule=c0 t0 c1 t0 c2 t0", "--steps", "1"]
+    done = perceive("train", bars, "-o", "tuned", "--init-from", "runs/latest", *changes, cwd=here)
+    assert done.returncode == 0, done.stderr
+    # The third cross-attend has 18 tensors, which nothing is known for.
+    assert re.search(
+        rb"note: started from 'runs/latest': \d+ tensors taken, 18 fresh, 3 of 3 classes known", done.stderr
+    )
 
 
 def test_dry_run(perceive: Perceive, bars: Path, tmp_path: Path) -> None:

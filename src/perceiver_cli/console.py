@@ -143,7 +143,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
     second ends it at once.
     """
-    from perceiver_cli.events import Evaluated, Finished, Loaded, Started, StepDone
+    from perceiver_cli.events import Evaluated, Finished, Loaded, Note, Started, StepDone
 
     received: list[int] = []
     finished: Finished | None = None
@@ -162,6 +162,8 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
                     display.started(summary, notes)
                 case Loaded(done, total, bad):
                     display.loaded(done, total, bad)
+                case Note(message):
+                    say(f"note: {message}")
                 case StepDone():
                     display.stepped(event)
                 case Evaluated():

@@ -26,6 +26,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Note:
+    """Something worth knowing that came up after the start."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class StepDone:
     """One optimiser step. loss: of its batch (as of the last look, on a GPU); samples_per_s: since the last."""
 
@@ -69,4 +76,4 @@ class Finished:
     elapsed_s: float
 
 
-Event = Started | Loaded | StepDone | Evaluated | Saved | Finished
+Event = Started | Loaded | Note | StepDone | Evaluated | Saved | Finished

@@ -44,7 +44,7 @@ from perceiver_cli.data import (
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
 from perceiver_cli.evaluate import Report, score
-from perceiver_cli.events import Evaluated, Event, Finished, Loaded, Saved, Started, StepDone
+from perceiver_cli.events import Evaluated, Event, Finished, Loaded, Note, Saved, Started, StepDone
 from perceiver_cli.files import show_path
 from perceiver_cli.model import Perceiver
 from perceiver_cli.optim import learning_rate, make_average, make_optimizer
@@ -222,12 +222,14 @@ class Trainer:
         """
         with claim(self.output, resume=self.resume, replace=self.replace):
             yield Started(self.summary(), tuple(self.notes))
+            told = len(self.notes)
             yield from self._preload()
             if self._stop:
                 return
             run = _Run(self)
             # Only now, when nothing but training is left to fail, does an older run give way.
             begin(self.output, self.config.to_toml(), fresh=not self.resume)
+            yield from map(Note, self.notes[told:])
             yield from run.events()
 
     # ------------------------------------------------------------ preparation
@@ -267,13 +269,14 @@ class Trainer:
                 yield Loaded(done, len(examples), len(self.reader.bad))
             if self._stop:
                 return
-        self.check_bad(self.reader.bad, done)
+        self.check_bad(self.reader.bad, done or len(examples))
         if self.reader.bad:
             self.notes.append(f"{len(self.reader.bad)} unreadable files are left out")
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> None:
         """Raise DataError if more than the allowed share of the files looked at is unreadable."""
-        among = [error for identity, error in bad.items() if identity in self._ids]
+        ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
+        among = [error for identity, error in bad.items() if identity in ids]
         allowed = self.config.data.max_bad
         if len(among) > allowed * max(1, looked_at):
             listed = "\n  ".join(among[:LIST_BAD]) + ("\n  ..." if len(among) > LIST_BAD else "")
@@ -282,10 +285,6 @@ class Trainer:
                 f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
                 f"\n  {listed}"
             )
-
-    @property
-    def _ids(self) -> set[str]:
-        return {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
 
 
 # ---------------------------------------------------------------- the loop
