@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from perceiver_cli import pretrained
 from perceiver_cli.checkpoint import ModelInfo, load_model, read_info
-from perceiver_cli.config import ImageSpec
+from perceiver_cli.config import ImageSpec, load_preset
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError
 from perceiver_cli.model import Perceiver
@@ -284,7 +284,8 @@ def test_fine_tuning_starts_from_it(bars: Path, tmp_path: Path) -> None:
 def test_another_model_takes_what_fits_or_says_so(bars: Path, tmp_path: Path) -> None:
     import_model(str(saved(theirs(FOURIER), tmp_path / "theirs", 14)), tmp_path / "start.safetensors")
     overrides = [*SMALL, "train.steps=1", "train.device=cpu"]
-    trainer = Trainer(bars, tmp_path / "run", overrides=overrides, init_from=tmp_path / "start.safetensors")
+    tiny = load_preset("tiny-image")
+    trainer = Trainer(bars, tmp_path / "run", tiny, overrides=overrides, init_from=tmp_path / "start.safetensors")
     with pytest.raises(UsageError, match="no weight of imported-fourier fits"):
         list(trainer.fit())
 
