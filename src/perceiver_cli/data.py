@@ -23,8 +23,8 @@ from perceiver_cli.catalog import Example
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError
-from perceiver_cli.preprocess import detect, modality
-from perceiver_cli.preprocess.base import Array, Layout, Source
+from perceiver_cli.preprocess import decode, modality
+from perceiver_cli.preprocess.base import Array, Layout
 
 PRELOAD_CHUNK = 16  # files per message between the decoding processes
 
@@ -87,13 +87,7 @@ class Reader(Dataset[Batch]):
             return self._decoded[example.id]
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
-        return {name: self._load(spec, example.sources[name]) for name, spec in self.specs.items()}
-
-    def _load(self, spec: InputSpec, source: Source) -> Array:
-        wanted = modality(spec.modality)
-        if not wanted.sniff(source.head(), source.name):
-            raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
-        return wanted.load(source, spec, self.limits)
+        return {name: decode(example.sources[name], spec, self.limits) for name, spec in self.specs.items()}
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.

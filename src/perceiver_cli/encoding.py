@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.config import InputSpec, Limits
-from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import detect, modality
+from perceiver_cli.preprocess import decode, modality
 from perceiver_cli.preprocess.base import Layout, Source
 
 
@@ -170,9 +169,7 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
         DataError: unreadable, over a limit, or of another modality than `spec`.
     """
     kind = modality(spec.modality)
-    if not kind.sniff(source.head(), source.name):
-        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
-    prepared = kind.prepare(kind.load(source, spec, limits), spec, None)
+    prepared = kind.prepare(decode(source, spec, limits), spec, None)
     positions = None if prepared.positions is None else torch.from_numpy(prepared.positions)[None]
     segment = Segment(torch.from_numpy(prepared.values)[None], positions)
     rows: Tensor = ByteArrayEncoding({spec.modality: kind.layout(spec)}, 0)({spec.modality: segment})

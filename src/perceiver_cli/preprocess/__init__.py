@@ -5,11 +5,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from perceiver_cli.config import InputSpec
+from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.preprocess.base import Modality, Source
+from perceiver_cli.preprocess.base import Array, Modality, Source
 
-__all__ = ["BUILT_IN", "detect", "formats", "modality", "register"]
+__all__ = ["BUILT_IN", "decode", "detect", "formats", "modality", "register"]
 
 BUILT_IN = ("image", "audio", "points")  # name is file; detection asks in this order
 _registered: dict[str, Modality[Any]] = {}
@@ -46,6 +46,18 @@ def detect(source: Source) -> str:
         if modality(name).sniff(head, source.name):
             return name
     raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
+
+
+def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
+    """Return the decoded array of a source, as `spec`'s modality loads it.
+
+    Raises:
+        DataError: unreadable, over a limit, or of another modality by its content; names both.
+    """
+    wanted = modality(spec.modality)
+    if not wanted.sniff(source.head(), source.name):
+        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
+    return wanted.load(source, spec, limits)
 
 
 def formats() -> str:
