@@ -140,6 +140,8 @@ class InputSpec(Table):
     learned_std: Positive = 1.0
     # A seed: rows of the byte array in one random order, the same for every input, features and all (paper 4.1).
     permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    # Share of training examples from which this modality is withheld where there is another (paper 4.2: video 0.3).
+    dropout: Fraction = 0.0
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

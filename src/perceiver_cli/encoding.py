@@ -6,7 +6,7 @@ Positions and features are float32 whatever the precision of the run: in bfloat1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,19 +25,24 @@ class Segment:
     """A batch of one modality's byte arrays before Fourier features.
 
     values: (B, *grid, c) in any dtype; positions: (B, M, d) float32 for point sets, None for grids.
+    mask: (B, M) bool, False where there is padding instead of an input; (B, 1) for examples that have the modality or
+    have it not; None where every input is one.
     """
 
     values: Tensor
     positions: Tensor | None = None
+    mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Segment:
         """Return the segment on `device`; the copy overlaps with computation where the memory is pinned."""
-        positions = None if self.positions is None else self.positions.to(device, non_blocking=True)
-        return Segment(self.values.to(device, non_blocking=True), positions)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Segment:
         """Return the segment in page-locked memory (called by the data loader when training on a GPU)."""
-        return Segment(self.values.pin_memory(), None if self.positions is None else self.positions.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Segment:
+        return Segment(*(None if x is None else change(x) for x in (self.values, self.positions, self.mask)))  # type: ignore[arg-type]
 
 
 def fourier_features(positions: Tensor, bands: int, max_resolution: tuple[float, ...]) -> Tensor:

@@ -51,6 +51,10 @@ class DataError(PerceiverError):
     exit_code = EXIT_DATA
 
 
+class AbsentError(DataError):
+    """A file without the stream that was asked for, such as a video without sound: a missing modality, not damage."""
+
+
 class LimitError(DataError):
     """Input data that is larger than a limit allows; the hint names the flag that raises it."""
 

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from perceiver_cli.errors import DataError, LimitError
 from perceiver_cli.files import show_path
 
 Array = NDArray[Any]
+Span = tuple[float, float]  # start and length in seconds
 HEAD_BYTES = 4096  # enough for every signature that detection looks at
 
 
@@ -192,6 +193,44 @@ class Modality(ABC, Generic[S]):
     def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
         """Return `spec` with every "auto" settled by looking at a sample of the training files."""
         return spec
+
+
+class TimedModality(Modality[S]):
+    """A modality with a time axis: a clip of it may be read without the rest, at a place that others share."""
+
+    @abstractmethod
+    def clip_s(self, spec: S) -> float:
+        """Return the length in seconds of what `prepare` gives."""
+
+    @abstractmethod
+    def duration_s(self, source: Source, limits: Limits) -> float:
+        """Return the length in seconds that a file declares; nothing is decoded.
+
+        Raises:
+            DataError: unreadable or over a limit. AbsentError: no such stream in the file.
+        """
+
+    @abstractmethod
+    def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:
+        """Return the decoded array of a span of seconds, or of the whole file. A span may pass the end: it is cut.
+
+        Raises:
+            DataError: unreadable, truncated, empty, not finite or over a limit. AbsentError: no such stream in it.
+        """
+
+    @abstractmethod
+    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None, start_s: float | None = None) -> ByteArray:
+        """Return the clip of `raw` from `start_s` seconds on; unset, a random one or, without `rng`, the middle."""
+
+    @abstractmethod
+    def windows(
+        self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
+    ) -> Iterator[tuple[float, Array]]:
+        """Yield (start in seconds, decoded array) of every window of a file, which is read once from end to end.
+
+        Windows begin at 0, hop_s, 2 hop_s ... while one fits; a last one ends with the file where that leaves more than
+        a tenth of a hop. A file shorter than a window is one window. Memory is bounded by the window, not by the file.
+        """
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:
