@@ -17,7 +17,7 @@ ORDER = [
     "errors", "files", "config",
     "preprocess.base", "preprocess", "preprocess.image", "preprocess.audio", "preprocess.points",
     "encoding", "cost",
-    "attention", "model", "optim", "device",
+    "kernels", "attention", "model", "optim", "device",
     "catalog", "data", "checkpoint",
     "predict", "evaluate", "recipes", "pretrained",
     "events", "runs", "train", "bench",

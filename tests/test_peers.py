@@ -21,9 +21,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from perceiver_cli.attention import CrossAttend, Dense, SelfAttend, normalise
+from perceiver_cli.attention import CrossAttend, Dense, Memory, SelfAttend
 from perceiver_cli.config import ModelConfig
-from perceiver_cli.encoding import Segment, fourier_features, grid_positions
+from perceiver_cli.encoding import Part, Segment, fourier_features, grid_positions
 from perceiver_cli.model import Perceiver
 from perceiver_cli.preprocess.base import Layout
 
@@ -99,9 +99,9 @@ def test_fourier_features_are_theirs_in_another_order() -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-@pytest.mark.parametrize("folds", [True, False])
-def test_the_cross_attend_is_theirs(heads: int, folds: bool) -> None:
-    """Attention, residual and dense block on given rows, in both of our forms."""
+@pytest.mark.parametrize("form", ["tiled", "folded", "projected"])
+def test_the_cross_attend_is_theirs(heads: int, form: str) -> None:
+    """Attention, residual and dense block on given rows, in each of our forms."""
     block = peer.PerceiverBlock(
         dim=32, context_dim=CHANNELS, cross_heads=heads, cross_dim_head=CHANNELS // heads, self_per_cross_attn=0
     )
@@ -109,10 +109,10 @@ def test_the_cross_attend_is_theirs(heads: int, folds: bool) -> None:
     ours = CrossAttend(32, CHANNELS, CHANNELS, heads, 4, "erf")
     attention_from(block.cross_attn, ours, torch.arange(CHANNELS))
     dense_from(block.cross_ff, ours.dense)
-    ours.folds = lambda num_latents: folds  # type: ignore[method-assign]
+    ours.form = lambda *sizes: form  # type: ignore[method-assign]
     torch.manual_seed(0)
     latents, rows = torch.randn(2, 8, 32), 2 * torch.randn(2, 40, CHANNELS) + 1
-    found = ours(latents, *ours.keys_values(normalise(rows), 8))
+    found = ours(latents, Memory([Part(rows)]))
     torch.testing.assert_close(found, block(latents, context=rows), rtol=0, atol=TOLERANCE)
 
 

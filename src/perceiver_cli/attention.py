@@ -1,16 +1,396 @@
 """The two attention blocks: cross-attend (latents read the byte array) and self-attend (latents among themselves).
 
-Axes: B batch, M inputs, N latents, C input channels, D latent channels, H heads, W width of Q, K and V.
+Axes: B batch, M inputs, N latents, C input channels (c of them values), D latent channels, H heads, W width of Q, K
+and V, n = H N queries, T tiles, m inputs of a tile.
 
 Both blocks are pre-LayerNorm residual: `x = x + attention(norm(x), ...)`, then `x = x + dense(norm(x))` (App. C).
+
+The cross-attend is computed without the byte array wherever that costs less. Three steps, each exact:
+
+1. Fold. With xhat the byte array's rows after LayerNorm without scale and offset (gamma, beta), a score is
+   q . K_m = (scale * gamma * Wk^T q) . xhat_m + a term that is the same for every m and cancels in the softmax. Since
+   weights sum to 1, Wv and LayerNorm's affine are applied after the sum. So keys = values = xhat, which has no
+   parameters: made once for all cross-attends of a forward, and nothing of size M x C is projected.
+2. Separate. A position feature of a grid depends on one axis, so with u = scale * gamma * Wk^T q and r, mu the
+   statistics of LayerNorm: score = u_values . xhat_values + r (f[y] + g[x]) - r mu sum(u_features), where f and g are
+   products of u with one small table per axis. The weighted sum of xhat needs, beside that of its values, only the
+   sums of weight * r along rows and columns.
+3. Tile. In a tile of the grid a place is one one-hot vector per axis, so an input's key is
+   [xhat_values | -r mu | r onehot_y | r onehot_x] and a query [u_values | sum(u_features) | f of the tile's rows | g of
+   its columns]: stock fused attention with keys of width c + 1 + 16 + 16 instead of 261. Tiles, and modalities, are
+   merged by the log of their normalisers. A mask is one more column: 0, or a score that no other reaches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from math import ceil, prod
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perceiver_cli import kernels
+from perceiver_cli.encoding import Part
+
 EPS = 1e-5  # LayerNorm's, as in Haiku
+TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
+MIN_TILED_INPUTS = 1024  # below, the rows are small and one stock call is quicker than many tiles
+SLAB_BYTES = 32 << 20  # of the tile queries that exist at once
+ROW_TILE = 512  # rows of a tile that has no places
+KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
+NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
+
+
+# ---------------------------------------------------------------- what a cross-attend reads
+
+
+class Memory:
+    """What the cross-attends of one forward read, each in the form that costs it least.
+
+    Args:
+        parts: one per modality that is there, of one batch size B.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = tuple(parts)
+        self.batch = len(self.parts[0].values)
+        self.num_channels = self.parts[0].num_channels
+        self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}  # made once per weight set
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """xhat (B, M, C) of all parts: the byte array after LayerNorm without scale and offset, in float32."""
+        rows = [F.layer_norm(part.rows().float(), (self.num_channels,), eps=EPS) for part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, M) bool of all parts, or None where every row is an input."""
+        if all(part.mask is None for part in self.parts):
+            return None
+        masks = []
+        for part in self.parts:
+            every = torch.ones(self.batch, prod(part.grid), dtype=torch.bool, device=part.values.device)
+            masks.append(every if part.mask is None else part.mask)
+        return torch.cat(masks, dim=1)[:, None, None]
+
+    @cached_property
+    def tiles(self) -> list[Tiles]:
+        """The parts cut into tiles."""
+        return [GridTiles(part) if part.tables else RowTiles(part) for part in self.parts]
+
+    def tiled_width(self) -> float:
+        """Return the mean number of multiply-adds per score when tiled; C where that does not pay."""
+        inputs = [prod(part.grid) for part in self.parts]
+        widths = [GridTiles.width(part) if part.tables else part.num_channels for part in self.parts]
+        if sum(count for count, part in zip(inputs, self.parts, strict=True) if part.tables) < MIN_TILED_INPUTS:
+            return self.num_channels
+        mean = sum(count * width for count, width in zip(inputs, widths, strict=True)) / sum(inputs)
+        return min(mean, self.num_channels)
+
+    def projected(self, block: CrossAttend) -> tuple[Tensor, Tensor]:
+        """Return K and V (B, H, M, W / H) of a cross-attend."""
+        if block not in self._projected:
+            rows = self.rows * block.input_norm.weight + block.input_norm.bias
+            self._projected[block] = (
+                split_heads(block.key(rows), block.heads),
+                split_heads(block.value(rows), block.heads),
+            )
+        return self._projected[block]
+
+    def average(self, u: Tensor, *, tiled: bool) -> Tensor:
+        """Return (B, n, C): the mean of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
+        if not tiled:
+            keys = self.rows.unsqueeze(1)  # all heads share them
+            return attend(u.unsqueeze(1).expand(self.batch, -1, -1, -1), keys, keys, 1.0, self.mask)[:, 0]
+        dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
+        kernel = kernels.choose(u.device, dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            means, normalisers = zip(*(tiles.average(u.float(), kernel) for tiles in self.tiles), strict=True)
+            if len(means) == 1:
+                return means[0]  # type: ignore[no-any-return]
+            shares = torch.stack(normalisers).softmax(dim=0).unsqueeze(-1)
+            return (shares * torch.stack(means)).sum(dim=0)
+
+
+# ---------------------------------------------------------------- tiles
+
+
+class Tiles:
+    """A part cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
+
+    A query is what all tiles share (B, n, s), then for each axis of the tile the scores along it.
+
+    counts: number of tiles along each axis; sides: of a tile, along each axis that has scores of its own.
+    """
+
+    def __init__(
+        self, batch: int, counts: tuple[int, ...], sides: tuple[int, ...], inputs: int, key_width: int
+    ) -> None:
+        self.batch, self.counts, self.sides, self.inputs, self.key_width = batch, counts, sides, inputs, key_width
+        self.differentiable = False  # whether a gradient flows to the keys: a learned stem, place or modality encoding
+        self._kept: Tensor | None = None
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        """Return (B, n, C), the mean of xhat, and (B, n), the log of the normaliser, for queries u (B or 1, n, C)."""
+        raise NotImplementedError
+
+    def make_keys(self, first: int, last: int) -> Tensor:
+        """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""
+        raise NotImplementedError
+
+    def keys(self, first: int, last: int) -> Tensor:
+        """Return what `make_keys` gives; all of them are kept where that is little."""
+        rest = prod(self.counts[1:])
+        if 4 * self.batch * prod(self.counts) * self.inputs * self.key_width > KEPT_BYTES:
+            return self.make_keys(first, last)
+        if self._kept is None:
+            self._kept = self.make_keys(0, self.counts[0])
+        return self._kept[:, first * rest : last * rest]
+
+    def slabs(self, queries: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges along the first axis whose tile queries fit in SLAB_BYTES."""
+        each = 4 * self.batch * prod(self.counts[1:]) * queries * self.key_width
+        step = max(1, SLAB_BYTES // each)
+        for first in range(0, self.counts[0], step):
+            yield first, min(first + step, self.counts[0])
+
+    def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
+        """Return (B T, n, w): for each tile of a slab what all share, and the scores along its own sides.
+
+        shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
+        """
+        counts = (last - first, *self.counts[1:])
+        dims, queries = len(counts), shared.shape[1]
+        parts = [shared.view(self.batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1)]
+        for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
+            scores = scores.transpose(1, 2)
+            if axis == 0:
+                scores = scores[:, first:last]
+            places = [1] * dims
+            places[axis] = counts[axis]
+            parts.append(scores.reshape(self.batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+        return torch.cat(parts, dim=-1).flatten(0, dims)
+
+    def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
+        """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
+        counts = (last - first, *self.counts[1:])
+        dims, width = len(counts), shared.shape[-1]
+        spread = spread.view(self.batch, *counts, *spread.shape[1:])
+        tile_axes = tuple(range(1, dims + 1))
+        shared += spread[..., :width].sum(dim=tile_axes)
+        for axis, scores in enumerate(self._by_tile(along)):
+            side = self.sides[axis]
+            own = spread[..., width : width + side]
+            others = tile_axes[:axis] + tile_axes[axis + 1 :]
+            own = own.sum(dim=others) if others else own
+            target = scores[:, :, first:last] if axis == 0 else scores
+            target += own.transpose(1, 2)
+            width += side
+
+    def _by_tile(self, along: Tensor) -> Iterator[Tensor]:
+        """Yield a view (B, n, count, side) for each axis with scores of its own."""
+        start = 0
+        for count, side in zip(self.counts, self.sides, strict=False):
+            yield along[..., start : start + count * side].view(*along.shape[:2], count, side)
+            start += count * side
+
+
+class GridTiles(Tiles):
+    """A grid, whose keys hold one-hot places instead of position features (steps 2 and 3 above)."""
+
+    def __init__(self, part: Part) -> None:
+        batch, grid, channels = len(part.values), part.grid, part.values.shape[-1]
+        counts, sides = self._cut(grid)
+        padded = tuple(count * side for count, side in zip(counts, sides, strict=True))
+        self.channels, self.masked = channels, part.mask is not None or padded != grid
+        super().__init__(batch, counts, sides, prod(sides), channels + 1 + self.masked + sum(sides))
+        pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
+        self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
+        # Statistics take float64, a few examples at a time.
+        step = max(1, SLAB_BYTES // (8 * prod(part.values.shape[1:])))
+        statistics = _feature_sums(part)
+        columns = torch.cat([_normalised(values, part, *statistics) for values in torch.split(part.values, step)])
+        if self.masked:
+            bias = columns.new_zeros(*columns.shape[:-1], 1)
+            if part.mask is not None:
+                bias.masked_fill_(~part.mask.view(batch, *grid, 1), NEVER)
+            columns = torch.cat([bias, columns], dim=-1)
+            ends = [(0, long - short) for long, short in zip(padded, grid, strict=True)]
+            columns = F.pad(columns, [0, 0, *(end for pair in reversed(ends) for end in pair)])
+            for axis, side in enumerate(grid):
+                columns[..., 0].narrow(axis + 1, side, padded[axis] - side).fill_(NEVER)
+        split = [size for pair in zip(counts, sides, strict=True) for size in pair]
+        dims = len(grid)
+        order = (0, *range(1, 2 * dims + 1, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
+        columns = columns.view(batch, *split, -1).permute(order)
+        # (B, T, m, [mask,] values, -r mu, r)
+        self.columns = columns.reshape(batch, prod(counts), self.inputs, -1)
+        self.differentiable = self.columns.requires_grad
+        places = torch.cartesian_prod(*(torch.arange(side, device=columns.device) for side in sides))
+        places = places.view(self.inputs, dims)
+        self.one_hot = torch.cat(
+            [F.one_hot(place, side) for place, side in zip(places.unbind(-1), sides, strict=True)], dim=-1
+        ).to(columns.dtype)  # (m, sum of sides)
+
+    @staticmethod
+    def _cut(grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the number of tiles along each axis and their sides: equal, and with as little to spare as can be."""
+        counts = tuple(ceil(side / TILE_SIDES.get(len(grid), 1)) for side in grid)
+        return counts, tuple(ceil(side / count) for side, count in zip(grid, counts, strict=True))
+
+    @staticmethod
+    def width(part: Part) -> int:
+        """Return the width of a tile's keys."""
+        return part.values.shape[-1] + 1 + sum(GridTiles._cut(part.grid)[1])
+
+    def make_keys(self, first: int, last: int) -> Tensor:
+        rest = prod(self.counts[1:])
+        columns = self.columns[:, first * rest : last * rest]
+        return torch.cat([columns[..., :-1], columns[..., -1:] * self.one_hot], dim=-1)
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        queries, width = u.shape[1], u.shape[-1]
+        on_values, on_features = torch.split(u, [self.channels, width - self.channels], dim=-1)
+        shared = torch.cat([on_values, on_features.sum(dim=-1, keepdim=True)], dim=-1)
+        if self.masked:
+            shared = F.pad(shared, (1, 0), value=1.0)
+        along = on_features @ self.tables.T
+        shared, along, normaliser = _softmax_over(
+            self, kernel, shared.expand(self.batch, queries, -1), along.expand(self.batch, queries, -1)
+        )
+        values, means = torch.split(shared[..., self.masked :], [self.channels, 1], dim=-1)
+        return torch.cat([values, along @ self.tables + means], dim=-1), normaliser
+
+
+class RowTiles(Tiles):
+    """Rows that are there: point sets, learned positions; for those beside a grid. Tiles only bound the memory."""
+
+    def __init__(self, part: Part) -> None:
+        batch, count, channels = part.values.shape
+        tiles = ceil(count / ROW_TILE)
+        side = ceil(count / tiles)
+        super().__init__(batch, (tiles,), (), side, channels + 1)
+        rows = F.layer_norm(part.values.float(), (channels,), eps=EPS)
+        bias = rows.new_zeros(batch, count, 1)
+        if part.mask is not None:
+            bias.masked_fill_(~part.mask.unsqueeze(-1), NEVER)
+        spare = tiles * side - count
+        rows = torch.cat([F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))], dim=-1)
+        self._kept = rows.view(batch, tiles, side, channels + 1)
+        self.differentiable = rows.requires_grad
+
+    def keys(self, first: int, last: int) -> Tensor:
+        assert self._kept is not None
+        return self._kept[:, first:last]
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        shared = F.pad(u, (1, 0), value=1.0).expand(self.batch, -1, -1)
+        shared, _, normaliser = _softmax_over(self, kernel, shared, shared[..., :0])
+        return shared[..., 1:], normaliser
+
+
+def _feature_sums(part: Part) -> tuple[Tensor, Tensor]:
+    """Return sums (*grid) over the position features of each place, and over their squares, in float64."""
+    sums, squares = None, None
+    for table in part.tables:
+        wide = _wide(table)
+        one, two = wide.sum(dim=-1), wide.square().sum(dim=-1)
+        sums = one if sums is None else sums.unsqueeze(-1) + one
+        squares = two if squares is None else squares.unsqueeze(-1) + two
+    assert sums is not None
+    assert squares is not None
+    return sums, squares
+
+
+def _normalised(values: Tensor, part: Part, sums: Tensor, squares: Tensor) -> Tensor:
+    """Return (b, *grid, c + 2) float32: xhat of the values, -r mu and r, with LayerNorm's statistics of whole rows."""
+    total = part.num_channels
+    wide = _wide(values)
+    mean = (wide.sum(dim=-1) + sums) / total
+    centred = wide - mean.unsqueeze(-1)
+    features = squares - 2 * mean * sums + (total - values.shape[-1]) * mean.square()
+    rate = ((centred.square().sum(dim=-1) + features) / total + EPS).rsqrt()
+    ending = torch.stack([-mean * rate, rate], dim=-1)
+    return torch.cat([centred * rate.unsqueeze(-1), ending], dim=-1).float()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # MPS has no float64
+
+
+def _softmax_over(tiles: Tiles, kernel: kernels.Kernel, shared: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_TileSoftmax` gives; keys travel as a tensor only where they have gradients."""
+    keys = tiles.keys(0, tiles.counts[0]) if tiles.differentiable and torch.is_grad_enabled() else None
+    result: tuple[Tensor, Tensor, Tensor] = _TileSoftmax.apply(tiles, kernel, keys, shared, along)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TileSoftmax(torch.autograd.Function):
+    """One softmax over all keys of all tiles, without any (n, M) tensor.
+
+    forward: queries as `shared` (B, n, s) and `along` (B, n, sum of counts * sides); gives the weighted sums of keys in
+    the same two shapes (for the one-hot columns those are sums of weights along rows and columns) and the log of the
+    normaliser (B, n).
+    backward: weights are made again, tile by tile, from the total normaliser, as ring attention does for devices. With
+    p the weights, dp = grad . key and delta the sum of p dp: the gradient of a score is p (dp - delta + d normaliser).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shared_sum, along_sum = (
+            torch.zeros_like(shared, memory_format=torch.contiguous_format),
+            along.new_zeros(along.shape),
+        )
+        total = shared.new_full(shared.shape[:2], -torch.inf)
+        for first, last in tiles.slabs(shared.shape[1]):
+            q = tiles.spread(shared, along, first, last)
+            out, lse = kernel.forward(q.to(kernel.dtype), _narrow(tiles.keys(first, last), kernel.dtype))
+            lse = lse.float().view(tiles.batch, -1, shared.shape[1])  # (B, T, n)
+            before, total = total, torch.logaddexp(total, lse.logsumexp(dim=1))
+            share = (lse - total.unsqueeze(1)).exp().flatten(0, 1)
+            decay = (before - total).exp().unsqueeze(-1)
+            shared_sum *= decay
+            along_sum *= decay
+            tiles.gather(out.float() * share.unsqueeze(-1), shared_sum, along_sum, first, last)
+        ctx.tiles, ctx.kernel = tiles, kernel
+        ctx.save_for_backward(keys, shared, along, shared_sum, along_sum, total)
+        return shared_sum, along_sum, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_shared: Tensor, grad_along: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        tiles, kernel = ctx.tiles, ctx.kernel
+        keys, shared, along, shared_sum, along_sum, total = ctx.saved_tensors
+        delta = (grad_shared * shared_sum).sum(-1) + (grad_along * along_sum).sum(-1) - grad_total
+        q_shared, q_along = torch.zeros_like(shared_sum), torch.zeros_like(along_sum)
+        grad_keys = []
+        with torch.autocast(shared.device.type, enabled=False):
+            for first, last in tiles.slabs(shared.shape[1]):
+                q = tiles.spread(shared, along, first, last).to(kernel.dtype)
+                grad = tiles.spread(grad_shared, grad_along, first, last).to(kernel.dtype)
+                k = _narrow(tiles.keys(first, last), kernel.dtype)
+                each = len(k) // tiles.batch
+                lse, less = (x.repeat_interleave(each, dim=0) for x in (total, delta))
+                grad_q, grad_k = kernel.backward(q, k, grad, lse, less, keys is not None)
+                tiles.gather(grad_q.float(), q_shared, q_along, first, last)
+                if grad_k is not None:
+                    grad_keys.append(grad_k.float().view(tiles.batch, each, *grad_k.shape[1:]))
+        return None, None, torch.cat(grad_keys, dim=1) if grad_keys else None, q_shared, q_along
+
+
+def _narrow(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return keys (B, T, m, w) as (B T, m, w) in a kernel's precision, whose smallest number may be above NEVER."""
+    keys = keys.flatten(0, 1)
+    return keys.clamp(min=torch.finfo(dtype).min / 2).to(dtype) if dtype == torch.float16 else keys.to(dtype)
+
+
+# ---------------------------------------------------------------- blocks
 
 
 class Dense(nn.Module):
@@ -32,16 +412,8 @@ class Dense(nn.Module):
 class CrossAttend(nn.Module):
     """Latents (B, N, D) attend to a byte array (B, M, C) (paper 3.1, App. C).
 
-    The byte array arrives as `normalised`: LayerNorm without its scale and offset, which has no parameters and is
-    therefore made once for all cross-attends of a forward. Keys and values are used in one of two equal forms:
-
-    - folded: LayerNorm's scale and the key matrix move to the latents' side, q . K_m = (scale * Wk^T q) . xhat_m plus
-      a term that is the same for every m and cancels in the softmax; since weights sum to 1, the value matrix can be
-      applied after the sum. Keys = values = xhat, and nothing of size M x C is projected.
-    - projected: K and V are made from xhat, once per weight set and forward.
-
-    `folds` picks the cheaper one. A key bias shifts all scores of a latent equally, so it changes nothing and gets no
-    gradient in the folded form (and exactly zero, mathematically, in the other).
+    A key bias shifts all scores of a latent equally, so it changes nothing and gets no gradient in the folded forms
+    (and exactly zero, mathematically, in the projected one).
 
     With `residual` off the result of the attention takes the latents' place instead of being added to them.
     """
@@ -68,34 +440,39 @@ class CrossAttend(nn.Module):
         self.output = nn.Linear(width, latent_channels)
         self.dense = Dense(latent_channels, widening, gelu)
 
-    def folds(self, num_latents: int) -> bool:
-        """Return whether the folded form costs fewer multiply-adds per input than the projected one."""
+    def form(self, num_latents: int, tiled_width: float) -> str:
+        """Return "tiled", "folded" or "projected": the form with the fewest multiply-adds per input.
+
+        Tiled and folded: 2 H N scores and sums of the tile's width or of C. Projected: K and V, then scores and sums of
+        all heads together W wide.
+        """
         width, channels = self.key.weight.shape
-        return 2 * self.heads * num_latents * channels <= 2 * channels * width + 2 * num_latents * width
+        costs = {
+            "tiled": 2 * self.heads * num_latents * tiled_width,
+            "folded": 2 * self.heads * num_latents * channels,
+            "projected": 2 * channels * width + 2 * num_latents * width,
+        }
+        if tiled_width >= channels:
+            del costs["tiled"]
+        return min(costs, key=lambda form: costs[form])
 
-    def keys_values(self, normalised: Tensor, num_latents: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values (B, 1 or H, M, C or W) of a normalised byte array (B, M, C), in the cheaper form."""
-        if self.folds(num_latents):
-            folded = normalised.unsqueeze(1)
-            return folded, folded
-        rows = normalised * self.input_norm.weight + self.input_norm.bias
-        return split_heads(self.key(rows), self.heads), split_heads(self.value(rows), self.heads)
-
-    def forward(self, latents: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Return the new latents (B, N, D), from what `keys_values` gave for the same number of latents."""
-        batch, count, _ = latents.shape
-        query = split_heads(self.query(self.latent_norm(latents)), self.heads)  # (B, H, N, W / H)
+    def forward(self, latents: Tensor, memory: Memory) -> Tensor:
+        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
+        query = split_heads(self.query(self.latent_norm(latents)), self.heads)  # (B or 1, H, N, W / H)
         scale = query.shape[-1] ** -0.5
-        if keys is values:
-            # (W, C) -> (H, W / H, C): the rows of each head
-            key_rows = self.key.weight.view(self.heads, -1, keys.shape[-1])
-            folded = (query @ key_rows) * (self.input_norm.weight * scale)  # (B, H, N, C)
-            attended = attend(folded.flatten(1, 2).unsqueeze(1), keys, values, 1.0)  # all heads share xhat
-            attended = attended.view(batch, self.heads, count, -1) * self.input_norm.weight + self.input_norm.bias
-            value_rows = self.value.weight.view(self.heads, -1, keys.shape[-1])
-            attended = merge_heads(attended @ value_rows.mT) + self.value.bias
+        form = self.form(latents.shape[1], memory.tiled_width())
+        if form == "projected":
+            keys, values = memory.projected(self)
+            attended = merge_heads(attend(query.expand(memory.batch, -1, -1, -1), keys, values, scale, memory.mask))
         else:
-            attended = merge_heads(attend(query, keys, values, scale))
+            key_rows, value_rows = (
+                linear.weight.view(self.heads, -1, memory.num_channels) for linear in (self.key, self.value)
+            )  # (H, W / H, C): the rows of each head
+            u = (query @ key_rows) * (self.input_norm.weight * scale)  # (B or 1, H, N, C)
+            mean = memory.average(u.flatten(1, 2), tiled=form == "tiled")
+            mean = mean.view(memory.batch, self.heads, -1, memory.num_channels)
+            mean = mean * self.input_norm.weight + self.input_norm.bias
+            attended = merge_heads(mean @ value_rows.mT) + self.value.bias
         attended = self.output(attended)
         latents = latents + attended if self.residual else attended
         return latents + self.dense(latents)  # type: ignore[no-any-return]
@@ -122,11 +499,6 @@ class SelfAttend(nn.Module):
         return latents + self.dense(latents)  # type: ignore[no-any-return]
 
 
-def normalise(x: Tensor) -> Tensor:
-    """Return LayerNorm of the rows of (B, M, C) without scale and offset, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=EPS)
-
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """Return (B, N, W) as (B, H, N, W / H)."""
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
@@ -137,7 +509,7 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Return softmax(scale * Q K^T) V over (B, H, N or M, W) through PyTorch's fused attention."""
     width = query.shape[-1]
     pad = -width % 8 if query.is_cuda else 0
@@ -145,4 +517,4 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         # CUDA's fused kernels refuse a width such as the paper's 261 and PyTorch then silently builds all N x M
         # scores; zero columns change no score.
         query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, scale=scale)[..., :width]
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)[..., :width]

@@ -69,11 +69,47 @@ def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) ->
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a cross-attend reads of one modality: the paper's byte array, or a grid that stands for it.
+
+    values: (B, M, C) the rows themselves where `tables` is empty, else (B, *grid, c), the first c columns of each row.
+    tables: per axis of the grid (side, C - c): what a place along this axis adds to the other columns. Each position
+    feature belongs to one axis and is zero in the tables of the others; a modality encoding is in the first.
+    mask: (B, M) bool, False where there is no input; None where every row is one.
+    """
+
+    values: Tensor
+    tables: tuple[Tensor, ...] = ()
+    mask: Tensor | None = None
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Number of inputs along each axis; (M,) of rows."""
+        return tuple(self.values.shape[1:-1])
+
+    @property
+    def num_channels(self) -> int:
+        """C."""
+        return self.values.shape[-1] + (self.tables[0].shape[-1] if self.tables else 0)
+
+    def rows(self) -> Tensor:
+        """Return (B, M, C), whatever that takes."""
+        if not self.tables:
+            return self.values
+        features = self.tables[0]
+        for table in self.tables[1:]:
+            features = features.unsqueeze(-2) + table  # (side_0 .. side_i, C - c)
+        features = features.expand(len(self.values), *features.shape)
+        return torch.cat([self.values, features], dim=-1).flatten(1, -2)
+
+
 class ByteArrayEncoding(nn.Module):
-    """Gives the paper's byte array (B, M, C) of all modalities from their segments.
+    """Gives the paper's byte array (B, M, C) of all modalities from their segments, or the parts it is made of.
 
     One modality: C = c + d (2 K + 1). Several (paper 4.2): each row ends in a learned vector of its modality, wide
     enough that all rows have C = the widest + `modality_channels`, and the rows follow each other in sorted order.
+    A modality may be missing: its rows then are.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], modality_channels: int) -> None:
@@ -96,47 +132,79 @@ class ByteArrayEncoding(nn.Module):
                 self.stems[name] = ConvStem(layout.channels, layout.stem_channels, same=layout.stem == "conv-same")
             self.register_buffer(f"mean_{name}", torch.tensor(layout.mean), persistent=False)
             self.register_buffer(f"std_{name}", torch.tensor(layout.std), persistent=False)
-        self._grid_features: dict[tuple[str, torch.device], Tensor] = {}  # made once per device, never saved
+        self._axis_features: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}  # made once per device, not saved
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
-        """Return (B, M, C) float32, M summed over the modalities."""
-        if segments.keys() != self.layouts.keys():
-            raise ValueError(f"segments of {sorted(segments)}, expected {sorted(self.layouts)}")
-        rows = [self._rows(name, layout, segments[name]) for name, layout in self.layouts.items()]
+        """Return the byte array (B, M, C) float32, M summed over the modalities."""
+        rows = []
+        for name, part in self.parts(segments).items():
+            order = self._order(name, part.values.device)
+            rows.append(part.rows() if order is None else part.rows()[:, order])
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
-    def _rows(self, name: str, layout: Layout, segment: Segment) -> Tensor:
-        values = segment.values
-        batch = len(values)
+    def parts(self, segments: Mapping[str, Segment]) -> dict[str, Part]:
+        """Return the part of each modality. A permutation is left out: attention does not see the order of rows.
+
+        Raises:
+            ValueError: no segments, one of an unknown modality, or of another shape than its layout's; names both.
+        """
+        if not segments or not segments.keys() <= self.layouts.keys():
+            raise ValueError(f"segments of {sorted(segments) or 'nothing'}, expected {sorted(self.layouts)}")
+        return {name: self._part(name, self.layouts[name], segments[name]) for name in self.layouts if name in segments}
+
+    def _part(self, name: str, layout: Layout, segment: Segment) -> Part:
+        values, positions, mask = segment.values, segment.positions, segment.mask
         if tuple(values.shape[1:]) != layout.prepared_shape:
             expected = ", ".join(map(str, layout.prepared_shape))
             raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
-        parts = []
-        if layout.channels:
-            scaled = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
-            if name in self.stems:
-                scaled = self.stems[name](scaled)
-            parts.append(scaled.reshape(batch, layout.num_inputs, -1))
+        points = (len(values), layout.num_inputs, layout.dims)
+        if not layout.is_grid and (positions is None or tuple(positions.shape) != points):
+            found = None if positions is None else tuple(positions.shape)
+            raise ValueError(f"{name} positions of shape {found}, expected {points}")
+        if mask is not None:
+            mask = mask.expand(len(values), layout.num_inputs)
+        values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
+        if name in self.stems:
+            values = self.stems[name](values)
+        encoding = self.modality_encodings.get(name, None)
+        if layout.is_grid and name not in self.learned_positions:
+            first, *rest = self._tables(name, layout, values.device)
+            if encoding is not None:
+                first = torch.cat([first, encoding.expand(len(first), -1)], dim=-1)
+                rest = [F.pad(table, (0, len(encoding))) for table in rest]
+            return Part(values, (first, *rest), mask)
+        values = values.reshape(len(values), layout.num_inputs, -1)
         if name in self.learned_positions:
-            parts.append(self.learned_positions[name].expand(batch, -1, -1))
-        elif segment.positions is None:
-            parts.append(self._features(name, layout, values.device).expand(batch, -1, -1))
+            features = self.learned_positions[name].expand(len(values), -1, -1)
         else:
-            parts.append(fourier_features(segment.positions, layout.bands, layout.max_resolution))
-        if name in self.modality_encodings:
-            parts.append(self.modality_encodings[name].expand(batch, layout.num_inputs, -1))
-        rows = torch.cat(parts, dim=-1)
-        if layout.permutation is None:
-            return rows
-        order = torch.randperm(layout.num_inputs, generator=torch.Generator().manual_seed(layout.permutation))
-        return rows[:, order.to(rows.device)]
+            assert positions is not None
+            features = fourier_features(positions, layout.bands, layout.max_resolution)
+        ending = [] if encoding is None else [encoding.expand(*values.shape[:2], -1)]
+        return Part(torch.cat([values, features, *ending], dim=-1), mask=mask)
 
-    def _features(self, name: str, layout: Layout, device: torch.device) -> Tensor:
+    def _tables(self, name: str, layout: Layout, device: torch.device) -> tuple[Tensor, ...]:
+        """Return per axis (side, d (2 K + 1)): the features of places along it, in the columns of this axis."""
         key = (name, device)
-        if key not in self._grid_features:
-            positions = grid_positions(layout.grid, device)
-            self._grid_features[key] = fourier_features(positions, layout.bands, layout.max_resolution)
-        return self._grid_features[key]
+        if key not in self._axis_features:
+            tables = []
+            for axis, side in enumerate(layout.grid):
+                places = grid_positions((side,), device)
+                one = fourier_features(places, layout.bands, layout.max_resolution[axis : axis + 1])
+                # One axis alone: position, K sines, K cosines. All: d positions, d K sines, d K cosines.
+                columns = torch.arange(2 * layout.bands + 1, device=device) - 1
+                block = columns // max(1, layout.bands)  # 0 sines, 1 cosines
+                columns = layout.dims + (block * layout.dims + axis) * layout.bands + columns % max(1, layout.bands)
+                columns[0] = axis
+                tables.append(one.new_zeros(side, layout.position_channels).index_copy(1, columns, one))
+            self._axis_features[key] = tuple(tables)
+        return self._axis_features[key]
+
+    def _order(self, name: str, device: torch.device) -> Tensor | None:
+        layout = self.layouts[name]
+        if layout.permutation is None:
+            return None
+        generator = torch.Generator().manual_seed(layout.permutation)
+        return torch.randperm(layout.num_inputs, generator=generator).to(device)
 
 
 class ConvStem(nn.Module):

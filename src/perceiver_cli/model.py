@@ -11,9 +11,9 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from perceiver_cli.attention import CrossAttend, SelfAttend, normalise
+from perceiver_cli.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.config import ModelConfig
-from perceiver_cli.encoding import ByteArrayEncoding, Segment
+from perceiver_cli.encoding import ByteArrayEncoding, Part, Segment
 from perceiver_cli.preprocess.base import Layout
 
 LATENT_STD = 0.02
@@ -69,18 +69,13 @@ class Perceiver(nn.Module):
 
     def encode(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return the final latents (B, N, D)."""
-        byte_array = normalise(self.encoding(segments))
-        latents = self.latents.expand(len(byte_array), -1, -1)
-        memory: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values, made once per weight set and forward
+        memory = Memory(list(self.encoding.parts(segments).values()))
+        latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
         for kind, index in self.config.steps:
-            if kind == "t":
+            if kind == "c":
+                latents = self.cross_attends[index](latents, memory)
+            else:
                 latents = self.latent_transformers[index](latents)
-                continue
-            cross_attend = self.cross_attends[index]
-            assert isinstance(cross_attend, CrossAttend)
-            if index not in memory:
-                memory[index] = cross_attend.keys_values(byte_array, self.config.num_latents)
-            latents = cross_attend(latents, *memory[index])
         return latents
 
 
@@ -95,9 +90,8 @@ class QueryReadout(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return (B, D) from latents (B, N, D)."""
-        keys_values = self.cross_attend.keys_values(normalise(latents), 1)
-        query = self.query.expand(len(latents), -1, -1)
-        return self.cross_attend(query, *keys_values)[:, 0]  # type: ignore[no-any-return]
+        attended: Tensor = self.cross_attend(self.query.unsqueeze(0), Memory([Part(latents)]))
+        return attended[:, 0]
 
 
 def cross_width(config: ModelConfig, input_channels: int) -> int:
