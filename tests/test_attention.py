@@ -136,7 +136,7 @@ def test_every_form_is_the_papers_formula(
     block = random_block(encoding.num_channels, 8, heads, form)
     query = torch.randn(1 if same_latents else batch, latents, 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SLAB_BYTES", slab_bytes)
+        patch.setitem(attention.SLAB_BYTES, "cpu", slab_bytes)
         patch.setattr(attention, "KEPT_BYTES", kept_bytes)
         patch.setattr(attention, "ROW_TILE", 16)
         check(block, query, encoding, segments, 1e-5)

@@ -15,12 +15,13 @@ ROOT = Path(perceiver_cli.__file__).parent
 # Lowest first; rooms on one line may import those before them on the same line.
 ORDER = [
     "errors", "files", "config",
-    "preprocess.base", "preprocess", "preprocess.image", "preprocess.audio", "preprocess.points",
+    "preprocess.base", "preprocess",
+    "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
     "encoding", "cost",
     "kernels", "attention", "model", "optim", "device",
     "catalog", "data", "checkpoint",
     "predict", "evaluate", "recipes", "pretrained",
-    "events", "runs", "train", "bench",
+    "events", "runs", "train", "bench", "peers", "contest",
     "console",
     "cli",
     "__main__",

@@ -38,7 +38,8 @@ from perceiver_cli.encoding import Part
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
 MIN_TILED_INPUTS = 1024  # below, the rows are small and one stock call is quicker than many tiles
-SLAB_BYTES = 32 << 20  # of the tile queries that exist at once
+SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
+STATISTICS_BYTES = 32 << 20  # of the float64 copies of values that exist at once
 ROW_TILE = 512  # rows of a tile that has no places
 KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
 NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
@@ -151,12 +152,15 @@ class Tiles:
             self._kept = self.make_keys(0, self.counts[0])
         return self._kept[:, first * rest : last * rest]
 
-    def slabs(self, queries: int) -> Iterator[tuple[int, int]]:
-        """Yield ranges along the first axis whose tile queries fit in SLAB_BYTES."""
-        each = 4 * self.batch * prod(self.counts[1:]) * queries * self.key_width
-        step = max(1, SLAB_BYTES // each)
-        for first in range(0, self.counts[0], step):
-            yield first, min(first + step, self.counts[0])
+    def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
+        """Yield examples and a range along the first axis of tiles, so that tile queries fit in SLAB_BYTES."""
+        budget = SLAB_BYTES.get(queries.device.type, 2 << 20)
+        each = 4 * prod(self.counts[1:]) * queries.shape[1] * self.key_width
+        rows = min(self.counts[0], max(1, budget // each))
+        examples = max(1, budget // (each * rows))
+        for start in range(0, self.batch, examples):
+            for first in range(0, self.counts[0], rows):
+                yield slice(start, start + examples), first, min(first + rows, self.counts[0])
 
     def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
         """Return (B T, n, w): for each tile of a slab what all share, and the scores along its own sides.
@@ -164,22 +168,22 @@ class Tiles:
         shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
         """
         counts = (last - first, *self.counts[1:])
-        dims, queries = len(counts), shared.shape[1]
-        parts = [shared.view(self.batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1)]
+        dims, (batch, queries) = len(counts), shared.shape[:2]
+        parts = [shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1)]
         for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
             scores = scores.transpose(1, 2)
             if axis == 0:
                 scores = scores[:, first:last]
             places = [1] * dims
             places[axis] = counts[axis]
-            parts.append(scores.reshape(self.batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+            parts.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
         return torch.cat(parts, dim=-1).flatten(0, dims)
 
     def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
         """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
         counts = (last - first, *self.counts[1:])
         dims, width = len(counts), shared.shape[-1]
-        spread = spread.view(self.batch, *counts, *spread.shape[1:])
+        spread = spread.view(len(shared), *counts, *spread.shape[1:])
         tile_axes = tuple(range(1, dims + 1))
         shared += spread[..., :width].sum(dim=tile_axes)
         for axis, scores in enumerate(self._by_tile(along)):
@@ -211,7 +215,7 @@ class GridTiles(Tiles):
         pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
         self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
         # Statistics take float64, a few examples at a time.
-        step = max(1, SLAB_BYTES // (8 * prod(part.values.shape[1:])))
+        step = max(1, STATISTICS_BYTES // (8 * prod(part.values.shape[1:])))
         statistics = _feature_sums(part)
         columns = torch.cat([_normalised(values, part, *statistics) for values in torch.split(part.values, step)])
         if self.masked:
@@ -343,21 +347,19 @@ class _TileSoftmax(torch.autograd.Function):
     def forward(
         ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        shared_sum, along_sum = (
-            torch.zeros_like(shared, memory_format=torch.contiguous_format),
-            along.new_zeros(along.shape),
-        )
+        shared_sum, along_sum = shared.new_zeros(shared.shape), along.new_zeros(along.shape)
         total = shared.new_full(shared.shape[:2], -torch.inf)
-        for first, last in tiles.slabs(shared.shape[1]):
-            q = tiles.spread(shared, along, first, last)
-            out, lse = kernel.forward(q.to(kernel.dtype), _narrow(tiles.keys(first, last), kernel.dtype))
-            lse = lse.float().view(tiles.batch, -1, shared.shape[1])  # (B, T, n)
-            before, total = total, torch.logaddexp(total, lse.logsumexp(dim=1))
-            share = (lse - total.unsqueeze(1)).exp().flatten(0, 1)
-            decay = (before - total).exp().unsqueeze(-1)
-            shared_sum *= decay
-            along_sum *= decay
-            tiles.gather(out.float() * share.unsqueeze(-1), shared_sum, along_sum, first, last)
+        for some, first, last in tiles.slabs(shared):
+            q = tiles.spread(shared[some], along[some], first, last)
+            out, lse = kernel.forward(q.to(kernel.dtype), _narrow(tiles.keys(first, last)[some], kernel.dtype))
+            before = total[some]
+            lse = lse.float().view(*before.shape[:1], -1, before.shape[1])  # (B, T, n)
+            after = torch.logaddexp(before, lse.logsumexp(dim=1))
+            share = (lse - after.unsqueeze(1)).exp().flatten(0, 1)
+            decay = (before - after).exp().unsqueeze(-1)
+            sums = shared_sum[some].mul_(decay), along_sum[some].mul_(decay)
+            tiles.gather(out.float().mul_(share.unsqueeze(-1)), *sums, first, last)
+            total[some] = after
         ctx.tiles, ctx.kernel = tiles, kernel
         ctx.save_for_backward(keys, shared, along, shared_sum, along_sum, total)
         return shared_sum, along_sum, total
@@ -369,19 +371,20 @@ class _TileSoftmax(torch.autograd.Function):
         keys, shared, along, shared_sum, along_sum, total = ctx.saved_tensors
         delta = (grad_shared * shared_sum).sum(-1) + (grad_along * along_sum).sum(-1) - grad_total
         q_shared, q_along = torch.zeros_like(shared_sum), torch.zeros_like(along_sum)
-        grad_keys = []
+        grad_keys = None if keys is None else torch.empty_like(keys)
         with torch.autocast(shared.device.type, enabled=False):
-            for first, last in tiles.slabs(shared.shape[1]):
-                q = tiles.spread(shared, along, first, last).to(kernel.dtype)
-                grad = tiles.spread(grad_shared, grad_along, first, last).to(kernel.dtype)
-                k = _narrow(tiles.keys(first, last), kernel.dtype)
-                each = len(k) // tiles.batch
-                lse, less = (x.repeat_interleave(each, dim=0) for x in (total, delta))
-                grad_q, grad_k = kernel.backward(q, k, grad, lse, less, keys is not None)
-                tiles.gather(grad_q.float(), q_shared, q_along, first, last)
-                if grad_k is not None:
-                    grad_keys.append(grad_k.float().view(tiles.batch, each, *grad_k.shape[1:]))
-        return None, None, torch.cat(grad_keys, dim=1) if grad_keys else None, q_shared, q_along
+            for some, first, last in tiles.slabs(shared):
+                q = tiles.spread(shared[some], along[some], first, last).to(kernel.dtype)
+                grad = tiles.spread(grad_shared[some], grad_along[some], first, last).to(kernel.dtype)
+                k = _narrow(tiles.keys(first, last)[some], kernel.dtype)
+                each = len(k) // len(total[some])
+                lse, less = (x[some].repeat_interleave(each, dim=0) for x in (total, delta))
+                grad_q, grad_k = kernel.backward(q, k, grad, lse, less, grad_keys is not None)
+                tiles.gather(grad_q.float(), q_shared[some], q_along[some], first, last)
+                if grad_keys is not None and grad_k is not None:
+                    rest = prod(tiles.counts[1:])
+                    grad_keys[some, first * rest : last * rest] = grad_k.view(-1, each, *grad_k.shape[1:])
+        return None, None, grad_keys, q_shared, q_along
 
 
 def _narrow(keys: Tensor, dtype: torch.dtype) -> Tensor:

@@ -348,18 +348,45 @@ def show(name: Annotated[str, typer.Argument(help="One of those that `perceiver 
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time.")] = "tiny-image",
+    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time, or growth.")] = "tiny-image",
+    against: Annotated[
+        str | None, typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io.")
+    ] = None,
+    mode: Annotated[Literal["forward", "train"], typer.Option(help="Of --against and growth.")] = "forward",
+    inputs: Annotated[str | None, typer.Option(help="Sides of images for --against, e.g. 224,512,1024.")] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="One cross-attend alone, with --against usual.")] = False,
+    plot: Annotated[str | None, typer.Option(help="Draw growth into this SVG or PNG.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes per contender, in turn.")] = 3,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 0,
     json: Json = False,
 ) -> None:
-    """Measure samples per second of a training step, of a forward pass and of the data loader, on made-up data."""
-    from perceiver_cli.bench import bench as run_bench
+    """Measure speed on made-up data: samples per second; or side by side with other implementations; or growth.
 
-    console.show_facts(run_bench(preset, batch_size, seconds, device, precision, workers), json)
+    `bench growth` is the imagenet model and one cross-attend of it, for 2^12 to 2^20 inputs. It and --against run each
+    contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this model, its byte array built and K and V projected in every cross-attend.
+    """
+    from perceiver_cli import bench as speed
+    from perceiver_cli import contest
+
+    if preset == "growth":
+        rows = list(console.show_rows(contest.growth("imagenet", mode, rounds, seconds, device, precision), json))
+        if plot is not None:
+            contest.draw(rows, plot)
+    elif against is not None:
+        sides = [_side(text) for text in inputs.split(",")] if inputs else []
+        names = [name.strip() for name in against.split(",")]
+        table = contest.contest(
+            preset, names, mode, sides, batch_size or 1, rounds, seconds, device, precision, alone=alone
+        )
+        list(console.show_rows(table, json))
+    else:
+        console.show_facts(speed.bench(preset, batch_size, seconds, device, precision, workers), json)
+        return
+    console.show_facts(contest.facts(device, precision), json)
 
 
 # ---------------------------------------------------------------- small parsers
@@ -376,6 +403,12 @@ def _seconds(text: str | None) -> float | None:
     if total <= 0:
         raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
     return total
+
+
+def _side(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) == 0:
+        raise UsageError(f"--inputs {text}: expected sides of images, such as 224,512")
+    return int(text)
 
 
 def _limits(assignments: list[str] | None) -> dict[str, float]:

@@ -400,6 +400,16 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
 
 
+def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:
+    """Print each row as it comes, names and values on one line or a JSON object, and yield it."""
+    for row in rows:
+        if as_json:
+            emit_json(row)
+        else:
+            emit("  ".join(f"{name} {value}" for name, value in _flat(row, "") if value) + "\n")
+        yield row
+
+
 def _flat(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
     for name, value in facts.items():
         if isinstance(value, dict):

@@ -1,0 +1,256 @@
+"""The same model as others compute it, to be measured beside ours: at the same sizes, on the same made-up input.
+
+Axes: B batch, M inputs, N latents, C input channels, D latent channels, H heads, W width of Q, K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from math import prod
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_cli.attention import CrossAttend, Memory, merge_heads, split_heads
+from perceiver_cli.config import ModelConfig
+from perceiver_cli.encoding import ByteArrayEncoding, Segment
+from perceiver_cli.errors import UsageError
+from perceiver_cli.model import Perceiver
+from perceiver_cli.preprocess.base import Layout
+
+# Peers that are packages, and what they are installed as. "usual" is ours, written as everyone writes it.
+PACKAGES = {"perceiver-pytorch": "perceiver_pytorch", "transformers": "transformers", "perceiver-io": "perceiver"}
+NAMES = ("usual", *PACKAGES)
+CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: `call` gives logits (B, classes), or latents of one cross-attend (B, N, D).
+
+    differs: what is not the model that was asked for, in words; empty where it is the same function.
+    """
+
+    call: Callable[[], Tensor]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    differs: str = ""
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a contender can be built here. Raises UsageError for a name that is none."""
+    if name not in NAMES:
+        raise UsageError(f"--against {name}: not a peer", f"expected some of {', '.join(NAMES)}")
+    return name == "usual" or find_spec(PACKAGES[name]) is not None
+
+
+def build(
+    name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool
+) -> Contender:
+    """Return a contender: "ours", "usual (einsum)", "usual (SDPA)" or a package. `alone`: the first cross-attend only.
+
+    Raises:
+        UsageError: a peer that cannot build anything of these sizes.
+    """
+    segments = {layout_name: _random(layout, batch, device) for layout_name, layout in layouts.items()}
+    if name == "ours" or name.startswith("usual"):
+        model = Perceiver(config, layouts, CLASSES).to(device)
+        # A head of zeros would give every other parameter a gradient of zero.
+        nn.init.normal_(model.head.weight, std=0.02)
+        parameters = list(model.parameters())
+        if name == "ours" and alone:
+            return Contender(lambda: _cross_alone(model, segments), list(model.cross_attends[0].parameters()))
+        if name == "ours":
+            return Contender(lambda: model(segments), parameters)
+        fused = name == "usual (SDPA)"
+        if alone:
+            with torch.no_grad():
+                rows = model.encoding(segments)  # given: making it is not counted
+            block = model.cross_attends[0]
+            assert isinstance(block, CrossAttend)
+            latents = model.latents.expand(batch, -1, -1)
+            return Contender(lambda: usual_cross_attend(block, latents, rows, fused=fused), list(block.parameters()))
+        return Contender(lambda: usual_forward(model, segments, fused=fused), parameters)
+    if alone:
+        raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
+    (layout,) = layouts.values() if len(layouts) == 1 else (None,)
+    if layout is None or not layout.is_grid or layout.learned_channels or layout.stem != "none":
+        raise UsageError(f"--against {name}: measured on one grid with Fourier features only", "use --against usual")
+    values = segments[next(iter(layouts))].values
+    peer, differs = _PEERS[name](config, layout)
+    peer.to(device).eval()
+    logits = _logits(peer, values if name != "transformers" else values.movedim(-1, 1).contiguous())
+    return Contender(logits, list(peer.parameters()), differs)
+
+
+def _logits(peer: nn.Module, values: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        out = peer(values)
+        logits: Tensor = getattr(out, "logits", out)
+        return logits
+
+    return call
+
+
+def _random(layout: Layout, batch: int, device: torch.device) -> Segment:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(batch, *layout.prepared_shape, generator=generator)
+    positions = None
+    if not layout.is_grid:
+        positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
+    return Segment(values, positions).to(device)
+
+
+# ---------------------------------------------------------------- the usual way
+
+
+def _cross_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
+    memory = Memory(list(model.encoding.parts(segments).values()))
+    latents: Tensor = model.cross_attends[0](model.latents.unsqueeze(0), memory)
+    return latents
+
+
+def usual_cross_attend(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
+    """Return the new latents (B, N, D), with K and V projected from the whole byte array (B, M, C)."""
+    rows = block.input_norm(byte_array)
+    normalised = block.latent_norm(latents)
+    query, key, value = (
+        split_heads(linear(x), block.heads)
+        for linear, x in ((block.query, normalised), (block.key, rows), (block.value, rows))
+    )
+    scale = query.shape[-1] ** -0.5
+    if fused:
+        attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    else:
+        scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
+        attended = torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value)
+    latents = latents + block.output(merge_heads(attended))
+    return latents + block.dense(latents)  # type: ignore[no-any-return]
+
+
+def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
+    """Return logits (B, classes) of our model, its byte array built and read as every public implementation does."""
+    encoding: ByteArrayEncoding = model.encoding
+    byte_array = encoding(segments)
+    latents = model.latents.expand(len(byte_array), -1, -1)
+    for kind, index in model.config.steps:
+        if kind == "c":
+            block = model.cross_attends[index]
+            assert isinstance(block, CrossAttend)
+            latents = usual_cross_attend(block, latents, byte_array, fused=fused)
+        else:
+            latents = model.latent_transformers[index](latents)
+    logits: Tensor = model.head(latents.mean(dim=1) if model.readout is None else model.readout(latents))
+    return logits
+
+
+# ---------------------------------------------------------------- packages
+
+
+def _perceiver_pytorch(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from perceiver_pytorch import Perceiver as Theirs
+
+    rounds = sum(kind == "c" for kind, _ in config.steps)
+    blocks = sum(kind == "t" for kind, _ in config.steps) // rounds * config.self_attends_per_block
+    peer = Theirs(
+        num_freq_bands=layout.bands, depth=rounds, max_freq=max(layout.max_resolution),
+        input_channels=layout.channels, input_axis=layout.dims, num_latents=config.num_latents,
+        latent_dim=config.latent_channels, cross_heads=config.num_cross_heads,
+        cross_dim_head=_width(config, layout) // config.num_cross_heads, latent_heads=config.num_self_heads,
+        latent_dim_head=config.latent_channels // config.num_self_heads, num_classes=CLASSES,
+        weight_tie_layers=config.num_cross_sets < rounds, self_per_cross_attn=blocks,
+    )  # fmt: skip
+    return peer, "dense blocks are 4 times wide and gated (GEGLU); its latent Transformers 2 to n are shared, 1 is not"
+
+
+def _transformers(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from transformers import PerceiverConfig
+    from transformers.models.perceiver import modeling_perceiver as theirs
+
+    if layout.dims != 2:
+        raise UsageError("--against transformers: its classifier with Fourier features reads images only")
+    rounds = sum(kind == "t" for kind, _ in config.steps)
+    settings = PerceiverConfig(
+        num_latents=config.num_latents, d_latents=config.latent_channels, d_model=layout.num_channels,
+        num_blocks=rounds, num_self_attends_per_block=config.self_attends_per_block,
+        num_self_attention_heads=config.num_self_heads, num_cross_attention_heads=config.num_cross_heads,
+        self_attention_widening_factor=config.widening_factor, cross_attention_widening_factor=config.widening_factor,
+        num_labels=CLASSES,  # type: ignore[call-arg]
+    )  # fmt: skip
+    positions = {
+        "concat_pos": True, "max_resolution": layout.grid, "num_bands": layout.bands, "sine_only": False,
+    }  # fmt: skip
+
+    # As its PerceiverForImageClassificationFourier puts it together, which is for 224 x 224 and 64 bands only.
+    peer = theirs.PerceiverModel(
+        settings,
+        input_preprocessor=theirs.PerceiverImagePreprocessor(
+            settings, prep_type="pixels", spatial_downsample=1, fourier_position_encoding_kwargs=positions
+        ),
+        decoder=theirs.PerceiverClassificationDecoder(  # type: ignore[no-untyped-call]
+            settings, num_channels=config.latent_channels, use_query_residual=True,
+            trainable_position_encoding_kwargs={"num_channels": config.latent_channels, "index_dims": 1},
+        ),
+    )  # fmt: skip
+    crosses = sum(kind == "c" for kind, _ in config.steps)
+    differs = [f"1 cross-attend for {crosses}"] if crosses > 1 else []
+    differs += ["a learned query reads the latents"] if config.head == "mean" else []
+    return peer, ", ".join(differs)
+
+
+def _perceiver_io(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from perceiver.model import core  # its image classifier without the training framework that comes with it
+
+    class Pixels(core.InputAdapter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            positions = core.FourierPositionEncoding(input_shape=layout.grid, num_frequency_bands=layout.bands)
+            super().__init__(layout.channels + positions.num_position_encoding_channels())
+            self.positions = positions
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.flatten(1, -2), self.positions(len(x))], dim=-1)
+
+    crosses = sum(kind == "c" for kind, _ in config.steps)
+    encoder = core.PerceiverEncoder(
+        Pixels(), config.num_latents, config.latent_channels,
+        num_cross_attention_heads=config.num_cross_heads, num_cross_attention_qk_channels=_width(config, layout),
+        num_cross_attention_v_channels=_width(config, layout), num_cross_attention_layers=crosses,
+        first_cross_attention_layer_shared=config.num_cross_sets < min(2, crosses),
+        cross_attention_widening_factor=config.widening_factor, num_self_attention_heads=config.num_self_heads,
+        num_self_attention_layers_per_block=config.self_attends_per_block,
+        num_self_attention_blocks=sum(kind == "t" for kind, _ in config.steps),
+        first_self_attention_block_shared=True, self_attention_widening_factor=config.widening_factor,
+    )  # fmt: skip
+    channels = config.latent_channels
+    decoder = core.PerceiverDecoder(
+        core.ClassificationOutputAdapter(CLASSES, num_output_query_channels=channels),
+        core.TrainableQueryProvider(1, channels), channels, num_cross_attention_heads=1,
+    )  # fmt: skip
+    return core.PerceiverIO(encoder, decoder), "" if config.head == "query" else "a learned query reads the latents"
+
+
+_PEERS: dict[str, Callable[[ModelConfig, Layout], tuple[nn.Module, str]]] = {
+    "perceiver-pytorch": _perceiver_pytorch,
+    "transformers": _transformers,
+    "perceiver-io": _perceiver_io,
+}
+
+
+def _width(config: ModelConfig, layout: Layout) -> int:
+    channels = layout.num_channels
+    return min(channels, config.latent_channels) if config.cross_channels == "min" else channels
+
+
+def latent_flops(config: ModelConfig, batch: int) -> int:
+    """Return the FLOPs of the matrix products of all latent Transformers in one forward."""
+    n, d = config.num_latents, config.latent_channels
+    block = 2 * (4 * n * d * d + 2 * n * n * d) + 2 * n * 2 * d * d * config.widening_factor
+    rounds = sum(kind == "t" for kind, _ in config.steps)
+    return batch * rounds * config.self_attends_per_block * block
+
+
+def num_inputs(layouts: Mapping[str, Layout]) -> int:
+    """Return M of all modalities."""
+    return sum(prod(layout.grid) for layout in layouts.values())
