@@ -281,6 +281,57 @@ def test_keys_and_values_of_shared_cross_attends_are_made_once(monkeypatch: pyte
     assert made == keys
 
 
+def test_first_queries_are_made_once_and_again_when_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = randomised(Perceiver(SMALL, {"image": GRID}, 3))
+    image = {"image": Segment(torch.randn(2, 6, 5, 3))}
+    made: list[int] = []
+    fold = CrossAttend.fold
+    monkeypatch.setattr(CrossAttend, "form", lambda *sizes: "folded")
+    monkeypatch.setattr(CrossAttend, "fold", lambda self, queries: made.append(len(queries)) or fold(self, queries))
+    expected = model(image)
+    with torch.inference_mode():
+        made.clear()
+        first = model(image)
+        assert made == [1, 2, 2]  # the first, for all examples at once; the two others read what each has seen
+        assert torch.equal(model(image), first)
+        assert made == [1, 2, 2, 2, 2]
+        torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert (model(image) - expected).abs().max() > 0
+    other = randomised(Perceiver(SMALL, {"image": GRID}, 3, seed=4)).state_dict()
+    for change in (
+        lambda: model.latents.copy_(torch.randn(8, 32)),
+        lambda: model.load_state_dict(other),
+        lambda: model.to("meta").to_empty(device="cpu").load_state_dict(other),
+    ):
+        with torch.no_grad():
+            change()
+        expected = model(image)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-6)
+
+
+def test_recomputed_activations_give_the_same_gradients_and_keep_less() -> None:
+    model = randomised(Perceiver(SMALL, {"image": GRID}, 3))
+    image = {"image": Segment(torch.randn(2, 6, 5, 3))}
+    gradients, kept = [], []
+    for model.recompute in (False, True):
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(image).square().sum()
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        kept.append(sum(storages.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < kept[0]
+
+
 def test_wrong_shapes_are_refused_with_both_named() -> None:
     model = Perceiver(SMALL, {"image": GRID}, 3)
     with pytest.raises(ValueError, match=r"\(1, 5, 6, 3\).*\(B, 6, 5, 3\)"):

@@ -459,22 +459,32 @@ class CrossAttend(nn.Module):
             del costs["tiled"]
         return min(costs, key=lambda form: costs[form])
 
-    def forward(self, latents: Tensor, memory: Memory) -> Tensor:
-        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
-        query = split_heads(self.query(self.latent_norm(latents)), self.heads)  # (B or 1, H, N, W / H)
-        scale = query.shape[-1] ** -0.5
+    def queries(self, latents: Tensor) -> Tensor:
+        """Return the queries (B, H, N, W / H) of latents (B, N, D)."""
+        return split_heads(self.query(self.latent_norm(latents)), self.heads)
+
+    def fold(self, queries: Tensor) -> Tensor:
+        """Return u (B, H N, C): queries (B, H, N, W / H) as they meet xhat."""
+        scale = queries.shape[-1] ** -0.5
+        # (W, C) -> (H, W / H, C): the rows of each head
+        u = (queries @ self.key.weight.unflatten(0, (self.heads, -1))) * (self.input_norm.weight * scale)
+        return u.flatten(1, 2)
+
+    def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
+        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same.
+
+        folded: what `fold` gives for them, where that is known already.
+        """
         form = self.form(latents.shape[1], memory.tiled_width())
         if form == "projected":
+            queries = self.queries(latents).expand(memory.batch, -1, -1, -1)
             keys, values = memory.projected(self)
-            attended = merge_heads(attend(query.expand(memory.batch, -1, -1, -1), keys, values, scale, memory.mask))
+            attended = merge_heads(attend(queries, keys, values, queries.shape[-1] ** -0.5, memory.mask))
         else:
-            key_rows, value_rows = (
-                linear.weight.view(self.heads, -1, memory.num_channels) for linear in (self.key, self.value)
-            )  # (H, W / H, C): the rows of each head
-            u = (query @ key_rows) * (self.input_norm.weight * scale)  # (B or 1, H, N, C)
-            mean = memory.average(u.flatten(1, 2), tiled=form == "tiled")
-            mean = mean.view(memory.batch, self.heads, -1, memory.num_channels)
+            u = self.fold(self.queries(latents)) if folded is None else folded
+            mean = memory.average(u, tiled=form == "tiled").unflatten(1, (self.heads, -1))  # (B, H, N, C)
             mean = mean * self.input_norm.weight + self.input_norm.bias
+            value_rows = self.value.weight.unflatten(0, (self.heads, -1))
             attended = merge_heads(mean @ value_rows.mT) + self.value.bias
         attended = self.output(attended)
         latents = latents + attended if self.residual else attended

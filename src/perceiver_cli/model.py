@@ -10,6 +10,7 @@ from math import sqrt
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from perceiver_cli.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.config import ModelConfig
@@ -57,6 +58,9 @@ class Perceiver(nn.Module):
             )
             for _ in range(config.num_latent_sets)
         )
+        # Whether the backward pass makes activations of latent Transformers again: a third more time, far less memory.
+        self.recompute = False
+        self._folded: tuple[tuple[object, ...], Tensor] | None = None
         self.readout = QueryReadout(config) if config.head == "query" else None
         self.head = nn.Linear(latent_channels, num_classes)
         initialise(self, seed)
@@ -71,12 +75,34 @@ class Perceiver(nn.Module):
         """Return the final latents (B, N, D)."""
         memory = Memory(list(self.encoding.parts(segments).values()))
         latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
+        folded = None if torch.is_grad_enabled() else self._first_queries()
         for kind, index in self.config.steps:
             if kind == "c":
-                latents = self.cross_attends[index](latents, memory)
+                latents = self.cross_attends[index](latents, memory, folded)
+                folded = None
+            elif self.recompute and torch.is_grad_enabled():
+                latents = checkpoint(self.latent_transformers[index], latents, use_reentrant=False)
             else:
                 latents = self.latent_transformers[index](latents)
         return latents
+
+    def _first_queries(self) -> Tensor:
+        """Return the folded queries of the first cross-attend, which depend on no input: made once per model."""
+        block = self.cross_attends[0]
+        assert isinstance(block, CrossAttend)
+        used = (
+            self.latents,
+            *(p for part in (block.latent_norm, block.query) for p in part.parameters()),
+            block.key.weight,
+            block.input_norm.weight,
+        )
+        kind = self.latents.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        # Training, loading and moving a model each change one of these.
+        state = (precision, *((p.device, p.data_ptr(), p._version) for p in used))
+        if self._folded is None or self._folded[0] != state:
+            self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))
+        return self._folded[1]
 
 
 class QueryReadout(nn.Module):
