@@ -43,7 +43,12 @@ UNSHARED = " ".join(f"c{i} t{i}" for i in range(8))
     [
         ("c0 t0 (c1 t0)x7", 44_912_254, 706.3),  # Table 7, shared
         (UNSHARED, 326_241_856, 706.3),  # Table 7, not shared
-        ("c0 (t0)x8", 42_135_859, 404.0),  # Table 6, one cross-attend
+        ("c0 (t0)x8", 42_135_859, 404.0),  # Table 6, one cross-attend: at the start and interleaved are the same
+        ("c0 c1 (t0)x8", 44_912_254, 447.2),  # Table 6, 2, 4 and 8 cross-attends at the start
+        ("c0 (c1)x3 (t0)x8", 44_912_254, 533.5),
+        ("c0 (c1)x7 (t0)x8", 44_912_254, 706.3),
+        ("c0 (t0)x4 c1 (t0)x4", 44_912_254, 447.2),  # 2 and 4 interleaved, evenly: the paper leaves the spacing open
+        ("c0 (t0)x2 (c1 (t0)x2)x3", 44_912_254, 533.5),
         ("c0 c1 c2 c3", 12_654_868, 172.8),  # Table 5, no latent Transformer
         ("c0 c1 c2 c3 c4 c5 c6 c7", 23_760_448, 345.5),
         ("c0 c1 c2 c3 c4 c5 c6 c7 c8 c9 c10 c11", 34_866_028, 518.3),
