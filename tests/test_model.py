@@ -180,6 +180,7 @@ def test_closed_form_is_what_is_built(name: str) -> None:
         ("imagenet-io", 50_176, 261),
         ("audioset-audio", 480, 257),
         ("audioset-mel", 4_800, 259),
+        ("audioset-video", 12_544, 483),
         ("modelnet40", 2_048, 387),
     ],
 )
@@ -188,6 +189,13 @@ def test_inputs_of_the_papers_presets(name: str, inputs: int, channels: int) -> 
     (spec,) = config.inputs.values()
     layout = modality(spec.modality).layout(spec)
     assert (layout.num_inputs, layout.num_channels) == (inputs, channels)
+
+
+def test_inputs_of_sound_and_picture_are_perceiver_ios() -> None:
+    config = load_preset("audioset-av")
+    layouts = {name: modality(spec.modality).layout(spec) for name, spec in config.inputs.items()}
+    cost = estimate(config.model, layouts, 527)
+    assert (cost.num_inputs, cost.input_channels) == (13_024, 487)  # its Table 5: raw sound and video
 
 
 def test_closed_form_with_several_modalities() -> None:

@@ -11,6 +11,7 @@ import re
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -23,6 +24,7 @@ from perceiver_cli.files import show_path
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
+TINY_DROPOUT = 0.2  # of each modality, where tiny presets are put together
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -186,6 +188,7 @@ class AudioSpec(InputSpec):
     clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28
     channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"
     short: Literal["loop", "pad"] = "loop"  # what fills a clip that is longer than its file
+    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
     patch: tuple[Size, ...] = (128,)
     # Mel mode only.
     num_mels: Annotated[int, Field(ge=4, le=1024)] = 64
@@ -205,6 +208,27 @@ class AudioSpec(InputSpec):
         if len(self.patch) != axes:
             raise ValueError(f"patch of {self.features} audio has {axes} side(s), found {list(self.patch)}")
         return self
+
+
+class VideoSpec(InputSpec):
+    """Frames of a clip as a grid, time x height x width (paper 4.2). Values stay uint8 until the model."""
+
+    modality: Literal["video"] = "video"
+    num_frames: Annotated[int, Field(ge=1, le=1 << 16)] = 32
+    frame_rate_hz: Annotated[float, Field(gt=0, le=1000)] = 25.0  # each instant takes the frame shown then
+    size: Pair = (224, 224)
+    patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
+    short: Literal["loop", "hold"] = "loop"  # what fills a clip that is longer than its file
+    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
+    # Training: a random place in time, and one Inception crop for all frames. No mirror unless asked for: a mirrored
+    # clip may be of another class, left for right. Brightness, contrast and saturation each by up to this share.
+    crop_area: Range = (0.3, 1.0)
+    crop_aspect: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.0
+    color: Fraction = 0.0
 
 
 class PointsSpec(InputSpec):
@@ -235,6 +259,8 @@ class Limits(Table):
     image_pixels: int = 89_478_485
     audio_seconds: float = 3600.0
     audio_channels: int = 64
+    video_seconds: float = 3600.0
+    video_pixels: int = 33_177_600  # of a frame: 8K
     vertices: int = 10_000_000
     faces: int = 20_000_000
     decoded_bytes: int = 1 << 30
@@ -334,6 +360,9 @@ class Config(Table):
     def _check(self) -> Self:
         if not self.inputs:
             raise ValueError("a configuration needs at least one [inputs.<modality>] table")
+        for key, spec in self.inputs.items():
+            if key != spec.modality:
+                raise ValueError(f"[inputs.{key}] has modality {spec.modality!r}, expected [inputs.{spec.modality}]")
         return self
 
     @classmethod
@@ -467,6 +496,26 @@ def preset_text(name: str) -> str:
 def load_preset(name: str) -> Config:
     """Return the Config of a preset that ships with the package."""
     return Config.parse({"name": name, **tomllib.loads(preset_text(name))}, f"preset {name}")
+
+
+def tiny_config(modalities: Iterable[str]) -> Config:
+    """Return the recipe for data of these modalities where none is given: tiny-image, tiny-av and so on.
+
+    For a set that no preset is for, the tiny presets of each are put together: their inputs, of which training
+    withholds a share; and the most epochs and the smallest batch among them.
+    """
+    names = sorted(modalities)
+    if len(names) == 1 or names == ["audio", "video"]:
+        return load_preset("tiny-av" if len(names) > 1 else f"tiny-{names[0]}")
+    parts = [load_preset(f"tiny-{name}") for name in names]
+    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, parts, strict=True)}
+    train = {"epochs": max(p.train.epochs for p in parts), "batch_size": min(p.train.batch_size for p in parts)}
+    return Config(
+        name=f"tiny-{'-'.join(names)}",
+        model=parts[0].model,
+        inputs=inputs,
+        train=parts[0].train.model_copy(update=train),
+    )
 
 
 def load_config(path: Path) -> Config:

@@ -6,15 +6,17 @@ import io
 import struct
 import time
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
 
 from perceiver_cli.config import AudioSpec, Limits
-from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess import detect
+from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
+from perceiver_cli.preprocess import decode, detect
 from perceiver_cli.preprocess.audio import MODALITY as AUDIO
 from perceiver_cli.preprocess.base import ByteArray, Source, named
 
@@ -159,6 +161,192 @@ def test_silence_is_fine_and_nothing_is_not() -> None:
 )
 def test_sniff(head: bytes, expected: bool) -> None:
     assert AUDIO.sniff(head, "a.wav") is expected
+
+
+# ---------------------------------------------------------------- spans and windows
+
+NOISE = (0.1 * np.random.default_rng(0).normal(size=100_001)).astype(np.float32)  # 6.25 s
+LONG = [("WAV", "PCM_16"), ("FLAC", "PCM_16"), ("OGG", "VORBIS"), ("OGG", "OPUS"), ("MP3", "MPEG_LAYER_III")]
+
+
+@pytest.mark.parametrize("rate", [RATE, 44_100, 8_000])
+@pytest.mark.parametrize(("kind", "subtype"), LONG)
+def test_spans_and_windows_are_parts_of_the_whole(
+    kind: str, subtype: str, rate: int, capfd: pytest.CaptureFixture
+) -> None:
+    source = Source("x", encoded(NOISE, kind, subtype))
+    spec = AudioSpec(rate_hz=rate)
+    whole = AUDIO.load(source, spec, LIMITS)
+    assert abs(AUDIO.duration_s(source, LIMITS) - len(whole) / rate) < 0.001
+    for start, length in ((0.0, 1.0), (0.5, 1.28), (2.3456, 0.1), (5.5, 9.0)):
+        part = AUDIO.load(source, spec, LIMITS, (start, length))
+        expected = whole[round(start * rate) :][: round(length * rate)]
+        assert part.shape == expected.shape
+        assert np.abs(part - expected).max() < 1e-6
+    windows = list(AUDIO.windows(source, spec, LIMITS, 2.0, 1.5))
+    assert [round(start, 2) for start, _ in windows] == [0.0, 1.5, 3.0, round(len(whole) / rate - 2, 2)]
+    for start, window in windows:
+        assert np.abs(window - whole[round(start * rate) :][: 2 * rate]).max() < 1e-6
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_without_a_length_is_counted() -> None:
+    assert AUDIO.duration_s(Source("x", flac_with_total(0)), LIMITS) == pytest.approx(0.1)
+    assert np.array_equal(
+        load(flac_with_total(0))[800:],
+        AUDIO.load(Source("x", flac_with_total(0)), AudioSpec(rate_hz=RATE), LIMITS, (0.05, 9.0)),
+    )
+    with pytest.raises(LimitError, match="audio_seconds"):
+        AUDIO.duration_s(Source("x", WAV), Limits(audio_seconds=0.05))
+
+
+def test_a_short_file_is_one_window_and_an_empty_one_none() -> None:
+    ((start, window),) = AUDIO.windows(Source("x", WAV), AudioSpec(rate_hz=RATE), LIMITS, 5.0, 1.0)
+    assert start == 0
+    assert np.array_equal(window, load(WAV))
+    with pytest.raises(DataError, match="no samples"):
+        list(AUDIO.windows(Source("x", encoded(SINE[:0])), AudioSpec(rate_hz=RATE), LIMITS, 1.0, 1.0))
+    with pytest.raises(DataError, match="no samples at 3 s"):
+        AUDIO.load(Source("x", WAV), AudioSpec(rate_hz=RATE), LIMITS, (3.0, 1.0))
+    with pytest.raises(DataError, match="declared 5000 frames of sound, found 1600"):
+        list(AUDIO.windows(Source("x", flac_with_total(5000)), AudioSpec(rate_hz=RATE), LIMITS, 0.05, 0.05))
+
+
+def test_windows_of_a_long_file_take_no_more_memory_than_one() -> None:
+    source = Source("x", encoded(np.zeros((RATE * 600, 1), np.int16), "FLAC", None))
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in AUDIO.windows(source, AudioSpec(rate_hz=RATE), Limits(decoded_bytes=1), 2.0, 1.0))
+        assert count == 599
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20  # of 38 MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_clip_begins_where_it_is_asked_to() -> None:
+    ramp = np.arange(1000, dtype=np.float32)
+    spec = AudioSpec(rate_hz=1000, clip_s=0.1, patch=(10,))
+
+    def clip(samples: np.ndarray, start_s: float, **changes: object) -> list[float]:
+        changed = spec.model_copy(update=changes)
+        made = AUDIO.prepare(samples, changed, np.random.default_rng(0), start_s).values.ravel().tolist()
+        assert made == AUDIO.prepare(samples, changed, None, start_s).values.ravel().tolist()
+        return made
+
+    assert clip(ramp, 0.25) == list(range(250, 350))
+    assert clip(ramp, 9.0) == list(range(900, 1000))
+    assert clip(ramp[:60], 0.02) == [*range(20, 60), *range(60), 0][:100]
+    assert clip(ramp[:60], 0.02, short="pad") == [*range(20, 60), *[0] * 60]
+    assert clip(ramp[:60], 0.5, short="pad") == [0] * 100
+
+
+# ---------------------------------------------------------------- the sound of videos
+
+
+def video(
+    kind: str, codec: str, samples: np.ndarray = NOISE[:48_000], delay_s: float = 0.0, pictures: str = "mpeg4"
+) -> bytes:
+    """Return a video with sound of 48 kHz that begins `delay_s` after the picture."""
+    path = io.BytesIO()
+    with av.open(path, "w", format=kind) as file:
+        if pictures:
+            picture = file.add_stream(pictures, rate=25)
+            picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        sound = file.add_stream(codec, rate=48_000, layout="stereo")
+        if pictures:
+            for _ in range(25):
+                file.mux(picture.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+            file.mux(picture.encode(None))
+        context = sound.codec_context
+        cut = av.AudioResampler(format=context.format.name, rate=48_000, frame_size=context.frame_size or 1024)
+        frame = av.AudioFrame.from_ndarray(np.stack([samples, samples]), format="fltp", layout="stereo")
+        frame.sample_rate, frame.pts = 48_000, round(delay_s * 48_000)
+        for part in [*cut.resample(frame), *cut.resample(None)]:
+            file.mux(sound.encode(part))
+        file.mux(sound.encode(None))
+    return path.getvalue()
+
+
+VIDEOS = [
+    # Container, codec, how far samples may be from the original (None: judged by correlation).
+    ("mov", "pcm_s16le", 1e-4),
+    ("matroska", "flac", 1e-4),
+    ("avi", "pcm_s16le", 1e-4),
+    ("mp4", "aac", None),
+    ("matroska", "libopus", None),
+    ("mpeg", "mp2", None),
+    ("mpegts", "aac", None),
+    ("ipod", "aac", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "codec", "error"), VIDEOS)
+def test_sound_of_videos_is_what_was_written(kind: str, codec: str, error: float | None) -> None:
+    pictures = {"ipod": "", "mpeg": "mpeg1video"}.get(kind, "mpeg4")
+    tone = (0.3 * np.sin(np.linspace(0, 600, 48_000) ** 1.5)).astype(np.float32)  # a chirp: in place nowhere but once
+    source = Source("x", video(kind, codec, tone, pictures=pictures))
+    assert detect(source) == ("audio" if kind == "ipod" else "video")
+    spec = AudioSpec(rate_hz=48_000)
+    found = decode(source, spec, LIMITS)
+    assert found.dtype == np.float32
+    assert abs(len(found) - 48_000) < 2000
+    assert abs(AUDIO.duration_s(source, LIMITS) - 1) < 0.05
+    if error is not None:
+        assert np.abs(found[:48_000] - tone).max() < error
+    else:  # MPEG streams do not tell of the silence that a codec begins with
+        late = {"mpeg": 481, "mpegts": 1024}.get(kind, 0)
+        assert np.corrcoef(found[late + 2000 : late + 40_000], tone[2000:40_000])[0, 1] > 0.98
+    windows = list(AUDIO.windows(source, spec, LIMITS, 0.4, 0.3))
+    assert all(np.array_equal(window, found[round(t * 48_000) :][: len(window)]) for t, window in windows)
+    part = AUDIO.load(source, spec, LIMITS, (0.5, 0.2))
+    assert len(part) == 9600
+    near = max(np.corrcoef(part, found[24_000 + k :][:9600])[0, 1] for k in range(-48, 49))  # MKV: whole milliseconds
+    assert near > 0.999
+
+
+def test_sound_keeps_its_place_beside_the_picture() -> None:
+    found = AUDIO.load(Source("x", video("mov", "pcm_s16le", delay_s=0.3)), AudioSpec(rate_hz=48_000), LIMITS)
+    assert not found[:14_400].any()
+    assert np.abs(found[14_400:] - NOISE[:48_000]).max() < 1e-4
+    part = AUDIO.load(
+        Source("x", video("mov", "pcm_s16le", delay_s=0.3)), AudioSpec(rate_hz=48_000), LIMITS, (0.2, 0.2)
+    )
+    assert np.array_equal(part, found[9600:19_200])
+
+
+def test_channels_rates_and_limits_of_videos() -> None:
+    source = Source("x", video("mov", "pcm_s16le"))
+    assert np.array_equal(
+        AUDIO.load(source, AudioSpec(rate_hz=48_000, channel=1), LIMITS), AUDIO.load(source, AudioSpec(), LIMITS)
+    )
+    assert AUDIO.resolve(AudioSpec(rate_hz="auto", max_auto_rate_hz=96_000), [source], LIMITS).rate_hz == 48_000
+    assert len(AUDIO.load(source, AudioSpec(rate_hz=16_000), LIMITS)) == 16_000
+    cases: list[tuple[dict[str, object], Limits, str]] = [
+        ({"channel": 2}, LIMITS, "no channel 2, found 2"),
+        ({}, Limits(audio_seconds=0.5), "--limit audio_seconds="),
+        ({}, Limits(decoded_bytes=1000), "--limit decoded_bytes="),
+        ({}, Limits(audio_channels=1), "--limit audio_channels=2"),
+    ]
+    for spec, limits, message in cases:
+        with pytest.raises(DataError, match=message):
+            AUDIO.load(source, AudioSpec.model_validate({"rate_hz": 48_000, **spec}), limits)
+
+
+def test_a_video_without_sound_says_so() -> None:
+    path = io.BytesIO()
+    with av.open(path, "w", format="mp4") as file:
+        stream = file.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        file.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+        file.mux(stream.encode(None))
+    calls: list[Callable[[Source], object]] = [
+        lambda source: AUDIO.load(source, AudioSpec(), LIMITS),
+        lambda source: AUDIO.duration_s(source, LIMITS),
+        lambda source: list(AUDIO.windows(source, AudioSpec(), LIMITS, 1, 1)),
+    ]
+    for call in calls:
+        with pytest.raises(AbsentError, match="no sound in it"):
+            call(Source("x", path.getvalue()))
 
 
 # ---------------------------------------------------------------- rate "auto"

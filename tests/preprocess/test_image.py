@@ -118,7 +118,7 @@ def test_modes_in_memory(mode: str) -> None:
     else:
         image = _rgb_case(mode)
     assert image.mode == mode
-    flat = module._flatten(image)
+    flat = module.flatten(image)
     assert flat.mode == "RGB"
     assert np.abs(np.asarray(flat).astype(int) - COLORS).max() <= (
         25 if mode == "LAB" else 6
@@ -165,7 +165,7 @@ def test_alpha_on_white(mode: str, pixel: Any, expected: Any) -> None:
 def test_alpha_of_premultiplied_and_palette_modes() -> None:
     for mode, start in (("RGBa", "RGBA"), ("La", "LA")):
         color = (200, 100, 0, 51) if start == "RGBA" else (0, 51)
-        flat = module._flatten(Image.new(start, (1, 1), color).convert(mode))
+        flat = module.flatten(Image.new(start, (1, 1), color).convert(mode))
         expected = (244, 224, 204) if start == "RGBA" else (204,)
         assert np.abs(np.asarray(flat).ravel().astype(int) - expected).max() <= 3
     palette = Image.fromarray(COLORS).quantize(16)
@@ -585,12 +585,12 @@ def test_crop_box_is_inside(shape: tuple[int, int], size: tuple[int, int]) -> No
     spec = ImageSpec(size=size)
     rng = np.random.default_rng(0)
     for _ in range(300):
-        left, top, right, bottom = module._random_box(raw, spec, size, rng)
+        left, top, right, bottom = module.random_box(raw, spec, size, rng)
         assert 0 <= left < right <= shape[1]
         assert 0 <= top < bottom <= shape[0]
     for crop in (0.1, 0.875, 1.0):
         spec = ImageSpec(size=size, eval_crop=crop)
-        left, top, right, bottom = module._center_box(raw, spec, size)
+        left, top, right, bottom = module.center_box(raw, spec, size)
         assert 0 <= left < right <= shape[1]
         assert 0 <= top < bottom <= shape[0]
         width, height = min(shape[1], shape[0] * size[1] / size[0]), min(shape[0], shape[1] * size[0] / size[1])
@@ -602,7 +602,7 @@ def test_crop_box_is_inside(shape: tuple[int, int], size: tuple[int, int]) -> No
 def test_inception_crop_statistics() -> None:
     raw = np.zeros((200, 200, 1), np.uint8)
     rng = np.random.default_rng(0)
-    boxes = np.array([module._random_box(raw, ImageSpec(), (224, 224), rng) for _ in range(2000)])
+    boxes = np.array([module.random_box(raw, ImageSpec(), (224, 224), rng) for _ in range(2000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     area, aspect = width * height / 40_000, np.log(width / height)
     assert 0.075 < area.min() < 0.1
@@ -614,7 +614,7 @@ def test_inception_crop_statistics() -> None:
     # Never fits: the whole of what the aspect ratio allows, centred.
     wide = np.zeros((10, 100, 1), np.uint8)
     spec = ImageSpec(crop_area=(1.0, 1.0))
-    assert module._random_box(wide, spec, (224, 224), rng) == (43, 0, 56, 10)
+    assert module.random_box(wide, spec, (224, 224), rng) == (43, 0, 56, 10)
 
 
 def test_flip() -> None:
@@ -665,10 +665,10 @@ def test_randaugment_operations(name: str, channels: int) -> None:
         before = raw.copy()
         image = module._to_image(raw)
         results = [RANDAUGMENT[name](image, level, np.random.default_rng(3)) for _ in range(2)]
-        values = module._to_array(results[0])
+        values = module.to_array(results[0])
         assert values.shape == raw.shape
         assert values.dtype == np.uint8
-        assert (values == module._to_array(results[1])).all()
+        assert (values == module.to_array(results[1])).all()
         assert (raw == before).all()  # the image may share its memory with a cached array
         if level == 0.5 and name in ("Color", "Contrast", "Brightness", "Sharpness"):
             assert (values == raw).all()  # their factor is 1 just there, as in the official code
@@ -681,7 +681,7 @@ def test_randaugment_values() -> None:
 
     def apply(name: str, level: float) -> list[int]:
         result = RANDAUGMENT[name](module._to_image(raw), level, np.random.default_rng(0))
-        return module._to_array(result).ravel().tolist()
+        return module.to_array(result).ravel().tolist()
 
     assert apply("Invert", 0.5) == [255, 155, 127, 5]
     assert apply("Solarize", 0.5) == [0, 100, 127, 5]  # threshold 128

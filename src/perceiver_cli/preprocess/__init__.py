@@ -9,9 +9,10 @@ from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess.base import Array, Modality, Source
 
-__all__ = ["BUILT_IN", "decode", "detect", "formats", "modality", "register"]
+__all__ = ["BUILT_IN", "candidates", "decode", "detect", "expected", "formats", "modality", "register"]
 
-BUILT_IN = ("image", "audio", "points")  # name is file; detection asks in this order
+# Name is file. Detection asks in this order: an animation could be read as an image, a video for its sound.
+BUILT_IN = ("video", "image", "audio", "points")
 _registered: dict[str, Modality[Any]] = {}
 
 
@@ -35,17 +36,34 @@ def modality(name: str) -> Modality[Any]:
     raise UsageError(f"no modality named {name!r}", f"there are {', '.join([*_registered, *BUILT_IN])}")
 
 
-def detect(source: Source) -> str:
-    """Return the name of the modality that reads `source`, judged by its first bytes.
+def candidates(source: Source) -> tuple[str, ...]:
+    """Return the names of the modalities that read content such as a source's, judged by its first bytes; not empty.
 
     Raises:
         DataError: empty, unreadable, or of no known format.
     """
     head = source.head()
-    for name in [*_registered, *BUILT_IN]:
-        if modality(name).sniff(head, source.name):
-            return name
-    raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
+    names = tuple(name for name in [*_registered, *BUILT_IN] if modality(name).sniff(head, source.name))
+    if not names:
+        raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
+    return names
+
+
+def detect(source: Source) -> str:
+    """Return the name of the modality that a source belongs to: the first of `candidates`."""
+    return candidates(source)[0]
+
+
+def expected(source: Source, name: str) -> Modality[Any]:
+    """Return the modality of that name, if it reads content such as the source's.
+
+    Raises:
+        DataError: unreadable, or of another modality by its content; names both.
+    """
+    wanted = modality(name)
+    if not wanted.sniff(source.head(), source.name):
+        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {name}")
+    return wanted
 
 
 def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
@@ -54,10 +72,7 @@ def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
     Raises:
         DataError: unreadable, over a limit, or of another modality by its content; names both.
     """
-    wanted = modality(spec.modality)
-    if not wanted.sniff(source.head(), source.name):
-        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {spec.modality}")
-    return wanted.load(source, spec, limits)
+    return expected(source, spec.modality).load(source, spec, limits)
 
 
 def formats() -> str:

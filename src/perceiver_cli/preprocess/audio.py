@@ -1,7 +1,8 @@
 """Sound: decoded to mono at one rate, then raw samples in segments or a log-mel spectrogram (paper 4.2).
 
 What a file declares is compared with its size and the limits before anything is decoded, and with what was
-decoded after. libsndfile decodes, soxr resamples; both are imported when the first file is read.
+decoded after. libsndfile decodes, PyAV where the sound is in a container of video (`container`), soxr resamples; they
+are imported when the first file is read.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import io
 import math
 import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,14 +24,17 @@ from numpy.typing import NDArray
 from perceiver_cli.config import AudioSpec, Limits
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.files import show_path
+from perceiver_cli.preprocess import container
 from perceiver_cli.preprocess.base import (
     Array,
     ByteArray,
     Layout,
-    Modality,
     Source,
+    Span,
+    TimedModality,
     check_contract,
     check_decoded,
+    cut_windows,
     patchify,
     position_options,
 )
@@ -47,44 +52,109 @@ MAX_AMPLITUDE = 1e10
 STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
 MAX_CHUNKS = 10_000
 WAVE_MAGIC = (b"RIFF", b"RIFX", b"RF64")
+SETTLING_S = 0.2  # before a place in the middle of a file, for decoders that take from what came before
+JITTER_S = 0.05  # by which times in a container may be off the count of samples
+RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times what soxr's filter spans
 POWER_FLOOR = 1e-10  # of a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # of log power; a flatter spectrogram is silence
 
 
-class AudioModality(Modality[AudioSpec]):
-    """Sound files of every kind that libsndfile reads and that have a signature of their own."""
+@dataclass(frozen=True)
+class Sound:
+    """An open sound: its rate, how many samples a channel it declares (None: it does not), and the way to read it.
+
+    read(first, stop): yields blocks (n,) float32 of one channel or the mean of all, checked as `_checked` says.
+    """
+
+    rate_hz: int
+    samples: int | None
+    read: Callable[[int, float], Iterator[Samples]]
+
+
+class AudioModality(TimedModality[AudioSpec]):
+    """Sound files of every kind that libsndfile reads and that have a signature of their own; the sound of videos."""
 
     name = "audio"
-    formats = "WAV, FLAC, OGG, MP3, AIFF, AU, CAF"
+    formats = "WAV, FLAC, OGG, MP3, AIFF, AU, CAF, and the sound of MP4, M4A, MOV, MKV, WebM, AVI, MPEG"
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether `head` has the signature of a sound file; the name is not looked at."""
-        if head[:4] in WAVE_MAGIC:
-            return head[8:12] == b"WAVE"
+        """Return whether `head` has the signature of a sound file, or of a container that may have sound in it."""
+        if head[:4] in WAVE_MAGIC and head[8:12] == b"WAVE":
+            return True
         if head[:4] == b"FORM":
             return head[8:12] in (b"AIFF", b"AIFC")
-        return head[:4] in (b"fLaC", b"OggS", b".snd", b"caff") or head[:3] == b"ID3" or _is_mpeg_frame(head)
+        if head[:4] in (b"fLaC", b"OggS", b".snd", b"caff") or head[:3] == b"ID3" or _is_mpeg_frame(head):
+            return True
+        return container.format_of(head) is not None
 
-    def load(self, source: Source, spec: AudioSpec, limits: Limits) -> Samples:
+    def clip_s(self, spec: AudioSpec) -> float:
+        """Return the length of a clip in seconds."""
+        return spec.clip_s
+
+    def duration_s(self, source: Source, limits: Limits) -> float:
+        """Return the length in seconds that a file declares; one that declares none is decoded to count.
+
+        Raises:
+            AbsentError: no sound in the file. DataError: unreadable. LimitError: longer than allowed.
+        """
+        with _opened(source, AudioSpec(), limits) as sound:
+            if sound.samples is not None:
+                return sound.samples / sound.rate_hz
+            return sum(map(len, sound.read(0, math.inf))) / sound.rate_hz
+
+    def load(self, source: Source, spec: AudioSpec, limits: Limits, span: Span | None = None) -> Samples:
         """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
+
+        A span is the same samples as in the whole, to rounding; in MKV to a millisecond, the tick of its times.
 
         Raises:
             UsageError: the rate is still "auto".
+            AbsentError: a video without sound.
             DataError: not decodable, shorter than declared, no such channel, no samples, not finite.
             LimitError: more seconds, channels or bytes than allowed, known before they are decoded.
         """
         rate_hz = _rate(spec)
-        with source.open(limits) as file, _sound_file(source, file) as sound:
-            samples = _decode(source, sound, spec, limits)
-            found_hz = int(sound.samplerate)
-        check_contract(source, samples, "samples")
-        if np.abs(samples).max() > MAX_AMPLITUDE:
-            raise DataError(f"{source.shown}: samples above {MAX_AMPLITUDE:g}, expected full scale to be 1")
-        if found_hz != rate_hz:
+        with _opened(source, spec, limits) as sound:
+            # Resampling sees a little more at both ends; it begins where samples of both rates coincide.
+            common = math.gcd(sound.rate_hz, rate_hz)
+            step = sound.rate_hz // common
+            first, stop, begin, end = 0, math.inf, 0, math.inf
+            if span is not None:
+                first = max(0, round(span[0] * rate_hz))
+                stop = first + max(1, round(span[1] * rate_hz))
+                margin = 0 if sound.rate_hz == rate_hz else RESAMPLING_MARGIN * max(1.0, sound.rate_hz / rate_hz)
+                begin = max(0, math.floor(first * sound.rate_hz / rate_hz - margin)) // step * step
+                end = math.ceil(stop * sound.rate_hz / rate_hz + margin)
+            growth = max(1.0, rate_hz / sound.rate_hz)
+            check_decoded(source, min(end - begin, sound.samples or 0) * growth, 4, limits)
+            blocks, total = [], 0
+            for block in sound.read(begin, end):
+                total += len(block)
+                check_decoded(source, total * growth, 4, limits)  # again, for a stream that declares nothing
+                blocks.append(block)
+        what = "samples" if span is None else f"samples at {span[0]:g} s"
+        samples = check_contract(source, np.concatenate(blocks) if blocks else np.empty(0, np.float32), what)
+        if sound.rate_hz != rate_hz:
             import soxr
 
-            samples = check_contract(source, soxr.resample(samples, found_hz, rate_hz, "HQ"), "samples")
-        return samples
+            samples = check_contract(source, soxr.resample(samples, sound.rate_hz, rate_hz, "HQ"), "samples")
+        if span is None:
+            return samples
+        offset = begin // step * (rate_hz // common)
+        return check_contract(source, samples[first - offset : int(stop) - offset], what)
+
+    def windows(
+        self, source: Source, spec: AudioSpec, limits: Limits, window_s: float, hop_s: float
+    ) -> Iterator[tuple[float, Samples]]:
+        """Yield (start in seconds, (samples,) float32) of overlapping windows; see `TimedModality.windows`."""
+        found = False
+        with _opened(source, spec, limits) as sound:
+            blocks = _resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
+            for window in cut_windows(blocks, _rate(spec), window_s, hop_s):
+                found = True
+                yield window
+        if not found:
+            raise DataError(f"{source.shown}: no samples in the file")
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with a rate: the commonest of `sources` by their headers, at most `max_auto_rate_hz`.
@@ -102,8 +172,8 @@ class AudioModality(Modality[AudioSpec]):
         failure = DataError("no sound files to take the sample rate from", "set inputs.audio.rate_hz")
         for source in sources:
             try:
-                with source.open(limits) as file, _sound_file(source, file) as sound:
-                    rates[_checked_rate(source, sound)] += 1
+                with _opened(source, AudioSpec(), limits) as sound:
+                    rates[sound.rate_hz] += 1
             except DataError as error:
                 failure = error
         if not rates:
@@ -130,12 +200,15 @@ class AudioModality(Modality[AudioSpec]):
             )
         return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution, **position_options(spec))
 
-    def prepare(self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None) -> ByteArray:
+    def prepare(
+        self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None
+    ) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.
 
-        Without `rng` the clip is the middle of the sound; with it: random place, gain, and SpecAugment (mel).
+        It begins at `start_s`; unset, without `rng` it is the middle of the sound. With `rng`: random place, gain, and
+        SpecAugment (mel).
         """
-        clip = _clip(raw, _num_samples(spec), spec.short, rng)
+        clip = _clip(raw, spec, rng, start_s)
         if rng is not None and spec.gain_db:
             clip = clip * np.float32(10 ** (rng.uniform(-spec.gain_db, spec.gain_db) / 20))
         if spec.features == "raw":
@@ -256,44 +329,115 @@ def _is_chunk(data: bytes, room: int, order: str) -> bool:
     return bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
 
 
-def _checked_rate(source: Source, sound: Any) -> int:
-    rate = int(sound.samplerate)
-    if not MIN_RATE_HZ <= rate <= MAX_RATE_HZ:
-        raise DataError(f"{source.shown}: sample rate {rate} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    return rate
+@contextmanager
+def _opened(source: Source, spec: AudioSpec, limits: Limits) -> Iterator[Sound]:
+    """Yield the sound of a file, its rate, channels and length within the limits; nothing is decoded yet."""
+    if container.format_of(source.head()) is not None:
+        with container.opened(source, limits, "audio") as track:
+            codec = track.stream.codec_context
+            rate_hz = _checked_header(source, codec.sample_rate, codec.layout.nb_channels, spec, limits)
+            _check_seconds(source, track.duration_s, limits)
+            read = partial(_read_track, source, track, rate_hz, spec, limits)
+            yield Sound(rate_hz, round(track.duration_s * rate_hz), read)
+        return
+    with source.open(limits) as file, _sound_file(source, file) as sound:
+        rate_hz = _checked_header(source, sound.samplerate, sound.channels, spec, limits)
+        declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
+        _check_seconds(source, (declared or 0) / rate_hz, limits)
+        yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, spec, limits))
 
 
-def _decode(source: Source, sound: Any, spec: AudioSpec, limits: Limits) -> Samples:
-    """Return the chosen channel, or the mean of all, as (samples,) float32 at the file's own rate."""
-    rate, channels, declared = _checked_rate(source, sound), int(sound.channels), int(sound.frames)
+def _checked_header(source: Source, rate_hz: int, channels: int, spec: AudioSpec, limits: Limits) -> int:
+    """Return the rate of a sound whose rate and channels are such that it can be read."""
+    if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
+        raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     if channels > limits.audio_channels:
         raise LimitError(source.shown, channels, "channels", "audio_channels", limits.audio_channels)
     if spec.channel != "mix" and spec.channel >= channels:
         raise DataError(f"{source.shown}: no channel {spec.channel}, found {channels} channel(s) counted from 0")
-    known = declared < UNKNOWN_FRAMES
-    growth = max(1.0, _rate(spec) / rate)  # of the array, by resampling
+    return rate_hz
 
-    def check(frames: int) -> None:
-        if frames > limits.audio_seconds * rate:
-            raise LimitError(source.shown, math.ceil(frames / rate), "seconds", "audio_seconds", limits.audio_seconds)
-        check_decoded(source, frames * growth, 4, limits)
 
-    if known:
-        check(declared)
-    buffer = np.empty((min(BLOCK_FRAMES, max(1, declared)), channels), np.float32)
-    blocks: list[Samples] = []
-    total = 0
-    while len(block := sound.read(out=buffer)):
-        total += len(block)
-        check(total)  # again, for a stream that declares nothing
-        if spec.channel != "mix" or channels == 1:
-            blocks.append(block[:, 0 if spec.channel == "mix" else spec.channel].copy())
-        else:
-            with np.errstate(over="ignore", invalid="ignore"):  # refused by the caller's check
-                blocks.append(block.mean(axis=1))
-    if known and total < declared and _declares_length(source, sound, limits):
-        raise DataError(f"{source.shown}: declared {declared} frames of sound, found {total}")
-    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
+    if seconds > limits.audio_seconds:
+        raise LimitError(source.shown, seconds, "seconds", "audio_seconds", limits.audio_seconds)
+
+
+def _checked(source: Source, samples: Array, spec: AudioSpec) -> Samples:
+    """Return one channel of (n, channels), or the mean of all, as (n,): a copy, finite and of a sane amplitude."""
+    if spec.channel != "mix" or samples.shape[1] == 1:
+        block: Samples = samples[:, 0 if spec.channel == "mix" else spec.channel].copy()
+    else:
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below
+            block = samples.mean(axis=1)
+    check_contract(source, block, "samples")
+    if np.abs(block).max() > MAX_AMPLITUDE:
+        raise DataError(f"{source.shown}: samples above {MAX_AMPLITUDE:g}, expected full scale to be 1")
+    return block
+
+
+def _read_file(
+    source: Source, sound: Any, declared: int | None, spec: AudioSpec, limits: Limits, first: int, stop: float
+) -> Iterator[Samples]:
+    """Yield blocks of the samples from `first` on and before `stop`, at the file's own rate, by libsndfile."""
+    at = 0
+    if declared is not None and sound.format != "MP3":  # of which libmpg123 writes to stderr what it misses there
+        at = min(max(0, first - round(SETTLING_S * sound.samplerate)), declared)
+    if at:
+        sound.seek(at)
+    buffer = np.empty((min(BLOCK_FRAMES, max(1, BLOCK_FRAMES if declared is None else declared)), sound.channels), "f4")
+    while at < stop and len(samples := sound.read(out=buffer[: int(min(len(buffer), stop - at))])):
+        _check_seconds(source, (at + len(samples)) / sound.samplerate, limits)  # again, where none are declared
+        if at + len(samples) > first:
+            yield _checked(source, samples[max(0, first - at) :], spec)
+        at += len(samples)
+    if declared is not None and at < min(stop, declared) and _declares_length(source, sound, limits):
+        raise DataError(f"{source.shown}: declared {declared} frames of sound, found {at}")
+
+
+def _read_track(
+    source: Source, track: container.Track, rate_hz: int, spec: AudioSpec, limits: Limits, first: int, stop: float
+) -> Iterator[Samples]:
+    """Yield blocks of the samples from `first` on and before `stop`, at the stream's own rate, by PyAV.
+
+    Samples lie where their times say, so that they stay with the pictures: what is missing is silence.
+    """
+    import av
+
+    resampler = av.AudioResampler(format="fltp", rate=rate_hz)  # only the format changes
+    at, following = first, None  # the next sample to give, and the next that is expected
+    for time_s, frame in track.frames(first / rate_hz - SETTLING_S):
+        place = round(time_s * rate_hz)
+        if following is not None and abs(place - following) <= JITTER_S * rate_hz:
+            place = following
+        for part in resampler.resample(frame):
+            samples = part.to_ndarray().T
+            following = place + len(samples)
+            _check_seconds(source, following / rate_hz, limits)
+            while at < min(place, stop):
+                silence = np.zeros(int(min(place, stop, at + BLOCK_FRAMES)) - at, np.float32)
+                yield silence
+                at += len(silence)
+            samples = samples[max(0, at - place) : int(max(0, min(len(samples), stop - place)))]
+            if len(samples):
+                yield _checked(source, samples, spec)
+                at += len(samples)
+            place = following
+        if at >= stop:
+            return
+
+
+def _resampled(blocks: Iterator[Samples], found_hz: int, rate_hz: int) -> Iterator[Samples]:
+    """Yield blocks at another rate, which together are what resampling them at once gives."""
+    if found_hz == rate_hz:
+        yield from blocks
+        return
+    import soxr
+
+    stream = soxr.ResampleStream(found_hz, rate_hz, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
@@ -341,18 +485,24 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     return 1 + (samples - window) // hop, spec.num_mels
 
 
-def _clip(raw: Array, samples: int, short: str, rng: np.random.Generator | None) -> Samples:
-    """Return (samples,) of `raw`: a random or the middle part; a shorter sound is repeated or padded."""
-    if raw.size >= samples:
-        spare = raw.size - samples
+def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None) -> Samples:
+    """Return (samples,) of `raw` from a given, random or central place on; a shorter sound is repeated or padded."""
+    samples = _num_samples(spec)
+    spare = raw.size - samples
+    given = None if start_s is None else round(start_s * _rate(spec))
+    if spare >= 0:
         start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
+        start = start if given is None else min(given, spare)
         return raw[start : start + samples]
-    if short == "loop":
+    if spec.short == "loop":
         phase = int(rng.integers(raw.size)) if rng is not None else 0
-        return raw.take(np.arange(phase, phase + samples), mode="wrap")
-    start = int(rng.integers(samples - raw.size + 1)) if rng is not None else 0
+        return raw.take(np.arange(samples) + (phase if given is None else given), mode="wrap")
+    start = int(rng.integers(1 - spare)) if rng is not None else 0
     clip = np.zeros(samples, np.float32)
-    clip[start : start + raw.size] = raw
+    if given is None:
+        clip[start : start + raw.size] = raw
+    else:
+        clip[: max(0, raw.size - given)] = raw[given:]
     return clip
 
 

@@ -11,7 +11,8 @@ import io
 import os
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -247,6 +248,34 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
     values = values.reshape(*split, values.shape[-1])
     order = (*range(0, 2 * dims, 2), *range(1, 2 * dims, 2), 2 * dims)
     return np.ascontiguousarray(values.transpose(order).reshape(*grid, -1))
+
+
+def cut_windows(
+    blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float
+) -> Iterator[tuple[float, Array]]:
+    """Yield (start in seconds, array) of the windows of a sequence that comes in blocks along its first axis.
+
+    Where windows begin is said in `TimedModality.windows`. No more is held than a window and a block.
+    """
+    size = max(1, round(window_s * rate_hz))
+    held: deque[tuple[int, Array]] = deque()  # blocks, each with its place
+    total = count = start = end = 0
+
+    def part(first: int, last: int) -> tuple[float, Array]:
+        parts = [block[max(0, first - at) : last - at] for at, block in held if at < last]
+        return first / rate_hz, np.concatenate(parts)
+
+    for block in blocks:
+        held.append((total, block))
+        total += len(block)
+        while start + size <= total:
+            yield part(start, end := start + size)
+            count += 1
+            start = max(start + 1, round(count * hop_s * rate_hz))
+        while held and held[0][0] + len(held[0][1]) <= min(start, total - size):
+            held.popleft()
+    if total and (count == 0 or total - end > 0.1 * hop_s * rate_hz):
+        yield part(max(0, total - size), total)
 
 
 def position_options(spec: InputSpec) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
 from PIL.Image import Resampling, Transform, Transpose
 
-from perceiver_cli.config import ImageSpec, Limits
+from perceiver_cli.config import ImageSpec, Limits, VideoSpec
 from perceiver_cli.errors import DataError, LimitError, PerceiverError, UsageError
 from perceiver_cli.preprocess.base import (
     Array,
@@ -66,7 +66,7 @@ _pillow_limit = threading.Lock()
 
 
 @contextmanager
-def _opened(source: Source, limits: Limits) -> Iterator[Image.Image]:
+def opened(source: Source, limits: Limits) -> Iterator[Image.Image]:
     """Yield the image, its header read and its size within the limits; no pixel is decoded yet.
 
     Whatever Pillow raises, here or in the body, comes out as a DataError of one line.
@@ -135,11 +135,11 @@ def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
         image.draft(None, (side, side))
     image.load()
     turn = _UPRIGHT.get(_orientation(image))  # after load: PNG may keep EXIF behind the pixels
-    flat = _flatten(image)
+    flat = flatten(image)
     return flat if turn is None else flat.transpose(turn)
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def flatten(image: Image.Image) -> Image.Image:
     """Return the image in mode L or RGB: any mode of Pillow brought to 8 bits, and laid on white.
 
     16 bits are divided by 257. 32-bit integers and floats say nothing of their range: it is taken as 0..1, 0..255 or
@@ -169,7 +169,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, from a range guessed as `_flatten` says."""
+    """Return uint8 from numbers in 0..top; without `top`, from a range guessed as `flatten` says."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels that are not finite numbers")
@@ -201,8 +201,8 @@ class ImageModality(Modality[ImageSpec]):
             LimitError: more pixels or bytes than `limits`, by the header, before any is decoded.
             DataError: unreadable, truncated, damaged, of an unknown format, or not finite.
         """
-        with _opened(source, limits) as image:
-            values = _to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
+        with opened(source, limits) as image:
+            values = to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
         return check_contract(source, values, "pixels")
 
     def layout(self, spec: ImageSpec) -> Layout:
@@ -221,12 +221,7 @@ class ImageModality(Modality[ImageSpec]):
         resolution = spec.max_resolution or tuple(map(float, grid))
         if len(resolution) != 2:
             raise UsageError(f"image max_resolution needs 2 numbers, found {len(resolution)}")
-        for key, (low, high), top in (
-            ("crop_area", spec.crop_area, 1.0),
-            ("crop_aspect", spec.crop_aspect, math.inf),
-        ):
-            if not 0 < low <= high <= top:
-                raise UsageError(f"image {key} must rise within 0..{top:g}, found {[low, high]}")
+        check_crops(spec)
         colors = 1 if spec.color == "grey" else 3
         area = patch[0] * patch[1]
         return Layout(
@@ -235,8 +230,8 @@ class ImageModality(Modality[ImageSpec]):
             dims=2,
             bands=spec.bands,
             max_resolution=resolution,
-            mean=_per_channel("mean", spec.mean, colors) * area,
-            std=_per_channel("std", spec.std, colors) * area,
+            mean=per_channel(spec, "mean", colors) * area,
+            std=per_channel(spec, "std", colors) * area,
             stem=spec.stem,
             stem_channels=spec.stem_channels,
             values_grid=values_grid,
@@ -251,8 +246,8 @@ class ImageModality(Modality[ImageSpec]):
         """
         size, patch = _size(spec), _patch(spec)
         if rng is None:
-            return ByteArray(patchify(_resize(raw, _center_box(raw, spec, size), size), patch))
-        values = _resize(raw, _random_box(raw, spec, size, rng), size, reducing_gap=3.0)
+            return ByteArray(patchify(resize(raw, center_box(raw, spec, size), size), patch))
+        values = resize(raw, random_box(raw, spec, size, rng), size, reducing_gap=3.0)
         if rng.random() < spec.flip:
             values = np.ascontiguousarray(values[:, ::-1])
         if spec.randaugment_layers:
@@ -313,12 +308,21 @@ def _patch(spec: ImageSpec) -> tuple[int, int]:
     return spec.patch
 
 
-def _per_channel(key: str, numbers: tuple[float, ...], colors: int) -> tuple[float, ...]:
+def per_channel(spec: ImageSpec | VideoSpec, key: str, colors: int) -> tuple[float, ...]:
+    """Return the spec's "mean" or "std", one number a colour, in units of the uint8 values. Raises UsageError."""
+    numbers: tuple[float, ...] = getattr(spec, key)
     if colors == 1 and len(numbers) == 3:
         numbers = (sum(numbers) / 3,)
     if len(numbers) not in (1, colors):
-        raise UsageError(f"image {key} needs 1 number or {colors}, found {len(numbers)}")
+        raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
     return tuple(number * 255 for number in (numbers if len(numbers) == colors else numbers * colors))
+
+
+def check_crops(spec: ImageSpec | VideoSpec) -> None:
+    """Raise UsageError where a range of the Inception crop does not rise."""
+    for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
+        if not 0 < low <= high <= top:
+            raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
 
 
 def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[Image.Image], T]) -> Iterator[T]:
@@ -326,7 +330,7 @@ def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[
     first, found = "there are no images", False
     for count, source in enumerate(sources):
         try:
-            with _opened(source, limits) as image:
+            with opened(source, limits) as image:
                 seen = look(image)
         except DataError as error:
             first = f"no image can be read, the first: {error.message}" if count == 0 else first
@@ -368,7 +372,7 @@ def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> s
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def _center_box(raw: Array, spec: ImageSpec, size: tuple[int, int]) -> Box:
+def center_box(raw: Array, spec: ImageSpec | VideoSpec, size: tuple[int, int]) -> Box:
     """Return the centre `eval_crop` of the largest box that has the target's aspect ratio, in whole pixels.
 
     Rounded down as by transformers' image processor, so that published weights see the pixels that they were
@@ -381,7 +385,7 @@ def _center_box(raw: Array, spec: ImageSpec, size: tuple[int, int]) -> Box:
     return left, top, left + crop_width, top + crop_height
 
 
-def _random_box(raw: Array, spec: ImageSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
+def random_box(raw: Array, spec: ImageSpec | VideoSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
     """Return the Inception crop, in whole pixels: a random area, aspect ratio (log-uniform) and place.
 
     `crop_aspect` is relative to the target's aspect ratio: of the crop itself where the target is square.
@@ -404,7 +408,7 @@ def _random_box(raw: Array, spec: ImageSpec, size: tuple[int, int], rng: np.rand
     return left, top, left + crop_width, top + crop_height
 
 
-def _resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
+def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
     """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes.
 
     Cropped first, so that no pixel beyond the box reaches the result. With `reducing_gap` large boxes are first
@@ -414,14 +418,14 @@ def _resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float 
     part = values[top:bottom, left:right]
     if part.shape[:2] == size:
         return part
-    return _to_array(_to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
+    return to_array(_to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
 
 
 def _to_image(values: Array) -> Image.Image:
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
-def _to_array(image: Image.Image) -> Array:
+def to_array(image: Image.Image) -> Array:
     return np.array(image).reshape(image.height, image.width, -1)  # a copy, so that it is writable
 
 
@@ -439,7 +443,7 @@ def randaugment(values: Array, layers: int, magnitude: int, rng: np.random.Gener
     operations = tuple(RANDAUGMENT.values())
     for _ in range(layers):
         image = operations[rng.integers(len(operations))](image, magnitude / 10, rng)
-    return _to_array(image)
+    return to_array(image)
 
 
 def _sign(rng: np.random.Generator) -> int:

@@ -1,0 +1,390 @@
+"""Video as a grid, time x height x width: frames by their presentation times, one crop for all of them (paper 4.2).
+
+Decoding gives the frame that is shown at each instant of the spec's frame rate, upright, and no larger than crops
+need. MP4, MKV and the like are read through PyAV (`container`), animated GIF, WebP and PNG by Pillow.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from perceiver_cli.config import Limits, VideoSpec
+from perceiver_cli.errors import DataError, LimitError, UsageError
+from perceiver_cli.preprocess import container, image
+from perceiver_cli.preprocess.base import (
+    Array,
+    ByteArray,
+    Layout,
+    Source,
+    Span,
+    TimedModality,
+    check_decoded,
+    cut_windows,
+    patchify,
+    position_options,
+)
+
+__all__ = ["MODALITY", "VideoModality"]
+
+COLORS = 3
+# Containers round times to their tick; a frame counts as shown from half a tick before, so that none falls out.
+MAX_SLACK_S = 0.0005
+EPSILON_S = 1e-6
+UNHURRIED_S, SHORTEST_S = 0.1, 0.011  # browsers show a frame of an animation that says 10 ms or less for 100 ms
+MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # beyond, the pixels are taken as square
+PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+class Shown(NamedTuple):
+    """A frame that is shown from one time to another, in seconds, and how to get its (H, W, 3) uint8."""
+
+    start_s: float
+    end_s: float
+    picture: Callable[[], Array]
+
+
+class VideoModality(TimedModality[VideoSpec]):
+    """Files of moving pictures to (frames, height, width, colours) uint8, and on to a grid of space-time patches."""
+
+    name = "video"
+    formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
+
+    def sniff(self, head: bytes, name: str) -> bool:
+        """Return whether the bytes begin like a container of pictures, or like an animation."""
+        if container.format_of(head) is not None:
+            return not container.holds_sound_only(head, name)
+        return _is_animated(head)
+
+    def clip_s(self, spec: VideoSpec) -> float:
+        """Return the length of a clip in seconds: 1.28 in the paper, 32 frames of 25 Hz."""
+        return spec.num_frames / spec.frame_rate_hz
+
+    def duration_s(self, source: Source, limits: Limits) -> float:
+        """Return the end of the last frame in seconds, as declared; of an animation, its frames are gone through.
+
+        Raises:
+            AbsentError: no picture in the file. DataError: unreadable. LimitError: longer than allowed.
+        """
+        if container.format_of(source.head()) is not None:
+            with container.opened(source, limits, "video") as track:
+                duration_s = track.duration_s
+        else:
+            duration_s = max((shown.end_s for shown in _frames(source, VideoSpec(), limits)), default=0.0) + EPSILON_S
+        _check_seconds(source, duration_s, limits)
+        return duration_s
+
+    def load(self, source: Source, spec: VideoSpec, limits: Limits, span: Span | None = None) -> Array:
+        """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` of the file or of a span of it.
+
+        H and W are such that the evaluation crop needs no more resizing, never larger than in the file.
+
+        Raises:
+            AbsentError: no picture in the file.
+            LimitError: more seconds, pixels or bytes than allowed, as declared before decoding, as found after.
+            DataError: unreadable, truncated, damaged, or without frames.
+        """
+        first, stop = 0, math.inf
+        if span is not None:
+            first = max(0, round(span[0] * spec.frame_rate_hz))
+            stop = first + max(1, round(span[1] * spec.frame_rate_hz))
+        pictures: list[Array] = []
+        for picture in _sampled(source, spec, limits, first, stop, stop - first):
+            check_decoded(source, (len(pictures) + 1) * picture.size, 1, limits)
+            if pictures and picture.shape != pictures[0].shape:
+                raise DataError(f"{source.shown}: frames of {pictures[0].shape[:2]} and of {picture.shape[:2]}")
+            pictures.append(picture)
+        if not pictures:
+            raise DataError(f"{source.shown}: no frames" + (f" at {span[0]:g} s" if span else " in the file"))
+        return np.stack(pictures)
+
+    def windows(
+        self, source: Source, spec: VideoSpec, limits: Limits, window_s: float, hop_s: float
+    ) -> Iterator[tuple[float, Array]]:
+        """Yield (start in seconds, (T, H, W, 3) uint8) of overlapping windows; see `TimedModality.windows`."""
+        pictures = _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz)
+        found = False
+        for window in cut_windows((picture[None] for picture in pictures), spec.frame_rate_hz, window_s, hop_s):
+            found = True
+            yield window
+        if not found:
+            raise DataError(f"{source.shown}: no frames in the file")
+
+    def layout(self, spec: VideoSpec) -> Layout:
+        """Return a (time, height, width) grid of patches; the defaults give 16 x 28 x 28 = 12,544 inputs of 384 values.
+
+        Raises:
+            UsageError: a patch larger than the clip, or a max_resolution, mean or crop that contradicts the rest.
+        """
+        shape = (spec.num_frames, *spec.size)
+        grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
+        if 0 in grid:
+            raise UsageError(f"video patch {list(spec.patch)} is larger than the clip's {list(shape)}")
+        resolution = spec.max_resolution or tuple(map(float, grid))
+        if len(resolution) != len(grid):
+            raise UsageError(f"video max_resolution needs {len(grid)} numbers, found {len(resolution)}")
+        image.check_crops(spec)
+        volume = math.prod(spec.patch)
+        return Layout(
+            grid=grid,
+            channels=COLORS * volume,
+            dims=len(grid),
+            bands=spec.bands,
+            max_resolution=resolution,
+            mean=image.per_channel(spec, "mean", COLORS) * volume,
+            std=image.per_channel(spec, "std", COLORS) * volume,
+            **position_options(spec),
+        )
+
+    def prepare(
+        self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
+    ) -> ByteArray:
+        """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
+
+        Without `rng`: the centre, `eval_crop` of what fits, and the middle in time where `start_s` is not given. With
+        it: a random time, and Inception crop, mirror and colours that are the same for all frames.
+        """
+        frames = raw[_clip(len(raw), spec, rng, start_s)]
+        if rng is None:
+            box = image.center_box(frames[0], spec, spec.size)
+            return ByteArray(patchify(_resized(frames, box, spec.size, None), spec.patch))
+        frames = _resized(frames, image.random_box(frames[0], spec, spec.size, rng), spec.size, 3.0)
+        if rng.random() < spec.flip:
+            frames = frames[:, :, ::-1]
+        if spec.color:
+            frames = _recolored(frames, spec.color, rng)
+        return ByteArray(patchify(np.ascontiguousarray(frames), spec.patch))
+
+
+MODALITY = VideoModality()
+
+
+# ---------------------------------------------------------------- time
+
+
+def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: float, held: float) -> Iterator[Array]:
+    """Yield the picture shown at each instant k / rate, from k = `first` on and before `stop`, to the end of the file.
+
+    held: how many pictures the caller keeps at a time, for the check of what they come to.
+    """
+    rate_hz = spec.frame_rate_hz
+    k, shown = first, None
+    for following in _frames(source, spec, limits, first / rate_hz, held):
+        _check_seconds(source, following.start_s, limits)
+        after = min(stop, math.ceil(following.start_s * rate_hz))
+        if shown is not None and k < after:
+            yield from repeat(shown.picture(), int(after) - k)
+            k = int(after)
+        if k >= stop:
+            return
+        shown = following
+    if shown is not None:
+        _check_seconds(source, shown.end_s, limits)
+        after = math.ceil(shown.end_s * rate_hz)
+        if after <= k == first <= after + 1:  # the last frame may end a little before it was declared to
+            after = k + 1
+        if k < (after := min(stop, after)):
+            yield from repeat(shown.picture(), int(after) - k)
+
+
+def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
+    if seconds > limits.video_seconds:
+        raise LimitError(source.shown, seconds, "seconds", "video_seconds", limits.video_seconds)
+
+
+def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
+    """Return the places of a clip's frames among `count`: from a given, random or central one on.
+
+    A shorter video is repeated, or its first and last frames are held.
+    """
+    spare = count - spec.num_frames
+    if start_s is not None:
+        start = min(round(start_s * spec.frame_rate_hz), max(0, spare))
+    elif spare >= 0:
+        start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
+    elif spec.short == "loop":
+        start = int(rng.integers(count)) if rng is not None else 0
+    else:
+        start = int(rng.integers(spare, 1)) if rng is not None else 0
+    places = np.arange(start, start + spec.num_frames)
+    return places % count if spec.short == "loop" else places.clip(0, count - 1)
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def _frames(
+    source: Source, spec: VideoSpec, limits: Limits, start_s: float = 0.0, held: float = 0.0
+) -> Iterator[Shown]:
+    """Return the frames of a file, from the one shown at `start_s` or an earlier one on."""
+    head = source.head()
+    if container.format_of(head) is not None:
+        return _video(source, spec, limits, start_s, held)
+    if image.MODALITY.sniff(head, source.name):
+        return _animation(source, spec, limits)
+    raise DataError(f"{source.shown}: not a video by its content", f"expected {MODALITY.formats}")
+
+
+def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[Shown]:
+    """Yield the frames of a container."""
+    with container.opened(source, limits, "video") as track:
+        canvas = _Canvas(source, track.stream.codec_context, spec, limits)
+        duration_s = track.duration_s
+        _check_seconds(source, duration_s, limits)
+        pictures = max(1.0, min(held, (duration_s - start_s) * spec.frame_rate_hz))
+        check_decoded(source, pictures * math.prod(canvas.size), COLORS, limits)
+        slack_s = min(track.tick_s / 2, MAX_SLACK_S) + EPSILON_S
+        before_s = None
+        for time_s, frame in track.frames(start_s):
+            length_s = (frame.duration or 0) * float(frame.time_base) or track.step_s
+            if length_s == 0 and before_s is not None:
+                length_s = time_s - before_s
+            yield Shown(time_s - slack_s, time_s + length_s - slack_s, partial(canvas, frame))
+            before_s = time_s
+
+
+class _Canvas:
+    """Turns decoded frames into upright RGB arrays (H, W, 3) uint8 of the size at which they are kept."""
+
+    def __init__(self, source: Source, codec: Any, spec: VideoSpec, limits: Limits) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        self.source, self.spec, self.limits = source, spec, limits
+        self.resize, self.convert = VideoReformatter(), VideoReformatter()  # each keeps what it has set up
+        aspect = float(codec.sample_aspect_ratio or 1)  # of a pixel
+        self.aspect = aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0
+        _check_pixels(source, codec, limits)
+        self.height, self.width = codec.height, codec.width
+        self.size = self._kept(False)
+
+    def _kept(self, turned: bool) -> tuple[int, int]:
+        """Return (height, width) at which frames are kept, as they are stored: before they are turned."""
+        shape = self.height, max(1, round(self.width * self.aspect))
+        height, width = _kept_size(*(shape[::-1] if turned else shape), self.spec)
+        return (width, height) if turned else (height, width)
+
+    def __call__(self, frame: Any) -> Array:
+        with container.as_data_errors(self.source):
+            return self._picture(frame)
+
+    def _picture(self, frame: Any) -> Array:
+        _check_pixels(self.source, frame, self.limits)
+        turned, upside_down, mirrored = _orientation(frame)
+        height, width = self._kept(turned)
+        if (height, width) != (frame.height, frame.width) and frame.format.name in PLANAR:
+            # In two steps: twice as fast as both at once, which FFmpeg does without vector instructions.
+            frame = self.resize.reformat(frame, width, height, frame.format.name, interpolation="BICUBIC", threads=1)
+        frame = self.convert.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+        picture: Array = frame.to_ndarray()
+        if turned:
+            picture = picture.transpose(1, 0, 2)
+        return np.ascontiguousarray(picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
+
+
+def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
+    pixels = frame.width * frame.height
+    if pixels > limits.video_pixels:
+        raise LimitError(source.shown, pixels, "pixels in a frame", "video_pixels", limits.video_pixels)
+
+
+def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
+    """Return (height, width) such that the evaluation crop is `spec.size`, or the given one if that is smaller."""
+    scale = max(spec.size[0] / height, spec.size[1] / width) / spec.eval_crop
+    return (round(height * scale), round(width * scale)) if scale < 1 else (height, width)
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """Return how a stored frame is turned upright: transposed, then upside down, then left to right.
+
+    The display matrix ((a, b, u), (c, d, v), (x, y, w)) puts column p and row q at (a p + c q + x, b p + d q + y).
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None or len(bytes(matrix)) != 36:
+        return False, False, False
+    a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
+    if abs(b) > abs(a):
+        return True, b < 0, c < 0
+    return False, d < 0, a < 0
+
+
+# ---------------------------------------------------------------- animations
+
+
+def _is_animated(head: bytes) -> bool:
+    """Return whether a GIF, WebP or PNG says in its first bytes that it is an animation."""
+    if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
+        return len(head) > 20 and bool(head[20] & 2)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        before, found, after = head.partition(b"acTL")
+        return bool(found) and b"IDAT" not in before and int.from_bytes(after[:4], "big") > 1
+    return head[:6] in (b"GIF87a", b"GIF89a") and _is_animated_gif(head)
+
+
+def _is_animated_gif(head: bytes) -> bool:
+    """Return whether there is a second frame or, where the first fills `head`, a time for which it is shown."""
+    at, frames, timed = 13, 0, False
+    if len(head) > at and head[10] & 0x80:
+        at += 3 << (head[10] & 7) + 1  # the colours
+    while at + 10 < len(head) and head[at] in b"\x21\x2c":
+        if head[at] == 0x2C:
+            frames += 1
+            at += 11 + (3 << (head[at + 9] & 7) + 1 if head[at + 9] & 0x80 else 0)
+        else:
+            timed |= head[at + 1] == 0xF9 and head[at + 4 : at + 6] != b"\0\0"
+            timed |= head[at + 3 : at + 14] in (b"NETSCAPE2.0", b"ANIMEXTS1.0")
+            at += 2
+        while at < len(head) and head[at]:  # blocks of data, each with its length
+            at += 1 + head[at]
+        at += 1
+    ended = head[at : at + 1] == b"\x3b"
+    return frames > 1 or (timed and not ended)
+
+
+def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Shown]:
+    """Yield the frames of a GIF, WebP or PNG, from the first on: each is drawn upon the one before."""
+    with image.opened(source, limits) as file:
+        _check_pixels(source, file, limits)
+        size = _kept_size(file.height, file.width, spec)
+        time_s = 0.0
+        place = 1 if getattr(file, "default_image", False) else 0  # of a PNG: shown where animations are not
+        while True:
+            try:
+                file.seek(place)
+            except EOFError:
+                return
+            file.load()
+            length_s = float(file.info.get("duration", 0)) / 1000
+            length_s = length_s if length_s >= SHORTEST_S else UNHURRIED_S
+            yield Shown(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
+            time_s += length_s
+            place += 1
+
+
+def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
+    values = image.to_array(image.flatten(file).convert("RGB"))
+    return image.resize(values, (0, 0, file.width, file.height), size)
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def _resized(frames: Array, box: image.Box, size: tuple[int, int], reducing_gap: float | None) -> Array:
+    """Return (T, *size, 3): the same box of all frames."""
+    return np.stack([image.resize(frame, box, size, reducing_gap) for frame in frames])
+
+
+def _recolored(frames: Array, share: float, rng: np.random.Generator) -> Array:
+    """Return the frames with brightness, contrast and saturation each changed by a factor of up to 1 +- `share`."""
+    brightness, contrast, saturation = rng.uniform(1 - share, 1 + share, 3)
+    matrix = brightness * contrast * (saturation * np.eye(COLORS) + (1 - saturation) * LUMA)
+    grey = frames.reshape(-1, COLORS).mean(axis=0) @ LUMA * brightness * (1 - contrast)
+    table = np.concatenate([matrix, np.full((COLORS, 1), grey)], axis=1).ravel().tolist()
+    return np.stack([np.asarray(Image.fromarray(frame).convert("RGB", table)) for frame in frames])
