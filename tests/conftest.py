@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from PIL import Image
 
 from perceiver_cli.events import Finished
@@ -37,6 +38,130 @@ def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int =
             pixels[(2 + 3 * k) % side] = 255
             Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+RATE_HZ = 8_000
+TONES_HZ = {"low": 300, "high": 2_000}
+ROWS = {"top": 2, "bottom": 8}
+
+
+def write_pairs(root: Path, count: int, seed: int = 0) -> Path:
+    """Write pairs of one stem, 017.png and 017.wav, in four classes that neither tells alone. Returns the folder.
+
+    A picture has a bright bar in one of two rows, a sound of 0.3 s one of two tones: top-low, top-high, bottom-low ...
+    """
+    rng = np.random.default_rng(seed)
+    for row, place in ROWS.items():
+        for tone, hz in TONES_HZ.items():
+            folder = root / f"{row}-{tone}"
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 60, (12, 12), dtype=np.uint8)
+                pixels[place] = 255
+                Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+                soundfile.write(folder / f"{i:03d}.wav", tone_of(hz, 0.3, rng), RATE_HZ)
+    return root
+
+
+def tone_of(hz: float, seconds: float, rng: np.random.Generator) -> np.ndarray:
+    """Return a sine with noise at RATE_HZ."""
+    samples = np.arange(round(seconds * RATE_HZ))
+    sine = np.sin(2 * np.pi * (hz * samples / RATE_HZ + rng.random()))
+    return np.asarray(0.3 * sine + 0.05 * rng.standard_normal(len(samples)), dtype=np.float32)
+
+
+def write_clip(path: Path, row: int | None, hz: float | None, seconds: float = 1.0, seed: int = 0) -> Path:
+    """Write an MP4 of 8 frames a second, 32 x 32, with a bright bar, and a tone; None leaves out picture or sound."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as file:
+        picture = sound = None
+        if row is not None:
+            picture = file.add_stream("mpeg4", rate=8)
+            picture.width = picture.height = 32
+            picture.pix_fmt = "yuv420p"
+        if hz is not None:
+            sound = file.add_stream("aac", rate=RATE_HZ, layout="mono")
+        if picture is not None:
+            for i in range(round(8 * seconds)):
+                pixels = rng.integers(0, 60, (32, 32, 3), dtype=np.uint8)
+                pixels[8 * (row or 0) : 8 * (row or 0) + 8] = 255
+                frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                frame.pts = i
+                file.mux(picture.encode(frame))
+            file.mux(picture.encode())
+        if sound is not None:
+            samples = tone_of(hz or 0, seconds, rng)
+            block = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+            block.sample_rate = RATE_HZ
+            file.mux(sound.encode(block))
+            file.mux(sound.encode())
+    return path
+
+
+# Inputs of pairs and clips as small as the model; sound is given as raw samples where a spectrogram adds nothing.
+SMALL_PAIRS = (
+    *SMALL,
+    "inputs.image.size=[12, 12]",
+    "inputs.image.patch=[2, 2]",
+    "inputs.image.bands=4",
+    "inputs.audio.clip_s=0.25",
+    "inputs.audio.num_mels=16",
+    "inputs.audio.patch=[4, 4]",
+    "inputs.audio.bands=4",
+)
+SMALL_CLIPS = (
+    *SMALL,
+    "inputs.audio.clip_s=0.5",
+    "inputs.audio.num_mels=16",
+    "inputs.audio.patch=[4, 4]",
+    "inputs.audio.bands=4",
+    "inputs.video.num_frames=4",
+    "inputs.video.size=[16, 16]",
+    "inputs.video.patch=[2, 4, 4]",
+    "inputs.video.bands=4",
+)
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and test/ of pictures with sounds: four classes of 24 and 8 pairs."""
+    root = tmp_path_factory.mktemp("pairs")
+    write_pairs(root / "train", 24, seed=1)
+    write_pairs(root / "test", 8, seed=2)
+    return root
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and test/ of videos with sound: four classes of 12 and 4 MP4 of a second."""
+    root = tmp_path_factory.mktemp("clips")
+    for split, count in (("train", 12), ("test", 4)):
+        for row in (0, 2):
+            for tone, hz in TONES_HZ.items():
+                for i in range(count):
+                    path = root / split / f"{'top' if row == 0 else 'bottom'}-{tone}" / f"{i:03d}.mp4"
+                    write_clip(path, row, hz, seed=i)
+    return root
+
+
+@pytest.fixture(scope="session")
+def paired(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a small model that has learned `pairs`."""
+    output = tmp_path_factory.mktemp("paired") / "run"
+    events = list(Trainer(pairs, output, overrides=[*SMALL_PAIRS, "train.epochs=40", "train.lr=0.01"]).fit())
+    assert isinstance(events[-1], Finished)
+    return output
+
+
+@pytest.fixture(scope="session")
+def filmed(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with a small model that has seen `clips` for a few steps."""
+    output = tmp_path_factory.mktemp("filmed") / "run"
+    list(Trainer(clips, output, overrides=[*SMALL_CLIPS, "train.steps=8"]).fit())
+    return output
 
 
 @pytest.fixture(scope="session")

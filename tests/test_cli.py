@@ -20,7 +20,7 @@ import soundfile
 from PIL import Image
 from safetensors.numpy import load_file
 
-from tests.conftest import SMALL, Perceive, write_images
+from tests.conftest import SMALL, Perceive, write_clip, write_images
 
 SETS = [part for change in SMALL for part in ("--set", change)]
 
@@ -218,6 +218,44 @@ def test_hostile_class_names(perceive: Perceive, tmp_path: Path) -> None:
     assert b"\x1b" not in done.stdout + done.stderr
 
 
+# ---------------------------------------------------------------- several modalities, windows
+
+
+def test_pairs_from_the_shell(perceive: Perceive, pairs: Path, paired: Path, tmp_path: Path) -> None:
+    plan = json.loads(perceive("train", pairs, "--dry-run", cwd=tmp_path).stdout)
+    assert (plan["preset"], plan["modalities"]) == ("tiny-audio-image", ["audio", "image"])
+    folder = pairs / "test" / "top-low"
+    found = lines(perceive("predict", folder, "-m", paired, cwd=tmp_path).stdout)
+    assert [line["path"] for line in found] == [str(folder / f"{i:03d}") for i in range(8)]
+    assert all(line["used"] == ["audio", "image"] for line in found)
+    done = perceive("predict", folder / "000.png", folder / "000.wav", "-m", paired, "--format", "csv", "--top-k", "1")
+    head, *rows = csv.reader(io.StringIO(done.stdout.decode()))
+    assert head == ["path", "used", "label", "prob", "error"]
+    assert [row[1] for row in rows] == ["image", "audio"]
+    done = perceive("predict", folder / "000.png", "-m", paired, "--format", "table")
+    assert done.stdout.decode().splitlines()[0].split() == ["file", "used", "label", "prob", "others"]
+    done = perceive("evaluate", pairs, "-m", paired, "--use", "image", "--json")
+    assert json.loads(done.stdout)["modalities"] == ["image"]
+    assert b"note: answered from image alone, the model reads audio+image" in done.stderr
+    done = perceive("predict", folder, "-m", paired, "--use", "image,video")
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_windows_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
+    done = perceive("predict", clip, "-m", filmed, "--window", "1", "--hop", "0.5", "--aggregate", "none")
+    found = lines(done.stdout)
+    assert [(line["start_s"], line["end_s"]) for line in found[:5]] == [(i / 2, i / 2 + 1) for i in range(5)]
+    assert all(line["path"] == str(clip) and line["used"] == ["audio", "video"] for line in found[:5])
+    options = ["--window", "1", "--aggregate", "none", "--format", "tsv", "--top-k", "1"]
+    head, *rows = perceive("predict", clip, "-m", filmed, *options).stdout.decode().splitlines()
+    assert head.split("\t") == ["path", "start_s", "end_s", "used", "label", "prob", "error"]
+    assert [row.split("\t")[1] for row in rows[:3]] == ["0.0", "1.0", "2.0"]
+    (one,) = lines(perceive("predict", clip, "-m", filmed, "--window", "1").stdout)
+    assert "start_s" not in one
+
+
 # ---------------------------------------------------------------- preprocess and info
 
 
@@ -328,13 +366,17 @@ def test_files_that_claim_too_much_are_refused_from_the_header(
         (["train"], 2, b"no data given"),
         (["train", ".", "--preset", "imagnet"], 2, b"did you mean imagenet"),
         (["train", ".", "--max-time", "soon"], 2, b"--max-time soon: not a time"),
-        (["train", ".", "--preset", "imagenet", "--set", "train.lrr=1"], 3, b"no usable files"),
+        (["train", ".", "--preset", "imagenet", "--set", "train.lrr=1"], 2, b"did you mean train.lr"),
         (["train", "--resume", "-o", "none"], 2, b"no training state to resume"),
         (["predict", "x.png"], 2, b"no model: there is no runs/latest here; pass -m RUN"),
         (["predict"], 2, b"nothing to predict"),
         (["predict", "x.png", "--format", "xml"], 2, b"--format"),
         (["evaluate", ".", "-m", "nowhere"], 2, b"'nowhere': no model file"),
         (["predict", "x.png", "--limit", "pixels=3"], 2, b"no model"),
+        (["predict", "x.wav", "--hop", "1"], 2, b"--hop is of windows; pass --window SECONDS"),
+        (["predict", "x.wav", "--aggregate", "max"], 2, b"--aggregate is of windows; pass --window SECONDS"),
+        (["predict", "x.wav", "--window", "0"], 2, b"windows of 0 s every 0 s, expected more than 0 s"),
+        (["predict", "x.wav", "--window", "1", "--workers", "2"], 2, b"--workers read whole files"),
     ],
 )
 def test_refusals_are_one_line_with_their_status(

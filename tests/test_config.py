@@ -17,6 +17,7 @@ from perceiver_cli.config import (
     load_preset,
     preset_names,
     preset_text,
+    tiny_config,
 )
 from perceiver_cli.errors import UsageError
 
@@ -46,6 +47,7 @@ def test_presets_say_what_they_are_and_replay(name: str) -> None:
         ("model.num_self_heads=7", "latent_channels 128 is not a multiple of num_self_heads 7"),
         ("model.num_latents=1000000000", "model.num_latents"),
         ("inputs.smell.size=3", "unknown modality 'smell', known are"),
+        ("inputs.left.modality=image", "[inputs.left] has modality 'image', expected [inputs.image]"),
         ("train.seed", "expected KEY=VALUE"),
         ("train.lr.x=1", "train.lr.x"),
     ],
@@ -76,6 +78,16 @@ def test_override_takes_toml_values_and_bare_words() -> None:
 )
 def test_schedule(schedule: str, steps: str) -> None:
     assert " ".join(f"{kind}{index}" for kind, index in ModelConfig(schedule=schedule).steps) == steps
+
+
+def test_what_there_is_settles_the_tiny_recipe() -> None:
+    for names, recipe in ((["points"], "tiny-points"), (["video"], "tiny-video"), (["video", "audio"], "tiny-av")):
+        assert tiny_config(names) == load_preset(recipe)
+    config = tiny_config(["points", "image"])
+    assert (config.name, list(config.inputs)) == ("tiny-image-points", ["image", "points"])
+    assert {spec.dropout for spec in config.inputs.values()} == {0.2}
+    assert (config.train.epochs, config.train.batch_size) == (150, 32)
+    assert Config.parse(tomllib.loads(config.to_toml())) == config
 
 
 @pytest.mark.parametrize("schedule", ["", "t0 c0", "c1", "c0 t1", "c0 x0", "(c0 t0", "((c0)x9999)x9999", "c0 t0)x2"])

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
+import soundfile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perceiver_cli.catalog import Example, resolve_specs, scan
-from perceiver_cli.config import ImageSpec, Limits
+from perceiver_cli.config import AudioSpec, ImageSpec, Limits, VideoSpec
 from perceiver_cli.data import (
     Batch,
     Reader,
     class_weights,
+    kept,
     mix,
     ordered_tasks,
     training_tasks,
 )
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError
+from perceiver_cli.manifest import CONTENT
 from perceiver_cli.preprocess.base import Source
-from tests.conftest import write_images
+from tests.conftest import RATE_HZ, write_clip, write_images
 
 SPEC = ImageSpec(size=12, color="grey", mean=(0.5,), std=(0.5,), crop_area=(0.5, 1.0))
 
@@ -51,7 +54,7 @@ def test_layouts_give_the_same_examples(tmp_path: Path, layout: str) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(file, target)
     catalog = scan(root)
-    assert (catalog.modality, catalog.classes) == ("image", ("a", "b"))
+    assert (catalog.modalities, catalog.classes) == (("image",), ("a", "b"))
     assert catalog.counts("train") == {"a": 4, "b": 3}
     assert catalog.notes == ()
 
@@ -123,53 +126,6 @@ def test_links_are_not_followed_round_in_circles(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     assert len(scan(tmp_path).splits["train"]) == 4
-
-
-# ---------------------------------------------------------------- manifests
-
-
-def test_manifests_are_read_as_folders_are(tmp_path: Path) -> None:
-    write_images(tmp_path / "pictures", {"a": 3, "b": 3})
-    rows = [(p.relative_to(tmp_path), p.parent.name) for p in sorted((tmp_path / "pictures").rglob("*.png"))]
-    (tmp_path / "m.csv").write_text("path,label,split\n" + "".join(f"{p},{name},train\n" for p, name in rows))
-    (tmp_path / "m.tsv").write_text("label\tfile_name\n" + "".join(f"{name}\t{p}\n" for p, name in rows))
-    lines = "".join(json.dumps({"path": str(p), "label": name}) + "\n" for p, name in rows)
-    (tmp_path / "m.jsonl").write_text(lines)
-    catalogs = [scan(tmp_path / f"m.{suffix}") for suffix in ("csv", "tsv", "jsonl")]
-    assert all(catalog.counts("train") == {"a": 3, "b": 3} for catalog in catalogs)
-    assert len({catalog.fingerprint for catalog in catalogs}) == 1
-    assert not any(catalog.multi_label for catalog in catalogs)
-
-
-def test_a_column_of_labels_holds_several(tmp_path: Path) -> None:
-    write_images(tmp_path, {"x": 3})
-    (tmp_path / "m.csv").write_text(
-        'path,labels,split\nx/000.png,dog;cat,train\nx/001.png,,val\nx/002.png,"cat,bird",train\n'
-    )
-    catalog = scan(tmp_path / "m.csv")
-    assert catalog.multi_label
-    assert catalog.classes == ("bird", "cat", "dog")
-    assert [e.labels for e in catalog.splits["train"]] == [(1, 2), (0, 1)]
-    assert [e.labels for e in catalog.splits["val"]] == [()]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("m.csv", "file,class\nx.png,a\n", "columns are 'file', 'class'; expected path, label or labels"),
-        ("m.csv", "path,label,split\nx.png,a,later\n", "row 1 has split 'later', expected train, val or test"),
-        ("m.csv", "path,label\n,a\n", "row 1 has no path or no label"),
-        ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "a line that is not an object"),
-        ("m.jsonl", "{", "not a .jsonl manifest"),
-        ("m.csv", "path,label\nnone.png,a\n", "no usable files in the manifest"),
-        ("m.csv", "", "the file is empty"),
-    ],
-)
-def test_wrong_manifests_say_what_they_hold(tmp_path: Path, name: str, text: str, message: str) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError) as caught:
-        scan(tmp_path / name)
-    assert message in str(caught.value)
 
 
 # ---------------------------------------------------------------- splits
@@ -262,6 +218,155 @@ def test_preload_stops_at_its_budget(bars: Path) -> None:
 def test_resolve_settles_size_and_color(bars: Path) -> None:
     specs = resolve_specs({"image": ImageSpec(size="auto", color="auto")}, scan(bars).splits["train"], Limits())
     assert (vars(specs["image"])["size"], vars(specs["image"])["color"]) == ((12, 12), "grey")
+
+
+# ---------------------------------------------------------------- several modalities
+
+SOUND = AudioSpec(features="raw", rate_hz=RATE_HZ, clip_s=0.25, patch=(50,))
+PICTURES = VideoSpec(
+    num_frames=4, frame_rate_hz=8.0, size=(16, 16), patch=(2, 4, 4), crop_area=(1, 1), crop_aspect=(1, 1)
+)
+
+
+def test_what_is_missing_is_zero_and_masked(pairs: Path) -> None:
+    folder = pairs / "test" / "top-low"
+    both = {"image": Source(str(folder / "000.png")), "audio": Source(str(folder / "000.wav"))}
+    data = [Example(name, {k: both[k] for k in keys}) for name, keys in
+            (("a", ["image", "audio"]), ("b", ["image"]), ("c", ["audio"]))]  # fmt: skip
+    reader = Reader({"image": SPEC, "audio": SOUND}, Limits())
+    (batch,) = reader.batches(ordered_tasks(data, 3))
+    assert batch.used == (("audio", "image"), ("image",), ("audio",))
+    image, audio = batch.segments["image"], batch.segments["audio"]
+    assert image.mask is not None
+    assert image.mask.tolist() == [[True], [True], [False]]
+    assert audio.mask is not None
+    assert audio.mask.tolist() == [[True], [False], [True]]
+    assert torch.equal(image.values[0], image.values[1])
+    assert not image.values[2].any()
+    assert torch.equal(audio.values[0], audio.values[2])
+    assert not audio.values[1].any()
+    (batch,) = reader.batches(ordered_tasks(data[1:2], 3))
+    assert set(batch.segments) == {"image"}  # of all of them missing: left out
+    assert batch.segments["image"].mask is None
+    (batch,) = reader.batches(ordered_tasks([Example("d", {})], 3))
+    assert [error for _, _, error in batch.bad] == ["'d': no audio or image"]
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.0, 0.3, 1.0]), min_size=1), st.integers(0, 1 << 40))
+def test_withholding_leaves_at_least_one_and_depends_on_nothing_else(dropout: dict[str, float], seed: int) -> None:
+    left = kept(dropout, np.random.default_rng(seed))
+    assert left
+    assert left == kept(dict(reversed(dropout.items())), np.random.default_rng(seed))
+    assert set(left) >= {name for name, share in dropout.items() if share == 0}
+    if len(left) > 1:
+        assert not any(dropout[name] == 1 for name in left)
+
+
+def test_withholding_has_the_shares_asked_for(pairs: Path) -> None:
+    specs = {"image": SPEC.model_copy(update={"dropout": 0.5}), "audio": SOUND.model_copy(update={"dropout": 0.25})}
+    data = scan(pairs).splits["train"]
+    found = Counter(
+        used for batch in Reader(specs, Limits()).batches(training_tasks(data, 96, 0, 0, 30)) for used in batch.used
+    )
+    shares = {used: count / found.total() for used, count in found.items()}
+    assert shares[("audio", "image")] == pytest.approx(0.375, abs=0.03)
+    assert shares[("audio",)] == pytest.approx(0.375 + 0.0625, abs=0.03)  # of both, the higher draw stays
+    assert sum(shares.values()) == 1
+    plain = Reader({"image": SPEC, "audio": SOUND}, Limits())
+    (with_dropout,), (without,) = (
+        list(reader.batches(training_tasks(data, 96, 0, 0, 1))) for reader in (Reader(specs, Limits()), plain)
+    )
+    there = [i for i, used in enumerate(with_dropout.used) if used == ("audio", "image")]
+    for name in ("image", "audio"):  # what is left is augmented as ever
+        assert torch.equal(with_dropout.segments[name].values[there], without.segments[name].values[there])
+
+
+def test_sound_and_picture_share_one_window(tmp_path: Path) -> None:
+    """Brightness and loudness rise together in the file, so they do in every clip of it."""
+    path = tmp_path / "ramp.mkv"
+    with av.open(str(path), "w") as file:
+        picture, sound = file.add_stream("ffv1", rate=8), file.add_stream("pcm_s16le", rate=RATE_HZ, layout="mono")
+        picture.width = picture.height = 16
+        picture.pix_fmt = "bgr0"
+        for i in range(24):
+            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 10 * i, np.uint8), format="rgb24")
+            frame.pts = i
+            file.mux(picture.encode(frame))
+        file.mux(picture.encode())
+        ramp = (np.arange(3 * RATE_HZ) * 10 // (RATE_HZ // 8) // 10 * 1000).astype(
+            np.int16
+        )  # 1000 x the frame's number
+        block = av.AudioFrame.from_ndarray(ramp[None], format="s16", layout="mono")
+        block.sample_rate = RATE_HZ
+        file.mux(sound.encode(block))
+        file.mux(sound.encode())
+    example = Example("ramp", {"audio": Source(str(path)), "video": Source(str(path))})
+    clip = {"audio": SOUND.model_copy(update={"clip_s": 0.5}), "video": PICTURES}
+    for cut in (clip, {**clip, "audio": SOUND.model_copy(update={"clip_s": 0.25})}):  # kept whole; read in spans
+        reader = Reader(cut, Limits())
+        assert bool(reader.decode(example).long) == (cut is not clip)
+        starts = set()
+        for epoch in range(20):
+            (row,) = reader.views(reader.decode(example), (0, epoch, example.key))
+            frame, level = row["video"].values.ravel()[0] / 10, row["audio"].values.ravel()[0] * 32768 / 1000
+            assert abs(frame - level) <= 1.01
+            starts.add(round(float(level)))
+        assert len(starts) > 5
+        (row,) = reader.views(reader.decode(example))
+        assert row["video"].values.ravel()[0] == pytest.approx(100, abs=11)  # the middle of 24 frames
+
+
+@pytest.mark.parametrize("seconds", [0.6, 4.0])
+def test_long_files_are_read_in_spans_to_the_same_bits(tmp_path: Path, seconds: float) -> None:
+    """Whatever is kept in memory, and however many workers read."""
+    for i in range(6):
+        write_clip(tmp_path / "a" / f"{i}.mp4", i % 4, 300, seconds, seed=i)
+    data = scan(tmp_path).splits["train"]
+    specs = {"audio": SOUND, "video": PICTURES}
+    readers = [Reader(specs, Limits()) for _ in range(3)]
+    assert list(readers[1].preload(data, 1 << 30, 0))[-1] == 6
+    decoded = readers[1].decode(data[0])
+    assert (decoded.nbytes == 0) == (seconds > 8 * 0.5)
+    found = [list(reader.batches(training_tasks(data, 4, 0, 0, 6), workers)) for reader, workers in
+             zip(readers, (0, 0, 2), strict=True)]  # fmt: skip
+    for batches in found[1:]:
+        for one, other in zip(found[0], batches, strict=True):
+            for name in specs:
+                assert torch.equal(one.segments[name].values, other.segments[name].values)
+    assert not torch.equal(found[0][0].segments["audio"].values, found[0][3].segments["audio"].values)
+
+
+def test_views_of_evaluation_are_spread_over_the_file(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 0.9, RATE_HZ, dtype=np.float32)
+    soundfile.write(tmp_path / "ramp.wav", ramp, RATE_HZ, subtype="FLOAT")
+    reader = Reader({"audio": SOUND.model_copy(update={"eval_windows": 4})}, Limits())
+    decoded = reader.decode(Example("ramp", {CONTENT: Source(str(tmp_path / "ramp.wav"))}))
+    starts = [row["audio"].values.ravel()[0] for row in reader.views(decoded)]
+    np.testing.assert_allclose(starts, [0, 0.225, 0.45, 0.675], atol=1e-3)
+    (row,) = reader.views(decoded, (0, 0, 1))  # training sees one
+    assert row["audio"].values.shape == (40, 50)
+
+
+def test_windows_of_a_file_are_as_files_of_their_own(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
+    example = Example("c", {CONTENT: Source(str(path))})
+    reader = Reader({"audio": SOUND, "video": PICTURES, "image": SPEC}, Limits())
+    found = list(reader.windows(example, 1.0, 0.5))
+    spans = [span for span, _ in found]
+    assert spans[:4] == [(0.0, 1.0), (0.5, 1.5), (1.0, 2.0), (1.5, 2.5)]
+    assert all(decoded.names == ("audio", "video") for _, decoded in found[:4])
+    assert [len(decoded.arrays["video"]) for _, decoded in found[:4]] == [8] * 4
+    picture = write_images(tmp_path, {"x": 1}) / "x" / "000.png"
+    ((span, decoded),) = reader.windows(Example("p", {CONTENT: Source(str(picture))}), 1.0, 0.5)
+    assert (span, decoded.names) == (None, ("image",))
+    still = Example("both", {"image": Source(str(picture)), "audio": Source(str(path))})
+    assert [decoded.names for _, decoded in reader.windows(still, 1.0, 1.0)][:3] == [("audio", "image")] * 3
+
+
+def test_a_video_without_what_is_read_is_bad(tmp_path: Path) -> None:
+    silent = Example("s", {"audio": Source(str(write_clip(tmp_path / "s.mp4", 1, None)))})
+    (batch,) = Reader({"audio": SOUND}, Limits()).batches(ordered_tasks([silent], 1))
+    assert "s.mp4': no sound in it" in batch.bad[0][2]
 
 
 # ---------------------------------------------------------------- weights

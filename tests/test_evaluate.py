@@ -107,6 +107,35 @@ def test_another_modality_names_both(predictor: Predictor, tmp_path: Path) -> No
         evaluate(predictor, tmp_path)
 
 
+# ---------------------------------------------------------------- several modalities
+
+
+def test_a_model_of_several_is_measured_with_some_withheld_or_missing(
+    paired: Path, pairs: Path, tmp_path: Path
+) -> None:
+    both = evaluate(Predictor(paired), pairs)
+    assert both.accuracy > 0.9
+    assert both.to_dict()["modalities"] == ["audio", "image"]
+    assert {tuple(record["used"]) for record in both.records} == {("audio", "image")}
+    withheld = evaluate(Predictor(paired, use=["image"]), pairs)
+    assert withheld.split == "test"
+    assert 0.2 < withheld.accuracy < 0.8  # the row is seen, the tone is guessed
+    assert "answered from image alone, the model reads audio+image" in withheld.notes
+    root = tmp_path / "pictures"
+    for path in (pairs / "test").rglob("*.png"):
+        (root / "test" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / "test" / path.parent.name)
+    missing = evaluate(Predictor(paired), root)
+    assert (missing.accuracy, missing.modalities, missing.notes) == (withheld.accuracy, ("image",), withheld.notes)
+    with pytest.raises(DataError, match=r"holds image, but .*model\.safetensors' reads audio"):
+        evaluate(Predictor(paired, use=["audio"]), root)
+
+
+def test_the_validation_split_of_a_run_is_found_again_whatever_is_used(paired: Path, pairs: Path) -> None:
+    assert evaluate(Predictor(paired), pairs, "val").num_examples == 8
+    assert evaluate(Predictor(paired, use=["audio"]), pairs, "val").num_examples == 8
+
+
 # ---------------------------------------------------------------- several labels
 
 

@@ -18,12 +18,14 @@ import torch
 from safetensors.torch import load_file
 
 from perceiver_cli.checkpoint import MODEL_FILE, load_model, load_state
-from perceiver_cli.config import load_config
+from perceiver_cli.config import load_config, load_preset
 from perceiver_cli.errors import DataError, DivergedError, ResourceError, UsageError
 from perceiver_cli.events import Evaluated, Finished, Saved, Started, StepDone
+from perceiver_cli.loop import within_one_error
+from perceiver_cli.predict import Predictor
 from perceiver_cli.runs import next_run
-from perceiver_cli.train import Trainer, within_one_error
-from tests.conftest import SMALL, write_images
+from perceiver_cli.train import Trainer
+from tests.conftest import SMALL, SMALL_CLIPS, SMALL_PAIRS, write_clip, write_images
 
 FULL = (
     *SMALL,
@@ -241,6 +243,77 @@ def test_a_frozen_trunk_leaves_only_the_head_to_learn(trained: Path, bars: Path,
     list(Trainer(bars, tmp_path / "run", overrides=overrides, init_from=trained).fit())
     ours, theirs = (load_file(path / MODEL_FILE) for path in (tmp_path / "run", trained))
     assert {name for name in ours if not torch.equal(ours[name], theirs[name])} == {"head.weight", "head.bias"}
+
+
+# ---------------------------------------------------------------- several modalities
+
+
+def test_pairs_by_stem_and_by_manifest_give_the_same_model_to_the_bit(pairs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(pairs, tmp_path / "data")
+    (root / "train" / "top-low" / "003.wav").unlink()  # missing in both
+    lines = ["audio,label,split,image"]
+    for path in sorted(root.rglob("*.png"), reverse=True):
+        sound = path.with_suffix(".wav")
+        cells = [str(sound.relative_to(root)) if sound.exists() else "", path.parent.name, path.parent.parent.name]
+        lines.append(",".join([*cells, str(path.relative_to(root))]))
+    (root / "m.csv").write_text("\n".join(lines) + "\n")
+    overrides = [*SMALL_PAIRS, "train.steps=12", "train.ema_decay=0.9"]
+    for name, data in (("stems", root), ("rows", root / "m.csv")):
+        trainer = Trainer(data, tmp_path / name, overrides=overrides)
+        assert trainer.config.name == "tiny-audio-image"
+        list(trainer.fit())
+    assert digest(tmp_path / "stems") == digest(tmp_path / "rows")
+    assert (tmp_path / "stems" / MODEL_FILE).read_bytes() == (tmp_path / "rows" / MODEL_FILE).read_bytes()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_videos_with_sound_resume_to_the_bit(clips: Path, tmp_path: Path, workers: int) -> None:
+    """Whatever is kept in memory: short files whole, files of more than 8 clips never."""
+    overrides = [*SMALL_CLIPS, "train.steps=9", "inputs.audio.clip_s=0.1", "inputs.audio.patch=[2, 4]"]
+    trainer = Trainer(clips, tmp_path / "whole", overrides=overrides)
+    assert trainer.config.name == "tiny-av"
+    assert trainer.summary()["modalities"] == ["audio", "video"]
+    list(trainer.fit())
+    run = tmp_path / "cut"
+    trainer = Trainer(clips, run, overrides=[*overrides, f"data.workers={workers}", "data.cache_bytes=0"])
+    for event in trainer.fit():
+        if isinstance(event, StepDone) and event.step == 4:
+            trainer.stop()
+    list(Trainer(None, run, overrides=[f"data.workers={2 - workers}"], resume=True).fit())
+    assert digest(run) == digest(tmp_path / "whole")
+
+
+def test_a_recipe_takes_its_part_of_what_there_is(clips: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(clips, tmp_path / "run", load_preset("tiny-video"), overrides=SMALL)
+    assert trainer.catalog.modalities == ("video",)
+    assert "100% of the videos have sound, which is not read" in trainer.notes
+    assert Trainer(clips, tmp_path / "run", load_preset("tiny-audio"), overrides=SMALL).catalog.modalities == ("audio",)
+    trainer = Trainer(pairs, tmp_path / "run", load_preset("tiny-image"), overrides=SMALL)
+    assert len(trainer.train_examples) + len(trainer.val_examples) == 96
+    with pytest.raises(DataError, match=r"holds audio\+image, but tiny-av reads audio\+video"):
+        Trainer(pairs, tmp_path / "run", load_preset("tiny-av"), overrides=SMALL)
+    with pytest.raises(UsageError, match=r"mixup and train\.cutmix are for images alone, this run reads audio\+image"):
+        Trainer(pairs, tmp_path / "run", overrides=["train.mixup=0.2"])
+
+
+@pytest.mark.parametrize("kinds", [("image", "points"), ("audio", "image", "points"), ("image", "video")])
+def test_any_set_of_modalities_trains_as_one_model(pairs: Path, tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    root = shutil.copytree(pairs / "train", tmp_path / "data")
+    for i, path in enumerate(sorted(root.rglob("*.png"))):
+        if "points" in kinds:
+            side = 1 + i % 2
+            path.with_suffix(".off").write_text(f"OFF\n3 1 0\n0 0 0\n{side} 0 0\n0 1 0\n3 0 1 2\n")
+        if "video" in kinds:
+            write_clip(path.with_suffix(".mp4"), i % 4, None, 0.5)
+        if "audio" not in kinds:
+            path.with_suffix(".wav").unlink()
+    trainer = Trainer(root, tmp_path / "run", overrides=[*SMALL, "train.steps=2", "train.batch_size=4"])
+    assert trainer.config.name == f"tiny-{'-'.join(kinds)}"
+    list(trainer.fit())
+    (found,) = Predictor(tmp_path / "run").predict(
+        {kinds[0]: next(root.rglob("*.png" if kinds[0] == "image" else "*.wav"))}
+    )
+    assert found.used == kinds[:1]
 
 
 # ---------------------------------------------------------------- refusals

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.model import Perceiver
     from perceiver_cli.optim import Lamb
-    from perceiver_cli.predict import Prediction, Predictor
+    from perceiver_cli.predict import Prediction, Predictor, Windows
     from perceiver_cli.preprocess import register
     from perceiver_cli.preprocess.base import ByteArray, Layout, Modality, Source
     from perceiver_cli.train import Trainer
@@ -38,6 +38,7 @@ _HOMES = {
     "Segment": "encoding",
     "Source": "preprocess.base",
     "Trainer": "train",
+    "Windows": "predict",
     "byte_array": "encoding",
     "load": "checkpoint:load_model",
     "load_config": "config",
@@ -60,6 +61,7 @@ __all__ = [
     "Segment",
     "Source",
     "Trainer",
+    "Windows",
     "byte_array",
     "load",
     "load_config",

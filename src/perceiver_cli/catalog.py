@@ -1,45 +1,36 @@
 """What a data folder or a manifest holds: examples by split and class, and what was left out and why. No torch.
 
 Nothing is decoded here. The order of examples, the split and the classes depend on names alone, never on the order in
-which a disk lists them.
+which a disk lists them; an example of several files is the same whether a manifest or their stem brings them together.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import json
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import detect, formats, modality
+from perceiver_cli.manifest import CONTENT, SPLIT_NAMES, Row, is_manifest, read_manifest
+from perceiver_cli.pairing import MOST, PROBES, File, assemble, companions, identity, look, sources_of, stem, streams
+from perceiver_cli.preprocess import candidates, formats, modality
 from perceiver_cli.preprocess.base import Source
-
-SPLIT_NAMES = {
-    "train": "train", "training": "train",
-    "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-PROBES = 64  # files looked at to find the modality and to settle "auto" options
-MAX_MANIFEST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class Example:
     """One input, not yet read.
 
-    id: its path below the data folder; sources: by modality; labels: class indices, one unless the data says several,
-    none where the class is not known.
+    id: its path below the data folder, or the stem that its files share; sources: by modality, any of which may be
+    missing, or one under CONTENT; labels: class indices, one unless the data says several, none where the class is not
+    known.
     """
 
     id: str
@@ -54,10 +45,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why."""
+    """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why.
+
+    modalities: sorted, those that the examples bring; holds: those that there are, asked for or not.
+    """
 
     root: str
-    modality: str
+    modalities: tuple[str, ...]
+    holds: tuple[str, ...]
     classes: tuple[str, ...]
     splits: Mapping[str, tuple[Example, ...]]
     bad: Mapping[str, str] = field(default_factory=dict)  # example id -> error, known without decoding
@@ -102,15 +97,27 @@ class Catalog:
 
 # ---------------------------------------------------------------- scanning
 
-Entry = tuple[str, str, str, tuple[str, ...]]  # id, path, split, class names
+
+@dataclass(frozen=True)
+class _Found:
+    """An example whose classes are still names; problem: why it cannot be read, where that is known."""
+
+    id: str
+    sources: Mapping[str, Source]
+    row: Row
+    problem: str | None = None
 
 
-def scan(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> Catalog:
-    """Return the catalog of a folder of class folders, or of a manifest (CSV, TSV, JSONL).
+def scan(
+    data: str | os.PathLike[str], classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
+) -> Catalog:
+    """Return the catalog of a folder of class folders, or of a manifest (CSV, TSV, JSONL; see `read_manifest`).
 
-    A folder is `split/class/file`, `class/split/file` (ModelNet's) or `class/file`; a manifest has a column `path`, one
-    of `label` or `labels`, and may have `split`. The modality is the one that most of the probed files belong to, by
-    content. With `classes` (of a model), labels are matched by name; examples of other classes get none.
+    A folder is `split/class/file`, `class/split/file` (ModelNet's) or `class/file`. What a file is, its content says.
+    Without `reads`, examples bring the commonest kind; each other kind of whose files at least half share their stem
+    with those (`cat/017.png`, `cat/017.wav`), as parts of one example; and the sound of videos if at least half of
+    those probed have any. With `reads`, the modalities of a recipe or model, they bring what there is of these. With
+    `classes` (of a model), labels are matched by name; examples of other classes get none.
 
     Raises:
         DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
@@ -119,50 +126,122 @@ def scan(data: str | os.PathLike[str], classes: Sequence[str] | None = None) -> 
     notes: list[str] = []
     multi_label = False
     if top.is_dir():
-        entries = _labelled_files(top, notes)
-    elif top.suffix.lower() in MANIFESTS and top.is_file():
-        entries, multi_label = _listed_files(top)
+        rows = _labelled_files(top, notes)
+    elif is_manifest(top) and top.is_file():
+        rows, multi_label = read_manifest(top)
     else:
         what = "neither a folder nor a manifest" if top.exists() else "no such folder"
         raise DataError(f"{show_path(data)}: {what}", "expected a folder of class folders, or .csv, .tsv, .jsonl")
-    kind = _majority_modality([path for _, path, _, _ in entries]) if entries else None
-    if kind is None:
+    wanted = None if reads is None else set(reads)
+    given = [row for row in rows if row.paths]
+    if any(CONTENT not in row.paths for row in given):
+        found, holds, brings = _by_column(top.parent, given, wanted, notes)
+    else:
+        found, holds, brings = _by_content(top, given, wanted, notes)
+    if not holds:
         raise _nothing_usable(top)
-    usable, bad = _usable(entries, kind, notes)
+    found += [
+        _Found(f"row {number}", {}, row, f"{show_path(data)}: row {number} names no file")
+        for number, row in enumerate(rows, start=1)
+        if not row.paths
+    ]
+    for name in sorted(brings) if len(brings) > 1 else ():
+        missing = sum(name not in example.sources for example in found)
+        if missing:
+            notes.append(f"{missing} of {len(found)} examples have no {name}")
 
-    known = {name for _, _, split, names in usable if split == "train" for name in names}
-    known = known or {name for _, _, _, names in usable for name in names}
+    known = {name for example in found if example.row.split == "train" for name in example.row.labels}
+    known = known or {name for example in found for name in example.row.labels}
     ordered = tuple(classes) if classes is not None else tuple(sorted(known))
     index = {name: i for i, name in enumerate(ordered)}
-    strangers = Counter(name for _, _, _, names in usable for name in names if name not in index)
+    strangers = Counter(name for example in found for name in example.row.labels if name not in index)
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
         notes.append(f"{sum(strangers.values())} files of classes not among {whose}: {_tally(strangers)}")
     splits: dict[str, list[Example]] = defaultdict(list)
-    for identity, path, split, names in usable:
-        labels = tuple(sorted({index[name] for name in names if name in index}))
-        splits[split].append(Example(identity, {kind: Source(path)}, labels))
-    by_id = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in splits.items()}
-    return Catalog(os.fspath(data), kind, ordered, by_id, bad, tuple(notes), multi_label)
+    seen: dict[str, Mapping[str, Source]] = {}
+    for example in found:
+        if seen.setdefault(example.id, example.sources) != example.sources:
+            raise DataError(f"{show_path(data)}: two examples of the stem {show_path(example.id)}", "rename the files")
+        labels = tuple(sorted({index[name] for name in example.row.labels if name in index}))
+        splits[example.row.split].append(Example(example.id, example.sources, labels))
+    return Catalog(
+        os.fspath(data),
+        tuple(sorted(brings)),
+        tuple(sorted(holds)),
+        ordered,
+        {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in splits.items()},
+        {example.id: example.problem for example in found if example.problem is not None},
+        tuple(notes),
+        multi_label,
+    )
 
 
-def _usable(entries: list[Entry], kind: str, notes: list[str]) -> tuple[list[Entry], dict[str, str]]:
-    """Return the entries of a modality, damaged ones among them, and the error of each damaged one by id.
+def _by_column(
+    folder: Path, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+) -> tuple[list[_Found], set[str], set[str]]:
+    """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
+    holds = {name for row in rows for name in row.paths}
+    brings = holds if reads is None else holds & reads
+    found = []
+    for row in rows:
+        sources = {name: Source(os.path.join(folder, row.paths[name])) for name in sorted(brings & row.paths.keys())}
+        if sources:
+            found.append(_Found(identity(row.paths.values()), sources, row))
+    if brings and holds - brings:
+        notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
+    if brings and len(found) < len(rows):
+        notes.append(f"ignored {len(rows) - len(found)} rows without {either(brings)}")
+    return found, holds, brings
+
+
+def _by_content(
+    top: Path, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+) -> tuple[list[_Found], set[str], set[str]]:
+    """Return the examples of rows that name one file each, what there is, and what of it they bring.
 
     A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
     """
-    problems = {entry: _sniff_problem(entry[1], kind) for entry in entries}
-    suffixes = {_suffix(path) for (_, path, _, _), problem in problems.items() if problem is None}
-    bad: dict[str, str] = {}
+    folder = top if top.is_dir() else top.parent
+    files = [look(row.paths[CONTENT], folder) for row in rows]
+    holds = {file.kinds[0] for file in files if file.kinds}
+    allowed = companions(files, by_stem=top.is_dir()) if reads is None else reads
+    usable = {kind for file in files if (kind := file.among(allowed)) is not None}
+    brings = set(usable)
+    if "video" in usable:
+        shares = streams([file for file in files if file.among(usable) == "video"])
+        holds |= shares.keys()
+        inside = {name for name, share in shares.items() if share >= (MOST if reads is None else 0)}
+        brings = (usable - {"video"}) | (inside or {"video"})
+        brings = brings if reads is None else brings & reads
+        if "audio" in shares.keys() - brings:
+            notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
+
+    kind_of = {_suffix(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     ignored: Counter[str] = Counter()
-    for (identity, path, _, _), problem in problems.items():
-        if problem is not None and _suffix(path) in suffixes:
-            bad[identity] = problem
-        elif problem is not None:
-            ignored[_suffix(path) or "no suffix"] += 1
-    if ignored:
-        notes.append(f"ignored {sum(ignored.values())} files that are not {kind}: {_tally(ignored)}")
-    return [entry for entry, problem in problems.items() if problem is None or entry[0] in bad], bad
+    groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
+    for number, (file, row) in enumerate(zip(files, rows, strict=True)):
+        suffix = _suffix(file.path)
+        if suffix not in kind_of:
+            ignored[suffix or "no suffix"] += 1
+            continue
+        if file.among(usable) is None:
+            expected = kind_of[suffix]
+            error = file.error or f"{file.source.shown}: {file.kinds[0]} by its content, expected {expected}"
+            file = replace(file, kinds=(expected,), error=error)
+        groups[stem(file.path) if top.is_dir() and len(usable) > 1 else number].append((file, row))
+    if ignored and usable:
+        notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {_tally(ignored)}")
+
+    found = []
+    for group in groups.values():
+        parts, spare = assemble([file for file, _ in group], usable)
+        problem = next((file.error for file, _ in group if file.error is not None), None)
+        if spare is not None:
+            problem = problem or f"{spare.source.shown}: a second {spare.kinds[0]} file of its stem, expected one"
+        name = identity(file.path for file in parts.values())
+        found.append(_Found(name, sources_of(parts, brings), group[0][1], problem))
+    return found, holds, brings
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -174,110 +253,36 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _labelled_files(top: Path, notes: list[str]) -> list[Entry]:
-    """Return the entries of every file below class folders."""
+def _labelled_files(top: Path, notes: list[str]) -> list[Row]:
+    """Return a row for every file below class folders."""
     cut = len(os.path.join(os.fspath(top), ""))
 
-    def entries(folder: Path, split: str, name: str) -> list[Entry]:
-        return [(path[cut:], path, split, (name,)) for path in walk_files(folder)]
+    def rows(folder: Path, split: str, name: str) -> list[Row]:
+        return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]
 
     folders = _folders(top)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    found: list[Entry] = []
+    found: list[Row] = []
     if splits:
         outside = [folder.name for folder in folders if folder not in splits]
         if outside:
             notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
         for split in splits:
             for label in _folders(split):
-                found += entries(label, SPLIT_NAMES[split.name.lower()], label.name)
+                found += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
         return found
     for label in folders:
         inside = _folders(label)
         if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
             for split in inside:
-                found += entries(split, SPLIT_NAMES[split.name.lower()], label.name)
+                found += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
         else:
-            found += entries(label, "train", label.name)
+            found += rows(label, "train", label.name)
     return found
 
 
 def _folders(parent: Path) -> list[Path]:
     return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
-
-
-def _listed_files(manifest: Path) -> tuple[list[Entry], bool]:
-    """Return the entries of a manifest, and whether it has a column of several labels.
-
-    Paths are relative to the manifest. `labels` holds several, separated by ; , or | (in JSONL also a list).
-
-    Raises:
-        DataError: not readable as its suffix says, a row without a path, or other columns, which are named.
-    """
-    shown = show_path(manifest)
-    with Source(os.fspath(manifest)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
-        text = file.read().decode("utf-8-sig", "surrogateescape")
-    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        raise DataError(f"{shown}: UTF-16, expected UTF-8")
-    try:
-        rows = MANIFESTS[manifest.suffix.lower()](text)
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"{shown}: not a {manifest.suffix} manifest: {error}") from error
-    columns = list(rows[0]) if rows else []
-    path_column = next((name for name in PATH_COLUMNS if name in columns), None)
-    label_column = next((name for name in ("labels", "label") if name in columns), None)
-    if path_column is None or label_column is None:
-        found = ", ".join(show_path(str(name)) for name in columns) or "none"
-        raise DataError(f"{shown}: columns are {found}", "expected path, label or labels, and perhaps split")
-    entries: list[Entry] = []
-    for number, row in enumerate(rows, start=1):
-        path, label, split = row.get(path_column), row.get(label_column), str(row.get("split") or "train").lower()
-        if not isinstance(path, str) or not path or label is None:
-            raise DataError(f"{shown}: row {number} has no {path_column} or no {label_column}")
-        if split not in SPLIT_NAMES:
-            raise DataError(f"{shown}: row {number} has split {show_path(split)}, expected train, val or test")
-        parts = label if isinstance(label, list) else re.split(r"[;,|]", str(label))
-        names = tuple(str(part).strip() for part in parts) if label_column == "labels" else (str(label),)
-        entries.append((path, os.path.join(manifest.parent, path), SPLIT_NAMES[split], tuple(filter(None, names))))
-    return entries, label_column == "labels"
-
-
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line that is not an object")
-    return rows
-
-
-MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-    ".csv": lambda text: list(csv.DictReader(io.StringIO(text))),
-    ".tsv": lambda text: list(csv.DictReader(io.StringIO(text), delimiter="\t")),
-    ".jsonl": _json_lines,
-}
-PATH_COLUMNS = ("path", "file_name", "file", "filename")
-
-
-def _majority_modality(paths: list[str]) -> str | None:
-    votes: Counter[str] = Counter()
-    stride = max(1, len(paths) // PROBES)
-    for path in [*paths[::stride], *paths[: PROBES * 4]]:
-        try:
-            votes[detect(Source(path))] += 1
-        except DataError:
-            continue
-        if votes.total() >= PROBES:
-            break
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _sniff_problem(path: str, kind: str) -> str | None:
-    source = Source(path)
-    try:
-        if modality(kind).sniff(source.head(), path):
-            return None
-    except DataError as error:
-        return str(error)
-    return f"{source.shown}: not {kind} by its content"
 
 
 def _nothing_usable(top: Path) -> DataError:
@@ -300,15 +305,76 @@ def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
+def either(names: Iterable[str]) -> str:
+    """Return names for a message: audio or video."""
+    return " or ".join(sorted(names))
+
+
 def _tally(counter: Counter[str]) -> str:
     shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
     return shown + (", ..." if len(counter) > 5 else "")
 
 
+# ---------------------------------------------------------------- what is to be predicted
+
+
+def unlabelled(path: str, reads: Iterable[str]) -> Iterator[Example]:
+    """Yield the examples that a path stands for: of a manifest one for each row, of a folder one for each file below.
+
+    For a model that reads several modalities, files in a folder that share their stem, each of another of these, make
+    one example.
+
+    Raises:
+        DataError: not a manifest, though its name ends as one's does.
+    """
+    if is_manifest(path) and os.path.isfile(path) and not look(path).kinds:  # a cloud may be a table of numbers
+        rows, _ = read_manifest(path, labelled=False)
+        for number, row in enumerate(rows, start=1):
+            sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}
+            yield Example(identity(row.paths.values()) if sources else f"row {number}", sources)
+    elif os.path.isdir(path):
+        yield from _below(path, set(reads))
+    else:
+        yield Example(path, {CONTENT: Source(path)})
+
+
+def _below(folder: str, reads: set[str]) -> Iterator[Example]:
+    for _, paths in groupby(walk_files(folder), key=os.path.dirname):
+        groups: dict[str, list[str]] = defaultdict(list)
+        for path in paths:
+            groups[stem(path) if len(reads) > 1 else path].append(path)
+        for group in groups.values():
+            files = [file for path in group if (file := look(path)).among(reads)] if len(group) > 1 else []
+            parts, spare = assemble(files, reads)
+            if len(parts) > 1 and spare is None:
+                yield Example(identity(file.path for file in parts.values()), sources_of(parts, reads))
+            else:
+                yield from (Example(path, {CONTENT: Source(path)}) for path in group)
+
+
+def brought(example: Example, reads: Iterable[str]) -> dict[str, Source]:
+    """Return the source of each modality of `reads` that an example brings, sorted; at least one.
+
+    Raises:
+        DataError: it brings none of them; says what it is, or that there is nothing.
+    """
+    wanted = set(reads)
+    if CONTENT not in example.sources:
+        found = {name: source for name, source in sorted(example.sources.items()) if name in wanted}
+        if not found:
+            raise DataError(f"{show_path(example.id)}: no {either(wanted)}")
+        return found
+    source = example.sources[CONTENT]
+    kinds = candidates(source)
+    file = File(source.name, source, kinds)
+    nearest = file.among(wanted)
+    if nearest is None:
+        raise DataError(f"{source.shown}: {kinds[0]} by its content, expected {either(wanted)}")
+    return sources_of({nearest: file}, wanted)
+
+
 def resolve_specs(specs: Mapping[str, InputSpec], examples: Sequence[Example], limits: Limits) -> dict[str, InputSpec]:
-    """Return the specs with every "auto" settled by a sample of the examples."""
-    probes = sorted(examples, key=lambda e: e.key)[:PROBES]
-    return {
-        name: modality(spec.modality).resolve(spec, [probe.sources[name] for probe in probes], limits)
-        for name, spec in specs.items()
-    }
+    """Return the specs with every "auto" settled by a sample of the examples that have the modality."""
+    ranked = sorted(examples, key=lambda e: e.key)
+    probes = {name: [e.sources[name] for e in ranked if name in e.sources][:PROBES] for name in specs}
+    return {name: modality(name).resolve(spec, probes[name], limits) for name, spec in specs.items()}

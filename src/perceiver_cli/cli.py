@@ -23,7 +23,7 @@ STARTED_AT = time.monotonic()  # a time limit counts from here, the import of to
 
 app = typer.Typer(
     name="perceiver",
-    help="Classify images, sound and point clouds with the Perceiver (Jaegle et al., 2021).",
+    help="Classify images, sound, video and point clouds with the Perceiver (Jaegle et al., 2021).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -46,6 +46,11 @@ Limit = Annotated[
     list[str] | None,
     typer.Option("--limit", metavar="NAME=VALUE", help="Raise what one input may cost, e.g. image_pixels=200M."),
 ]
+Use = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Answer from these of the model's modalities alone, as if others were missing."),
+]
+Aggregate = Literal["mean", "max", "none"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -77,7 +82,7 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Recipe [default: --init-from's, or the modality's tiny one].")
+        str | None, typer.Option(help="Recipe [default: --init-from's, or a tiny one for what the data holds].")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
@@ -100,7 +105,11 @@ def train(
     replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
 ) -> None:
-    """Train a model on a folder of labelled files. The last line printed is the path of the best model."""
+    """Train a model on labelled files. The last line printed is the path of the best model.
+
+    Several modalities make one model: files of one stem in a class folder (cat/017.png, cat/017.wav), a manifest with a
+    column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
+    """
     from perceiver_cli.config import load_config, load_preset
 
     if preset is not None and config is not None:
@@ -141,6 +150,8 @@ def train(
         started_at=STARTED_AT,
     )
     if dry_run:
+        for note in trainer.notes:
+            console.say(f"note: {note}")
         console.show_plan(trainer.dry_run())
         return
     console.follow_training(trainer.fit(), trainer.stop)
@@ -153,6 +164,7 @@ def train(
 def evaluate(
     data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
     model: Model = None,
+    use: Use = None,
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
     ] = None,
@@ -170,7 +182,7 @@ def evaluate(
     from perceiver_cli.evaluate import evaluate as evaluate_model
     from perceiver_cli.evaluate import save_report
 
-    predictor = _predictor(model, device, precision, limit)
+    predictor = _predictor(model, device, precision, limit, use)
     with console.counting("evaluating") as progress:
         report = evaluate_model(predictor, data, split, batch_size, workers, progress)
     for note in report.notes:
@@ -187,8 +199,17 @@ def evaluate(
 
 @app.command()
 def predict(
-    inputs: Annotated[list[str] | None, typer.Argument(help="Files, folders, or - for bytes on stdin.")] = None,
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")
+    ] = None,
     model: Model = None,
+    use: Use = None,
+    window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of so many seconds.")] = None,
+    hop: Annotated[float | None, typer.Option(help="Seconds between their beginnings [default: --window].")] = None,
+    aggregate: Annotated[
+        Aggregate | None,
+        typer.Option(help="Of the windows' probabilities; none: a line for each window [default: mean]."),
+    ] = None,
     style: Annotated[
         Literal["auto", "table", "jsonl", "csv", "tsv"],
         typer.Option("--format", help="auto is a table on a terminal, else JSON lines."),
@@ -198,20 +219,30 @@ def predict(
     files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
     stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
-    batch_size: BatchSize = 32,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Inputs at once [default: 32; of windows on a CPU 1].")
+    ] = None,
     workers: Workers = 0,
     device: Device = "auto",
     precision: Precision = "auto",
     limit: Limit = None,
 ) -> None:
-    """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3."""
+    """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3.
+
+    For a model of several modalities a video file brings picture and sound; in a folder, files of one stem (017.png,
+    017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
+    input lacks is missing, and "used" says what there was.
+    """
     sources = _sources(inputs or [], files_from, null, stdin_name)
-    predictor = _predictor(model, device, precision, limit)
-    predictions = predictor.predict(sources, batch_size, workers)
-    raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs))
+    windows = _windows(window, hop, aggregate, workers)
+    predictor = _predictor(model, device, precision, limit, use)
+    predictions = predictor.predict(sources, batch_size, workers, windows)
+    extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
+    extra += ["used"] if len(predictor.modalities) > 1 else []
+    raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs, extra))
 
 
-def _predictor(model: str | None, device: str, precision: str, limit: list[str] | None) -> Any:
+def _predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
     from perceiver_cli.checkpoint import find_model, read_info
     from perceiver_cli.config import Limits
 
@@ -219,16 +250,28 @@ def _predictor(model: str | None, device: str, precision: str, limit: list[str] 
     read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
     from perceiver_cli.predict import Predictor
 
-    predictor = Predictor(path, device, precision)
+    predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
     if model is None:
         console.say(f"using {show_path(predictor.path)}")
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **_limits(limit)})
     return predictor
 
 
+def _windows(window: float | None, hop: float | None, aggregate: Aggregate | None, workers: int) -> Any:
+    """Return how inputs are cut into windows, None where they are not."""
+    if window is None:
+        if hop is not None or aggregate is not None:
+            raise UsageError(f"--{'hop' if hop is not None else 'aggregate'} is of windows", "pass --window SECONDS")
+        return None
+    if workers:
+        raise UsageError("--workers read whole files", "leave it out with --window, which reads one after another")
+    from perceiver_cli.predict import Windows
+
+    return Windows(window, window if hop is None else hop, aggregate or "mean")
+
+
 def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
-    """Yield what to predict: files as given, files below folders, listed files, bytes on stdin."""
-    from perceiver_cli.catalog import walk_files
+    """Yield what to predict: paths as given, listed paths, bytes on stdin."""
     from perceiver_cli.preprocess.base import Source
 
     if not inputs and files_from is None:
@@ -240,12 +283,7 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
 
     def found() -> Iterator[Any]:
         for given in inputs:
-            if given == "-":
-                yield Source(stdin_name, _stdin())
-            elif Path(given).is_dir():
-                yield from walk_files(given)
-            else:
-                yield given
+            yield Source(stdin_name, _stdin()) if given == "-" else given
         if files_from is not None:
             yield from _listed(files_from, b"\0" if null else b"\n")
 
@@ -348,7 +386,7 @@ def show(name: Annotated[str, typer.Argument(help="One of those that `perceiver 
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time, or growth.")] = "tiny-image",
+    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time; growth; or data.")] = "tiny-image",
     against: Annotated[
         str | None, typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io.")
     ] = None,
@@ -367,7 +405,8 @@ def bench(
     """Measure speed on made-up data: samples per second; or side by side with other implementations; or growth.
 
     `bench growth` is the imagenet model and one cross-attend of it, for 2^12 to 2^20 inputs. It and --against run each
-    contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this model, its byte array built and K and V projected in every cross-attend.
+    contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this
+    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV.
     """
     from perceiver_cli import bench as speed
     from perceiver_cli import contest
@@ -376,6 +415,8 @@ def bench(
         rows = list(console.show_rows(contest.growth("imagenet", mode, rounds, seconds, device, precision), json))
         if plot is not None:
             contest.draw(rows, plot)
+    elif preset == "data":
+        list(console.show_rows(speed.loaders(seconds, rounds), json))
     elif against is not None:
         sides = [_side(text) for text in inputs.split(",")] if inputs else []
         names = [name.strip() for name in against.split(",")]

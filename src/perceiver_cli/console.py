@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import isnan
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
+EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12}  # characters of columns that only some predictions have
 debug = False
 
 
@@ -252,7 +253,7 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['steps']} steps" if summary["steps"] else f"as many steps as fit in {_clock(summary['max_time_s'])}"
     )
     return [
-        f"{summary['preset']}: {len(summary['classes'])} classes, {summary['modality']} ({splits}) in "
+        f"{summary['preset']}: {len(summary['classes'])} classes, {'+'.join(summary['modalities'])} ({splits}) in "
         f"{show_path(summary['data'])}",
         f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
         f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
@@ -289,8 +290,13 @@ def _clock(seconds: float) -> str:
 # ---------------------------------------------------------------- predictions
 
 
-def show_predictions(predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool) -> int:
-    """Write predictions as they come; return the exit code: 0, or 3 where any input was bad."""
+def show_predictions(
+    predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
+) -> int:
+    """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
+
+    extra: further columns of tables: start_s and end_s of windows, used of models of several modalities.
+    """
     if style == "auto":
         style = "table" if is_terminal() else "jsonl"
     writer = {"table": _table_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}[style]
@@ -304,17 +310,21 @@ def show_predictions(predictions: Iterable[Prediction], style: str, top_k: int, 
                 say(f"perceiver predict: {prediction.error}")
             yield prediction
 
-    for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs):
+    for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs, extra):
         emit(row)
     return EXIT_DATA if failed else 0
 
 
-def _json_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool) -> Iterator[str]:
+def _json_rows(
+    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
     for prediction in predictions:
         yield json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n"
 
 
-def _csv_rows(predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool) -> Iterator[str]:
+def _csv_rows(
+    predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
     stream = io.StringIO()
     writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
 
@@ -332,10 +342,16 @@ def _csv_rows(predictions: Iterable[Prediction], delimiter: str, top_k: int, all
             ranks = [
                 f"{name}{rank}" for rank in ["", *(f"_{i}" for i in range(2, count + 1))] for name in ("label", "prob")
             ]
-            yield row(["path", *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
+            yield row(["path", *extra, *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
         best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
         every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
-        yield row([prediction.path, *best, *every, prediction.error or ""])
+        yield row([prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""])
+
+
+def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
+    """Return the cells of further columns."""
+    facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
+    return ["" if facts[name] is None else str(facts[name]) for name in names]
 
 
 def _cell(value: Any) -> Any:
@@ -347,8 +363,11 @@ def _cell(value: Any) -> Any:
     )
 
 
-def _table_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool) -> Iterator[str]:
-    yield f"{'file':<40} {'label':<16} {'prob':>6}  others\n"
+def _table_rows(
+    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
+    further = "".join(f"{name:<{EXTRA_WIDTH[name]}} " for name in extra)
+    yield f"{'file':<40} {further}{'label':<16} {'prob':>6}  others\n"
     for prediction in predictions:
         shown = show_path(prediction.path)[1:-1]
         if prediction.error is not None:
@@ -356,7 +375,9 @@ def _table_rows(predictions: Iterable[Prediction], _: str, top_k: int, all_probs
             continue
         (label, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
         rest = ", ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
-        yield f"{shown:<40} {show_path(label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+        cells = zip(extra, _extra(prediction, extra), strict=True)
+        further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
+        yield f"{shown:<40} {further}{show_path(label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 # ---------------------------------------------------------------- evaluation and info
@@ -370,7 +391,7 @@ def show_report(report: Report, as_json: bool) -> None:
     precision = "" if report.mean_average_precision is None else f"mAP {report.mean_average_precision:.4f}  "
     emit(
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
-        f"({report.num_examples} examples)\n"
+        f"({report.num_examples} examples of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
     table = _table("class", *columns)

@@ -33,8 +33,9 @@ class Report:
     accuracy, top5: shares in 0..1 of examples whose label is the first, or among the first five; with several labels an
     example: of which any label is. loss: mean cross-entropy in nats (several labels: binary, mean over classes).
     confusion: (classes, classes) counts, rows the true class; None with several labels. average_precision: by class,
-    with several labels; None where no example has the class. records: one per example, as in predictions.jsonl. bad:
-    (example id, error). strangers: examples of no class that the model knows, which are left out.
+    with several labels; None where no example has the class. modalities: what it was answered from. records: one per
+    example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
+    which are left out.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +46,7 @@ class Report:
     num_examples: int
     average_precision: tuple[float | None, ...] | None = None
     split: str = ""
+    modalities: tuple[str, ...] = ()
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     bad: tuple[tuple[str, str], ...] = ()
     strangers: int = 0
@@ -85,6 +87,7 @@ class Report:
             "loss": self.loss,
             "num_examples": self.num_examples,
             "split": self.split,
+            "modalities": list(self.modalities),
             "per_class": self.per_class,
             "num_bad": len(self.bad),
             "bad": [{"path": path, "error": error} for path, error in self.bad],
@@ -108,14 +111,17 @@ def score(
 ) -> Report:
     """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be scored."""
     multi_label = reader.multi_label_classes > 0
+    batch_size = max(1, batch_size // reader.num_views)
     known = [example for example in examples if example.labels or multi_label]
     scored: list[Example] = []
+    used: list[tuple[str, ...]] = []
     rows: list[Tensor] = []
     bad: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
     for batch, logits in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
         scored += batch.examples
+        used += batch.used
         rows.append(logits)
         bad += [(example.id, error) for _, example, error in batch.bad]
         if progress is not None:
@@ -140,7 +146,7 @@ def score(
     ranked = logits.topk(min(TOP, len(classes))).indices.tolist()
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     records = []
-    for i, (example, best) in enumerate(zip(scored, ranked, strict=True)):
+    for i, (example, best, modalities) in enumerate(zip(scored, ranked, used, strict=True)):
         names = [classes[label] for label in example.labels]
         records.append(
             {
@@ -150,6 +156,7 @@ def score(
                 "prob": float(probabilities[i, best[0]]),
                 "correct": best[0] in example.labels,
                 "loss": float(losses[i]),
+                **({"used": list(modalities)} if len(model.encoding.layouts) > 1 else {}),
             }
         )
         if not multi_label:
@@ -197,18 +204,25 @@ def evaluate(
     Without `split`: the test split, else the validation split (the folder's, or the one that the run held out of this
     very data), else everything.
 
+    The data may lack some of the modalities of a model of several: they are missing, as those that are not used.
+
     Raises:
         DataError: no such split, nothing usable, or data of another modality than the model's.
     """
-    catalog = scan(data, predictor.classes)
-    if catalog.modality != predictor.modality:
+    reads = predictor.modalities
+    catalog = scan(data, predictor.classes, reads)
+    used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
+    if not used:
+        wanted = "+".join(predictor.reader.specs)
         raise DataError(
-            f"{show_path(data)}: holds {catalog.modality}, but {show_path(predictor.path)} reads {predictor.modality}"
+            f"{show_path(data)}: holds {'+'.join(catalog.holds)}, but {show_path(predictor.path)} reads {wanted}"
         )
     name, examples = choose_split(catalog, predictor.info, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
     missing = [c for c in predictor.classes if c not in present]
     notes = list(catalog.notes)
+    if len(used) < len(reads):
+        notes.append(f"answered from {'+'.join(used)} alone, the model reads {'+'.join(reads)}")
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
     if catalog.multi_label and not predictor.info.config.multi_label:
@@ -220,7 +234,7 @@ def evaluate(
         predictor.model, reader, examples, predictor.classes, predictor.compute, batch_size, workers,
         None if progress is None else lambda done: progress(done, total),
     )  # fmt: skip
-    return Report(**{**vars(report), "split": name, "notes": tuple(notes)})
+    return Report(**{**vars(report), "split": name, "modalities": used, "notes": tuple(notes)})
 
 
 def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[str, tuple[Example, ...]]:

@@ -1,38 +1,73 @@
-"""From a model file and files (or bytes) to predictions, in order, a batch at a time."""
+"""From a model file and files (or bytes) to predictions, in order, a batch at a time, whole or in windows of time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from math import inf, log
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from perceiver_cli.catalog import Example
+from perceiver_cli.catalog import Example, unlabelled
 from perceiver_cli.checkpoint import find_model, load_model
 from perceiver_cli.config import Limits
-from perceiver_cli.data import Batch, Reader, Task, ordered_tasks
+from perceiver_cli.data import Batch, Reader, Row, Task, collate, ordered_tasks
 from perceiver_cli.device import Compute, choose
+from perceiver_cli.encoding import Segment
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.manifest import CONTENT
 from perceiver_cli.model import Perceiver
+from perceiver_cli.pairing import identity
 from perceiver_cli.preprocess.base import Source
 
-Input = str | os.PathLike[str] | bytes | Source
+Part = str | os.PathLike[str] | bytes | Source
+Input = Part | Mapping[str, Part]  # several parts: by modality
+BATCH_SIZE = 32
+NEVER = 1e-12  # least probability of a mean over windows, so that its logit is finite
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How inputs with a time axis are cut: windows of `window_s` seconds, one every `hop_s`.
+
+    Each is answered like a file of that length. aggregate: the mean or the highest of each class's probabilities makes
+    one prediction an input; "none": each window is a prediction.
+
+    Raises:
+        UsageError: a length that is not more than nothing.
+    """
+
+    window_s: float
+    hop_s: float
+    aggregate: Literal["mean", "max", "none"] = "mean"
+
+    def __post_init__(self) -> None:
+        if not (0 < self.window_s < inf and 0 < self.hop_s < inf):
+            raise UsageError(f"windows of {self.window_s:g} s every {self.hop_s:g} s, expected more than 0 s of both")
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one input: class probabilities in the order of `classes`, or an error.
+    """The answer to one input, or to a window of it: class probabilities in the order of `classes`, or an error.
 
-    With several labels an example the probabilities are independent of each other, and do not sum to 1.
+    With several labels an example the probabilities are independent of each other, and do not sum to 1; nor do the
+    highest ones of several windows. used: of a model of several modalities, those that the input has. start_s, end_s:
+    the window, where the answer is to one.
     """
 
     path: str
     classes: tuple[str, ...]
     probs: tuple[float, ...] = ()
     error: str | None = None
+    used: tuple[str, ...] = ()
+    start_s: float | None = None
+    end_s: float | None = None
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """Return the k most probable classes with their probabilities, best first; ties keep the class order."""
@@ -53,10 +88,15 @@ class Prediction:
         """Return the JSON line of this prediction."""
         if self.error is not None:
             return {"path": self.path, "error": self.error}
-        line: dict[str, Any] = {"path": self.path, "label": self.label, "prob": self.prob}
+        line: dict[str, Any] = {"path": self.path}
+        if self.start_s is not None:
+            line |= {"start_s": self.start_s, "end_s": self.end_s}
+        line |= {"label": self.label, "prob": self.prob}
         line["top"] = [{"label": label, "prob": prob} for label, prob in self.top(top_k)]
         if all_probs:
             line["probs"] = dict(zip(self.classes, self.probs, strict=True))
+        if self.used:
+            line["used"] = list(self.used)
         return line
 
 
@@ -67,9 +107,10 @@ class Predictor:
         model: a run folder or a model file; None looks at $PERCEIVER_MODEL, then runs/latest.
         device, precision: as on the command line; "auto" uses a GPU where there is one.
         limits: what one input may cost; None takes the model's.
+        use: the modalities to answer from, of those that the model reads; None is all. The others are as if missing.
 
     Raises:
-        UsageError: no model there. IntegrityError: a damaged one.
+        UsageError: no model there, or a modality that it does not read. IntegrityError: a damaged one.
     """
 
     def __init__(
@@ -78,12 +119,20 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         limits: Limits | None = None,
+        use: Iterable[str] | None = None,
     ) -> None:
         self.path: Path = find_model(None if model is None else os.fspath(model))
         self.compute = choose(device, precision)
         loaded, self.info = load_model(self.path)
         self.model = loaded.to(self.compute.device)
-        self.reader = Reader(self.info.config.inputs, limits or self.info.config.data.limits)
+        config = self.info.config
+        wanted = set(config.inputs if use is None else use)
+        if not wanted or wanted - config.inputs.keys():
+            asked, reads = ", ".join(sorted(wanted)), ", ".join(sorted(config.inputs))
+            raise UsageError(f"cannot use {show_path(asked)}: {show_path(self.path)} reads {reads}")
+        specs = {name: spec for name, spec in config.inputs.items() if name in wanted}
+        several = len(self.classes) if config.multi_label else 0
+        self.reader = Reader(specs, limits or config.data.limits, multi_label_classes=several)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -91,27 +140,123 @@ class Predictor:
         return self.info.classes
 
     @property
-    def modality(self) -> str:
-        """The names of what the model reads, e.g. "image"."""
-        return "+".join(spec.modality for spec in self.info.config.inputs.values())
+    def modalities(self) -> tuple[str, ...]:
+        """What the model reads, sorted; it answers from those of its reader."""
+        return tuple(sorted(self.info.config.inputs))
 
-    def predict(self, inputs: Input | Iterable[Input], batch_size: int = 32, workers: int = 0) -> Iterator[Prediction]:
-        """Yield one prediction per input (a path or bytes), in order; a bad one gives a prediction with `error` set."""
-        if isinstance(inputs, str | bytes | os.PathLike | Source):
+    def predict(
+        self,
+        inputs: Input | Iterable[Input],
+        batch_size: int | None = None,
+        workers: int = 0,
+        windows: Windows | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield one prediction per input, in order; a bad one gives a prediction with `error` set.
+
+        An input is a path or bytes, or a mapping of these by modality. A folder stands for the files below it (those
+        of one stem are one input of a model of several modalities), a manifest for its rows. With `windows` there may
+        be several an input, or one that sums them up; memory is bounded by a batch of windows, however long the input.
+        `batch_size` is 32 unless given, and of windows on a CPU 1, which is as fast. `workers` read whole inputs only.
+
+        Raises:
+            DataError: a manifest that cannot be read. UsageError: windows for a model without a time axis.
+        """
+        if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping):
             inputs = [inputs]
-        (name,) = self.info.config.inputs  # one modality; several come with their own way of naming parts
-        examples = (Example(source.name, {name: source}) for source in map(_source, inputs))
-        for batch, logits in run(self.model, self.reader, ordered_tasks(examples, batch_size), self.compute, workers):
+        examples = (example for given in inputs for example in self._examples(given))
+        if batch_size is None:
+            batch_size = 1 if windows is not None and self.compute.device.type == "cpu" else BATCH_SIZE
+        if windows is not None:
+            if not self.reader.timed:
+                raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
+            yield from self._in_windows(examples, windows, batch_size)
+            return
+        for batch, logits in run(self.model, self.reader, self._tasks(examples, batch_size), self.compute, workers):
             errors = {position: (example, error) for position, example, error in batch.bad}
-            probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
-            rows = iter(zip(batch.examples, probabilities.tolist(), strict=True))
+            rows = iter(zip(batch.examples, batch.used, self._probabilities(logits), strict=True))
             for position in range(len(batch.examples) + len(batch.bad)):
                 if position in errors:
                     example, error = errors[position]
                     yield Prediction(example.id, self.classes, error=error)
                 else:
-                    example, probs = next(rows)
-                    yield Prediction(example.id, self.classes, tuple(probs))
+                    example, used, probs = next(rows)
+                    yield Prediction(example.id, self.classes, probs, used=self._said(used))
+
+    def _tasks(self, examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
+        return ordered_tasks(examples, max(1, batch_size // self.reader.num_views))
+
+    def _examples(self, given: Input) -> Iterator[Example]:
+        if isinstance(given, Mapping):
+            parts = {name: _source(part) for name, part in given.items()}
+            yield Example(identity(part.name for part in parts.values()), parts)
+        elif isinstance(given, bytes | Source):
+            source = _source(given)
+            yield Example(source.name, {CONTENT: source})
+        else:
+            yield from unlabelled(os.fspath(given), self.modalities)
+
+    def _said(self, used: tuple[str, ...]) -> tuple[str, ...]:
+        """Return what a prediction says that it used: nothing where there is no choice."""
+        return used if len(self.modalities) > 1 else ()
+
+    def _probabilities(self, logits: Tensor) -> list[tuple[float, ...]]:
+        probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
+        return [tuple(row) for row in probabilities.tolist()]
+
+    # ------------------------------------------------------------ windows
+
+    def _in_windows(self, examples: Iterable[Example], windows: Windows, batch_size: int) -> Iterator[Prediction]:
+        """Yield the predictions of examples that are cut into windows."""
+        answered = self._answered(self._cut(examples, windows), max(1, batch_size // self.reader.num_views))
+        for _, of_one in groupby(answered, key=lambda pair: pair[0]):
+            predictions = (prediction for _, prediction in of_one)
+            if windows.aggregate == "none":
+                yield from predictions
+            else:
+                yield summed_up(predictions, windows.aggregate)
+
+    def _cut(self, examples: Iterable[Example], windows: Windows) -> Iterator[tuple[int, Prediction, list[Row]]]:
+        """Yield the number of the example, a prediction still without its answer, and what the model is to see."""
+        for number, example in enumerate(examples):
+            try:
+                for span, decoded in self.reader.windows(example, windows.window_s, windows.hop_s):
+                    start_s, end_s = (None, None) if span is None else (round(span[0], 6), round(span[1], 6))
+                    used = self._said(decoded.names)
+                    asked = Prediction(example.id, self.classes, used=used, start_s=start_s, end_s=end_s)
+                    yield number, asked, self.reader.views(decoded)
+            except DataError as error:
+                yield number, Prediction(example.id, self.classes, error=str(error)), []
+
+    def _answered(
+        self, asked: Iterator[tuple[int, Prediction, list[Row]]], batch_size: int
+    ) -> Iterator[tuple[int, Prediction]]:
+        while chunk := list(islice(asked, batch_size)):
+            rows = [row for _, _, views in chunk for row in views]
+            several = self.info.config.multi_label
+            logits = answer(self.model, collate(rows), self.reader.num_views, self.compute, several) if rows else None
+            answers = iter(() if logits is None else self._probabilities(logits))
+            for number, prediction, views in chunk:
+                yield number, replace(prediction, probs=next(answers)) if views else prediction
+
+
+def summed_up(predictions: Iterable[Prediction], aggregate: Literal["mean", "max"]) -> Prediction:
+    """Return one prediction of those of an input's windows: the mean or the highest of each class's probabilities.
+
+    If one of the windows could not be read, the input could not.
+    """
+    total, count = torch.zeros(0, dtype=torch.float64), 0
+    used: set[str] = set()
+    last = None
+    for last in predictions:
+        if last.error is not None:
+            return last
+        probs = torch.tensor(last.probs, dtype=torch.float64)
+        total = probs if count == 0 else total + probs if aggregate == "mean" else torch.maximum(total, probs)
+        count += 1
+        used |= set(last.used)
+    assert last is not None
+    probs = total / count if aggregate == "mean" else total
+    return replace(last, probs=tuple(probs.tolist()), used=tuple(sorted(used)), start_s=None, end_s=None)
 
 
 def run(
@@ -120,16 +265,32 @@ def run(
     """Yield each batch with its logits (B, classes), float64 on the CPU; B is 0 where every input was bad."""
     pin = compute.device.type == "cuda"
     for batch in reader.batches(tasks, workers, pin=pin):
-        if not batch.examples:
+        if batch.examples:
+            yield batch, answer(model, batch.segments, batch.num_views, compute, reader.multi_label_classes > 0)
+        else:
             yield batch, torch.empty(0, model.head.out_features, dtype=torch.float64)
-            continue
-        segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
-        with torch.inference_mode(), compute.autocast():
-            logits = model(segments)
-        yield batch, logits.cpu().double()
 
 
-def _source(given: Input) -> Source:
+def answer(
+    model: Perceiver, segments: Mapping[str, Segment], num_views: int, compute: Compute, multi_label: bool
+) -> Tensor:
+    """Return logits (B, classes), float64 on the CPU, of segments with `num_views` rows an example.
+
+    Of several views it is the logits of their mean probabilities.
+    """
+    given = {name: segment.to(compute.device) for name, segment in segments.items()}
+    with torch.inference_mode(), compute.autocast():
+        logits: Tensor = model(given)
+    logits = logits.cpu().double()
+    if num_views == 1:
+        return logits
+    logits = logits.reshape(-1, num_views, logits.shape[-1])
+    if multi_label:
+        return logits.sigmoid().mean(dim=1).logit(eps=NEVER)
+    return logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views)
+
+
+def _source(given: Part) -> Source:
     if isinstance(given, Source):
         return given
     return Source("-", given) if isinstance(given, bytes) else Source(os.fspath(given))

@@ -14,11 +14,11 @@ from perceiver_cli.config import Config, InputSpec, Limits, load_config, load_pr
 from perceiver_cli.cost import estimate
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
-from perceiver_cli.preprocess import detect, modality
+from perceiver_cli.preprocess import candidates, modality
 from perceiver_cli.preprocess.base import Source
 
 # The recipe of the paper for each modality: what `preprocess` follows unless told otherwise.
-PAPER = {"image": "imagenet", "audio": "audioset-audio", "points": "modelnet40"}
+PAPER = {"image": "imagenet", "audio": "audioset-audio", "video": "audioset-video", "points": "modelnet40"}
 DEFAULT_CLASSES = 10  # counted for recipes that leave the classes to the data
 
 
@@ -77,7 +77,7 @@ def input_recipe(
     """
     if model is not None and preset is not None:
         raise UsageError("--model and --preset are two recipes", "pass one of them")
-    kind = detect(source)
+    kind, *others = candidates(source)
     config: Config
     if model is not None:
         config = read_info(find_model(model)).config
@@ -86,10 +86,10 @@ def input_recipe(
     else:
         config = load_preset(preset or PAPER[kind])
     limits = Limits.model_validate({**vars(config.data.limits), **raised})
-    for spec in config.inputs.values():
-        if spec.modality == kind:
-            return settled(spec), limits
-    reads = "+".join(spec.modality for spec in config.inputs.values())
+    for name in (kind, *others):  # a video may also be read for its sound
+        if name in config.inputs:
+            return settled(config.inputs[name]), limits
+    reads = "+".join(sorted(config.inputs))
     raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {reads}")
 
 

@@ -1,0 +1,483 @@
+"""The loop of training: read, step, average, evaluate, save, and when; each run a generator of events."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from math import ceil, isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_cli.catalog import Catalog, Example
+from perceiver_cli.checkpoint import MODEL_FILE, STATE_FOLDER, ModelInfo, find_model, load_model, save_model, save_state
+from perceiver_cli.config import Config, duration_steps
+from perceiver_cli.data import Batch, Reader, Task, class_weights, mix, training_tasks
+from perceiver_cli.device import Compute
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
+from perceiver_cli.evaluate import Report, score
+from perceiver_cli.events import Evaluated, Event, Finished, Saved, StepDone
+from perceiver_cli.files import show_path
+from perceiver_cli.model import Perceiver
+from perceiver_cli.optim import learning_rate, make_average, make_optimizer
+from perceiver_cli.runs import MetricsLog, mark_latest
+
+LIST_BAD = 20  # unreadable files named in an error
+TIMED_STEPS = 5  # steps whose rate the first plan of a timed run rests on
+TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
+SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
+MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
+CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
+
+
+class Plan:
+    """What a run works from, all of it settled before the first step.
+
+    notes: what is worth saying of it; more may come up. stopping: set, the run ends after the step in progress.
+    """
+
+    config: Config
+    catalog: Catalog
+    reader: Reader
+    compute: Compute
+    output: Path
+    latest: bool  # point runs/latest in the current folder at the run
+    started_at: float  # by time.monotonic; a time limit counts from here
+    notes: list[str]
+    stopping: bool = False
+
+    @property
+    def train_examples(self) -> tuple[Example, ...]:
+        """The examples that are learned from."""
+        return self.catalog.splits["train"]
+
+    @property
+    def val_examples(self) -> tuple[Example, ...]:
+        """The examples that choose the best model; those known to be unreadable are left out. May be empty."""
+        return tuple(e for e in self.catalog.splits.get("val", ()) if e.id not in self.reader.bad)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in which every training example is seen once, rounded."""
+        return max(1, round(len(self.train_examples) / (self.config.train.batch_size * self.config.train.accumulate)))
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimiser steps of the run, where no time limit says otherwise."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        whole = max(1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate)))
+        return min(whole, train.max_steps or whole)
+
+    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> None:
+        """Raise DataError if more than the allowed share of the files looked at is unreadable."""
+        ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
+        among = [error for identity, error in bad.items() if identity in ids]
+        allowed = self.config.data.max_bad
+        if len(among) > allowed * max(1, looked_at):
+            listed = "\n  ".join(among[:LIST_BAD]) + ("\n  ..." if len(among) > LIST_BAD else "")
+            raise DataError(
+                f"{len(among)} of {looked_at} files cannot be read, more than {allowed:.1%}; "
+                f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
+                f"\n  {listed}"
+            )
+
+
+class Run:
+    """Model, optimiser and position of a run in progress.
+
+    Args:
+        plan: what it works from.
+        start: a run folder or model file whose weights it begins with.
+        saved: tensors and state to go on from.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        start: str | os.PathLike[str] | None = None,
+        saved: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.plan = plan
+        self.config, self.compute, self.catalog = plan.config, plan.compute, plan.catalog
+        train = self.config.train
+        model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
+        if start is not None:
+            plan.notes += transfer(model, self.catalog.classes, start)
+        if train.freeze == "trunk":
+            model.requires_grad_(False)
+            model.head.requires_grad_(True)
+        self.model = model.to(self.compute.device).train()
+        self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
+        self.optimizer = make_optimizer(self.model, train)
+        self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
+        counts = [self.catalog.counts("train")[name] for name in self.catalog.classes]
+        weights = class_weights(counts, self.config.data.class_weight_power)
+        self.class_weights = weights.to(self.compute.device) if self.config.data.class_weight_power else None
+        self.step = 0
+        self.total_steps = plan.planned_steps
+        self.elapsed_before = 0.0
+        self.best: dict[str, Any] = {}
+        self.top = 0.0  # the highest validation score so far
+        self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
+        self.loss_count = 0
+        if saved is not None:
+            self._restore(*saved)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training time, those before a resume counted in."""
+        return self.elapsed_before + time.monotonic() - self.plan.started_at
+
+    @property
+    def epoch(self) -> float:
+        """Epochs seen, as a fraction."""
+        train = self.config.train
+        return self.step * train.batch_size * train.accumulate / len(self.plan.train_examples)
+
+    def tasks(self, batches: int) -> Iterator[Task]:
+        """Return the tasks of the next `batches` batches."""
+        train = self.config.train
+        start = self.step * train.accumulate
+        return training_tasks(self.plan.train_examples, train.batch_size, train.seed, start, start + batches)
+
+    def events(self) -> Iterator[Event]:
+        """Yield the events of the loop."""
+        train, data = self.config.train, self.config.data
+        timing = Timing(self)
+        endless = 1 << 40 if train.max_time_s else (self.total_steps - self.step) * train.accumulate
+        workers = self.compute.default_workers if data.workers is None else data.workers
+        batches = self.plan.reader.batches(self.tasks(endless), workers, pin=self.compute.device.type == "cuda")
+        check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
+        metrics = MetricsLog(self.plan.output, self.step)
+        last_loss, last_time, last_step = float("nan"), time.perf_counter(), self.step
+        evaluated_at = self.step
+        while not timing.over() and not self.plan.stopping:
+            lr = learning_rate(train, self.step, self.total_steps, self.plan.steps_per_epoch)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            loss = self._step(batches)
+            self.step += 1
+            timing.stepped()
+            if self.step % check_every == 0 or timing.over():
+                last_loss = float(loss)
+                if not isfinite(last_loss):
+                    self._diverged(last_loss, lr)
+                now = time.perf_counter()
+                rate = (self.step - last_step) * train.batch_size * train.accumulate / max(1e-9, now - last_time)
+                last_time, last_step = now, self.step
+                yield StepDone(self.step, self.total_steps, self.epoch, last_loss, lr, rate)
+            if timing.evaluation_due():
+                self._check_finite(lr)
+                evaluated = self._evaluate(metrics, lr)
+                evaluated_at = self.step
+                timing.evaluated()
+                yield evaluated
+                if evaluated.best:
+                    yield Saved(self.plan.output / MODEL_FILE, self.step)
+                yield self._save()
+                last_time, last_step = time.perf_counter(), self.step
+            elif timing.save_due():
+                self._check_finite(lr)
+                yield self._save()
+                last_time, last_step = time.perf_counter(), self.step
+        if evaluated_at != self.step and not self.plan.stopping:
+            yield self._evaluate(metrics, lr)
+            evaluated_at = self.step
+        yield self._save()
+        if not (self.plan.output / MODEL_FILE).exists():
+            self._save_model({})  # stopped before the first evaluation
+        yield Finished(self.plan.output / MODEL_FILE, self.step, self.plan.stopping, dict(self.best), self.elapsed)
+
+    # ------------------------------------------------------------ one step
+
+    def _step(self, batches: Iterator[Batch]) -> Tensor:
+        """Do one optimiser step; return its mean loss, still on the device."""
+        train = self.config.train
+        loss = torch.zeros((), device=self.compute.device)
+        for micro in range(train.accumulate):
+            batch = next(batches)
+            if batch.bad:
+                self._note_bad(batch)
+            if batch.examples:
+                loss += self.backward(batch, train.accumulate, micro)
+        self.scaler.unscale_(self.optimizer)
+        if train.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        self.loss_sum += loss
+        self.loss_count += 1
+        return loss
+
+    def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
+        """Add the gradients of one batch, the `micro`-th of its step; return its loss over `accumulate`."""
+        device, train = self.compute.device, self.config.train
+        targets = [(batch.labels, 1.0)]
+        given = batch.segments
+        if train.mixup or train.cutmix:
+            # Its own stream: a function of seed and place in the run, like everything random here.
+            rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
+            mixed = mix(batch, train.mixup, train.cutmix, rng)
+            given, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
+        with self.compute.autocast():
+            logits = self.model({name: segment.to(device) for name, segment in given.items()})
+        loss = torch.zeros((), device=device)
+        for labels, share in targets:
+            loss = loss + share * self._loss(logits, labels.to(device, non_blocking=True))
+        loss = loss / accumulate
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return softmax cross-entropy, or sigmoid cross-entropy where examples have several labels (paper 4.2)."""
+        smoothing = self.config.train.label_smoothing
+        if self.config.multi_label:
+            # Summed over classes, so that the gradient does not shrink with their number.
+            smoothed = labels * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
+        return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _note_bad(self, batch: Batch) -> None:
+        """Remember files that turned out unreadable in training; stop if they are too many."""
+        reader = self.plan.reader
+        reader.bad.update({example.id: error for _, example, error in batch.bad})
+        seen = min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples))
+        if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
+            self.plan.check_bad(reader.bad, seen)
+
+    def _check_finite(self, lr: float) -> None:
+        if self.loss_count and not isfinite(float(self.loss_sum)):
+            self._diverged(float(self.loss_sum), lr)
+
+    def _diverged(self, loss: float, lr: float) -> None:
+        raise DivergedError(
+            f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
+            f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
+            "train.warmup or train.clip_norm",
+        )
+
+    # ------------------------------------------------------------ evaluation and saving
+
+    @property
+    def judged(self) -> Perceiver:
+        """The model that is evaluated and saved: the average where there is one."""
+        model = self.model if self.average is None else self.average.module
+        assert isinstance(model, Perceiver)
+        return model
+
+    def _evaluate(self, metrics: MetricsLog, lr: float) -> Evaluated:
+        train_loss = float(self.loss_sum) / max(1, self.loss_count)
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        examples = self.plan.val_examples
+        record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": lr}
+        if examples:
+            train = self.config.train
+            batch_size = max(train.batch_size, 64)
+            classes = self.catalog.classes
+            report: Report = score(self.judged, self.plan.reader, examples, classes, self.compute, batch_size)
+            if not isfinite(report.loss):
+                self._diverged(report.loss, lr)
+            record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
+            if report.mean_average_precision is not None:
+                record["val_mAP"] = report.mean_average_precision
+        better = True  # without a validation split the latest model is the best known
+        if examples:
+            value = record.get("val_mAP", record["val_accuracy"])
+            self.top = max(self.top, value)
+            better = within_one_error(value, self.top, len(examples))
+        if better:
+            self.best = record
+            self._save_model(record)
+        # The time stays out of the model file: the same seed gives the same bytes.
+        metrics.write({**record, "elapsed_s": round(self.elapsed, 3), "best": better})
+        accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
+        return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
+
+    def _save_model(self, metrics: Mapping[str, Any]) -> None:
+        # The model travels; where the data lay does not.
+        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"path": None})})
+        info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
+        save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
+        if self.plan.latest:
+            with suppress(ResourceError):  # a convenience; the current folder may well be read-only
+                mark_latest(self.plan.output)
+
+    def _save(self) -> Saved:
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        for index, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        state = {
+            "config": self.config.to_dict(),
+            "classes": list(self.catalog.classes),
+            "fingerprint": self.catalog.fingerprint,
+            "step": self.step,
+            "total_steps": self.total_steps,
+            "elapsed_s": self.elapsed,
+            "best": self.best,
+            "top": self.top,
+            "loss_sum": float(self.loss_sum),
+            "loss_count": self.loss_count,
+            "scaler": self.scaler.state_dict(),
+        }
+        return Saved(save_state(self.plan.output, tensors, state), self.step)
+
+    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        try:
+            self.model.load_state_dict(part("model."))
+            if self.average is not None:
+                self.average.load_state_dict(part("average."))
+            moments: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in part("optimizer.").items():
+                index, key = name.split(".")
+                moments.setdefault(int(index), {})[key] = tensor
+            self.optimizer.load_state_dict(
+                {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
+            )
+            if state["scaler"]:
+                self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best, self.top = int(state["step"]), dict(state["best"]), float(state["top"])
+            self.loss_sum += float(state["loss_sum"])
+            self.loss_count = int(state["loss_count"])
+            self.elapsed_before = float(state["elapsed_s"])
+            if self.config.train.max_time_s:
+                self.total_steps = int(state["total_steps"])
+            elif self.total_steps != state["total_steps"]:
+                self.plan.notes.append(
+                    f"the plan changed from {state['total_steps']} to {self.total_steps} steps: "
+                    "the learning rate follows the new one"
+                )
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise IntegrityError(f"{show_path(self.plan.output)}: the training state does not fit: {reason}") from error
+
+
+class Timing:
+    """When a run evaluates, saves and ends.
+
+    With a time limit the total number of steps is planned again after every step, from the measured rate and with
+    room for the last evaluation, so that the learning rate schedule ends with the time.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.config = run.config.train
+        self.limit = self.config.max_time_s
+        self.began = time.monotonic()
+        self.first = run.step
+        self.spent_evaluating = 0.0
+        self.evaluations = 0
+        self.mark = self.began  # end of the last step or evaluation
+        self.next_evaluation_s = run.elapsed
+        self._next_by_clock()
+
+    def _next_by_clock(self) -> None:
+        if self.limit is not None:
+            self.next_evaluation_s = self.run.elapsed + self.limit / TIMED_EVALUATIONS
+
+    def over(self) -> bool:
+        """Return whether the plan is fulfilled."""
+        late = self.limit is not None and self.run.elapsed >= self.limit
+        return self.run.step >= self.run.total_steps or (late and self.run.step > self.first)
+
+    def stepped(self) -> None:
+        """Take note of a finished step and, in a timed run, plan the rest."""
+        self.mark = time.monotonic()
+        if self.limit is None:
+            return
+        run, done = self.run, self.run.step - self.first
+        if done < TIMED_STEPS and run.elapsed < self.limit:
+            run.total_steps = max(run.total_steps, run.step + 1)
+            return
+        per_step = (self.mark - self.began - self.spent_evaluating) / done
+        per_evaluation = self.spent_evaluating / self.evaluations if self.evaluations else self._guess(per_step)
+        left = self.limit * (1 - SAFETY) - run.elapsed
+        coming = max(1, round(TIMED_EVALUATIONS * left / self.limit))
+        # From here on the number can only be a real plan: at least this step, at most what the time allows.
+        run.total_steps = run.step + max(0, int((left - coming * per_evaluation) / per_step))
+
+    def _guess(self, per_step: float) -> float:
+        """Seconds of an evaluation not yet seen: a forward is about a third of a step."""
+        train = self.config
+        return per_step * len(self.run.plan.val_examples) / (3 * train.batch_size * train.accumulate)
+
+    def evaluation_due(self) -> bool:
+        """Return whether to evaluate after the step just done."""
+        run = self.run
+        if self.over():
+            return True
+        if self.limit is not None:
+            return run.elapsed >= self.next_evaluation_s
+        every = duration_steps(self.config.eval_every, run.total_steps, run.plan.steps_per_epoch)
+        return run.step % max(1, every) == 0
+
+    def evaluated(self) -> None:
+        """Take note of a finished evaluation."""
+        now = time.monotonic()
+        self.spent_evaluating += now - self.mark
+        self.evaluations += 1
+        self.mark = now
+        self._next_by_clock()
+
+    def save_due(self) -> bool:
+        """Return whether to save between evaluations."""
+        every = duration_steps(self.config.save_every, self.run.total_steps, self.run.plan.steps_per_epoch)
+        return self.run.step % max(1, every) == 0
+
+
+def within_one_error(value: float, top: float, count: int) -> bool:
+    """Return whether a validation score is within one standard error of the highest so far, on `count` examples.
+
+    The latest such model counts as the best: on 30 examples a lead of one or two says nothing, and an early model that
+    was lucky would win over one that has learned on at a falling rate (Breiman's one-standard-error rule).
+    """
+    return value >= top - sqrt(max(0.0, top * (1 - top)) / count)
+
+
+def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
+    """Copy into `model` every weight of a trained one that fits by name and shape; return notes on what did not.
+
+    Rows of the head are matched by class name.
+
+    Raises:
+        UsageError: no model there, or nothing of it fits.
+    """
+    donor, info = load_model(find_model(os.fspath(source)))
+    theirs, ours = donor.state_dict(), model.state_dict()
+    taken = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape and "head." not in name]
+    if not taken:
+        raise UsageError(f"--init-from {show_path(source)}: no weight of {info.config.name} fits this model")
+    rows = [(i, info.classes.index(name)) for i, name in enumerate(classes) if name in info.classes]
+    with torch.no_grad():
+        for name in taken:
+            ours[name].copy_(theirs[name])
+        if ours["head.weight"].shape[1] == theirs["head.weight"].shape[1]:
+            for mine, other in rows:
+                ours["head.weight"][mine] = theirs["head.weight"][other]
+                ours["head.bias"][mine] = theirs["head.bias"][other]
+    fresh = sum(1 for name in ours if name not in taken and "head." not in name)
+    return [
+        f"started from {show_path(source)}: {len(taken)} tensors taken, {fresh} fresh, "
+        f"{len(rows)} of {len(classes)} classes known to it"
+    ]
