@@ -18,7 +18,7 @@ ORDER = [
     "preprocess.base", "preprocess",
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
     "encoding", "cost",
-    "kernels", "attention", "model", "optim", "device",
+    "kernels", "attention", "device", "model", "optim",
     "manifest", "pairing", "catalog", "data", "checkpoint",
     "predict", "evaluate", "recipes", "pretrained",
     "events", "runs", "loop", "train", "bench", "peers", "contest",

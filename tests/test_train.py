@@ -429,3 +429,23 @@ def test_a_signal_saves_and_is_passed_on(bars: Path, tmp_path: Path, number: sig
     assert b"perceiver train --resume -o" in err
     assert out == b""
     assert load_state(tmp_path / "run")[1]["step"] > 0
+
+
+def test_recomputed_activations_train_the_same_model(bars: Path, tmp_path: Path) -> None:
+    files = []
+    for recompute in ("false", "true"):
+        output = tmp_path / recompute
+        overrides = [*SMALL, "train.steps=6", f"train.recompute={recompute}"]
+        list(Trainer(bars, output, overrides=overrides).fit())
+        files.append(load_model(output / MODEL_FILE)[0].state_dict())
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
+def test_compile_that_cannot_work_is_said_at_once(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object, **options: object) -> object:
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    trainer = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=2", "train.compile=true"])
+    with pytest.raises(UsageError, match=r"torch.compile does not work here: no working C\+\+ compiler; leave out"):
+        list(trainer.fit())

@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli import kernels
+from perceiver_cli.cost import MIN_TILED_INPUTS
 from perceiver_cli.encoding import Part
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
-MIN_TILED_INPUTS = 1024  # below, the rows are small and one stock call is quicker than many tiles
 SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
 STATISTICS_BYTES = 32 << 20  # of the float64 copies of values that exist at once
 ROW_TILE = 512  # rows of a tile that has no places
@@ -467,7 +467,8 @@ class CrossAttend(nn.Module):
         """Return u (B, H N, C): queries (B, H, N, W / H) as they meet xhat."""
         scale = queries.shape[-1] ** -0.5
         # (W, C) -> (H, W / H, C): the rows of each head
-        u = (queries @ self.key.weight.unflatten(0, (self.heads, -1))) * (self.input_norm.weight * scale)
+        key_rows = self.key.weight.view(self.heads, -1, self.key.in_features)
+        u: Tensor = (queries @ key_rows) * (self.input_norm.weight * scale)
         return u.flatten(1, 2)
 
     def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
@@ -482,9 +483,9 @@ class CrossAttend(nn.Module):
             attended = merge_heads(attend(queries, keys, values, queries.shape[-1] ** -0.5, memory.mask))
         else:
             u = self.fold(self.queries(latents)) if folded is None else folded
-            mean = memory.average(u, tiled=form == "tiled").unflatten(1, (self.heads, -1))  # (B, H, N, C)
+            mean = memory.average(u, tiled=form == "tiled").view(memory.batch, self.heads, -1, u.shape[-1])
             mean = mean * self.input_norm.weight + self.input_norm.bias
-            value_rows = self.value.weight.unflatten(0, (self.heads, -1))
+            value_rows = self.value.weight.view(self.heads, -1, u.shape[-1])
             attended = merge_heads(mean @ value_rows.mT) + self.value.bias
         attended = self.output(attended)
         latents = latents + attended if self.residual else attended

@@ -96,6 +96,11 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="As computed.")] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Make activations again instead of keeping them: slower, far less memory."),
+    ] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile, for GPUs.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: Limit = None,
@@ -127,8 +132,10 @@ def train(
         "train.seed": seed,
     }
     given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
-    given |= {"train.freeze": freeze}
-    overrides += [f"{key}={value}" for key, value in given.items() if value is not None]
+    given |= {"train.freeze": freeze, "train.recompute": recompute or None, "train.compile": compile_ or None}
+    overrides += [
+        f"{key}={str(value).lower() if value is True else value}" for key, value in given.items() if value is not None
+    ]
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:
         output = Path("runs/latest").resolve()

@@ -333,6 +333,9 @@ class TrainConfig(Table):
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # Make activations of latent Transformers again in the backward pass instead of keeping them: a third more time.
+    recompute: bool = False
+    compile: bool = False  # latent Transformers through torch.compile: a minute at the start, for GPUs
 
 
 # ---------------------------------------------------------------- the whole

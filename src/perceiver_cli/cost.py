@@ -13,20 +13,30 @@ from dataclasses import dataclass
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.preprocess.base import Layout
 
+MIN_TILED_INPUTS = 1024  # of a grid; below, its byte array is built, which is small then
+TILE_KEY = 40  # about the width of a tile's keys, beside the values
+
 
 @dataclass(frozen=True)
 class Cost:
-    """parameters: count; flops: of one input's forward; training_bytes: about, for one step of `batch_size`."""
+    """What one model costs. Bytes are about, in float32, for one example.
+
+    parameters: count; flops: of a forward; activation_bytes: kept for the backward pass, or with `recompute` kept and
+    made again; forward_bytes: at the peak of a forward alone.
+    """
 
     parameters: int
     flops: int
     num_inputs: int
     input_channels: int
-    activation_bytes: int  # per example, kept for the backward pass
+    activation_bytes: int
+    recomputed_bytes: int
+    forward_bytes: int
 
-    def training_bytes(self, batch_size: int, *, averaged: bool) -> int:
+    def training_bytes(self, batch_size: int, *, averaged: bool, recompute: bool = False) -> int:
         """Return about what a training step takes: weights, gradients, two moments, an average, activations."""
-        return 4 * self.parameters * (5 if averaged else 4) + batch_size * self.activation_bytes
+        activations = self.recomputed_bytes if recompute else self.activation_bytes
+        return 4 * self.parameters * (5 if averaged else 4) + batch_size * activations
 
 
 def input_channels(config: ModelConfig, layouts: Mapping[str, Layout]) -> int:
@@ -66,10 +76,25 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
     flops = num_cross * cross_flops + num_self * self_flops + readout_flops + 2 * d * num_classes
     flops += sum(_front_flops(layout) for layout in layouts.values())
 
-    # Kept per example: the byte array and its normalised form; per block what the backward reads (norms, Q, K, V,
-    # attention output, the two halves of the dense block).
-    kept = 2 * m * c + num_cross * n * (6 * d + 4 * c + 2 * d * widening) + num_self * n * d * (8 + 2 * widening)
-    return Cost(parameters, flops, m, c, 4 * kept)
+    # In numbers. Kept per block is what the backward reads: norms, Q, K, V, attention output, the halves of the dense
+    # block; made again, the latents between latent Transformers, and one of these at a time.
+    inputs = sum(_input_numbers(layout, c) for layout in layouts.values())
+    cross_kept, self_kept = n * (6 * d + 4 * c + 2 * d * widening), n * d * (8 + 2 * widening)
+    kept = inputs + num_cross * cross_kept
+    rounds, blocks = len(config.steps) - num_cross, config.self_attends_per_block
+    return Cost(
+        parameters, flops, m, c,
+        activation_bytes=4 * (kept + num_self * self_kept),
+        recomputed_bytes=4 * (kept + rounds * n * d + min(1, rounds) * blocks * self_kept),
+        forward_bytes=4 * (inputs + max(cross_kept, self_kept)),
+    )  # fmt: skip
+
+
+def _input_numbers(layout: Layout, c: int) -> int:
+    """Return how many numbers stand for a modality's inputs: rows and their normalised form, or keys of tiles."""
+    if layout.is_grid and not layout.learned_channels and layout.num_inputs >= MIN_TILED_INPUTS:
+        return layout.num_inputs * min(2 * c, 3 * layout.channels + TILE_KEY)
+    return 2 * layout.num_inputs * c
 
 
 def _front_parameters(layout: Layout) -> int:

@@ -24,7 +24,7 @@ from perceiver_cli.errors import DataError, DivergedError, IntegrityError, Resou
 from perceiver_cli.evaluate import Report, score
 from perceiver_cli.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.files import show_path
-from perceiver_cli.model import Perceiver
+from perceiver_cli.model import Perceiver, compile_latents
 from perceiver_cli.optim import learning_rate, make_average, make_optimizer
 from perceiver_cli.runs import MetricsLog, mark_latest
 
@@ -114,6 +114,9 @@ class Run:
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
+        model.recompute = train.recompute
+        if train.compile:
+            compile_latents(model, self.compute)
         self.model = model.to(self.compute.device).train()
         self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)

@@ -14,7 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from perceiver_cli.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.config import ModelConfig
+from perceiver_cli.device import Compute
 from perceiver_cli.encoding import ByteArrayEncoding, Part, Segment
+from perceiver_cli.errors import UsageError
+from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.base import Layout
 
 LATENT_STD = 0.02
@@ -118,6 +121,21 @@ class QueryReadout(nn.Module):
         """Return (B, D) from latents (B, N, D)."""
         attended: Tensor = self.cross_attend(self.query.unsqueeze(0), Memory([Part(latents)]))
         return attended[:, 0]
+
+
+def compile_latents(model: Perceiver, compute: Compute) -> None:
+    """Let torch.compile fuse what lies between the latent Transformers' matrix products; weights keep their names.
+
+    Raises:
+        UsageError: torch.compile does not work here, found on a trifle rather than in the first step.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=compute.device))
+    except Exception as error:  # no compiler, no Triton, an unsupported Python: each has errors of its own
+        reason = show_path(str(error).strip().partition("\n")[0])[1:-1]
+        raise UsageError(f"torch.compile does not work here: {reason}", "leave out --compile") from error
+    for transformer in model.latent_transformers:
+        transformer.compile()
 
 
 def cross_width(config: ModelConfig, input_channels: int) -> int:

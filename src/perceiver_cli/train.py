@@ -132,7 +132,9 @@ class Trainer(Plan):
             },
             "parameters": self.cost.parameters,
             "flops": self.cost.flops,
-            "training_bytes": self.cost.training_bytes(train.batch_size, averaged=train.ema_decay > 0),
+            "training_bytes": self.cost.training_bytes(
+                train.batch_size, averaged=train.ema_decay > 0, recompute=train.recompute
+            ),
             "steps": None if train.max_time_s else self.planned_steps,
             "max_time_s": train.max_time_s,
             "batch_size": train.batch_size * train.accumulate,
@@ -195,7 +197,7 @@ class Trainer(Plan):
         if self.compute.device.type == "cpu" and needed > memory:
             raise UsageError(
                 f"a step needs about {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
-                "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N",
+                "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N, or --recompute",
             )
 
     def _check_resumable(self) -> None:
