@@ -13,10 +13,13 @@ import soundfile
 import torch
 
 from perceiver_cli.catalog import Example
+from perceiver_cli.config import load_preset
+from perceiver_cli.cost import estimate
 from perceiver_cli.data import collate
 from perceiver_cli.errors import UsageError
 from perceiver_cli.manifest import CONTENT
 from perceiver_cli.predict import Prediction, Predictor, Windows, answer, summed_up
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Source
 from tests.conftest import RATE_HZ, TONES_HZ, tone_of, write_clip
 
@@ -223,3 +226,23 @@ def test_views_are_averaged_as_probabilities(filmed: Path, tmp_path: Path) -> No
     logits = answer(predictor.model, collate(rows), 3, predictor.compute, multi_label=True)
     singly = [answer(predictor.model, collate([row]), 1, predictor.compute, True).sigmoid() for row in rows]
     np.testing.assert_allclose(logits.sigmoid()[0], torch.cat(singly).mean(dim=0), rtol=1e-5)
+
+
+def test_batches_are_shaped_by_memory(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(trained)
+    assert predictor.batch_that_fits == 32
+    layouts = predictor.reader.layouts
+    each = estimate(predictor.info.config.model, layouts, len(predictor.classes)).forward_bytes
+    monkeypatch.setattr("perceiver_cli.predict.FORWARD_BYTES", 3 * each + 1)
+    assert predictor.batch_that_fits == 3
+    monkeypatch.setattr("perceiver_cli.predict.FORWARD_BYTES", 1)
+    assert predictor.batch_that_fits == 1
+
+
+def test_a_large_picture_needs_no_byte_array() -> None:
+    """The estimate that batches are shaped by: 1,048,576 inputs of the ImageNet model in less than 1 GiB."""
+    config = load_preset("imagenet")
+    image = config.inputs["image"].model_copy(update={"size": (1024, 1024)})
+    cost = estimate(config.model, {"image": modality("image").layout(image)}, 1000)
+    assert cost.num_inputs == 1 << 20
+    assert cost.forward_bytes < 1 << 28

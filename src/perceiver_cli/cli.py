@@ -41,7 +41,7 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
 Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Inputs at once.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at once [default: what fits, 32 at most on a CPU].")]
 Limit = Annotated[
     list[str] | None,
     typer.Option("--limit", metavar="NAME=VALUE", help="Raise what one input may cost, e.g. image_pixels=200M."),
@@ -179,7 +179,7 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl, confusion.png.")
     ] = None,
     json: Json = False,
-    batch_size: BatchSize = 64,
+    batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
     precision: Precision = "auto",
@@ -226,9 +226,7 @@ def predict(
     files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
     stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Inputs at once [default: 32; of windows on a CPU 1].")
-    ] = None,
+    batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
     precision: Precision = "auto",

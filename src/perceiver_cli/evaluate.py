@@ -195,7 +195,7 @@ def evaluate(
     predictor: Predictor,
     data: str | os.PathLike[str],
     split: str | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
@@ -231,7 +231,8 @@ def evaluate(
     reader = Reader(predictor.reader.specs, predictor.reader.limits, catalog.bad, several)
     total = len(examples)
     report = score(
-        predictor.model, reader, examples, predictor.classes, predictor.compute, batch_size, workers,
+        predictor.model, reader, examples, predictor.classes, predictor.compute,
+        batch_size or predictor.batch_that_fits, workers,
         None if progress is None else lambda done: progress(done, total),
     )  # fmt: skip
     return Report(**{**vars(report), "split": name, "modalities": used, "notes": tuple(notes)})

@@ -16,6 +16,7 @@ from torch import Tensor
 from perceiver_cli.catalog import Example, unlabelled
 from perceiver_cli.checkpoint import find_model, load_model
 from perceiver_cli.config import Limits
+from perceiver_cli.cost import estimate
 from perceiver_cli.data import Batch, Reader, Row, Task, collate, ordered_tasks
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.encoding import Segment
@@ -28,7 +29,8 @@ from perceiver_cli.preprocess.base import Source
 
 Part = str | os.PathLike[str] | bytes | Source
 Input = Part | Mapping[str, Part]  # several parts: by modality
-BATCH_SIZE = 32
+FORWARD_BYTES = 256 << 20  # of activations on a CPU, where larger batches are no faster; on a GPU half of what is free
+MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # answers come in batches: a reader of a pipe waits for one
 NEVER = 1e-12  # least probability of a mean over windows, so that its logit is finite
 
 
@@ -144,6 +146,15 @@ class Predictor:
         """What the model reads, sorted; it answers from those of its reader."""
         return tuple(sorted(self.info.config.inputs))
 
+    @property
+    def batch_that_fits(self) -> int:
+        """How many inputs at once: as many as memory allows by the model's own cost, up to MOST_AT_ONCE."""
+        layouts = Reader(self.info.config.inputs, self.reader.limits).layouts
+        each = estimate(self.info.config.model, layouts, len(self.classes)).forward_bytes
+        kind = self.compute.device.type
+        budget = torch.cuda.mem_get_info(self.compute.device)[0] // 2 if kind == "cuda" else FORWARD_BYTES
+        return max(1, min(MOST_AT_ONCE.get(kind, 32), budget // each))
+
     def predict(
         self,
         inputs: Input | Iterable[Input],
@@ -156,7 +167,8 @@ class Predictor:
         An input is a path or bytes, or a mapping of these by modality. A folder stands for the files below it (those
         of one stem are one input of a model of several modalities), a manifest for its rows. With `windows` there may
         be several an input, or one that sums them up; memory is bounded by a batch of windows, however long the input.
-        `batch_size` is 32 unless given, and of windows on a CPU 1, which is as fast. `workers` read whole inputs only.
+        `batch_size` is `batch_that_fits` unless given, of windows on a CPU 1, which is as fast. `workers` read whole
+        inputs only.
 
         Raises:
             DataError: a manifest that cannot be read. UsageError: windows for a model without a time axis.
@@ -165,7 +177,8 @@ class Predictor:
             inputs = [inputs]
         examples = (example for given in inputs for example in self._examples(given))
         if batch_size is None:
-            batch_size = 1 if windows is not None and self.compute.device.type == "cpu" else BATCH_SIZE
+            one = windows is not None and self.compute.device.type == "cpu"
+            batch_size = 1 if one else self.batch_that_fits
         if windows is not None:
             if not self.reader.timed:
                 raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
