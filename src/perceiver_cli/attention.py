@@ -471,23 +471,25 @@ class CrossAttend(nn.Module):
         u: Tensor = (queries @ key_rows) * (self.input_norm.weight * scale)
         return u.flatten(1, 2)
 
-    def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
-        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same.
+    def read(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
+        """Return (B, N, W): softmax(Q K^T / sqrt(W / H)) V of all heads, before the output's linear layer.
 
-        folded: what `fold` gives for them, where that is known already.
+        folded: what `fold` gives for these latents, where that is known already.
         """
         form = self.form(latents.shape[1], memory.tiled_width())
         if form == "projected":
             queries = self.queries(latents).expand(memory.batch, -1, -1, -1)
             keys, values = memory.projected(self)
-            attended = merge_heads(attend(queries, keys, values, queries.shape[-1] ** -0.5, memory.mask))
-        else:
-            u = self.fold(self.queries(latents)) if folded is None else folded
-            mean = memory.average(u, tiled=form == "tiled").view(memory.batch, self.heads, -1, u.shape[-1])
-            mean = mean * self.input_norm.weight + self.input_norm.bias
-            value_rows = self.value.weight.view(self.heads, -1, u.shape[-1])
-            attended = merge_heads(mean @ value_rows.mT) + self.value.bias
-        attended = self.output(attended)
+            return merge_heads(attend(queries, keys, values, queries.shape[-1] ** -0.5, memory.mask))
+        u = self.fold(self.queries(latents)) if folded is None else folded
+        mean = memory.average(u, tiled=form == "tiled").view(memory.batch, self.heads, -1, u.shape[-1])
+        mean = mean * self.input_norm.weight + self.input_norm.bias
+        value_rows = self.value.weight.view(self.heads, -1, u.shape[-1])
+        return merge_heads(mean @ value_rows.mT) + self.value.bias
+
+    def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
+        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
+        attended = self.output(self.read(latents, memory, folded))
         latents = latents + attended if self.residual else attended
         return latents + self.dense(latents)  # type: ignore[no-any-return]
 

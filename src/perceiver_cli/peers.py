@@ -29,7 +29,7 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: `call` gives logits (B, classes), or latents of one cross-attend (B, N, D).
+    """Something to time: `call` gives logits (B, classes), or what one cross-attend reads (B, N, W).
 
     differs: what is not the model that was asked for, in words; empty where it is the same function.
     """
@@ -49,7 +49,10 @@ def is_installed(name: str) -> bool:
 def build(
     name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool
 ) -> Contender:
-    """Return a contender: "ours", "usual (einsum)", "usual (SDPA)" or a package. `alone`: the first cross-attend only.
+    """Return a contender: "ours", "usual (einsum)", "usual (SDPA)" or a package.
+
+    `alone`: what the first cross-attend reads and no more, without the linear layers on latents that follow it. Of
+    the usual way, the byte array is given; of ours, all that stands for it is made.
 
     Raises:
         UsageError: a peer that cannot build anything of these sizes.
@@ -61,7 +64,7 @@ def build(
         nn.init.normal_(model.head.weight, std=0.02)
         parameters = list(model.parameters())
         if name == "ours" and alone:
-            return Contender(lambda: _cross_alone(model, segments), list(model.cross_attends[0].parameters()))
+            return Contender(lambda: _read_alone(model, segments), list(model.cross_attends[0].parameters()))
         if name == "ours":
             return Contender(lambda: model(segments), parameters)
         fused = name == "usual (SDPA)"
@@ -71,7 +74,7 @@ def build(
             block = model.cross_attends[0]
             assert isinstance(block, CrossAttend)
             latents = model.latents.expand(batch, -1, -1)
-            return Contender(lambda: usual_cross_attend(block, latents, rows, fused=fused), list(block.parameters()))
+            return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
         return Contender(lambda: usual_forward(model, segments, fused=fused), parameters)
     if alone:
         raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
@@ -106,14 +109,14 @@ def _random(layout: Layout, batch: int, device: torch.device) -> Segment:
 # ---------------------------------------------------------------- the usual way
 
 
-def _cross_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
-    memory = Memory(list(model.encoding.parts(segments).values()))
-    latents: Tensor = model.cross_attends[0](model.latents.unsqueeze(0), memory)
-    return latents
+def _read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
+    block = model.cross_attends[0]
+    assert isinstance(block, CrossAttend)
+    return block.read(model.latents.unsqueeze(0), Memory(list(model.encoding.parts(segments).values())))
 
 
-def usual_cross_attend(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
-    """Return the new latents (B, N, D), with K and V projected from the whole byte array (B, M, C)."""
+def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
+    """Return (B, N, W), with K and V projected from the whole byte array (B, M, C)."""
     rows = block.input_norm(byte_array)
     normalised = block.latent_norm(latents)
     query, key, value = (
@@ -122,12 +125,9 @@ def usual_cross_attend(block: CrossAttend, latents: Tensor, byte_array: Tensor, 
     )
     scale = query.shape[-1] ** -0.5
     if fused:
-        attended = F.scaled_dot_product_attention(query, key, value, scale=scale)
-    else:
-        scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
-        attended = torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value)
-    latents = latents + block.output(merge_heads(attended))
-    return latents + block.dense(latents)  # type: ignore[no-any-return]
+        return merge_heads(F.scaled_dot_product_attention(query, key, value, scale=scale))
+    scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
+    return merge_heads(torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value))
 
 
 def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
@@ -139,7 +139,8 @@ def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: b
         if kind == "c":
             block = model.cross_attends[index]
             assert isinstance(block, CrossAttend)
-            latents = usual_cross_attend(block, latents, byte_array, fused=fused)
+            latents = latents + block.output(usual_read(block, latents, byte_array, fused=fused))
+            latents = latents + block.dense(latents)
         else:
             latents = model.latent_transformers[index](latents)
     logits: Tensor = model.head(latents.mean(dim=1) if model.readout is None else model.readout(latents))
