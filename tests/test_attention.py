@@ -138,6 +138,7 @@ def test_every_form_is_the_papers_formula(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.SLAB_BYTES, "cpu", slab_bytes)
         patch.setattr(attention, "KEPT_BYTES", kept_bytes)
+        patch.setattr(attention, "STATISTICS_BYTES", slab_bytes)
         patch.setattr(attention, "ROW_TILE", 16)
         check(block, query, encoding, segments, 1e-5)
 

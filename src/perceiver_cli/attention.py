@@ -39,7 +39,7 @@ from perceiver_cli.encoding import Part
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
 SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
-STATISTICS_BYTES = 32 << 20  # of the float64 copies of values that exist at once
+STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
 ROW_TILE = 512  # rows of a tile that has no places
 KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
 NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
@@ -214,10 +214,11 @@ class GridTiles(Tiles):
         super().__init__(batch, counts, sides, prod(sides), channels + 1 + self.masked + sum(sides))
         pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
         self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
-        # Statistics take float64, a few examples at a time.
-        step = max(1, STATISTICS_BYTES // (8 * prod(part.values.shape[1:])))
-        statistics = _feature_sums(part)
-        columns = torch.cat([_normalised(values, part, *statistics) for values in torch.split(part.values, step)])
+        # Statistics take float64, a slice of the grid at a time.
+        step = max(1, STATISTICS_BYTES // (8 * batch * prod(part.values.shape[2:])))
+        first, *rest = part.tables
+        rows = [slice(start, start + step) for start in range(0, grid[0], step)]
+        columns = torch.cat([_normalised(part.values[:, r], [first[r], *rest]) for r in rows], dim=1)
         if self.masked:
             bias = columns.new_zeros(*columns.shape[:-1], 1)
             if part.mask is not None:
@@ -297,27 +298,22 @@ class RowTiles(Tiles):
         return shared[..., 1:], normaliser
 
 
-def _feature_sums(part: Part) -> tuple[Tensor, Tensor]:
-    """Return sums (*grid) over the position features of each place, and over their squares, in float64."""
-    sums, squares = None, None
-    for table in part.tables:
-        wide = _wide(table)
-        one, two = wide.sum(dim=-1), wide.square().sum(dim=-1)
-        sums = one if sums is None else sums.unsqueeze(-1) + one
-        squares = two if squares is None else squares.unsqueeze(-1) + two
-    assert sums is not None
-    assert squares is not None
-    return sums, squares
+def _normalised(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Return (B, *grid, c + 2) float32: xhat of the values, -r mu and r, with LayerNorm's statistics of whole rows.
 
-
-def _normalised(values: Tensor, part: Part, sums: Tensor, squares: Tensor) -> Tensor:
-    """Return (b, *grid, c + 2) float32: xhat of the values, -r mu and r, with LayerNorm's statistics of whole rows."""
-    total = part.num_channels
+    tables: of `Part`, for the places of the values.
+    """
+    sums, squares = _wide(tables[0]).sum(dim=-1), _wide(tables[0]).square().sum(dim=-1)
+    for table in tables[1:]:
+        sums = sums.unsqueeze(-1) + _wide(table).sum(dim=-1)  # (side_0 .. side_i)
+        squares = squares.unsqueeze(-1) + _wide(table).square().sum(dim=-1)
     wide = _wide(values)
+    features = tables[0].shape[-1]
+    total = values.shape[-1] + features
     mean = (wide.sum(dim=-1) + sums) / total
     centred = wide - mean.unsqueeze(-1)
-    features = squares - 2 * mean * sums + (total - values.shape[-1]) * mean.square()
-    rate = ((centred.square().sum(dim=-1) + features) / total + EPS).rsqrt()
+    spread = squares - 2 * mean * sums + features * mean.square()
+    rate = ((centred.square().sum(dim=-1) + spread) / total + EPS).rsqrt()
     ending = torch.stack([-mean * rate, rate], dim=-1)
     return torch.cat([centred * rate.unsqueeze(-1), ending], dim=-1).float()
 
