@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from perceiver_cli import peers
 from perceiver_cli.bench import machine
 from perceiver_cli.config import Config, load_preset
+from perceiver_cli.cost import latent_flops
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.errors import ResourceError, UsageError
 from perceiver_cli.preprocess import modality
@@ -213,9 +214,9 @@ def contest(
         for _ in range(rounds):
             for name in names:
                 found[name].append(run(jobs[name]))
-        total = peers.num_inputs(layouts_of(config, side))
+        total = sum(layout.num_inputs for layout in layouts_of(config, side).values())
         about = {"side": side, "inputs": total, "mode": mode, "preset": preset}
-        flops = peers.latent_flops(config.model, batch)
+        flops = batch * latent_flops(config.model)
         for name in names:
             yield _row(name, found, flops, 3 if mode == "train" else 1, batch) | about
     for name in against:

@@ -45,12 +45,24 @@ def input_channels(config: ModelConfig, layouts: Mapping[str, Layout]) -> int:
     return widest + (config.modality_channels if len(layouts) > 1 else 0)
 
 
+def cross_width(config: ModelConfig, input_channels: int) -> int:
+    """Return the width of Q, K and V in the cross-attends: min(C, D) by the paper, C in the official code."""
+    return min(input_channels, config.latent_channels) if config.cross_channels == "min" else input_channels
+
+
+def latent_flops(config: ModelConfig) -> int:
+    """Return the FLOPs of all latent Transformers in one input's forward."""
+    n, d = config.num_latents, config.latent_channels
+    block = 2 * (4 * n * d * d + 2 * n * n * d) + 2 * n * 2 * d * d * config.widening_factor
+    return sum(kind == "t" for kind, _ in config.steps) * config.self_attends_per_block * block
+
+
 def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: int) -> Cost:
     """Return the cost of the model that `Perceiver(config, layouts, num_classes)` would build."""
     n, d, widening = config.num_latents, config.latent_channels, config.widening_factor
     c = input_channels(config, layouts)
     m = sum(layout.num_inputs for layout in layouts.values())
-    w = min(c, d) if config.cross_channels == "min" else c
+    w = cross_width(config, c)
 
     dense = 2 * d + _linear(d, d * widening) + _linear(d * widening, d)
     cross = 2 * d + 2 * c + _linear(d, w) + 2 * _linear(c, w) + _linear(w, d) + dense
@@ -69,11 +81,10 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
 
     dense_flops = 2 * n * 2 * d * d * widening
     cross_flops = 2 * (2 * n * d * w + 2 * m * c * w + 2 * n * m * w) + dense_flops
-    self_flops = 2 * (4 * n * d * d + 2 * n * n * d) + dense_flops
     num_cross = sum(kind == "c" for kind, _ in config.steps)
     num_self = (len(config.steps) - num_cross) * config.self_attends_per_block
     readout_flops = 2 * (2 * d * d + 2 * n * d * d + 2 * n * d) + 4 * d * d if config.head == "query" else 0
-    flops = num_cross * cross_flops + num_self * self_flops + readout_flops + 2 * d * num_classes
+    flops = num_cross * cross_flops + latent_flops(config) + readout_flops + 2 * d * num_classes
     flops += sum(_front_flops(layout) for layout in layouts.values())
 
     # In numbers. Kept per block is what the backward reads: norms, Q, K, V, attention output, the halves of the dense

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perceiver_cli.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.config import ModelConfig
+from perceiver_cli.cost import cross_width
 from perceiver_cli.device import Compute
 from perceiver_cli.encoding import ByteArrayEncoding, Part, Segment
 from perceiver_cli.errors import UsageError
@@ -136,11 +137,6 @@ def compile_latents(model: Perceiver, compute: Compute) -> None:
         raise UsageError(f"torch.compile does not work here: {reason}", "leave out --compile") from error
     for transformer in model.latent_transformers:
         transformer.compile()
-
-
-def cross_width(config: ModelConfig, input_channels: int) -> int:
-    """Return the width of Q, K and V in the cross-attends: min(C, D) by the paper, C in the official code."""
-    return min(input_channels, config.latent_channels) if config.cross_channels == "min" else input_channels
 
 
 @torch.no_grad()

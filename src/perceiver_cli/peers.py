@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.attention import CrossAttend, Memory, merge_heads, split_heads
 from perceiver_cli.config import ModelConfig
+from perceiver_cli.cost import cross_width
 from perceiver_cli.encoding import ByteArrayEncoding, Segment
 from perceiver_cli.errors import UsageError
 from perceiver_cli.model import Perceiver
@@ -153,13 +153,13 @@ def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: b
 def _perceiver_pytorch(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
     from perceiver_pytorch import Perceiver as Theirs
 
-    rounds = sum(kind == "c" for kind, _ in config.steps)
+    rounds, width = sum(kind == "c" for kind, _ in config.steps), cross_width(config, layout.num_channels)
     blocks = sum(kind == "t" for kind, _ in config.steps) // rounds * config.self_attends_per_block
     peer = Theirs(
         num_freq_bands=layout.bands, depth=rounds, max_freq=max(layout.max_resolution),
         input_channels=layout.channels, input_axis=layout.dims, num_latents=config.num_latents,
         latent_dim=config.latent_channels, cross_heads=config.num_cross_heads,
-        cross_dim_head=_width(config, layout) // config.num_cross_heads, latent_heads=config.num_self_heads,
+        cross_dim_head=width // config.num_cross_heads, latent_heads=config.num_self_heads,
         latent_dim_head=config.latent_channels // config.num_self_heads, num_classes=CLASSES,
         weight_tie_layers=config.num_cross_sets < rounds, self_per_cross_attn=blocks,
     )  # fmt: skip
@@ -213,11 +213,11 @@ def _perceiver_io(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
         def forward(self, x: Tensor) -> Tensor:
             return torch.cat([x.flatten(1, -2), self.positions(len(x))], dim=-1)
 
-    crosses = sum(kind == "c" for kind, _ in config.steps)
+    crosses, width = sum(kind == "c" for kind, _ in config.steps), cross_width(config, layout.num_channels)
     encoder = core.PerceiverEncoder(
         Pixels(), config.num_latents, config.latent_channels,
-        num_cross_attention_heads=config.num_cross_heads, num_cross_attention_qk_channels=_width(config, layout),
-        num_cross_attention_v_channels=_width(config, layout), num_cross_attention_layers=crosses,
+        num_cross_attention_heads=config.num_cross_heads, num_cross_attention_qk_channels=width,
+        num_cross_attention_v_channels=width, num_cross_attention_layers=crosses,
         first_cross_attention_layer_shared=config.num_cross_sets < min(2, crosses),
         cross_attention_widening_factor=config.widening_factor, num_self_attention_heads=config.num_self_heads,
         num_self_attention_layers_per_block=config.self_attends_per_block,
@@ -237,21 +237,3 @@ _PEERS: dict[str, Callable[[ModelConfig, Layout], tuple[nn.Module, str]]] = {
     "transformers": _transformers,
     "perceiver-io": _perceiver_io,
 }
-
-
-def _width(config: ModelConfig, layout: Layout) -> int:
-    channels = layout.num_channels
-    return min(channels, config.latent_channels) if config.cross_channels == "min" else channels
-
-
-def latent_flops(config: ModelConfig, batch: int) -> int:
-    """Return the FLOPs of the matrix products of all latent Transformers in one forward."""
-    n, d = config.num_latents, config.latent_channels
-    block = 2 * (4 * n * d * d + 2 * n * n * d) + 2 * n * 2 * d * d * config.widening_factor
-    rounds = sum(kind == "t" for kind, _ in config.steps)
-    return batch * rounds * config.self_attends_per_block * block
-
-
-def num_inputs(layouts: Mapping[str, Layout]) -> int:
-    """Return M of all modalities."""
-    return sum(prod(layout.grid) for layout in layouts.values())

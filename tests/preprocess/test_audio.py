@@ -18,7 +18,7 @@ from perceiver_cli.config import AudioSpec, Limits
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
 from perceiver_cli.preprocess import decode, detect
 from perceiver_cli.preprocess.audio import MODALITY as AUDIO
-from perceiver_cli.preprocess.base import ByteArray, Source, named
+from perceiver_cli.preprocess.base import ByteArray, Source
 
 RATE = 16_000
 LIMITS = Limits()
@@ -103,7 +103,7 @@ def test_the_same_from_a_file_as_from_a_pipe(tmp_path: Path) -> None:
     path = tmp_path / "ü\udcff.wav"
     path.write_bytes(encoded(SINE))
     spec = AudioSpec(rate_hz=RATE)
-    assert np.array_equal(AUDIO.load(named(path), spec, LIMITS), load(path.read_bytes()))
+    assert np.array_equal(AUDIO.load(Source(str(path)), spec, LIMITS), load(path.read_bytes()))
 
 
 def test_integers_scale_to_full_scale_one() -> None:

@@ -17,7 +17,7 @@ import pytest
 from perceiver_cli.config import Limits, PointsSpec
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess import detect
-from perceiver_cli.preprocess.base import Source, named
+from perceiver_cli.preprocess.base import Source
 from perceiver_cli.preprocess.points import MODALITY as POINTS
 
 trimesh = pytest.importorskip("trimesh")  # also here, so that no timing or memory below counts the import
@@ -107,7 +107,7 @@ def test_every_format_gives_points_on_the_cube(name: str, tmp_path: Path) -> Non
     assert np.abs(points.mean(0)).max() < 0.15  # all sides, not one
     assert np.array_equal(points, load(data, name))
     (tmp_path / name).write_bytes(data)
-    assert np.array_equal(points, POINTS.load(named(tmp_path / name), SPEC, LIMITS))
+    assert np.array_equal(points, POINTS.load(Source(str(tmp_path / name)), SPEC, LIMITS))
 
 
 def test_samples_are_in_proportion_to_area_in_every_prefix() -> None:

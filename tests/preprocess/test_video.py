@@ -21,7 +21,7 @@ from PIL import Image
 from perceiver_cli.config import AudioSpec, Limits, VideoSpec
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
 from perceiver_cli.preprocess import container, decode, detect, modality
-from perceiver_cli.preprocess.base import Source, named
+from perceiver_cli.preprocess.base import Source
 from perceiver_cli.preprocess.video import MODALITY as VIDEO
 
 LIMITS = Limits()
@@ -82,7 +82,7 @@ def shown(frames: np.ndarray) -> list[int]:
 
 def refused(data: bytes | Path, limits: Limits = LIMITS, **spec: object) -> DataError:
     """Return the DataError that a video meets, which is one line, quick and takes next to no memory."""
-    source = Source("x.mp4", data) if isinstance(data, bytes) else named(data)
+    source = Source("x.mp4", data) if isinstance(data, bytes) else Source(str(data))
     tracemalloc.start()
     start = time.perf_counter()
     try:
@@ -511,9 +511,9 @@ def test_a_playlist_opens_nothing_else(text: str, name: str, tmp_path: Path, mon
     for given in (path, Path(name)):
         assert "not a format that is read here" in str(refused(given))
         with pytest.raises(DataError, match="not a video by its content"):
-            VIDEO.load(named(given), VideoSpec(), LIMITS)
+            VIDEO.load(Source(str(given)), VideoSpec(), LIMITS)
         with pytest.raises(DataError):
-            VIDEO.duration_s(named(given), LIMITS)
+            VIDEO.duration_s(Source(str(given)), LIMITS)
 
 
 @pytest.mark.parametrize("name", ["concat:a|b", "http://h/x.mp4", "file:x.mp4", "tcp://127.0.0.1:1", "pipe:0", "-"])

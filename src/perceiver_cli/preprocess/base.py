@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -297,8 +296,3 @@ def check_contract(source: Source, values: Array, what: str) -> Array:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{source.shown}: {what} that are not finite numbers")
     return values
-
-
-def named(path: str | os.PathLike[str]) -> Source:
-    """Return the Source of a file."""
-    return Source(os.fspath(Path(path)))
