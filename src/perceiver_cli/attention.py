@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from perceiver_cli import kernels
 from perceiver_cli.cost import MIN_TILED_INPUTS
 from perceiver_cli.encoding import Part
+from perceiver_cli.linear import linears
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
@@ -404,8 +405,13 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B, N, D), to be added to `x`."""
-        out: Tensor = self.project(F.gelu(self.widen(self.norm(x)), approximate=self.approximate))
+        (wide,) = linears(x, self.norm, [self.widen])
+        (out,) = linears(wide, self.gelu, [self.project])
         return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return GELU of any shape."""
+        return F.gelu(x, approximate=self.approximate)
 
 
 class CrossAttend(nn.Module):
@@ -457,7 +463,8 @@ class CrossAttend(nn.Module):
 
     def queries(self, latents: Tensor) -> Tensor:
         """Return the queries (B, H, N, W / H) of latents (B, N, D)."""
-        return split_heads(self.query(self.latent_norm(latents)), self.heads)
+        (queries,) = linears(latents, self.latent_norm, [self.query])
+        return split_heads(queries, self.heads)
 
     def fold(self, queries: Tensor) -> Tensor:
         """Return u (B, H N, C): queries (B, H, N, W / H) as they meet xhat."""
@@ -486,8 +493,8 @@ class CrossAttend(nn.Module):
     def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
         """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
         attended = self.output(self.read(latents, memory, folded))
-        latents = latents + attended if self.residual else attended
-        return latents + self.dense(latents)  # type: ignore[no-any-return]
+        latents = add(latents, attended) if self.residual else attended
+        return add(latents, self.dense(latents))
 
 
 class SelfAttend(nn.Module):
@@ -505,10 +512,16 @@ class SelfAttend(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return the new latents (B, N, D)."""
-        normalised = self.norm(latents)
-        query, key, value = (split_heads(f(normalised), self.heads) for f in (self.query, self.key, self.value))
-        latents = latents + self.output(merge_heads(attend(query, key, value, query.shape[-1] ** -0.5)))
-        return latents + self.dense(latents)  # type: ignore[no-any-return]
+        projected = linears(latents, self.norm, [self.query, self.key, self.value])
+        query, key, value = (split_heads(x, self.heads) for x in projected)
+        attended = self.output(merge_heads(attend(query, key, value, query.shape[-1] ** -0.5)))
+        latents = add(latents, attended)
+        return add(latents, self.dense(latents))
+
+
+def add(latents: Tensor, update: Tensor) -> Tensor:
+    """Return latents + update, in the place of the update, which nothing else needs, unless autocast made it narrow."""
+    return update.add_(latents) if update.dtype == latents.dtype else latents + update
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

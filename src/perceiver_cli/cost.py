@@ -87,10 +87,10 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
     flops = num_cross * cross_flops + latent_flops(config) + readout_flops + 2 * d * num_classes
     flops += sum(_front_flops(layout) for layout in layouts.values())
 
-    # In numbers. Kept per block is what the backward reads: norms, Q, K, V, attention output, the halves of the dense
-    # block; made again, the latents between latent Transformers, and one of these at a time.
+    # In numbers. Kept per block is what the backward reads: the arguments of norms, Q, K, V, attention output, the
+    # argument of GELU; made again, the latents between latent Transformers, and one of these at a time.
     inputs = sum(_input_numbers(layout, c) for layout in layouts.values())
-    cross_kept, self_kept = n * (6 * d + 4 * c + 2 * d * widening), n * d * (8 + 2 * widening)
+    cross_kept, self_kept = n * (3 * d + 4 * c + d * widening), n * d * (6 + widening)
     kept = inputs + num_cross * cross_kept
     rounds, blocks = len(config.steps) - num_cross, config.self_attends_per_block
     return Cost(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_cli.attention import CrossAttend, Memory, merge_heads, split_heads
+from perceiver_cli.attention import CrossAttend, Dense, Memory, SelfAttend, merge_heads, split_heads
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.cost import cross_width
 from perceiver_cli.encoding import ByteArrayEncoding, Segment
@@ -130,6 +130,17 @@ def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused
     return merge_heads(torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value))
 
 
+def _usual_self_read(block: SelfAttend, latents: Tensor) -> Tensor:
+    rows = block.norm(latents)
+    query, key, value = (split_heads(linear(rows), block.heads) for linear in (block.query, block.key, block.value))
+    return merge_heads(F.scaled_dot_product_attention(query, key, value))
+
+
+def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
+    out: Tensor = dense.project(F.gelu(dense.widen(dense.norm(latents)), approximate=dense.approximate))
+    return out
+
+
 def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
     """Return logits (B, classes) of our model, its byte array built and read as every public implementation does."""
     encoding: ByteArrayEncoding = model.encoding
@@ -140,9 +151,12 @@ def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: b
             block = model.cross_attends[index]
             assert isinstance(block, CrossAttend)
             latents = latents + block.output(usual_read(block, latents, byte_array, fused=fused))
-            latents = latents + block.dense(latents)
+            latents = latents + _usual_dense(block.dense, latents)
         else:
-            latents = model.latent_transformers[index](latents)
+            for block in model.latent_transformers[index].children():
+                assert isinstance(block, SelfAttend)
+                latents = latents + block.output(_usual_self_read(block, latents))
+                latents = latents + _usual_dense(block.dense, latents)
     logits: Tensor = model.head(latents.mean(dim=1) if model.readout is None else model.readout(latents))
     return logits
 
