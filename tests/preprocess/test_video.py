@@ -393,11 +393,10 @@ def test_one_crop_and_one_mirror_and_colour_for_all_frames() -> None:
 
 
 def test_recolouring_keeps_grey_grey() -> None:
-    from perceiver_cli.preprocess.video import _recolored
-
-    frames = np.stack([grey(100, 4, 4), grey(120, 4, 4)])
+    raw = np.stack([grey(100, 4, 4), grey(120, 4, 4)])
+    spec = VideoSpec(num_frames=2, size=(4, 4), patch=(1, 4, 4), color=0.3)
     for seed in range(20):
-        found = _recolored(frames, 0.3, np.random.default_rng(seed)).astype(int)
+        found = VIDEO.prepare(raw, spec, np.random.default_rng(seed)).values.reshape(raw.shape).astype(int)
         assert np.ptp(found, axis=-1).max() <= 1
         assert 0.7 * 100 - 8 <= found[0].mean() <= 1.3 * 100 + 8
         assert found[1].mean() > found[0].mean()

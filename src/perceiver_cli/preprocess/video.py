@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.Image import Resampling
 
 from perceiver_cli.config import Limits, VideoSpec
 from perceiver_cli.errors import DataError, LimitError, UsageError
@@ -41,7 +42,8 @@ EPSILON_S = 1e-6
 UNHURRIED_S, SHORTEST_S = 0.1, 0.011  # browsers show a frame of an animation that says 10 ms or less for 100 ms
 MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # beyond, the pixels are taken as square
 PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
-LUMA = np.array([0.299, 0.587, 0.114])
+LUMA = np.array([0.299, 0.587, 0.114])  # as Pillow makes grey
+Change = Callable[[Image.Image], Image.Image]
 
 
 class Shown(NamedTuple):
@@ -155,13 +157,14 @@ class VideoModality(TimedModality[VideoSpec]):
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         if rng is None:
             box = image.center_box(frames[0], spec, spec.size)
-            return ByteArray(patchify(_resized(frames, box, spec.size, None), spec.patch))
-        frames = _resized(frames, image.random_box(frames[0], spec, spec.size, rng), spec.size, 3.0)
+            return ByteArray(patchify(_resized(_cropped(frames, box), spec.size), spec.patch))
+        frames = _cropped(frames, image.random_box(frames[0], spec, spec.size, rng))
+        changes: list[Change] = []
         if rng.random() < spec.flip:
-            frames = frames[:, :, ::-1]
+            changes.append(ImageOps.mirror)
         if spec.color:
-            frames = _recolored(frames, spec.color, rng)
-        return ByteArray(patchify(np.ascontiguousarray(frames), spec.patch))
+            changes.append(_recoloring(frames, spec.color, rng))
+        return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
 
 
 MODALITY = VideoModality()
@@ -376,15 +379,35 @@ def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
 # ---------------------------------------------------------------- augmentation
 
 
-def _resized(frames: Array, box: image.Box, size: tuple[int, int], reducing_gap: float | None) -> Array:
-    """Return (T, *size, 3): the same box of all frames."""
-    return np.stack([image.resize(frame, box, size, reducing_gap) for frame in frames])
+def _cropped(frames: Array, box: image.Box) -> Array:
+    left, top, right, bottom = box
+    return frames[:, top:bottom, left:right]
 
 
-def _recolored(frames: Array, share: float, rng: np.random.Generator) -> Array:
-    """Return the frames with brightness, contrast and saturation each changed by a factor of up to 1 +- `share`."""
-    brightness, contrast, saturation = rng.uniform(1 - share, 1 + share, 3)
-    matrix = brightness * contrast * (saturation * np.eye(COLORS) + (1 - saturation) * LUMA)
-    grey = frames.reshape(-1, COLORS).mean(axis=0) @ LUMA * brightness * (1 - contrast)
-    table = np.concatenate([matrix, np.full((COLORS, 1), grey)], axis=1).ravel().tolist()
-    return np.stack([np.asarray(Image.fromarray(frame).convert("RGB", table)) for frame in frames])
+def _resized(
+    frames: Array, size: tuple[int, int], reducing_gap: float | None = None, changes: Sequence[Change] = ()
+) -> Array:
+    """Return (T, *size, 3) uint8, bilinear, as videos are resized elsewhere; then changed, one frame as the other."""
+    if frames.shape[1:3] == size and not changes:
+        return frames
+    resized = np.empty((len(frames), *size, COLORS), np.uint8)
+    for frame, target in zip(frames, resized, strict=True):
+        shown = Image.fromarray(frame).resize((size[1], size[0]), Resampling.BILINEAR, reducing_gap=reducing_gap)
+        for change in changes:
+            shown = change(shown)
+        target[...] = shown
+    return resized
+
+
+def _recoloring(frames: Array, share: float, rng: np.random.Generator) -> Change:
+    """Return a change of saturation, contrast and brightness, each by a factor of up to 1 +- `share`."""
+    saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
+    some = frames[:, ::4, ::4].reshape(-1, COLORS)  # enough for a mean
+    offset = some.mean(axis=0) @ LUMA * brightness * (1 - contrast)
+    table = np.clip(np.rint(np.arange(256) * contrast * brightness + offset), 0, 255).astype(int).tolist() * COLORS
+
+    def recolor(picture: Image.Image) -> Image.Image:
+        grey = picture.convert("L").convert("RGB")
+        return Image.blend(grey, picture, saturation).point(table)
+
+    return recolor
