@@ -301,9 +301,8 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
         from perceiver_cli.predict import Pipe
 
         for given in inputs:
-            yield (
-                Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if given == "-" else given
-            )
+            stdin = given == "-"
+            yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else given
         if files_from is not None:
             yield from _listed(files_from, b"\0" if null else b"\n")
 
@@ -356,9 +355,9 @@ def preprocess(
     stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
     augment: Annotated[int, typer.Option(min=0, help="Write so many random variants of each training example.")] = 0,
     fourier: Annotated[
-        Literal["float32", "float16"] | None,
-        typer.Option(help="Write rows with Fourier features, M x C, of this type."),
-    ] = None,
+        bool, typer.Option("--fourier", help="Write the byte array as rows with Fourier features, M x C.")
+    ] = False,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of --fourier.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of 'NAME-%06d.tar', e.g. 64M, 1G.")] = "256M",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
     workers: Workers = 0,
@@ -380,7 +379,7 @@ def preprocess(
         console.refuse_terminal("a stream of records")
     job = records.plan(
         given, model=model, preset=preset, changes=changes or [], raised=_limits(limit),
-        label_from_parent=label_from is not None, augment=augment, fourier=fourier,
+        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
     )  # fmt: skip
     size = round(_number(f"--shard-size {shard_size}", shard_size))
     done = records.write_records(job, output, console.emit_bytes, workers, size, resume=resume)

@@ -390,7 +390,7 @@ def _tar_header(name: str, size: int) -> bytes:
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
     before = encoded.ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % size + b"%011o\0" % 0
-    after = b"0" + bytes(100) + b"ustar\00000" + bytes(64) + 2 * b"0000000\0" + bytes(167)
+    after = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
     return before + b"%06o\0 " % (sum(before) + sum(after) + 8 * 0x20) + after
 
 
