@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -139,12 +140,8 @@ def test_the_catalog_of_records_is_that_of_the_folder(pairs: Path, tmp_path: Pat
         assert same(folder.hold_out(0.2), records.hold_out(0.2))
         assert records.counts("train") == folder.counts("train")
         assert [note.replace("records", "examples") for note in records.notes] == list(folder.notes)
-    missing = [
-        sorted(e.sources)
-        for e in scan(stream).splits["train"]
-        if e.id in ("train/top-low/003.wav", "train/top-low/004.png")
-    ]
-    assert missing == [["audio"], ["image"]]
+    brings = {e.id: sorted(e.sources) for e in scan(stream).splits["train"]}
+    assert [brings[f"train/top-low/{name}"] for name in ("003.wav", "004.png")] == [["audio"], ["image"]]
     model = scan(stream, ["bottom-low", "other"])
     assert {e.labels for e in model.splits["train"]} == {(), (0,)}
     assert any("records of classes not among the model's classes" in note for note in model.notes)
@@ -180,14 +177,9 @@ def test_several_folders_and_manifests(bars: Path, tmp_path: Path) -> None:
     assert len({f.id for f in facts}) == len(facts) - 1 == 150  # one file twice, by two names of its folder
     assert (facts[-1].split, facts[-1].labels, facts[-1].path) == ("test", ("left",), facts[-1].id)
     several = tmp_path / "several.jsonl"
-    several.write_text(
-        "".join(
-            f'{{"path": "{bars}/train/left/00{i}.png", "labels": ["a", "b"][:{i}]}}\n'.replace('["a", "b"][:0]', "[]")
-            .replace('["a", "b"][:1]', '["a"]')
-            .replace('["a", "b"][:2]', '["a", "b"]')
-            for i in range(3)
-        )
-    )
+    labels: list[list[str]] = [[], ["a"], ["a", "b"]]
+    rows = [{"path": str(bars / "train" / "left" / f"00{i}.png"), "labels": labels[i]} for i in range(3)]
+    several.write_text("".join(json.dumps(row) + "\n" for row in rows))
     data, _ = written(plan([str(several)]))
     assert [f.labels for f in facts_of(data)] == [(), ("a",), ("a", "b")]
     assert b".cls" not in data
@@ -270,16 +262,14 @@ def test_rows_with_fourier_features_answer_as_the_files_do(pairs: Path, paired: 
         assert answers == files
     else:
         np.testing.assert_allclose(list(answers.values()), [files[name] for name in answers], atol=0.02)
-    (window,) = (
-        predictor.predict([Pipe("-", io.BytesIO(data[: 1 << 20]))], windows=Windows(0.1, 0.1)) if False else [None]
-    )
-    assert window is None
+    (answer, *_) = predictor.predict([Pipe("-", io.BytesIO(data))], windows=Windows(0.1, 0.1))
+    assert "a prepared clip, which cannot be cut into windows" in str(answer.error)
 
 
 # ---------------------------------------------------------------- on disk
 
 
-def test_the_index_is_kept_and_trusted_only_for_the_very_file(
+def test_an_index_is_kept_and_trusted_only_for_the_very_file(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, stream = into(tmp_path, bars, SMALL)
@@ -332,11 +322,11 @@ def test_tars_that_do_not_belong_together(bars: Path, pairs: Path, tmp_path: Pat
     with pytest.raises(DataError, match=r"prepared with inputs\.image\.size = \[12, 12\], but this run has \[16, 16\]"):
         Trainer(tmp_path / "a.tar", tmp_path / "run", overrides=["inputs.image.size=16"])
     (tmp_path / "d.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:50_000])
-    with pytest.raises(IntegrityError, match="'.*d.tar': the stream was cut short after"):
+    with pytest.raises(IntegrityError, match=r"d\.tar': the stream was cut short after"):
         scan(tmp_path / "d.tar")
     with tarfile.open(tmp_path / "e.tar", "w") as tar:
         tar.add(next((bars / "train" / "left").iterdir()), "x.png")
-    with pytest.raises(DataError, match=r"a tar that begins with 'x\.png'"):
+    with pytest.raises(DataError, match=r"a tar that begins with '.*', not with __perceiver__/header"):
         scan(tmp_path / "e.tar")
     assert tar_files(tmp_path / "nothing") is None
 

@@ -272,7 +272,7 @@ class Stored(Source):
 
     def _sane(self, array: Array) -> Array:
         check_contract(self, array, "values")
-        if array.dtype.kind == "f" and np.abs(array).max() > MAX_VALUE:
+        if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
             raise DataError(f"{self.shown}: {self.modality} of values above {MAX_VALUE:g}")
         return array
 
@@ -520,12 +520,13 @@ def _next_header(feed: Feed, before: Header | None, total: int) -> Header | None
         if block[257:262] != b"ustar":
             what = "nothing in it" if not block else "not a tar"
             raise DataError(f"{feed.shown}: {what}", "expected records as `perceiver preprocess` writes them")
-    name, size = _parse_member(feed, block, total)
-    if name != HEADER:
+    if not block.startswith(HEADER.encode() + b"\0"):
+        name = show_path(block[:MAX_NAME].rstrip(b"\0").decode("ascii", "replace"))
         raise DataError(
-            f"{feed.shown}: a tar that begins with {show_path(name)}, not with {HEADER}",
+            f"{feed.shown}: a tar that begins with {name}, not with {HEADER}",
             "expected records as `perceiver preprocess` writes them",
         )
+    name, size = _parse_member(feed, block, total)
     header = Header.parse(_content(feed, size, MAX_HEADER_BYTES, name, total), feed.shown)
     if before is not None:
         header_check(feed.shown, before, header)
