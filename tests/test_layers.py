@@ -21,7 +21,7 @@ ORDER = [
     "kernels", "attention", "device", "model", "optim",
     "manifest", "pairing", "shards", "catalog", "decoding", "data", "checkpoint",
     "predict", "evaluate", "recipes", "records", "pretrained",
-    "events", "runs", "loop", "train", "bench", "peers", "contest",
+    "events", "runs", "loop", "train", "bench", "throughput", "peers", "contest",
     "console",
     "cli",
     "__main__",

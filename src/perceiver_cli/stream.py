@@ -368,18 +368,18 @@ class Writer:
         self.write(data)
 
 
-def pack(facts: Facts, arrays: Mapping[str, bytes], number: int, header: Header) -> bytes:
+def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, header: Header) -> bytes:
     """Return the members of one record; arrays are in the format of NPY, the number becomes its key."""
     key = f"{number:08d}"
-    members = [(f"{key}.json", facts.to_json(header.multi_label))]
+    members: list[tuple[str, bytes | memoryview]] = [(f"{key}.json", facts.to_json(header.multi_label))]
     if not header.multi_label and facts.labels and facts.labels[0] in header.class_index:
         members.append((f"{key}.cls", b"%d" % header.class_index[facts.labels[0]]))
     return tar_members([*members, *((f"{key}.{name}.npy", array) for name, array in arrays.items())])
 
 
-def tar_members(members: Sequence[tuple[str, bytes]]) -> bytes:
+def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     """Return members as POSIX ustar: no owner, no time, so that the same content gives the same bytes."""
-    data = []
+    data: list[bytes | memoryview] = []
     for name, content in members:
         data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
     return b"".join(data)
