@@ -35,6 +35,8 @@ class CurveModality(Modality[CurveSpec]):
     name = "curve"
     formats = ".curve text: a line '# curve', then one number a line"
 
+    decides = ()  # options that `load` looks at
+
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether the file begins with the header line."""
         return head.startswith(HEADER)
@@ -48,6 +50,10 @@ class CurveModality(Modality[CurveSpec]):
         except ValueError as error:
             raise DataError(f"{source.shown}: a line that is not a number") from error
         return check_contract(source, values, "numbers")
+
+    def loaded(self, spec: CurveSpec) -> tuple[str, tuple[int | None, ...]]:
+        """Return float32, (n,): what arrays in records are held to."""
+        return "float32", (None,)
 
     def layout(self, spec: CurveSpec) -> Layout:
         """Return a grid of `length` inputs with one value each."""

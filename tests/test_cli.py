@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -271,8 +272,11 @@ def test_preprocess_gives_the_papers_byte_array(perceive: Perceive, tmp_path: Pa
     np.testing.assert_allclose(rows[-1, 3:5], [1, 1])
     perceive("preprocess", "cat.jpg", "-o", "cat.safetensors", cwd=tmp_path)
     assert np.array_equal(load_file(tmp_path / "cat.safetensors")["image"], rows)
-    piped = perceive("preprocess", "cat.jpg", cwd=tmp_path).stdout
-    assert np.array_equal(np.load(io.BytesIO(piped)), rows)
+    piped = perceive("preprocess", "cat.jpg", "--preset", "imagenet", "--fourier", cwd=tmp_path).stdout
+    with tarfile.open(fileobj=io.BytesIO(piped)) as tar:
+        member = tar.extractfile("00000000.image.npy")
+        assert member is not None
+        assert np.array_equal(np.load(io.BytesIO(member.read())), rows)
 
 
 def test_preprocess_of_sound_points_and_as_a_model_does(perceive: Perceive, here: Path, files: list[Path]) -> None:

@@ -22,11 +22,11 @@ from perceiver_cli.data import (
     Batch,
     Reader,
     class_weights,
-    kept,
     mix,
     ordered_tasks,
     training_tasks,
 )
+from perceiver_cli.decoding import kept
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError
 from perceiver_cli.manifest import CONTENT
@@ -216,7 +216,7 @@ def test_preload_stops_at_its_budget(bars: Path) -> None:
 
 
 def test_resolve_settles_size_and_color(bars: Path) -> None:
-    specs = resolve_specs({"image": ImageSpec(size="auto", color="auto")}, scan(bars).splits["train"], Limits())
+    specs = resolve_specs({"image": ImageSpec(size="auto", color="auto")}, scan(bars), Limits())
     assert (vars(specs["image"])["size"], vars(specs["image"])["color"]) == ((12, 12), "grey")
 
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_cli.catalog import Example, brought, scan, unlabelled
-from perceiver_cli.config import ImageSpec, Limits
+from perceiver_cli.config import AudioSpec, ImageSpec, Limits, PointsSpec
 from perceiver_cli.data import Reader
 from perceiver_cli.errors import DataError
 from perceiver_cli.manifest import CONTENT
@@ -178,19 +178,21 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     (root / "000.txt").write_text("about it\n")
     (root / "notes.txt").write_text("about them\n")
     shutil.copy(root / "001.png", root / "001.jpeg")
-    found = list(unlabelled(str(root), ["audio", "image"]))
+    one = {"image": ImageSpec()}
+    both = one | {"audio": AudioSpec()}
+    found = list(unlabelled(str(root), both, Limits()))
     ids = [Path(example.id).name for example in found]
     assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8)), "notes.txt"]
     assert list(found[0].sources) == ["audio", "image"]
-    assert len(list(unlabelled(str(root), ["image"]))) == 19  # a model of one modality: every file
+    assert len(list(unlabelled(str(root), one, Limits()))) == 19  # a model of one modality: every file
     (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\nin/001.wav,\n,\n")
-    rows = list(unlabelled(str(tmp_path / "m.csv"), ["audio", "image"]))
+    rows = list(unlabelled(str(tmp_path / "m.csv"), both, Limits()))
     assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
     assert rows[0].sources["image"].name == str(root / "003.png")
     (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
-    (cloud,) = unlabelled(str(tmp_path / "cloud.csv"), ["points"])
+    (cloud,) = unlabelled(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
     assert list(cloud.sources) == [CONTENT]
-    (plain,) = unlabelled(str(root / "000.png"), ["image"])
+    (plain,) = unlabelled(str(root / "000.png"), one, Limits())
     assert plain.sources == {CONTENT: Source(str(root / "000.png"))}
 
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
+from typing import overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError
@@ -22,6 +26,8 @@ from perceiver_cli.manifest import CONTENT, SPLIT_NAMES, Row, is_manifest, read_
 from perceiver_cli.pairing import MOST, PROBES, File, assemble, companions, identity, look, sources_of, stem, streams
 from perceiver_cli.preprocess import candidates, formats, modality
 from perceiver_cli.preprocess.base import Source
+from perceiver_cli.shards import UNLIMITED, Shards, key_of, open_shards, spooled, tar_files
+from perceiver_cli.stream import SPLITS, Feed, Header, Stored, read_records
 
 
 @dataclass(frozen=True)
@@ -40,37 +46,101 @@ class Example:
     @cached_property
     def key(self) -> int:
         """A number made from the id alone, for seeds and splits."""
-        return int.from_bytes(hashlib.sha256(self.id.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+        return key_of(self.id)
+
+
+class Records(Sequence[Example]):
+    """Rows of shards as examples, each made when it is asked for: a million of them take no memory.
+
+    places: by name of a label in the shards, the class that it is, -1 for none.
+    """
+
+    def __init__(
+        self, shards: Shards, rows: NDArray[np.int64], places: NDArray[np.int64], modalities: Sequence[str]
+    ) -> None:
+        self.shards, self.rows, self.places, self.modalities = shards, rows, places, modalities
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Records: ...
+    def __getitem__(self, place: int | slice) -> Example | Records:
+        if isinstance(place, slice):
+            return self.chosen(self.rows[place])
+        row = int(self.rows[place])
+        name = self.shards.id(row)
+        return Example(name, self.shards.places(row, name, self.modalities), self._labels(row))
+
+    def chosen(self, rows: NDArray[np.int64]) -> Records:
+        """Return other rows of the same shards."""
+        return Records(self.shards, rows, self.places, self.modalities)
+
+    def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield id and labels of each example."""
+        return ((self.shards.id(row), self._labels(row)) for row in self.rows.tolist())
+
+    def _labels(self, row: int) -> tuple[int, ...]:
+        found = {int(self.places[place]) for place in self.shards.label_indices(row)}
+        return tuple(sorted(found - {-1}))
+
+    def tally(self, num_classes: int) -> list[int]:
+        """Return the number of examples of each class."""
+        chosen = np.zeros(len(self.shards), bool)
+        chosen[self.rows] = True
+        flat = np.repeat(chosen, np.diff(self.shards.columns["label_ends"], prepend=0))
+        found: list[int] = np.bincount(
+            self.places[self.shards.columns["labels"][flat]] + 1, minlength=num_classes + 1
+        ).tolist()
+        return found[1:]
+
+    def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the key and the first label of each example, -1 for none."""
+        firsts = np.full(len(self.shards), -1)
+        ends = self.shards.columns["label_ends"]
+        counts = np.diff(ends, prepend=0)
+        one = counts == 1
+        firsts[one] = self.places[self.shards.columns["labels"][ends[one] - 1]]
+        for row in np.flatnonzero(counts > 1).tolist():
+            firsts[row] = next(iter(self._labels(row)), -1)
+        return self.shards.columns["keys"][self.rows], firsts[self.rows]
 
 
 @dataclass(frozen=True)
 class Catalog:
     """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why.
 
-    modalities: sorted, those that the examples bring; holds: those that there are, asked for or not.
+    modalities: sorted, those that the examples bring; holds: those that there are, asked for or not. prepared: of
+    records, how their arrays were made.
     """
 
     root: str
     modalities: tuple[str, ...]
     holds: tuple[str, ...]
     classes: tuple[str, ...]
-    splits: Mapping[str, tuple[Example, ...]]
+    splits: Mapping[str, Sequence[Example]]
     bad: Mapping[str, str] = field(default_factory=dict)  # example id -> error, known without decoding
     notes: tuple[str, ...] = ()
     multi_label: bool = False  # each example may have several labels, or none
+    prepared: Header | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of every split, id and class: what a run was trained on."""
         digest = hashlib.sha256()
         for split in sorted(self.splits):
-            for example in self.splits[split]:
-                digest.update(f"{split}\0{example.id}\0{example.labels}\n".encode("utf-8", "surrogateescape"))
+            for name, labels in _named(self.splits[split]):
+                digest.update(f"{split}\0{name}\0{labels}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
     def counts(self, split: str) -> dict[str, int]:
         """Return the number of examples of each class in a split."""
-        found = Counter(label for example in self.splits.get(split, ()) for label in example.labels)
+        examples = self.splits.get(split, ())
+        if isinstance(examples, Records):
+            return dict(zip(self.classes, examples.tally(len(self.classes)), strict=True))
+        found = Counter(label for example in examples for label in example.labels)
         return {name: found[index] for index, name in enumerate(self.classes)}
 
     def hold_out(self, fraction: float) -> Catalog:
@@ -81,18 +151,32 @@ class Catalog:
         """
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
-        by_class: dict[tuple[int, ...], list[Example]] = defaultdict(list)
-        for example in self.splits["train"]:
-            by_class[example.labels[:1]].append(example)  # several labels: the first one stands for it
-        held = {
-            example.id
-            for examples in by_class.values()
-            if len(examples) > 1
-            for example in sorted(examples, key=lambda e: e.key)[: max(1, round(fraction * len(examples)))]
-        }
-        train = tuple(e for e in self.splits["train"] if e.id not in held)
-        val = tuple(e for e in self.splits["train"] if e.id in held)
-        return replace(self, splits={**self.splits, "train": train, "val": val})
+        examples = self.splits["train"]
+        keys, firsts = _columns(examples)  # several labels: the first one stands for them
+        held = np.zeros(len(examples), bool)
+        for label in np.unique(firsts):
+            places = np.flatnonzero(firsts == label)
+            if len(places) > 1:
+                held[places[np.argsort(keys[places], kind="stable")][: max(1, round(fraction * len(places)))]] = True
+        return replace(self, splits={**self.splits, "train": _chosen(examples, ~held), "val": _chosen(examples, held)})
+
+
+def _named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return examples.named() if isinstance(examples, Records) else ((e.id, e.labels) for e in examples)
+
+
+def _columns(examples: Sequence[Example]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the key and the first label of each example, -1 for none."""
+    if isinstance(examples, Records):
+        return examples.columns()
+    firsts = [example.labels[0] if example.labels else -1 for example in examples]
+    return np.array([example.key for example in examples], np.uint64), np.array(firsts, np.int64)
+
+
+def _chosen(examples: Sequence[Example], mask: NDArray[np.bool_]) -> Sequence[Example]:
+    if isinstance(examples, Records):
+        return examples.chosen(examples.rows[mask])
+    return tuple(example for example, chosen in zip(examples, mask.tolist(), strict=True) if chosen)
 
 
 # ---------------------------------------------------------------- scanning
@@ -119,29 +203,63 @@ def scan(
     those probed have any. With `reads`, the modalities of a recipe or model, they bring what there is of these. With
     `classes` (of a model), labels are matched by name; examples of other classes get none.
 
+    Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
+
     Raises:
         DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
+        IntegrityError: records that are damaged, or a stream that was cut short.
     """
+    if os.fspath(data) == "-":
+        with os.fdopen(0, "rb", closefd=False) as stdin:
+            return _of_records(spooled(stdin, "stdin"), "-", classes, reads)
+    if (tars := tar_files(data)) is not None:
+        return _of_records(open_shards(tars), os.fspath(data), classes, reads)
     top = Path(data)
     notes: list[str] = []
     multi_label = False
     if top.is_dir():
-        rows = _labelled_files(top, notes)
+        rows = labelled_files(top, notes)
     elif is_manifest(top) and top.is_file():
         rows, multi_label = read_manifest(top)
     else:
         what = "neither a folder nor a manifest" if top.exists() else "no such folder"
         raise DataError(f"{show_path(data)}: {what}", "expected a folder of class folders, or .csv, .tsv, .jsonl")
-    wanted = None if reads is None else set(reads)
+    folder = os.fspath(top if top.is_dir() else top.parent)
+    catalog = of_rows(
+        rows, os.fspath(data), folder, classes, reads, by_stem=top.is_dir(), multi_label=multi_label, notes=notes
+    )
+    ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in catalog.splits.items()}
+    return replace(catalog, splits=ordered)
+
+
+def of_rows(
+    rows: Sequence[Row],
+    root: str,
+    folder: str,
+    classes: Sequence[str] | None = None,
+    reads: Iterable[str] | None = None,
+    *,
+    by_stem: bool = False,
+    multi_label: bool = False,
+    notes: Sequence[str] = (),
+) -> Catalog:
+    """Return the catalog of rows whose paths lie in `folder`, in the order given; as `scan` says.
+
+    by_stem: files that share their stem may be parts of one example. root: what to call the data.
+
+    Raises:
+        DataError: no usable files.
+    """
+    wanted, notes = None if reads is None else set(reads), list(notes)
     given = [row for row in rows if row.paths]
     if any(CONTENT not in row.paths for row in given):
-        found, holds, brings = _by_column(top.parent, given, wanted, notes)
+        found, holds, brings = _by_column(folder, given, wanted, notes)
     else:
-        found, holds, brings = _by_content(top, given, wanted, notes)
+        found, holds, brings = _by_content(folder, given, wanted, notes, by_stem)
     if not holds:
-        raise _nothing_usable(top)
+        raise _nothing_usable(Path(root))
     found += [
-        _Found(f"row {number}", {}, row, f"{show_path(data)}: row {number} names no file")
+        _Found(f"row {number}", {}, row, f"{show_path(root)}: row {number} names no file")
         for number, row in enumerate(rows, start=1)
         if not row.paths
     ]
@@ -162,15 +280,15 @@ def scan(
     seen: dict[str, Mapping[str, Source]] = {}
     for example in found:
         if seen.setdefault(example.id, example.sources) != example.sources:
-            raise DataError(f"{show_path(data)}: two examples of the stem {show_path(example.id)}", "rename the files")
+            raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
         labels = tuple(sorted({index[name] for name in example.row.labels if name in index}))
         splits[example.row.split].append(Example(example.id, example.sources, labels))
     return Catalog(
-        os.fspath(data),
+        root,
         tuple(sorted(brings)),
         tuple(sorted(holds)),
         ordered,
-        {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in splits.items()},
+        {split: tuple(examples) for split, examples in splits.items()},
         {example.id: example.problem for example in found if example.problem is not None},
         tuple(notes),
         multi_label,
@@ -178,7 +296,7 @@ def scan(
 
 
 def _by_column(
-    folder: Path, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
 ) -> tuple[list[_Found], set[str], set[str]]:
     """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
     holds = {name for row in rows for name in row.paths}
@@ -196,16 +314,15 @@ def _by_column(
 
 
 def _by_content(
-    top: Path, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str], by_stem: bool
 ) -> tuple[list[_Found], set[str], set[str]]:
     """Return the examples of rows that name one file each, what there is, and what of it they bring.
 
     A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
     """
-    folder = top if top.is_dir() else top.parent
     files = [look(row.paths[CONTENT], folder) for row in rows]
     holds = {file.kinds[0] for file in files if file.kinds}
-    allowed = companions(files, by_stem=top.is_dir()) if reads is None else reads
+    allowed = companions(files, by_stem=by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
     brings = set(usable)
     if "video" in usable:
@@ -229,7 +346,7 @@ def _by_content(
             expected = kind_of[suffix]
             error = file.error or f"{file.source.shown}: {file.kinds[0]} by its content, expected {expected}"
             file = replace(file, kinds=(expected,), error=error)
-        groups[stem(file.path) if top.is_dir() and len(usable) > 1 else number].append((file, row))
+        groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
         notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {_tally(ignored)}")
 
@@ -244,6 +361,45 @@ def _by_content(
     return found, holds, brings
 
 
+def _of_records(shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None) -> Catalog:
+    """Return the catalog of records, as `scan` does of the files that they were made from."""
+    holds = set(shards.header.inputs)
+    brings = sorted(holds if reads is None else holds & set(reads))
+    notes = list(shards.notes)
+    order = shards.in_order()
+    splits = shards.columns["splits"][order]
+    per_record = np.diff(shards.columns["label_ends"], prepend=0)
+    trained = np.repeat(shards.columns["splits"] == SPLITS.index("train"), per_record)
+    counts = np.bincount(shards.columns["labels"], minlength=len(shards.names))
+    in_training = np.bincount(shards.columns["labels"][trained], minlength=len(shards.names)) > 0
+    known = {n for n, there in zip(shards.names, in_training.tolist(), strict=True) if there} or set(shards.names)
+    ordered = tuple(classes) if classes is not None else tuple(sorted(known))
+    index = {name: place for place, name in enumerate(ordered)}
+    places = np.array([index.get(name, -1) for name in shards.names], np.int64)
+    strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
+    if strangers:
+        whose = "the model's classes" if classes is not None else "the training classes"
+        notes.append(f"{sum(strangers.values())} records of classes not among {whose}: {_tally(strangers)}")
+    for name in brings if len(brings) > 1 else ():
+        missing = int((shards.columns[f"size_{name}"] < 0).sum())
+        if missing:
+            notes.append(f"{missing} of {len(shards)} records have no {name}")
+    return Catalog(
+        root,
+        tuple(brings),
+        tuple(sorted(holds)),
+        ordered,
+        {
+            split: Records(shards, order[splits == number], places, brings)
+            for number, split in enumerate(SPLITS)
+            if (splits == number).any()
+        },
+        notes=tuple(notes),
+        multi_label=shards.header.multi_label,
+        prepared=shards.header,
+    )
+
+
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the paths of all files below a folder, sorted, without hidden ones and without following folder links."""
     for parent, folders, names in os.walk(folder):
@@ -253,14 +409,14 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
                 yield os.path.join(parent, name)
 
 
-def _labelled_files(top: Path, notes: list[str]) -> list[Row]:
+def labelled_files(top: Path, notes: list[str]) -> list[Row]:
     """Return a row for every file below class folders."""
     cut = len(os.path.join(os.fspath(top), ""))
 
     def rows(folder: Path, split: str, name: str) -> list[Row]:
         return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]
 
-    folders = _folders(top)
+    folders = folders_in(top)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
     found: list[Row] = []
     if splits:
@@ -268,11 +424,11 @@ def _labelled_files(top: Path, notes: list[str]) -> list[Row]:
         if outside:
             notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
         for split in splits:
-            for label in _folders(split):
+            for label in folders_in(split):
                 found += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
         return found
     for label in folders:
-        inside = _folders(label)
+        inside = folders_in(label)
         if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
             for split in inside:
                 found += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
@@ -281,7 +437,7 @@ def _labelled_files(top: Path, notes: list[str]) -> list[Row]:
     return found
 
 
-def _folders(parent: Path) -> list[Path]:
+def folders_in(parent: Path) -> list[Path]:
     return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
 
 
@@ -289,7 +445,7 @@ def _nothing_usable(top: Path) -> DataError:
     if not top.is_dir():
         return DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
     suffixes: Counter[str] = Counter()
-    folders = len(_folders(top))
+    folders = len(folders_in(top))
     for count, path in enumerate(walk_files(top)):
         suffixes[_suffix(path) or "no suffix"] += 1
         if count == 10_000:
@@ -318,16 +474,21 @@ def _tally(counter: Counter[str]) -> str:
 # ---------------------------------------------------------------- what is to be predicted
 
 
-def unlabelled(path: str, reads: Iterable[str]) -> Iterator[Example]:
+def unlabelled(path: str, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
     """Yield the examples that a path stands for: of a manifest one for each row, of a folder one for each file below.
 
     For a model that reads several modalities, files in a folder that share their stem, each of another of these, make
-    one example.
+    one example. A tar, or a folder or pattern of tars, stands for the records in it.
 
     Raises:
-        DataError: not a manifest, though its name ends as one's does.
+        DataError: not a manifest, though its name ends as one's does; records that were not prepared as `reads` says.
+        IntegrityError: records that are damaged or cut short.
     """
-    if is_manifest(path) and os.path.isfile(path) and not look(path).kinds:  # a cloud may be a table of numbers
+    if (tars := tar_files(path)) is not None:
+        for tar in tars:
+            with Source(tar).open(UNLIMITED) as file:
+                yield from of_stream(Feed(file, show_path(tar)), reads, limits)
+    elif is_manifest(path) and os.path.isfile(path) and not look(path).kinds:  # a cloud may be a table of numbers
         rows, _ = read_manifest(path, labelled=False)
         for number, row in enumerate(rows, start=1):
             sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}
@@ -336,6 +497,25 @@ def unlabelled(path: str, reads: Iterable[str]) -> Iterator[Example]:
         yield from _below(path, set(reads))
     else:
         yield Example(path, {CONTENT: Source(path)})
+
+
+def of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
+    """Yield the examples of a stream of records as they arrive; no more than one is held.
+
+    Raises:
+        DataError: no such stream, or not prepared as `reads` says. IntegrityError: damaged or cut short.
+    """
+    checked = None
+    for header, record in read_records(feed, limits, feed.take):
+        if header is not checked:
+            header.check(feed.shown, reads, "the model")
+            checked = header
+        name, seconds = record.facts.path, record.facts.seconds
+        yield Example(
+            name,
+            {m: Stored(name, npy, header=header, modality=m, seconds=seconds.get(m, 0.0))
+             for m, npy in record.arrays.items()},
+        )  # fmt: skip
 
 
 def _below(folder: str, reads: set[str]) -> Iterator[Example]:
@@ -373,8 +553,19 @@ def brought(example: Example, reads: Iterable[str]) -> dict[str, Source]:
     return sources_of({nearest: file}, wanted)
 
 
-def resolve_specs(specs: Mapping[str, InputSpec], examples: Sequence[Example], limits: Limits) -> dict[str, InputSpec]:
-    """Return the specs with every "auto" settled by a sample of the examples that have the modality."""
+def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:
+    """Return the specs with every "auto" settled by a sample of the training examples that have the modality.
+
+    Of records it is settled already.
+
+    Raises:
+        DataError: records that were prepared otherwise; names the first option that differs.
+    """
+    if catalog.prepared is not None:
+        found = catalog.prepared.settled(specs)
+        catalog.prepared.check(show_path(catalog.root), found, "this run")
+        return found
+    examples = catalog.splits["train"]
     ranked = sorted(examples, key=lambda e: e.key)
     probes = {name: [e.sources[name] for e in ranked if name in e.sources][:PROBES] for name in specs}
     return {name: modality(name).resolve(spec, probes[name], limits) for name, spec in specs.items()}

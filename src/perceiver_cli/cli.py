@@ -5,6 +5,7 @@ torch is imported only inside the bodies that need it, so that `--help` and `--v
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from perceiver_cli import console
 from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
 from perceiver_cli.files import show_path
 
+PIPE_BYTES = 1 << 20  # read from stdin at a time
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 
 app = typer.Typer(
@@ -78,7 +80,8 @@ def main(
 @app.command()
 def train(
     data: Annotated[
-        str | None, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")
+        str | None,
+        typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
     preset: Annotated[
@@ -139,10 +142,7 @@ def train(
     overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:
         output = Path("runs/latest").resolve()
-    if data is not None and not Path(data).exists():
-        raise DataError(
-            f"{show_path(data)}: no such folder", "expected a folder of class folders, or .csv, .tsv, .jsonl"
-        )
+    _check_data(data)
     from perceiver_cli.train import Trainer  # torch, after what can be refused without it
 
     trainer = Trainer(
@@ -169,7 +169,9 @@ def train(
 
 @app.command()
 def evaluate(
-    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin.")
+    ],
     model: Model = None,
     use: Use = None,
     split: Annotated[
@@ -186,6 +188,7 @@ def evaluate(
     limit: Limit = None,
 ) -> None:
     """Measure a model on labelled files: accuracy, top-5, loss, and each class."""
+    _check_data(data)
     from perceiver_cli.evaluate import evaluate as evaluate_model
     from perceiver_cli.evaluate import save_report
 
@@ -247,6 +250,16 @@ def predict(
     raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs, extra))
 
 
+def _check_data(data: str | None) -> None:
+    """Refuse what is not there, before torch has been waited for."""
+    if data == "-":
+        _piped_stdin("perceiver preprocess DATA | perceiver train -")
+    elif data is not None and not Path(data).exists() and not glob.has_magic(data):
+        raise DataError(
+            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, or .tar"
+        )
+
+
 def _predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
     from perceiver_cli.checkpoint import find_model, read_info
     from perceiver_cli.config import Limits
@@ -277,8 +290,6 @@ def _windows(window: float | None, hop: float | None, aggregate: Aggregate | Non
 
 def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
     """Yield what to predict: paths as given, listed paths, bytes on stdin."""
-    from perceiver_cli.preprocess.base import Source
-
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
@@ -287,24 +298,22 @@ def _sources(inputs: list[str], files_from: str | None, null: bool, stdin_name: 
         _piped_stdin()
 
     def found() -> Iterator[Any]:
+        from perceiver_cli.predict import Pipe
+
         for given in inputs:
-            yield Source(stdin_name, _stdin()) if given == "-" else given
+            stdin = given == "-"
+            yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else given
         if files_from is not None:
             yield from _listed(files_from, b"\0" if null else b"\n")
 
     return found()
 
 
-def _piped_stdin() -> int:
+def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
     """Return the file number of stdin; a terminal there gets help instead of silence."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("stdin is a terminal", "pipe something in: sox in.mp3 -t wav - | perceiver predict -")
+        raise UsageError("stdin is a terminal", f"pipe something in: {example}")
     return sys.stdin.fileno()
-
-
-def _stdin() -> bytes:
-    with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
-        return stream.read()
 
 
 def _listed(path: str, separator: bytes) -> Iterator[str]:
@@ -326,24 +335,86 @@ def _listed(path: str, separator: bytes) -> Iterator[str]:
 
 @app.command()
 def preprocess(
-    source: Annotated[str, typer.Argument(metavar="FILE", help="An image, a sound, a mesh or a cloud; - for stdin.")],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for the bytes of one on stdin.")
+    ] = None,
     output: Annotated[
-        str, typer.Option("--output", "-o", help="FILE.npy, FILE.safetensors, or - for npy on stdout.")
+        str,
+        typer.Option(
+            "--output", "-o", help="FILE.tar, 'NAME-%06d.tar', - for stdout; of one input FILE.npy or FILE.safetensors."
+        ),
     ] = "-",
     model: Annotated[str | None, typer.Option("--model", "-m", help="Prepare as this run or model file does.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Prepare as this recipe does [default: the paper's].")] = None,
+    preset: Annotated[str | None, typer.Option(help="Prepare as this recipe does.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
+    label_from: Annotated[
+        Literal["parent"] | None, typer.Option(help="Label each file with its folder's name.")
+    ] = None,
+    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    augment: Annotated[int, typer.Option(min=0, help="Write so many random variants of each training example.")] = 0,
+    fourier: Annotated[
+        bool, typer.Option("--fourier", help="Write the byte array as rows with Fourier features, M x C.")
+    ] = False,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of --fourier.")] = "float32",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of 'NAME-%06d.tar', e.g. 64M, 1G.")] = "256M",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
+    workers: Workers = 0,
     limit: Limit = None,
 ) -> None:
-    """Write the byte array of one file: M x C float32 with its Fourier features (ImageNet: 50176 x 261)."""
+    """Decode files once and write them as records: a tar that train, evaluate, predict and WebDataset read.
+
+    Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
+    preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
+    byte array with its Fourier features (ImageNet: 50176 x 261). Bad inputs are left out, and the status is 3.
+    """
+    given = _given(inputs or [], files_from, null, stdin_name, limit)
+    if Path(output).suffix.lower() in (".npy", ".safetensors"):
+        _byte_array(given, output, model, preset, limit)
+        return
+    from perceiver_cli import records
+
+    if output == "-":
+        console.refuse_terminal("a stream of records")
+    job = records.plan(
+        given, model=model, preset=preset, changes=changes or [], raised=_limits(limit),
+        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
+    )  # fmt: skip
+    size = round(_number(f"--shard-size {shard_size}", shard_size))
+    done = records.write_records(job, output, console.emit_bytes, workers, size, resume=resume)
+    for note in job.notes:
+        console.say(f"note: {note}")
+    raise typer.Exit(console.follow_preparing(done))
+
+
+def _given(inputs: list[str], files_from: str | None, null: bool, stdin_name: str, limit: list[str] | None) -> Any:
+    """Return the paths to prepare, or the bytes on stdin as a Source."""
+    from perceiver_cli.config import Limits
+    from perceiver_cli.preprocess.base import Source, received
+
+    if not inputs and files_from is None:
+        raise UsageError("nothing to prepare", "pass files or folders, or - with bytes on stdin, or --files-from")
+    if "-" in inputs:
+        if len(inputs) > 1 or files_from is not None:
+            raise UsageError("- is one input, by itself", "pass the paths of several with --files-from")
+        with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
+            return Source(stdin_name, received(stream, Limits.model_validate(_limits(limit))))
+    if files_from == "-":
+        _piped_stdin()
+    return [*inputs, *(_listed(files_from, b"\0" if null else b"\n") if files_from is not None else ())]
+
+
+def _byte_array(given: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:
     from perceiver_cli.preprocess.base import Source
     from perceiver_cli.recipes import input_recipe, write_byte_array
 
-    if output == "-":
-        console.refuse_terminal("a byte array")
-    given = Source("-", _stdin()) if source == "-" else Source(source)
-    spec, limits = input_recipe(given, model, preset, _limits(limit))
-    shape = write_byte_array(given, spec, limits, output, console.emit_bytes)
-    console.say(f"{given.shown}: {shape[0]} x {shape[1]} float32")
+    if not isinstance(given, Source) and len(given) != 1:
+        raise UsageError(f"-o {show_path(output)}: one byte array, found {len(given)} inputs", "pass -o FILE.tar")
+    source = given if isinstance(given, Source) else Source(given[0])
+    spec, limits = input_recipe(source, model, preset, _limits(limit))
+    shape = write_byte_array(source, spec, limits, output)
+    console.say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
 
 
 @app.command("import")
@@ -411,10 +482,12 @@ def bench(
 
     `bench growth` is the imagenet model and one cross-attend of it, for 2^12 to 2^20 inputs. It and --against run each
     contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this
-    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV.
+    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV,
+    images as files and as records beside WebDataset, a pipe, and a million records.
     """
     from perceiver_cli import bench as speed
     from perceiver_cli import contest
+    from perceiver_cli.throughput import throughput
 
     if preset == "growth":
         rows = list(console.show_rows(contest.growth("imagenet", mode, rounds, seconds, device, precision), json))
@@ -422,6 +495,7 @@ def bench(
             contest.draw(rows, plot)
     elif preset == "data":
         list(console.show_rows(speed.loaders(seconds, rounds), json))
+        list(console.show_rows(throughput(seconds, rounds), json))
     elif against is not None:
         sides = [_side(text) for text in inputs.split(",")] if inputs else []
         names = [name.strip() for name in against.split(",")]
@@ -464,10 +538,17 @@ def _limits(assignments: list[str] | None) -> dict[str, float]:
     raised: dict[str, float] = {}
     for assignment in assignments or []:
         name, _, text = assignment.partition("=")
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
-        if name not in Limits.model_fields or match is None:
+        if name not in Limits.model_fields:
             known = ", ".join(Limits.model_fields)
             raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names are {known}")
-        value = float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]
+        value = _number(f"--limit {assignment}", text)
         raised[name] = int(value) if value.is_integer() else value
     return raised
+
+
+def _number(option: str, text: str) -> float:
+    """Return a number that may end in k, M or G, which count as powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+    if match is None:
+        raise UsageError(f"{option}: expected a number such as 500k, 64M or 1.5G")
+    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
     from perceiver_cli.predict import Prediction
+    from perceiver_cli.records import Done
 
 
 class _Talk(Console):
@@ -378,6 +379,26 @@ def _table_rows(
         cells = zip(extra, _extra(prediction, extra), strict=True)
         further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
         yield f"{shown:<40} {further}{show_path(label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def follow_preparing(done: Iterator[Done]) -> int:
+    """Show what becomes of inputs that are prepared; return the exit code: 0, or 3 where any input was bad."""
+    last, failed, said = None, 0, time.monotonic()
+    with counting("preparing") as progress:
+        for last in done:
+            if last.error is not None:
+                failed += 1
+                say(f"perceiver preprocess: {last.error}")
+            progress(last.count, last.total)
+            if not talk.is_terminal and time.monotonic() - said > PLAIN_EVERY_S:
+                said = time.monotonic()
+                say(f"prepared {last.count} of {last.total}")
+    bad = f", {failed} of them unreadable and left out" if failed else ""
+    say(f"prepared {0 if last is None else last.total} inputs{bad}")
+    return EXIT_DATA if failed else 0
 
 
 # ---------------------------------------------------------------- evaluation and info

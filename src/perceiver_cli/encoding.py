@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.preprocess import decode, modality
-from perceiver_cli.preprocess.base import Layout, Source
+from perceiver_cli.preprocess.base import ByteArray, Layout, Source
 
 
 @dataclass(frozen=True)
@@ -241,9 +241,13 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
     Raises:
         DataError: unreadable, over a limit, or of another modality than `spec`.
     """
-    kind = modality(spec.modality)
-    prepared = kind.prepare(decode(source, spec, limits), spec, None)
-    positions = None if prepared.positions is None else torch.from_numpy(prepared.positions)[None]
-    segment = Segment(torch.from_numpy(prepared.values)[None], positions)
-    rows: Tensor = ByteArrayEncoding({spec.modality: kind.layout(spec)}, 0)({spec.modality: segment})
+    return with_features(modality(spec.modality).prepare(decode(source, spec, limits), spec, None), spec)
+
+
+def with_features(prepared: ByteArray, spec: InputSpec) -> NDArray[np.float32]:
+    """Return (M, C): the values of a byte array, brought to mean 0 and deviation 1, and its Fourier features."""
+    positions = None if prepared.positions is None else torch.from_numpy(prepared.positions[None].copy())
+    segment = Segment(torch.from_numpy(prepared.values[None].copy()), positions)
+    layout = modality(spec.modality).layout(spec)
+    rows: Tensor = ByteArrayEncoding({spec.modality: layout}, 0)({spec.modality: segment})
     return rows[0].numpy()

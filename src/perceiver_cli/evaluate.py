@@ -217,6 +217,8 @@ def evaluate(
         raise DataError(
             f"{show_path(data)}: holds {'+'.join(catalog.holds)}, but {show_path(predictor.path)} reads {wanted}"
         )
+    if catalog.prepared is not None:
+        catalog.prepared.check(show_path(data), predictor.reader.specs, "the model")
     name, examples = choose_split(catalog, predictor.info, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
     missing = [c for c in predictor.classes if c not in present]
@@ -238,7 +240,7 @@ def evaluate(
     return Report(**{**vars(report), "split": name, "modalities": used, "notes": tuple(notes)})
 
 
-def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[str, tuple[Example, ...]]:
+def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[str, Sequence[Example]]:
     """Return the name and the examples of the split to evaluate."""
     held = catalog.hold_out(info.config.data.val_fraction)
     same_data = "val" in catalog.splits or held.fingerprint == info.data_fingerprint

@@ -53,7 +53,7 @@ class Plan:
     stopping: bool = False
 
     @property
-    def train_examples(self) -> tuple[Example, ...]:
+    def train_examples(self) -> Sequence[Example]:
         """The examples that are learned from."""
         return self.catalog.splits["train"]
 
@@ -121,7 +121,7 @@ class Run:
         self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)
         self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
-        counts = [self.catalog.counts("train")[name] for name in self.catalog.classes]
+        counts = list(self.catalog.counts("train").values())
         weights = class_weights(counts, self.config.data.class_weight_power)
         self.class_weights = weights.to(self.compute.device) if self.config.data.class_weight_power else None
         self.step = 0

@@ -8,16 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from math import inf, log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
-from perceiver_cli.catalog import Example, unlabelled
+from perceiver_cli.catalog import Example, of_stream, unlabelled
 from perceiver_cli.checkpoint import find_model, load_model
 from perceiver_cli.config import Limits
 from perceiver_cli.cost import estimate
-from perceiver_cli.data import Batch, Reader, Row, Task, collate, ordered_tasks
+from perceiver_cli.data import Batch, Reader, Task, collate, ordered_tasks
+from perceiver_cli.decoding import Row
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError, UsageError
@@ -25,10 +26,20 @@ from perceiver_cli.files import show_path
 from perceiver_cli.manifest import CONTENT
 from perceiver_cli.model import Perceiver
 from perceiver_cli.pairing import identity
-from perceiver_cli.preprocess.base import Source
+from perceiver_cli.preprocess.base import Source, received
+from perceiver_cli.stream import HEAD_BYTES, Feed, is_tar
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What arrives on a pipe: a stream of records, or the bytes of one file, which the name is for."""
+
+    name: str
+    file: BinaryIO
+
 
 Part = str | os.PathLike[str] | bytes | Source
-Input = Part | Mapping[str, Part]  # several parts: by modality
+Input = Part | Mapping[str, Part] | Pipe  # several parts: by modality
 FORWARD_BYTES = 256 << 20  # of activations on a CPU, where larger batches are no faster; on a GPU half of what is free
 MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # answers come in batches: a reader of a pipe waits for one
 NEVER = 1e-12  # least probability of a mean over windows, so that its logit is finite
@@ -164,16 +175,19 @@ class Predictor:
     ) -> Iterator[Prediction]:
         """Yield one prediction per input, in order; a bad one gives a prediction with `error` set.
 
-        An input is a path or bytes, or a mapping of these by modality. A folder stands for the files below it (those
-        of one stem are one input of a model of several modalities), a manifest for its rows. With `windows` there may
-        be several an input, or one that sums them up; memory is bounded by a batch of windows, however long the input.
+        An input is a path or bytes, a mapping of these by modality, or a pipe. A folder stands for the files below it
+        (those of one stem are one input of a model of several modalities), a manifest for its rows, a tar for its
+        records, read one after another. With `windows` there may be several predictions an input, or one that sums
+        them up; memory is bounded by a batch of windows, however long the input.
         `batch_size` is `batch_that_fits` unless given, of windows on a CPU 1, which is as fast. `workers` read whole
         inputs only.
 
         Raises:
-            DataError: a manifest that cannot be read. UsageError: windows for a model without a time axis.
+            DataError: a manifest that cannot be read, or records that were prepared otherwise.
+            IntegrityError: records that are damaged or cut short, after those before are answered.
+            UsageError: windows for a model without a time axis.
         """
-        if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping):
+        if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe):
             inputs = [inputs]
         examples = (example for given in inputs for example in self._examples(given))
         if batch_size is None:
@@ -202,11 +216,19 @@ class Predictor:
         if isinstance(given, Mapping):
             parts = {name: _source(part) for name, part in given.items()}
             yield Example(identity(part.name for part in parts.values()), parts)
+        elif isinstance(given, Pipe):
+            head = given.file.read(HEAD_BYTES)
+            if is_tar(head):
+                yield from of_stream(
+                    Feed(given.file, show_path("stdin"), head), self.info.config.inputs, self.reader.limits
+                )
+            else:
+                yield from self._examples(Source(given.name, received(given.file, self.reader.limits, head)))
         elif isinstance(given, bytes | Source):
             source = _source(given)
             yield Example(source.name, {CONTENT: source})
         else:
-            yield from unlabelled(os.fspath(given), self.modalities)
+            yield from unlabelled(os.fspath(given), self.info.config.inputs, self.reader.limits)
 
     def _said(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return what a prediction says that it used: nothing where there is no choice."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,21 +93,12 @@ def input_recipe(
     raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {reads}")
 
 
-def write_byte_array(
-    source: Source, spec: InputSpec, limits: Limits, output: str, emit: Callable[[bytes], None]
-) -> tuple[int, int]:
-    """Write a file's byte array (M, C) to FILE.npy, FILE.safetensors or, for "-", through `emit`; return (M, C).
-
-    Raises:
-        UsageError: an output of another kind.
-    """
-    suffix = Path(output).suffix.lower()
-    if output != "-" and suffix not in (".npy", ".safetensors"):
-        raise UsageError(f"-o {show_path(output)}: not a format written here", "expected .npy, .safetensors or -")
+def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: str) -> tuple[int, int]:
+    """Write a file's byte array (M, C) to FILE.npy or FILE.safetensors; return (M, C)."""
     from perceiver_cli.encoding import byte_array  # torch, after all that can be refused without it
 
     rows = np.ascontiguousarray(byte_array(source, spec, limits))
-    if suffix == ".safetensors":
+    if Path(output).suffix.lower() == ".safetensors":
         from safetensors.numpy import save
 
         data = save({spec.modality: rows})
@@ -115,9 +106,6 @@ def write_byte_array(
         stream = io.BytesIO()
         np.save(stream, rows)
         data = stream.getvalue()
-    if output == "-":
-        emit(data)
-    else:
-        with atomic_write(output) as file:
-            file.write(data)
+    with atomic_write(output) as file:
+        file.write(data)
     return rows.shape[0], rows.shape[1]

@@ -92,7 +92,7 @@ class Trainer(Plan):
         if (config.train.mixup or config.train.cutmix) and set(config.inputs) != {"image"}:
             reads = "+".join(sorted(config.inputs))
             raise UsageError(f"train.mixup and train.cutmix are for images alone, this run reads {reads}")
-        specs = resolve_specs(config.inputs, self.train_examples, config.data.limits)
+        specs = resolve_specs(config.inputs, self.catalog, config.data.limits)
         several = catalog.multi_label
         if several and config.data.class_weight_power:
             raise UsageError("data.class_weight_power is for one label an example")
@@ -100,7 +100,7 @@ class Trainer(Plan):
             update={
                 "multi_label": several,
                 "inputs": specs,
-                "data": config.data.model_copy(update={"path": os.path.abspath(path)}),
+                "data": config.data.model_copy(update={"path": path if path == "-" else os.path.abspath(path)}),
             }
         )
         self.compute = choose(config.train.device, config.train.precision)
@@ -125,7 +125,7 @@ class Trainer(Plan):
             "data": data.path,
             "modalities": list(self.catalog.modalities),
             "splits": splits,
-            "classes": {name: self.catalog.counts("train")[name] for name in self.catalog.classes},
+            "classes": self.catalog.counts("train"),
             "inputs": {
                 name: {"shape": list(layout.grid), "channels": layout.num_channels}
                 for name, layout in self.reader.layouts.items()
@@ -212,6 +212,8 @@ class Trainer(Plan):
 
     def _preload(self) -> Iterator[Loaded]:
         data = self.config.data
+        if self.catalog.prepared is not None:  # arrays on disk, mapped: there is nothing to decode or keep
+            return
         examples = [*self.train_examples, *self.catalog.splits.get("val", ())]
         workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
         done = 0

@@ -77,6 +77,8 @@ class AudioModality(TimedModality[AudioSpec]):
     name = "audio"
     formats = "WAV, FLAC, OGG, MP3, AIFF, AU, CAF, and the sound of MP4, M4A, MOV, MKV, WebM, AVI, MPEG"
 
+    decides = ("rate_hz", "channel")
+
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether `head` has the signature of a sound file, or of a container that may have sound in it."""
         if head[:4] in WAVE_MAGIC and head[8:12] == b"WAVE":
@@ -90,6 +92,10 @@ class AudioModality(TimedModality[AudioSpec]):
     def clip_s(self, spec: AudioSpec) -> float:
         """Return the length of a clip in seconds."""
         return spec.clip_s
+
+    def steps_hz(self, spec: AudioSpec) -> float:
+        """Return the sample rate."""
+        return _rate(spec)
 
     def duration_s(self, source: Source, limits: Limits) -> float:
         """Return the length in seconds that a file declares; one that declares none is decoded to count.
@@ -180,6 +186,10 @@ class AudioModality(TimedModality[AudioSpec]):
             raise failure
         commonest = max(rates, key=lambda rate: (rates[rate], rate))  # no dependence on the order of files
         return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
+
+    def loaded(self, spec: AudioSpec) -> tuple[str, tuple[int | None, ...]]:
+        """Return float32, (samples,)."""
+        return "float32", (None,)
 
     def layout(self, spec: AudioSpec) -> Layout:
         """Return (n / patch,) inputs of raw sound, or (frames, mels) / patch of a spectrogram; n samples a clip.

@@ -26,6 +26,7 @@ from perceiver_cli.files import show_path
 
 Array = NDArray[Any]
 Span = tuple[float, float]  # start and length in seconds
+RECEIVED_BYTES = 1 << 20  # from a pipe at a time
 HEAD_BYTES = 4096  # enough for every signature that detection looks at
 
 
@@ -95,6 +96,15 @@ class Source:
             os.close(handle)
             raise DataError(f"{self.shown}: not a regular file")
         return handle
+
+
+def received(file: BinaryIO, limits: Limits, begun: bytes = b"") -> bytes:
+    """Return `begun` and what else a pipe brings: all, or so much that it is over `limits.file_bytes`."""
+    parts, total = [begun], len(begun)
+    while total <= limits.file_bytes and (part := file.read(RECEIVED_BYTES)):
+        parts.append(part)
+        total += len(part)
+    return b"".join(parts)
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,7 @@ class Modality(ABC, Generic[S]):
 
     name: ClassVar[str]
     formats: ClassVar[str]  # for messages: what files it reads
+    decides: ClassVar[tuple[str, ...]]  # the options of its spec that `load` looks at; the others matter only later
 
     @abstractmethod
     def sniff(self, head: bytes, name: str) -> bool:
@@ -181,6 +192,10 @@ class Modality(ABC, Generic[S]):
         Raises:
             DataError: unreadable, truncated, empty, not finite or over a limit.
         """
+
+    @abstractmethod
+    def loaded(self, spec: S) -> tuple[str, tuple[int | None, ...]]:
+        """Return dtype and shape of what `load` gives, None for any length: what a stored array is held to."""
 
     @abstractmethod
     def layout(self, spec: S) -> Layout:
@@ -201,6 +216,10 @@ class TimedModality(Modality[S]):
     @abstractmethod
     def clip_s(self, spec: S) -> float:
         """Return the length in seconds of what `prepare` gives."""
+
+    @abstractmethod
+    def steps_hz(self, spec: S) -> float:
+        """Return the steps a second along the first axis of what `load` gives."""
 
     @abstractmethod
     def duration_s(self, source: Source, limits: Limits) -> float:

@@ -187,6 +187,7 @@ class ImageModality(Modality[ImageSpec]):
 
     name = "image"
     formats = "PNG, JPEG, WebP, GIF (first frame), TIFF (first page), BMP, PPM and PGM"
+    decides = ("size", "color")
 
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether the bytes begin like one of `formats`; the name plays no part."""
@@ -204,6 +205,10 @@ class ImageModality(Modality[ImageSpec]):
         with opened(source, limits) as image:
             values = to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
         return check_contract(source, values, "pixels")
+
+    def loaded(self, spec: ImageSpec) -> tuple[str, tuple[int | None, ...]]:
+        """Return uint8, (H, W, c)."""
+        return "uint8", (None, None, 1 if spec.color == "grey" else 3)
 
     def layout(self, spec: ImageSpec) -> Layout:
         """Return a (height, width) grid of patches; the defaults give 224 x 224 with C = 3 + 2 (2 64 + 1) = 261.

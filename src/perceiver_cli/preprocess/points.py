@@ -65,6 +65,8 @@ class PointsModality(Modality[PointsSpec]):
     name = "points"
     formats = "PLY, STL, OBJ, OFF, GLB, XYZ, NPY"
 
+    decides = ("pool_points",)
+
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether `head` begins a mesh or a table of points; binary STL is told by its name alone."""
         return _format(head, name) is not None
@@ -94,6 +96,10 @@ class PointsModality(Modality[PointsSpec]):
             wrong = faces.max() if faces.max() >= len(vertices) else faces.min()
             raise DataError(f"{source.shown}: a face names vertex {wrong}, found {len(vertices)} vertices")
         return _pool(vertices, faces, spec.pool_points).astype(np.float32)
+
+    def loaded(self, spec: PointsSpec) -> tuple[str, tuple[int | None, ...]]:
+        """Return float32, (P, 3)."""
+        return "float32", (None, 3)
 
     def layout(self, spec: PointsSpec) -> Layout:
         """Return num_points inputs that are positions and nothing else: 387 channels with 64 bands (paper 4.3).

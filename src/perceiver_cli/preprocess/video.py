@@ -60,6 +60,8 @@ class VideoModality(TimedModality[VideoSpec]):
     name = "video"
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
 
+    decides = ("frame_rate_hz", "size", "eval_crop")
+
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether the bytes begin like a container of pictures, or like an animation."""
         if container.format_of(head) is not None:
@@ -69,6 +71,10 @@ class VideoModality(TimedModality[VideoSpec]):
     def clip_s(self, spec: VideoSpec) -> float:
         """Return the length of a clip in seconds: 1.28 in the paper, 32 frames of 25 Hz."""
         return spec.num_frames / spec.frame_rate_hz
+
+    def steps_hz(self, spec: VideoSpec) -> float:
+        """Return the frame rate."""
+        return spec.frame_rate_hz
 
     def duration_s(self, source: Source, limits: Limits) -> float:
         """Return the end of the last frame in seconds, as declared; of an animation, its frames are gone through.
@@ -119,6 +125,10 @@ class VideoModality(TimedModality[VideoSpec]):
             yield window
         if not found:
             raise DataError(f"{source.shown}: no frames in the file")
+
+    def loaded(self, spec: VideoSpec) -> tuple[str, tuple[int | None, ...]]:
+        """Return uint8, (T, H, W, 3)."""
+        return "uint8", (None, None, None, COLORS)
 
     def layout(self, spec: VideoSpec) -> Layout:
         """Return a (time, height, width) grid of patches; the defaults give 16 x 28 x 28 = 12,544 inputs of 384 values.
