@@ -178,6 +178,10 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl, confusion.png.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First fit a temperature on the validation split, and keep it in the model."),
+    ] = False,
     json: Json = False,
     batch_size: BatchSize = None,
     workers: Workers = 0,
@@ -185,11 +189,15 @@ def evaluate(
     precision: Precision = "auto",
     limit: Limit = None,
 ) -> None:
-    """Measure a model on labelled files: accuracy, top-5, loss, and each class."""
+    """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
+    from perceiver_cli.evaluate import calibrate as calibrate_model
     from perceiver_cli.evaluate import evaluate as evaluate_model
     from perceiver_cli.evaluate import save_report
 
     predictor = _predictor(model, device, precision, limit, use)
+    if calibrate:
+        temperature = calibrate_model(predictor, data, batch_size, workers).temperature
+        console.say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
     with console.counting("evaluating") as progress:
         report = evaluate_model(predictor, data, split, batch_size, workers, progress)
     for note in report.notes:
@@ -226,6 +234,12 @@ def predict(
     files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
     stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    min_prob: Annotated[
+        float, typer.Option(min=0, max=1, help='Answer "unknown" where no class is at least so probable.')
+    ] = 0.0,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Also write the mean latent of each line to FILE.npy or FILE.safetensors.")
+    ] = None,
     batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -238,12 +252,21 @@ def predict(
     017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
     input lacks is missing, and "used" says what there was.
     """
+    from perceiver_cli.embeddings import check_suffix, keeping_embeddings
+
     sources = _sources(inputs or [], files_from, null, stdin_name)
     windows = _windows(window, hop, aggregate, workers)
+    if embeddings is not None:
+        check_suffix(embeddings)
     predictor = _predictor(model, device, precision, limit, use)
-    predictions = predictor.predict(sources, batch_size, workers, windows)
+    predictions = predictor.predict(
+        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
+    )
     extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
+    extra += ["labels"] if predictor.info.config.multi_label else []
+    if embeddings is not None:
+        predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
     raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs, extra))
 
 
@@ -359,6 +382,26 @@ def import_weights(
 
     info = import_model(source, output, variant)
     console.say(f"wrote {show_path(output)}: {info.config.name}, {len(info.classes)} classes")
+
+
+@app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as of predict].")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
+    json: Json = False,
+) -> None:
+    """Write a model for other programs, as ONNX or torch.export, with classes and preparation in its metadata.
+
+    What is written is run beside the model on random inputs of several sizes; a difference of more than 1e-4 is an error.
+    """
+    from perceiver_cli.checkpoint import find_model, read_info
+
+    read_info(find_model(model))  # what is wrong with a name or a header is said before torch has been waited for
+    from perceiver_cli.export import export_model
+
+    written = export_model(model, output)
+    console.say(f"wrote {show_path(output)}: largest difference {written.difference:.2g} from the model")
+    console.show_facts(vars(written), json)
 
 
 @app.command()
