@@ -21,7 +21,7 @@ ORDER = [
     "kernels", "attention", "device", "model", "optim",
     "manifest", "pairing", "catalog", "data", "calibration", "checkpoint",
     "predict", "embeddings", "evaluate", "recipes", "pretrained", "export",
-    "events", "runs", "loop", "card", "train", "bench", "peers", "contest", "lr_find", "doctor",
+    "events", "scalars", "runs", "loop", "card", "train", "bench", "peers", "contest", "lr_find", "doctor",
     "console",
     "cli",
     "__main__",

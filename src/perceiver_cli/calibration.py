@@ -36,7 +36,9 @@ class Calibration:
         if not (isfinite(found.temperature) and found.temperature > 0):
             raise ValueError(f"temperature {found.temperature}, expected more than 0")
         if len(found.thresholds) not in (0, num_classes) or not all(0 <= t <= 1 for t in found.thresholds):
-            raise ValueError(f"{len(found.thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes")
+            raise ValueError(
+                f"{len(found.thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes"
+            )
         return found
 
 

@@ -17,7 +17,7 @@ import typer
 
 from perceiver_cli import console
 from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_command, show_path
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 
@@ -109,6 +109,9 @@ def train(
     freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
+    log: Annotated[
+        Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
+    ] = "none",
 ) -> None:
     """Train a model on labelled files. The last line printed is the path of the best model.
 
@@ -116,6 +119,7 @@ def train(
     column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
     """
     from perceiver_cli.config import load_config, load_preset
+    from perceiver_cli.scalars import check_tensorboard, logged
 
     if preset is not None and config is not None:
         raise UsageError("--preset and --config are two recipes", "pass one of them")
@@ -143,6 +147,8 @@ def train(
         raise DataError(
             f"{show_path(data)}: no such folder", "expected a folder of class folders, or .csv, .tsv, .jsonl"
         )
+    if log == "tensorboard":
+        check_tensorboard()
     from perceiver_cli.train import Trainer  # torch, after what can be refused without it
 
     trainer = Trainer(
@@ -161,7 +167,8 @@ def train(
             console.say(f"note: {note}")
         console.show_plan(trainer.dry_run())
         return
-    console.follow_training(trainer.fit(), trainer.stop)
+    events = trainer.fit()
+    console.follow_training(logged(events, trainer.output) if log == "tensorboard" else events, trainer.stop)
 
 
 # ---------------------------------------------------------------- evaluate and predict
@@ -392,7 +399,7 @@ def export(
 ) -> None:
     """Write a model for other programs, as ONNX or torch.export, with classes and preparation in its metadata.
 
-    What is written is run beside the model on random inputs of several sizes; a difference of more than 1e-4 is an error.
+    What is written is run beside the model on random inputs; a difference of more than 1e-4 is an error.
     """
     from perceiver_cli.checkpoint import find_model, read_info
 
@@ -413,6 +420,59 @@ def info(
     from perceiver_cli.recipes import describe
 
     console.show_facts(describe(name), json)
+
+
+@app.command("lr-find")
+def lr_find(
+    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The curve: FILE.png or FILE.svg.")] = Path(
+        "lr-find.png"
+    ),
+    preset: Annotated[str | None, typer.Option(help="Recipe [default: a tiny one for what the data holds].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Of rates from 1e-5 to 1, at most.")] = 100,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
+    from perceiver_cli.config import load_config, load_preset
+
+    if preset is not None and config is not None:
+        raise UsageError("--preset and --config are two recipes", "pass one of them")
+    recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+    given = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    overrides = [*(changes or []), f"train.device={device}"]
+    overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
+    from perceiver_cli import lr_find as finder
+    from perceiver_cli.train import Trainer
+
+    finder.check_plot(output)
+    with console.counting("training") as progress:
+        curve = finder.find(Trainer(data, None, recipe, overrides=overrides), steps, progress)
+    finder.draw(curve, output)
+    command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
+    console.show_curve(curve, os.fspath(output), command, json)
+
+
+@app.command()
+def doctor(
+    json: Json = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also train, save, load and compare, in about 10 seconds.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Print versions, decoders, devices, kernels and threads; with --run, test that training works here."""
+    from perceiver_cli.doctor import examine, self_test
+
+    facts = examine()
+    if run:
+        facts["self_test"] = self_test(device)
+    console.show_facts(facts, json)
 
 
 @presets_app.callback()

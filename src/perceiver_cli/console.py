@@ -27,6 +27,7 @@ from perceiver_cli.files import show_path
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
+    from perceiver_cli.lr_find import Curve
     from perceiver_cli.predict import Prediction
 
 
@@ -40,7 +41,12 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # characters of columns that only some predictions have
+EXTRA_WIDTH = {
+    "start_s": 8,
+    "end_s": 8,
+    "used": 12,
+    "labels": 20,
+}  # characters of columns that only some predictions have
 debug = False
 
 
@@ -426,6 +432,17 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = list(_flat(facts, ""))
     width = max(len(name) for name, _ in rows)
     emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+
+
+def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
+    """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
+    for note in curve.notes:
+        say(f"note: {note}")
+    if as_json:
+        emit_json({**vars(curve), "plot": plot, "command": command})
+        return
+    say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
+    emit(f"{command}\n")
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:

@@ -75,7 +75,9 @@ def check_suffix(path: str | os.PathLike[str]) -> str:
     """Return the suffix of an output, if it is one that can be written. Raises UsageError."""
     suffix = os.path.splitext(os.fspath(path))[1].lower()
     if suffix not in SUFFIXES:
-        raise UsageError(f"--embeddings {show_path(path)}: not a format written here", f"expected {' or '.join(SUFFIXES)}")
+        raise UsageError(
+            f"--embeddings {show_path(path)}: not a format written here", f"expected {' or '.join(SUFFIXES)}"
+        )
     return suffix
 
 

@@ -217,9 +217,7 @@ class ByteArrayEncoding(nn.Module):
     def _tables(self, name: str, layout: Layout, device: torch.device) -> tuple[Tensor, ...]:
         key = (name, device)
         if key not in self._axis_features:
-            self._axis_features[key] = axis_features(
-                layout, [grid_positions((side,), device) for side in layout.grid]
-            )
+            self._axis_features[key] = axis_features(layout, [grid_positions((side,), device) for side in layout.grid])
         return self._axis_features[key]
 
     def _order(self, name: str, device: torch.device) -> Tensor | None:

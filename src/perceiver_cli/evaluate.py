@@ -36,8 +36,8 @@ class Report:
     confusion: (classes, classes) counts, rows the true class; None with several labels. average_precision: by class,
     with several labels; None where no example has the class. modalities: what it was answered from. records: one per
     example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
-    which are left out. ece: expected calibration error of the first label's probability (several labels: of all classes'
-    probabilities); ece_uncalibrated: what it would be without `temperature`.
+    which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
+    (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`.
     """
 
     classes: tuple[str, ...]

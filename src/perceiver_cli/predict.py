@@ -312,7 +312,7 @@ def summed_up(predictions: Iterable[Prediction], aggregate: Literal["mean", "max
     assert last is not None
     probs = total / count if aggregate == "mean" else total
     embedding = None if embedding is None else embedding / np.float32(count)
-    whole = {"start_s": None, "end_s": None, "embedding": embedding}
+    whole: dict[str, Any] = {"start_s": None, "end_s": None, "embedding": embedding}
     return replace(last, probs=tuple(probs.tolist()), used=tuple(sorted(used)), **whole)
 
 
