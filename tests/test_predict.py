@@ -220,11 +220,11 @@ def test_views_are_averaged_as_probabilities(filmed: Path, tmp_path: Path) -> No
     reader.specs = {name: spec.model_copy(update={"eval_windows": 3}) for name, spec in reader.specs.items()}
     (mean,) = predictor.predict([path])
     rows = reader.views(reader.decode(Example("c", {CONTENT: Source(str(path))})))
-    each = [answer(predictor.model, collate([row]), 1, predictor.compute, False).softmax(dim=-1) for row in rows]
+    each = [answer(predictor.model, collate([row]), 1, predictor.compute, False).logits.softmax(dim=-1) for row in rows]
     assert len(each) == 3
     np.testing.assert_allclose(mean.probs, torch.cat(each).mean(dim=0), rtol=1e-5)
-    logits = answer(predictor.model, collate(rows), 3, predictor.compute, multi_label=True)
-    singly = [answer(predictor.model, collate([row]), 1, predictor.compute, True).sigmoid() for row in rows]
+    logits = answer(predictor.model, collate(rows), 3, predictor.compute, multi_label=True).logits
+    singly = [answer(predictor.model, collate([row]), 1, predictor.compute, True).logits.sigmoid() for row in rows]
     np.testing.assert_allclose(logits.sigmoid()[0], torch.cat(singly).mean(dim=0), rtol=1e-5)
 
 

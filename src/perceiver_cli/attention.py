@@ -54,11 +54,12 @@ class Memory:
 
     Args:
         parts: one per modality that is there, of one batch size B.
+        tileable: whether to cut grids into tiles where that costs less; else all rows are made, which can be traced.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = tuple(parts)
-        self.batch = len(self.parts[0].values)
+    def __init__(self, parts: Sequence[Part], *, tileable: bool = True) -> None:
+        self.parts, self.tileable = tuple(parts), tileable
+        self.batch = self.parts[0].values.shape[0]
         self.num_channels = self.parts[0].num_channels
         self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}  # made once per weight set
 
@@ -86,6 +87,8 @@ class Memory:
 
     def tiled_width(self) -> float:
         """Return the mean number of multiply-adds per score when tiled; C where that does not pay."""
+        if not self.tileable:
+            return self.num_channels
         inputs = [prod(part.grid) for part in self.parts]
         widths = [GridTiles.width(part) if part.tables else part.num_channels for part in self.parts]
         if sum(count for count, part in zip(inputs, self.parts, strict=True) if part.tables) < MIN_TILED_INPUTS:

@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceiver_cli.calibration import Calibration
 from perceiver_cli.config import Config
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError
 from perceiver_cli.files import atomic_write, show_path, write_text
@@ -42,6 +43,7 @@ class ModelInfo:
     step: int
     metrics: Mapping[str, Any]
     data_fingerprint: str = ""
+    calibration: Calibration | None = None
 
 
 # ---------------------------------------------------------------- model files
@@ -58,7 +60,19 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
         "metrics": dict(info.metrics),
         "data_fingerprint": info.data_fingerprint,
     }
+    if info.calibration is not None:
+        header["calibration"] = asdict(info.calibration)
     _write(path, weights, header)
+
+
+def store_calibration(path: Path, calibration: Calibration) -> None:
+    """Give a model file a calibration in place of any other; all else stays as it is, or the whole file does.
+
+    Raises:
+        IntegrityError: damaged. ResourceError: it cannot be written.
+    """
+    tensors = _read_tensors(path, _read_header(path))
+    save_model(path, tensors, replace(read_info(path), calibration=calibration))
 
 
 def read_info(path: Path) -> ModelInfo:
@@ -74,7 +88,9 @@ def read_info(path: Path) -> ModelInfo:
         config = Config.parse(header["config"], show_path(path))
         classes = tuple(map(str, header["classes"]))
         fingerprint = str(header.get("data_fingerprint", ""))
-        return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint)
+        fitted = header.get("calibration")
+        calibration = None if fitted is None else Calibration.parse(fitted, len(classes))
+        return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint, calibration)
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise IntegrityError(f"{show_path(path)}: incomplete header: {error}") from error
 

@@ -18,7 +18,7 @@ import typer
 
 from perceiver_cli import console
 from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_command, show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
@@ -112,6 +112,9 @@ def train(
     freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
+    log: Annotated[
+        Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
+    ] = "none",
 ) -> None:
     """Train a model on labelled files. The last line printed is the path of the best model.
 
@@ -119,6 +122,7 @@ def train(
     column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
     """
     from perceiver_cli.config import load_config, load_preset
+    from perceiver_cli.scalars import check_tensorboard, logged
 
     if preset is not None and config is not None:
         raise UsageError("--preset and --config are two recipes", "pass one of them")
@@ -143,6 +147,8 @@ def train(
     if resume and output is None:
         output = Path("runs/latest").resolve()
     _check_data(data)
+    if log == "tensorboard":
+        check_tensorboard()
     from perceiver_cli.train import Trainer  # torch, after what can be refused without it
 
     trainer = Trainer(
@@ -161,7 +167,8 @@ def train(
             console.say(f"note: {note}")
         console.show_plan(trainer.dry_run())
         return
-    console.follow_training(trainer.fit(), trainer.stop)
+    events = trainer.fit()
+    console.follow_training(logged(events, trainer.output) if log == "tensorboard" else events, trainer.stop)
 
 
 # ---------------------------------------------------------------- evaluate and predict
@@ -180,6 +187,10 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl, confusion.png.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First fit a temperature on the validation split, and keep it in the model."),
+    ] = False,
     json: Json = False,
     batch_size: BatchSize = None,
     workers: Workers = 0,
@@ -187,12 +198,16 @@ def evaluate(
     precision: Precision = "auto",
     limit: Limit = None,
 ) -> None:
-    """Measure a model on labelled files: accuracy, top-5, loss, and each class."""
+    """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
     _check_data(data)
+    from perceiver_cli.evaluate import calibrate as calibrate_model
     from perceiver_cli.evaluate import evaluate as evaluate_model
     from perceiver_cli.evaluate import save_report
 
     predictor = _predictor(model, device, precision, limit, use)
+    if calibrate:
+        temperature = calibrate_model(predictor, data, batch_size, workers).temperature
+        console.say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
     with console.counting("evaluating") as progress:
         report = evaluate_model(predictor, data, split, batch_size, workers, progress)
     for note in report.notes:
@@ -229,6 +244,12 @@ def predict(
     files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
     stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    min_prob: Annotated[
+        float, typer.Option(min=0, max=1, help='Answer "unknown" where no class is at least so probable.')
+    ] = 0.0,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Also write the mean latent of each line to FILE.npy or FILE.safetensors.")
+    ] = None,
     batch_size: BatchSize = None,
     workers: Workers = 0,
     device: Device = "auto",
@@ -241,12 +262,21 @@ def predict(
     017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
     input lacks is missing, and "used" says what there was.
     """
+    from perceiver_cli.embeddings import check_suffix, keeping_embeddings
+
     sources = _sources(inputs or [], files_from, null, stdin_name)
     windows = _windows(window, hop, aggregate, workers)
+    if embeddings is not None:
+        check_suffix(embeddings)
     predictor = _predictor(model, device, precision, limit, use)
-    predictions = predictor.predict(sources, batch_size, workers, windows)
+    predictions = predictor.predict(
+        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
+    )
     extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
+    extra += ["labels"] if predictor.info.config.multi_label else []
+    if embeddings is not None:
+        predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
     raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs, extra))
 
 
@@ -433,6 +463,26 @@ def import_weights(
 
 
 @app.command()
+def export(
+    model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as of predict].")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
+    json: Json = False,
+) -> None:
+    """Write a model for other programs, as ONNX or torch.export, with classes and preparation in its metadata.
+
+    What is written is run beside the model on random inputs; a difference of more than 1e-4 is an error.
+    """
+    from perceiver_cli.checkpoint import find_model, read_info
+
+    read_info(find_model(model))  # what is wrong with a name or a header is said before torch has been waited for
+    from perceiver_cli.export import export_model
+
+    written = export_model(model, output)
+    console.say(f"wrote {show_path(output)}: largest difference {written.difference:.2g} from the model")
+    console.show_facts(vars(written), json)
+
+
+@app.command()
 def info(
     name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset, a configuration, a run or a model file.")],
     json: Json = False,
@@ -441,6 +491,59 @@ def info(
     from perceiver_cli.recipes import describe
 
     console.show_facts(describe(name), json)
+
+
+@app.command("lr-find")
+def lr_find(
+    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The curve: FILE.png or FILE.svg.")] = Path(
+        "lr-find.png"
+    ),
+    preset: Annotated[str | None, typer.Option(help="Recipe [default: a tiny one for what the data holds].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Of rates from 1e-5 to 1, at most.")] = 100,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
+    from perceiver_cli.config import load_config, load_preset
+
+    if preset is not None and config is not None:
+        raise UsageError("--preset and --config are two recipes", "pass one of them")
+    recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+    given = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    overrides = [*(changes or []), f"train.device={device}"]
+    overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
+    from perceiver_cli import lr_find as finder
+    from perceiver_cli.train import Trainer
+
+    finder.check_plot(output)
+    with console.counting("training") as progress:
+        curve = finder.find(Trainer(data, None, recipe, overrides=overrides), steps, progress)
+    finder.draw(curve, output)
+    command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
+    console.show_curve(curve, os.fspath(output), command, json)
+
+
+@app.command()
+def doctor(
+    json: Json = False,
+    run: Annotated[
+        bool, typer.Option("--run", help="Also train, save, load and compare, in about 10 seconds.")
+    ] = False,
+    device: Device = "auto",
+) -> None:
+    """Print versions, decoders, devices, kernels and threads; with --run, test that training works here."""
+    from perceiver_cli.doctor import examine, self_test
+
+    facts = examine()
+    if run:
+        facts["self_test"] = self_test(device)
+    console.show_facts(facts, json)
 
 
 @presets_app.callback()

@@ -27,6 +27,7 @@ from perceiver_cli.files import show_path
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
+    from perceiver_cli.lr_find import Curve
     from perceiver_cli.predict import Prediction
     from perceiver_cli.records import Done
 
@@ -41,7 +42,12 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12}  # characters of columns that only some predictions have
+EXTRA_WIDTH = {
+    "start_s": 8,
+    "end_s": 8,
+    "used": 12,
+    "labels": 20,
+}  # characters of columns that only some predictions have
 debug = False
 
 
@@ -296,7 +302,8 @@ def show_predictions(
 ) -> int:
     """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
 
-    extra: further columns of tables: start_s and end_s of windows, used of models of several modalities.
+    extra: further columns of tables: start_s and end_s of windows, used of models of several modalities, labels where
+    there may be several an example.
     """
     if style == "auto":
         style = "table" if is_terminal() else "jsonl"
@@ -345,6 +352,7 @@ def _csv_rows(
             ]
             yield row(["path", *extra, *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
         best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
+        best[0] = prediction.label if prediction.error is None else ""
         every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
         yield row([prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""])
 
@@ -352,6 +360,8 @@ def _csv_rows(
 def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
     """Return the cells of further columns."""
     facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
+    if "labels" in names:
+        facts["labels"] = ";".join(prediction.labels) if prediction.error is None else ""
     return ["" if facts[name] is None else str(facts[name]) for name in names]
 
 
@@ -374,11 +384,11 @@ def _table_rows(
         if prediction.error is not None:
             yield f"{shown:<40} (not read)\n"
             continue
-        (label, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
+        (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
         rest = ", ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
         cells = zip(extra, _extra(prediction, extra), strict=True)
         further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
-        yield f"{shown:<40} {further}{show_path(label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+        yield f"{shown:<40} {further}{show_path(prediction.label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 # ---------------------------------------------------------------- preparing
@@ -410,9 +420,12 @@ def show_report(report: Report, as_json: bool) -> None:
         emit_json(report.to_dict())
         return
     precision = "" if report.mean_average_precision is None else f"mAP {report.mean_average_precision:.4f}  "
+    calibration = "" if report.ece is None else f"ECE {report.ece:.4f}  "
+    if report.ece != report.ece_uncalibrated:
+        calibration += f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})  "
     emit(
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
-        f"({report.num_examples} examples of {'+'.join(report.modalities)})\n"
+        f"{calibration}({report.num_examples} examples of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
     table = _table("class", *columns)
@@ -440,6 +453,17 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = list(_flat(facts, ""))
     width = max(len(name) for name, _ in rows)
     emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+
+
+def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
+    """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
+    for note in curve.notes:
+        say(f"note: {note}")
+    if as_json:
+        emit_json({**vars(curve), "plot": plot, "command": command})
+        return
+    say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
+    emit(f"{command}\n")
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:

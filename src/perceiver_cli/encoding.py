@@ -6,8 +6,9 @@ Positions and features are float32 whatever the precision of the run: in bfloat1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 import torch
@@ -69,6 +70,24 @@ def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) ->
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
 
 
+def axis_features(layout: Layout, places: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return per axis (side, d (2 K + 1)): the features of places along it, in the columns of this axis.
+
+    places: per axis (side, 1), positions in [-1, 1].
+    """
+    tables = []
+    for axis, along in enumerate(places):
+        device = along.device
+        one = fourier_features(along, layout.bands, layout.max_resolution[axis : axis + 1])
+        # One axis alone: position, K sines, K cosines. All: d positions, d K sines, d K cosines.
+        columns = torch.arange(2 * layout.bands + 1, device=device) - 1
+        block = columns // max(1, layout.bands)  # 0 sines, 1 cosines
+        columns = layout.dims + (block * layout.dims + axis) * layout.bands + columns % max(1, layout.bands)
+        columns[0] = axis
+        tables.append(one.new_zeros(along.shape[0], layout.position_channels).index_copy(1, columns, one))
+    return tuple(tables)
+
+
 @dataclass(frozen=True)
 class Part:
     """What a cross-attend reads of one modality: the paper's byte array, or a grid that stands for it.
@@ -100,7 +119,7 @@ class Part:
         features = self.tables[0]
         for table in self.tables[1:]:
             features = features.unsqueeze(-2) + table  # (side_0 .. side_i, C - c)
-        features = features.expand(len(self.values), *features.shape)
+        features = features.expand(self.values.shape[0], *features.shape)
         return torch.cat([self.values, features], dim=-1).flatten(1, -2)
 
 
@@ -150,10 +169,15 @@ class ByteArrayEncoding(nn.Module):
         """
         if not segments or not segments.keys() <= self.layouts.keys():
             raise ValueError(f"segments of {sorted(segments) or 'nothing'}, expected {sorted(self.layouts)}")
-        return {name: self._part(name, self.layouts[name], segments[name]) for name in self.layouts if name in segments}
+        parts = {}
+        for name in self.layouts:
+            if name in segments:
+                self._check(name, segments[name])
+                parts[name] = self.part(name, segments[name])
+        return parts
 
-    def _part(self, name: str, layout: Layout, segment: Segment) -> Part:
-        values, positions, mask = segment.values, segment.positions, segment.mask
+    def _check(self, name: str, segment: Segment) -> None:
+        layout, values, positions = self.layouts[name], segment.values, segment.positions
         if tuple(values.shape[1:]) != layout.prepared_shape:
             expected = ", ".join(map(str, layout.prepared_shape))
             raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
@@ -161,21 +185,29 @@ class ByteArrayEncoding(nn.Module):
         if not layout.is_grid and (positions is None or tuple(positions.shape) != points):
             found = None if positions is None else tuple(positions.shape)
             raise ValueError(f"{name} positions of shape {found}, expected {points}")
-        if mask is not None:
-            mask = mask.expand(len(values), layout.num_inputs)
+
+    def part(self, name: str, segment: Segment, tables: Sequence[Tensor] | None = None) -> Part:
+        """Return the part of one modality. Nothing here depends on the grid of its layout, where `tables` are given.
+
+        tables: as `axis_features` gives them, of another grid than the layout's.
+        """
+        layout, values, positions, mask = self.layouts[name], segment.values, segment.positions, segment.mask
         values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
         if name in self.stems:
             values = self.stems[name](values)
+        batch, grid = values.shape[0], values.shape[1:-1]  # sizes, not len(): they may be symbols
+        if mask is not None:
+            mask = mask.expand(batch, prod(grid))
         encoding = self.modality_encodings.get(name, None)
         if layout.is_grid and name not in self.learned_positions:
-            first, *rest = self._tables(name, layout, values.device)
+            first, *rest = self._tables(name, layout, values.device) if tables is None else tables
             if encoding is not None:
-                first = torch.cat([first, encoding.expand(len(first), -1)], dim=-1)
+                first = torch.cat([first, encoding.expand(first.shape[0], -1)], dim=-1)
                 rest = [F.pad(table, (0, len(encoding))) for table in rest]
             return Part(values, (first, *rest), mask)
-        values = values.reshape(len(values), layout.num_inputs, -1)
+        values = values.reshape(batch, prod(grid), values.shape[-1])
         if name in self.learned_positions:
-            features = self.learned_positions[name].expand(len(values), -1, -1)
+            features = self.learned_positions[name].expand(batch, -1, -1)
         else:
             assert positions is not None
             features = fourier_features(positions, layout.bands, layout.max_resolution)
@@ -183,20 +215,9 @@ class ByteArrayEncoding(nn.Module):
         return Part(torch.cat([values, features, *ending], dim=-1), mask=mask)
 
     def _tables(self, name: str, layout: Layout, device: torch.device) -> tuple[Tensor, ...]:
-        """Return per axis (side, d (2 K + 1)): the features of places along it, in the columns of this axis."""
         key = (name, device)
         if key not in self._axis_features:
-            tables = []
-            for axis, side in enumerate(layout.grid):
-                places = grid_positions((side,), device)
-                one = fourier_features(places, layout.bands, layout.max_resolution[axis : axis + 1])
-                # One axis alone: position, K sines, K cosines. All: d positions, d K sines, d K cosines.
-                columns = torch.arange(2 * layout.bands + 1, device=device) - 1
-                block = columns // max(1, layout.bands)  # 0 sines, 1 cosines
-                columns = layout.dims + (block * layout.dims + axis) * layout.bands + columns % max(1, layout.bands)
-                columns[0] = axis
-                tables.append(one.new_zeros(side, layout.position_channels).index_copy(1, columns, one))
-            self._axis_features[key] = tuple(tables)
+            self._axis_features[key] = axis_features(layout, [grid_positions((side,), device) for side in layout.grid])
         return self._axis_features[key]
 
     def _order(self, name: str, device: torch.device) -> Tensor | None:

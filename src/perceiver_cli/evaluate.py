@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perceiver_cli.calibration import Calibration, calibration_error, fit_temperature, fit_thresholds, sigmoid
 from perceiver_cli.catalog import Catalog, Example, scan
-from perceiver_cli.checkpoint import ModelInfo
+from perceiver_cli.checkpoint import ModelInfo, store_calibration
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
 from perceiver_cli.errors import DataError, UsageError
@@ -35,7 +36,8 @@ class Report:
     confusion: (classes, classes) counts, rows the true class; None with several labels. average_precision: by class,
     with several labels; None where no example has the class. modalities: what it was answered from. records: one per
     example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
-    which are left out.
+    which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
+    (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`.
     """
 
     classes: tuple[str, ...]
@@ -51,6 +53,9 @@ class Report:
     bad: tuple[tuple[str, str], ...] = ()
     strangers: int = 0
     notes: tuple[str, ...] = ()
+    ece: float | None = None
+    ece_uncalibrated: float | None = None
+    temperature: float = 1.0
 
     @property
     def mean_average_precision(self) -> float | None:
@@ -85,6 +90,9 @@ class Report:
             "accuracy": self.accuracy,
             "top5": self.top5,
             "loss": self.loss,
+            "ece": self.ece,
+            "ece_uncalibrated": self.ece_uncalibrated,
+            "temperature": self.temperature,
             "num_examples": self.num_examples,
             "split": self.split,
             "modalities": list(self.modalities),
@@ -108,45 +116,23 @@ def score(
     batch_size: int,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
+    temperature: float = 1.0,
 ) -> Report:
     """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be scored."""
     multi_label = reader.multi_label_classes > 0
-    batch_size = max(1, batch_size // reader.num_views)
-    known = [example for example in examples if example.labels or multi_label]
-    scored: list[Example] = []
-    used: list[tuple[str, ...]] = []
-    rows: list[Tensor] = []
-    bad: list[tuple[str, str]] = []
-    was_training = model.training
-    model.eval()
-    for batch, logits in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
-        scored += batch.examples
-        used += batch.used
-        rows.append(logits)
-        bad += [(example.id, error) for _, example, error in batch.bad]
-        if progress is not None:
-            progress(len(scored) + len(bad))
-    model.train(was_training)
-    if not scored:
-        raise DataError(
-            f"nothing to score: {len(examples)} examples, {len(bad)} unreadable, "
-            f"{len(examples) - len(known)} of classes that the model does not know",
-            *(error for _, error in bad[:1]),
-        )
-    logits = torch.cat(rows)
+    answered = answers(model, reader, examples, compute, batch_size, workers, progress)
+    scored, targets = answered.examples, answered.targets
+    logits = answered.logits / temperature
     if multi_label:
-        targets = torch.zeros_like(logits)
-        for row, example in enumerate(scored):
-            targets[row, list(example.labels)] = 1.0
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
         probabilities = logits.sigmoid()
     else:
-        losses = F.cross_entropy(logits, torch.tensor([e.labels[0] for e in scored]), reduction="none")
+        losses = F.cross_entropy(logits, targets, reduction="none")
         probabilities = logits.softmax(dim=1)
     ranked = logits.topk(min(TOP, len(classes))).indices.tolist()
     confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
     records = []
-    for i, (example, best, modalities) in enumerate(zip(scored, ranked, used, strict=True)):
+    for i, (example, best, modalities) in enumerate(zip(scored, ranked, answered.used, strict=True)):
         names = [classes[label] for label in example.labels]
         records.append(
             {
@@ -168,11 +154,77 @@ def score(
         loss=float(losses.mean()),
         confusion=None if multi_label else tuple(tuple(row) for row in confusion.tolist()),
         num_examples=len(scored),
+        ece=_ece(probabilities, targets),
+        ece_uncalibrated=_ece(answered.logits.sigmoid() if multi_label else answered.logits.softmax(dim=1), targets),
+        temperature=temperature,
         average_precision=average_precision(probabilities, targets) if multi_label else None,
         records=tuple(records),
-        bad=tuple(bad),
-        strangers=len(examples) - len(known),
+        bad=answered.bad,
+        strangers=answered.strangers,
     )
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a model says of labelled examples: logits (n, classes) float64; targets (n,) or, with several labels, (n,
+    classes) of 0 and 1; used: by example, the modalities there are of it; bad, strangers: as of a Report."""
+
+    examples: tuple[Example, ...]
+    logits: Tensor
+    targets: Tensor
+    used: tuple[tuple[str, ...], ...]
+    bad: tuple[tuple[str, str], ...]
+    strangers: int
+
+
+def answers(
+    model: Perceiver,
+    reader: Reader,
+    examples: Sequence[Example],
+    compute: Compute,
+    batch_size: int,
+    workers: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Answered:
+    """Return what a model says of examples, in evaluation mode. Raises DataError if there is nothing to say."""
+    multi_label = reader.multi_label_classes > 0
+    batch_size = max(1, batch_size // reader.num_views)
+    known = [example for example in examples if example.labels or multi_label]
+    scored: list[Example] = []
+    used: list[tuple[str, ...]] = []
+    rows: list[Tensor] = []
+    bad: list[tuple[str, str]] = []
+    was_training = model.training
+    model.eval()
+    for batch, found in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
+        scored += batch.examples
+        used += batch.used
+        rows.append(found.logits)
+        bad += [(example.id, error) for _, example, error in batch.bad]
+        if progress is not None:
+            progress(len(scored) + len(bad))
+    model.train(was_training)
+    if not scored:
+        raise DataError(
+            f"nothing to score: {len(examples)} examples, {len(bad)} unreadable, "
+            f"{len(examples) - len(known)} of classes that the model does not know",
+            *(error for _, error in bad[:1]),
+        )
+    logits = torch.cat(rows)
+    if multi_label:
+        targets = torch.zeros_like(logits)
+        for row, example in enumerate(scored):
+            targets[row, list(example.labels)] = 1.0
+    else:
+        targets = torch.tensor([e.labels[0] for e in scored])
+    return Answered(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
+
+
+def _ece(probabilities: Tensor, targets: Tensor) -> float:
+    if targets.ndim == 2:
+        return calibration_error(probabilities.flatten().numpy(), targets.flatten().numpy())
+    confidence, best = probabilities.max(dim=1)
+    return calibration_error(confidence.numpy(), (best == targets).numpy())
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> tuple[float | None, ...]:
@@ -209,16 +261,7 @@ def evaluate(
     Raises:
         DataError: no such split, nothing usable, or data of another modality than the model's.
     """
-    reads = predictor.modalities
-    catalog = scan(data, predictor.classes, reads)
-    used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
-    if not used:
-        wanted = "+".join(predictor.reader.specs)
-        raise DataError(
-            f"{show_path(data)}: holds {'+'.join(catalog.holds)}, but {show_path(predictor.path)} reads {wanted}"
-        )
-    if catalog.prepared is not None:
-        catalog.prepared.check(show_path(data), predictor.reader.specs, "the model")
+    reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
     name, examples = choose_split(catalog, predictor.info, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
     missing = [c for c in predictor.classes if c not in present]
@@ -227,17 +270,58 @@ def evaluate(
         notes.append(f"answered from {'+'.join(used)} alone, the model reads {'+'.join(reads)}")
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
-    if catalog.multi_label and not predictor.info.config.multi_label:
-        raise DataError(f"{show_path(data)}: has several labels an example, but the model was trained for one")
-    several = len(predictor.classes) if predictor.info.config.multi_label else 0
-    reader = Reader(predictor.reader.specs, predictor.reader.limits, catalog.bad, several)
     total = len(examples)
     report = score(
-        predictor.model, reader, examples, predictor.classes, predictor.compute,
+        predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
-        None if progress is None else lambda done: progress(done, total),
+        None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature,
     )  # fmt: skip
     return Report(**{**vars(report), "split": name, "modalities": used, "notes": tuple(notes)})
+
+
+def calibrate(
+    predictor: Predictor, data: str | os.PathLike[str], batch_size: int | None = None, workers: int = 0
+) -> Calibration:
+    """Return the calibration fitted on the validation split of `data`, stored in the model file and used from now on.
+
+    Raises:
+        UsageError: no validation split, or several labels an example for a model of one. DataError: nothing in it that
+        could be scored. ResourceError: the model file cannot be written.
+    """
+    catalog, _ = _catalog(predictor, data)
+    _, examples = choose_split(catalog, predictor.info, "val")
+    found = answers(
+        predictor.model, _reader(predictor, catalog), examples, predictor.compute,
+        batch_size or predictor.batch_that_fits, workers,
+    )  # fmt: skip
+    logits, targets = found.logits.numpy(), found.targets.numpy()
+    temperature = fit_temperature(logits, targets)
+    thresholds = fit_thresholds(sigmoid(logits / temperature), targets) if targets.ndim == 2 else ()
+    calibration = Calibration(temperature, thresholds)
+    store_calibration(predictor.path, calibration)
+    predictor.info = replace(predictor.info, calibration=calibration)
+    return calibration
+
+
+def _reader(predictor: Predictor, catalog: Catalog) -> Reader:
+    several = len(predictor.classes) if predictor.info.config.multi_label else 0
+    return Reader(predictor.reader.specs, predictor.reader.limits, catalog.bad, several)
+
+
+def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
+    """Return labelled data that the model can be measured on, and the modalities it has. Raises DataError."""
+    catalog = scan(data, predictor.classes, predictor.modalities)
+    used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
+    if not used:
+        wanted = "+".join(predictor.reader.specs)
+        raise DataError(
+            f"{show_path(data)}: holds {'+'.join(catalog.holds)}, but {show_path(predictor.path)} reads {wanted}"
+        )
+    if catalog.prepared is not None:
+        catalog.prepared.check(show_path(data), predictor.reader.specs, "the model")
+    if catalog.multi_label and not predictor.info.config.multi_label:
+        raise DataError(f"{show_path(data)}: has several labels an example, but the model was trained for one")
+    return catalog, used
 
 
 def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[str, Sequence[Example]]:

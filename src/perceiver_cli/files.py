@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -20,8 +21,22 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
     A file name is data from a stranger. This is the only way one may reach a terminal or a log.
     """
+    text = _escaped(os.fspath(path))
+    if len(text) > MAX_SHOWN:
+        half = MAX_SHOWN // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return f"'{text}'"
+
+
+def show_command(words: Iterable[str]) -> str:
+    """Return a command that can be shown, copied and run: quoted for a shell, what cannot be shown as bash's $'...'."""
+    return " ".join(shlex.quote(word) if _escaped(word) == word else f"$'{_escaped(word)}'" for word in words)
+
+
+def _escaped(text: str) -> str:
+    """Return text with what cannot be shown, backslashes and quotes escaped as in C."""
     shown = []
-    for char in os.fspath(path):
+    for char in text:
         code = ord(char)
         if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
             shown.append(f"\\x{code - 0xDC00:02x}")
@@ -30,14 +45,10 @@ def show_path(path: str | os.PathLike[str]) -> str:
         elif char in "\\'":
             shown.append("\\" + char)
         elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-            shown.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
+            shown.append(f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
         else:
             shown.append(char)
-    text = "".join(shown)
-    if len(text) > MAX_SHOWN:
-        half = MAX_SHOWN // 2
-        text = f"{text[:half]}...{text[-half:]}"
-    return f"'{text}'"
+    return "".join(shown)
 
 
 @contextmanager

@@ -166,7 +166,7 @@ class Run:
             lr = learning_rate(train, self.step, self.total_steps, self.plan.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
-            loss = self._step(batches)
+            loss = self.update(batches)
             self.step += 1
             timing.stepped()
             if self.step % check_every == 0 or timing.over():
@@ -201,7 +201,7 @@ class Run:
 
     # ------------------------------------------------------------ one step
 
-    def _step(self, batches: Iterator[Batch]) -> Tensor:
+    def update(self, batches: Iterator[Batch]) -> Tensor:
         """Do one optimiser step; return its mean loss, still on the device."""
         train = self.config.train
         loss = torch.zeros((), device=self.compute.device)

@@ -71,15 +71,21 @@ class Perceiver(nn.Module):
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return logits (B, classes) in float32: the mean over latents, then one linear layer (App. C)."""
-        latents = self.encode(segments)
+        return self.classify(self.encode(segments))
+
+    def classify(self, latents: Tensor) -> Tensor:
+        """Return logits (B, classes) in float32 from the final latents (B, N, D)."""
         logits: Tensor = self.head(latents.mean(dim=1) if self.readout is None else self.readout(latents))
         return logits.float()
 
     def encode(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return the final latents (B, N, D)."""
-        memory = Memory(list(self.encoding.parts(segments).values()))
+        return self.read(Memory(list(self.encoding.parts(segments).values())))
+
+    def read(self, memory: Memory) -> Tensor:
+        """Return the final latents (B, N, D) after the schedule's reading of `memory`."""
         latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
-        folded = None if torch.is_grad_enabled() else self._first_queries()
+        folded = self._first_queries() if memory.tileable and not torch.is_grad_enabled() else None
         for kind, index in self.config.steps:
             if kind == "c":
                 latents = self.cross_attends[index](latents, memory, folded)

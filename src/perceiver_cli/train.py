@@ -15,14 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
+from perceiver_cli.card import write_card
 from perceiver_cli.catalog import Catalog, resolve_specs, scan
-from perceiver_cli.checkpoint import find_model, load_state, read_info
+from perceiver_cli.checkpoint import MODEL_FILE, find_model, load_state, read_info
 from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.cost import Cost, estimate
 from perceiver_cli.data import Reader
 from perceiver_cli.device import choose
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.events import Event, Loaded, Note, Started
+from perceiver_cli.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.files import show_path
 from perceiver_cli.loop import TIMED_STEPS, Plan, Run
 from perceiver_cli.runs import begin, claim, next_run
@@ -145,7 +146,7 @@ class Trainer(Plan):
 
     def dry_run(self) -> dict[str, Any]:
         """Return the summary with a measured step and the time it adds up to. Nothing is written."""
-        run = self._run()
+        run = self.new_run()
         batches = self.reader.batches(run.tasks(TIMED_STEPS))
         times = []
         for batch in batches:
@@ -174,15 +175,19 @@ class Trainer(Plan):
             yield from self._preload()
             if self.stopping:
                 return
-            run = self._run()
+            run = self.new_run()
             # Only now, when nothing but training is left to fail, does an older run give way.
             begin(self.output, self.config.to_toml(), fresh=not self.resume)
             yield from map(Note, self.notes[told:])
-            yield from run.events()
+            for event in run.events():
+                if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == self.output / MODEL_FILE):
+                    write_card(self.output, self.summary(), read_info(self.output / MODEL_FILE))
+                yield event
 
     # ------------------------------------------------------------ preparation
 
-    def _run(self) -> Run:
+    def new_run(self) -> Run:
+        """Return model, optimiser and place of the run, before its next step."""
         return Run(self, self.init_from, (self._tensors, self._state) if self.resume else None)
 
     def _check_size(self) -> None:

@@ -405,7 +405,7 @@ def _resized(
         shown = Image.fromarray(frame).resize((size[1], size[0]), Resampling.BILINEAR, reducing_gap=reducing_gap)
         for change in changes:
             shown = change(shown)
-        target[...] = shown
+        target[...] = np.asarray(shown)
     return resized
 
 

@@ -1,0 +1,109 @@
+"""What turns a trained model's scores into honest probabilities and decisions; fitted on validation, NumPy only.
+
+A temperature divides all logits (Guo et al. 2017): probabilities change, their order does not. With several labels an
+example, each class also has the threshold above which it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import exp, isfinite, log
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+BINS = 15  # of equal width in 0..1, as in Guo et al.
+TEMPERATURES = (0.05, 20.0)  # least and most: a model that is right every time would ask for 0
+HALVINGS = 60
+DEFAULT_THRESHOLD = 0.5
+MIN_PROB = 1e-12  # so that the logit of a probability of 0 or 1 is finite
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """temperature: divides the logits. thresholds: by class, with several labels an example; else empty."""
+
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any], num_classes: int) -> Calibration:
+        """Return the calibration in a model file's header. Raises ValueError where it makes no sense."""
+        found = cls(float(fields["temperature"]), tuple(map(float, fields["thresholds"])))
+        if not (isfinite(found.temperature) and found.temperature > 0):
+            raise ValueError(f"temperature {found.temperature}, expected more than 0")
+        if len(found.thresholds) not in (0, num_classes) or not all(0 <= t <= 1 for t in found.thresholds):
+            raise ValueError(
+                f"{len(found.thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes"
+            )
+        return found
+
+
+def fit_temperature(logits: Floats, targets: NDArray[Any]) -> float:
+    """Return the temperature that gives logits (n, classes) the least cross-entropy.
+
+    targets: (n,) class indices, or (n, classes) of 0 and 1 with several labels an example. Cross-entropy is convex in
+    1 / temperature; its slope there is mean(expected logit - true logit), whose sign is searched for the zero.
+    """
+
+    def slope(sharpness: float) -> float:
+        if targets.ndim == 2:
+            return float(((sigmoid(logits * sharpness) - targets) * logits).mean())
+        weights = softmax(logits * sharpness)
+        return float(((weights * logits).sum(axis=1) - logits[np.arange(len(logits)), targets]).mean())
+
+    low, high = (-log(temperature) for temperature in reversed(TEMPERATURES))
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if slope(exp(middle)) > 0 else (middle, high)
+    return exp(-(low + high) / 2)
+
+
+def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
+    """Return for each class the threshold with the highest F1 on probs and targets (n, classes) of 0 and 1.
+
+    It lies halfway, in logits, between the last probability that is in and the first that is out. Of equally good ones
+    the highest is taken; a class without examples keeps DEFAULT_THRESHOLD.
+    """
+    thresholds = []
+    for p, t in zip(probs.T, targets.T, strict=True):
+        order = np.argsort(-p, kind="stable")
+        p, t = p[order], t[order]
+        cut = np.flatnonzero(np.append(p[1:] < p[:-1], True))  # after each of these, a threshold fits
+        f1 = 2 * np.cumsum(t)[cut] / (cut + 1 + t.sum())
+        if not t.any():
+            thresholds.append(DEFAULT_THRESHOLD)
+            continue
+        last = cut[np.argmax(f1)]
+        below = p[last + 1] if last + 1 < len(p) else 0.0
+        thresholds.append(float(sigmoid((logit(p[last]) + logit(below)) / 2)))
+    return tuple(thresholds)
+
+
+def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
+    """Return the expected calibration error (ECE): mean |share correct - mean confidence| over BINS, by their counts.
+
+    confidence: (n,) probabilities; correct: (n,) of 0 and 1.
+    """
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return float(np.abs(np.bincount(bins, correct - confidence, BINS)).sum() / len(confidence))
+
+
+def softmax(logits: Floats) -> Floats:
+    """Return probabilities (n, classes) that sum to 1."""
+    weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+
+def sigmoid(logits: Any) -> Any:
+    """Return the probability of each logit, without overflow."""
+    return 0.5 * (1 + np.tanh(0.5 * logits))
+
+
+def logit(prob: Any) -> Any:
+    """Return the logit of a probability; of 0 and 1 a finite one."""
+    prob = np.clip(prob, MIN_PROB, 1 - MIN_PROB)
+    return np.log(prob / (1 - prob))
