@@ -46,7 +46,7 @@ def test_no_pickle_anywhere(trained: Path) -> None:
             data = path.read_bytes()
             assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         else:
-            assert path.is_dir() or path.suffix in (".json", ".jsonl", ".toml") or path.name == ".lock"
+            assert path.is_dir() or path.suffix in (".json", ".jsonl", ".toml", ".md") or path.name == ".lock"
 
 
 def test_every_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
