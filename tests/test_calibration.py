@@ -63,6 +63,7 @@ def test_calibration_error_by_hand() -> None:
     low, high = abs(1 - 0.05 - 1 / 15), abs(2 - 2.91)
     assert calibration_error(confidence, correct) == pytest.approx((low + high) / 6)
     assert calibration_error(np.array([0.8] * 5), np.array([1, 1, 1, 1, 0])) == pytest.approx(0)
+    assert np.isnan(calibration_error(np.array([0.5, np.nan]), np.array([0, 1])))
 
 
 def test_thresholds_have_the_highest_f1() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import exp, isfinite, log
+from math import exp, isfinite, log, nan
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,10 @@ def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
 def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
     """Return the expected calibration error (ECE): mean |share correct - mean confidence| over BINS, by their counts.
 
-    confidence: (n,) probabilities; correct: (n,) of 0 and 1.
+    confidence: (n,) probabilities; correct: (n,) of 0 and 1. Not a number where a confidence is none.
     """
+    if not np.isfinite(confidence).all():
+        return nan
     bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     return float(np.abs(np.bincount(bins, correct - confidence, BINS)).sum() / len(confidence))
 

@@ -121,12 +121,9 @@ def train(
     Several modalities make one model: files of one stem in a class folder (cat/017.png, cat/017.wav), a manifest with a
     column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
     """
-    from perceiver_cli.config import load_config, load_preset
     from perceiver_cli.scalars import check_tensorboard, logged
 
-    if preset is not None and config is not None:
-        raise UsageError("--preset and --config are two recipes", "pass one of them")
-    recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+    recipe = _recipe(preset, config)
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length given here replaces every length of the recipe.
@@ -474,10 +471,13 @@ def export(
     """
     from perceiver_cli.checkpoint import find_model, read_info
 
-    read_info(find_model(model))  # what is wrong with a name or a header is said before torch has been waited for
+    path = find_model(model)
+    read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
+    if model is None:
+        console.say(f"using {show_path(path)}")
     from perceiver_cli.export import export_model
 
-    written = export_model(model, output)
+    written = export_model(path, output)
     console.say(f"wrote {show_path(output)}: largest difference {written.difference:.2g} from the model")
     console.show_facts(vars(written), json)
 
@@ -508,12 +508,9 @@ def lr_find(
     json: Json = False,
 ) -> None:
     """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
-    from perceiver_cli.config import load_config, load_preset
-
-    if preset is not None and config is not None:
-        raise UsageError("--preset and --config are two recipes", "pass one of them")
-    recipe = load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+    recipe = _recipe(preset, config)
     given = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    given |= {"--device": None if device == "auto" else device}
     words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
     overrides = [*(changes or []), f"train.device={device}"]
@@ -613,6 +610,14 @@ def bench(
 
 
 # ---------------------------------------------------------------- small parsers
+
+
+def _recipe(preset: str | None, config: Path | None) -> Any:
+    from perceiver_cli.config import load_config, load_preset
+
+    if preset is not None and config is not None:
+        raise UsageError("--preset and --config are two recipes", "pass one of them")
+    return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
 
 
 def _seconds(text: str | None) -> float | None:

@@ -42,12 +42,8 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-EXTRA_WIDTH = {
-    "start_s": 8,
-    "end_s": 8,
-    "used": 12,
-    "labels": 20,
-}  # characters of columns that only some predictions have
+# Characters of columns that only some predictions have.
+EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}
 debug = False
 
 

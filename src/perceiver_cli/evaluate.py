@@ -270,6 +270,8 @@ def evaluate(
         notes.append(f"answered from {'+'.join(used)} alone, the model reads {'+'.join(reads)}")
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
+    if name == "val" and predictor.info.calibration is not None:
+        notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too good")
     total = len(examples)
     report = score(
         predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
@@ -285,9 +287,11 @@ def calibrate(
     """Return the calibration fitted on the validation split of `data`, stored in the model file and used from now on.
 
     Raises:
-        UsageError: no validation split, or several labels an example for a model of one. DataError: nothing in it that
-        could be scored. ResourceError: the model file cannot be written.
+        UsageError: no validation split, or not all modalities are used. DataError: nothing in it that could be scored,
+        or several labels an example for a model of one. ResourceError: the model file cannot be written.
     """
+    if predictor.reader.specs.keys() != set(predictor.modalities):
+        raise UsageError("a calibration is of all of the model's modalities", "leave out --use")
     catalog, _ = _catalog(predictor, data)
     _, examples = choose_split(catalog, predictor.info, "val")
     found = answers(

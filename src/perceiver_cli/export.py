@@ -254,7 +254,8 @@ def _onnx(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tu
                 symbols[dim.dim_param] = side
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim:
-            dim.dim_param = symbols.get(dim.dim_param, dim.dim_param)
+            if dim.dim_param in symbols:
+                dim.dim_param = symbols[dim.dim_param]
     for key, value in metadata.items():
         entry = proto.metadata_props.add()
         entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
