@@ -19,7 +19,7 @@ ORDER = [
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
     "stream", "encoding", "cost",
     "kernels", "attention", "device", "model", "optim",
-    "manifest", "pairing", "shards", "catalog", "decoding", "data", "checkpoint",
+    "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding", "data", "checkpoint",
     "predict", "evaluate", "recipes", "records", "pretrained",
     "events", "runs", "loop", "train", "bench", "peers", "contest",
     "console",
@@ -70,7 +70,7 @@ def test_imports_go_down(room: str) -> None:
         for room in ORDER
         if room.startswith("preprocess")
         or room in ORDER[: ORDER.index("preprocess.base")]
-        or room in ("cost", "stream", "manifest", "pairing", "shards", "catalog", "decoding")
+        or room in ("cost", "stream", "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding")
     ],
 )
 def test_preprocessing_and_below_never_see_torch(room: str) -> None:
