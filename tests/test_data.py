@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perceiver_cli.catalog import Example, resolve_specs, scan
+from perceiver_cli.catalog import Catalog, Example, resolve_specs, scan
 from perceiver_cli.config import AudioSpec, ImageSpec, Limits, VideoSpec
 from perceiver_cli.data import (
     Batch,
@@ -28,9 +29,10 @@ from perceiver_cli.data import (
 )
 from perceiver_cli.decoding import kept
 from perceiver_cli.encoding import Segment
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, IntegrityError, UsageError
 from perceiver_cli.manifest import CONTENT
 from perceiver_cli.preprocess.base import Source
+from perceiver_cli.splits import read_split, save_split
 from tests.conftest import RATE_HZ, write_clip, write_images
 
 SPEC = ImageSpec(size=12, color="grey", mean=(0.5,), std=(0.5,), crop_area=(0.5, 1.0))
@@ -93,13 +95,14 @@ def test_folders_without_data_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("hello\n")
     with pytest.raises(
-        DataError, match=r"no usable files: found 1 folders and 1 files \('.txt' 1\); expected class/file"
+        DataError, match=r"no usable files: found 1 folder and 1 file \('.txt' 1\); expected class/file"
     ):
         scan(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         scan(tmp_path / "none")
+    (tmp_path / "a" / "x.doc").write_text("hello\n")
     with pytest.raises(DataError, match="neither a folder nor a manifest"):
-        scan(tmp_path / "a" / "x.txt")
+        scan(tmp_path / "a" / "x.doc")
 
 
 def test_classes_of_a_model_are_matched_by_name(tmp_path: Path) -> None:
@@ -131,16 +134,126 @@ def test_links_are_not_followed_round_in_circles(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- splits
 
 
-def test_hold_out_is_stratified_stable_and_disjoint(tmp_path: Path) -> None:
-    write_images(tmp_path, {"a": 40, "b": 20, "one": 1})
-    catalog = scan(tmp_path).hold_out(0.1)
-    assert catalog.counts("val") == {"a": 4, "b": 2, "one": 0}
-    ids = {split: {e.id for e in catalog.splits[split]} for split in ("train", "val")}
+def shares(catalog: Catalog) -> dict[str, set[str]]:
+    return {split: {example.id for example in examples} for split, examples in catalog.splits.items()}
+
+
+def made_up(counts: dict[str, int], groups: int = 0) -> Catalog:
+    """A catalog of so many examples of each class, in so many groups that every class has."""
+    found = [
+        Example(f"{name}/{i:05d}", {}, (label,), f"g{i % groups}" if groups else "")
+        for label, (name, count) in enumerate(counts.items())
+        for i in range(count)
+    ]
+    return Catalog("", (), (), tuple(counts), {"train": tuple(found)}, group_by="who" if groups else None)
+
+
+def test_hold_out_is_disjoint_and_of_every_class_that_has_two() -> None:
+    held = made_up({"a": 2000, "b": 40, "c": 2, "one": 1}).hold_out(0.1)
+    assert 160 <= held.counts("val")["a"] <= 240
+    assert 0 < held.counts("val")["b"] < 20
+    assert held.counts("val")["c"] == held.counts("train")["c"] == 1
+    assert held.counts("train")["one"] == 1
+    ids = shares(held)
     assert not ids["train"] & ids["val"]
-    assert len(ids["train"] | ids["val"]) == 61
-    write_images(tmp_path, {"a": 44})  # four more files move at most one of those held out
-    after = {e.id for e in scan(tmp_path).hold_out(0.1).splits["val"]}
-    assert len(ids["val"] - after) <= 1
+    assert len(ids["train"] | ids["val"]) == 2043
+    assert held.hold_out(0.5) is held
+
+
+def test_adding_files_never_moves_old_ones() -> None:
+    before = shares(made_up({"a": 300, "b": 100}).hold_out(0.1))
+    after = shares(made_up({"a": 3000, "b": 101, "new": 50}).hold_out(0.1))
+    assert before["train"] < after["train"]
+    assert before["val"] < after["val"]
+
+
+@pytest.mark.parametrize("groups", [2, 3, 40])
+def test_no_group_is_in_two_splits(groups: int) -> None:
+    held = made_up({"a": 200, "b": 80, "c": 80}, groups).hold_out(0.2)
+    of = {split: {example.group for example in examples} for split, examples in held.splits.items()}
+    assert of["train"]
+    assert of["val"]
+    assert not of["train"] & of["val"]
+    held.check_groups()
+
+
+def test_groups_by_folder_and_by_column(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / "in" / name, {f"s{i}": 3 for i in range(8)})
+    files = sorted((tmp_path / "in").rglob("*.png"))
+    rows = "".join(f"in/{p.relative_to(tmp_path / 'in')},{p.parts[-3]},{p.parent.name}\n" for p in files)
+    (tmp_path / "m.csv").write_text("path,label,speaker\n" + rows)
+    by_folder = scan(tmp_path / "in", group_by="parent").hold_out(0.3)
+    by_column = scan(tmp_path / "m.csv", group_by="speaker").hold_out(0.3)
+    assert [{f"in/{name}" for name in names} for names in shares(by_folder).values()] == [*shares(by_column).values()]
+    assert 0 < len({e.group for e in by_folder.splits["val"]}) < 8
+    with pytest.raises(DataError, match="'speaker'; expected 'speakr' to group by; rename 'speaker' to 'speakr'"):
+        scan(tmp_path / "m.csv", group_by="speakr")
+    with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent"):
+        scan(tmp_path / "in", group_by="speaker")
+    write_images(tmp_path / "flat", {"a": 3, "b": 3})
+    with pytest.raises(DataError, match="no class has two groups by 'parent', so none can validate"):
+        scan(tmp_path / "flat", group_by="parent").hold_out(0.3)
+    (tmp_path / "n.csv").write_text("path,label,speaker,split\nin/a/s0/000.png,a,x,train\nin/b/s0/000.png,b,x,test\n")
+    with pytest.raises(DataError, match="1 group by 'speaker' in both test and train, such as 'x'"):
+        scan(tmp_path / "n.csv", group_by="speaker").check_groups()
+
+
+def test_a_saved_split_outlives_new_files(tmp_path: Path) -> None:
+    old = made_up({"a": 30, "b": 30}).hold_out(0.2)
+    save_split(tmp_path / "split.jsonl", old)
+    saved = read_split(tmp_path / "split.jsonl")
+    assert saved.classes == ("a", "b")
+    again = saved.apply(made_up({"a": 40, "b": 30}))
+    assert again is not None
+    assert shares(again) == shares(old)
+    assert again.fingerprint == old.fingerprint
+    assert again.notes[-1].endswith("split.jsonl'; left out 10 examples that it does not name")
+    fewer = saved.apply(made_up({"a": 20, "b": 30}))
+    assert fewer is not None
+    assert fewer.notes[-1].endswith("; 10 examples that it names are gone")
+    assert saved.apply(made_up({"a": 9, "b": 9})) is None
+    assert saved.apply(made_up({})) is None
+
+
+def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
+    (one, two, three) = (Example(f"{i}.png", {}, (i % 2,)) for i in range(3))
+    both = Catalog("", (), (), ("a", "b"), {"train": (one, one, two), "val": (two, three)})
+    save_split(tmp_path / "split.jsonl", both)
+    again = read_split(tmp_path / "split.jsonl").apply(both)
+    assert again is not None
+    assert again.splits == both.splits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"format": 2, "classes": []}\n', "split of format 2, expected 1"),
+        ('{"format": 1, "classes": ["a"]}\n', "a split of no examples"),
+        ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "tes', "not the split of a run"),
+        ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "test"}\n', "not the split of a run: split 'test'"),
+        ("[1]\n", "not the split of a run"),
+        ("", "not the split of a run"),
+    ],
+)
+def test_damaged_splits_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "split.jsonl").write_text(text)
+    with pytest.raises(IntegrityError) as caught:
+        read_split(tmp_path / "split.jsonl")
+    assert message in str(caught.value)
+    with pytest.raises(UsageError, match="cannot read the split: No such file"):
+        read_split(tmp_path / "none")
+
+
+def test_hostile_ids_survive_a_saved_split(tmp_path: Path) -> None:
+    names = ["\udcff.png", "a\nb.png", "\x1b[31m.png", "\u202e.png", '".png']
+    catalog = Catalog("", (), (), ("a",), {"train": tuple(Example(name, {}, (0,)) for name in sorted(names))})
+    save_split(tmp_path / "split.jsonl", catalog)
+    lines = (tmp_path / "split.jsonl").read_bytes().splitlines()[1:]
+    assert {os.fsencode(json.loads(line)["path"]) for line in lines} == {os.fsencode(name) for name in names}
+    again = read_split(tmp_path / "split.jsonl").apply(catalog)
+    assert again is not None
+    assert again.splits == catalog.splits
 
 
 # ---------------------------------------------------------------- order

@@ -20,7 +20,7 @@ ORDER = [
     "stream", "encoding", "cost",
     "kernels",
     "linear", "attention", "device", "model", "optim",
-    "manifest", "pairing", "shards", "catalog", "decoding", "data", "calibration", "checkpoint",
+    "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding", "data", "calibration", "checkpoint",
     "predict", "embeddings", "evaluate", "recipes", "records", "pretrained", "export",
     "events", "scalars", "runs", "loop", "card", "train",
     "bench", "throughput", "peers", "contest", "lr_find", "doctor",
@@ -72,7 +72,7 @@ def test_imports_go_down(room: str) -> None:
         for room in ORDER
         if room.startswith("preprocess")
         or room in ORDER[: ORDER.index("preprocess.base")]
-        or room in ("cost", "stream", "manifest", "pairing", "shards", "catalog", "decoding")
+        or room in ("cost", "stream", "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding")
     ],
 )
 def test_preprocessing_and_below_never_see_torch(room: str) -> None:

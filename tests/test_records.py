@@ -231,7 +231,11 @@ def test_variants_are_what_the_first_epochs_of_training_see(bars: Path, tmp_path
     (tmp_path / "x.tar").write_bytes(written(job)[0])
     catalog = scan(tmp_path / "x.tar")
     held = scan(bars).hold_out(0.1)
-    assert {s: len(e) for s, e in catalog.splits.items()} == {"train": 216, "val": 12, "test": 30}
+    assert {s: len(e) for s, e in catalog.splits.items()} == {
+        "train": 2 * len(held.splits["train"]),
+        "val": len(held.splits["val"]),
+        "test": 30,
+    }
     assert catalog.hold_out(0.5) is catalog  # variants of one example never lie on both sides
     reader = Reader(job.header.inputs, Limits())
     records = {e.id: reader.decode(e).ready["image"].values for split in catalog.splits.values() for e in split}

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from perceiver_cli.checkpoint import MODEL_FILE, load_model, load_state
 from perceiver_cli.config import load_config, load_preset
 from perceiver_cli.errors import DataError, DivergedError, ResourceError, UsageError
+from perceiver_cli.evaluate import evaluate
 from perceiver_cli.events import Evaluated, Finished, Saved, Started, StepDone
 from perceiver_cli.loop import within_one_error
 from perceiver_cli.predict import Predictor
@@ -146,6 +147,60 @@ def test_a_written_configuration_replays_the_run(bars: Path, tmp_path: Path, who
     list(Trainer(bars, tmp_path / "a", overrides=FULL).fit())
     list(Trainer(None, tmp_path / "b", load_config(tmp_path / "a" / "config.toml")).fit())
     assert digest(tmp_path / "b") == whole
+
+
+def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path, tmp_path: Path, whole: str) -> None:
+    data, run, cut = tmp_path / "data", tmp_path / "run", tmp_path / "cut"
+    shutil.copytree(bars / "train", data)
+    list(Trainer(data, run, overrides=FULL).fit())
+    expected = digest(run)
+    assert expected != whole  # ids have no train/ in them
+    trainer = Trainer(data, cut, overrides=FULL)
+    for event in trainer.fit():
+        if isinstance(event, StepDone) and event.step == 11:
+            trainer.stop()
+    lines = map(json.loads, (run / "split.jsonl").read_text().splitlines())
+    before = evaluate(Predictor(run), data)
+    assert (before.split, before.split_from) == ("val", "run")
+    assert {record["path"] for record in before.records} == {
+        line["path"] for line in lines if line.get("split") == "val"
+    }
+
+    write_images(data / "left", {"more": 20}, seed=9)
+    write_images(data, {"new": 10}, seed=9)
+    resumed = Trainer(data, cut, resume=True)
+    assert any("left out 30 examples that it does not name" in note for note in resumed.notes)
+    list(resumed.fit())
+    assert digest(cut) == expected
+    replayed = Trainer(data, tmp_path / "again", load_config(run / "config.toml"))
+    assert replayed.catalog.classes == ("left", "middle", "right")
+    list(replayed.fit())
+    assert digest(tmp_path / "again") == expected
+    assert (tmp_path / "again" / "split.jsonl").read_bytes() == (run / "split.jsonl").read_bytes()
+    after = evaluate(Predictor(run), data)
+    assert (after.accuracy, after.records) == (before.accuracy, before.records)
+    assert any("30 examples that it does not name" in note for note in after.notes)
+
+    shutil.copy(run / MODEL_FILE, tmp_path / "alone.safetensors")
+    everything = evaluate(Predictor(tmp_path / "alone.safetensors"), data)
+    assert (everything.split, everything.split_from, everything.num_examples) == ("all", "data", 140)
+    anew = Trainer(data, tmp_path / "n", load_config(run / "config.toml"), overrides=["data.split=none"])
+    assert "new" in anew.catalog.classes
+    other = Trainer(bars, tmp_path / "o", load_config(run / "config.toml"))
+    assert other.notes[0].endswith("is the split of other data: this is split anew")
+
+
+def test_groups_stay_together_in_a_run(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / "data" / name, {f"s{i}": 3 for i in range(8)})
+    trainer = Trainer(tmp_path / "data", tmp_path / "run", overrides=[*SMALL, "data.group_by=parent"])
+    groups = {split: {example.group for example in examples} for split, examples in trainer.catalog.splits.items()}
+    assert groups["val"]
+    assert not groups["train"] & groups["val"]
+    os.rename(tmp_path / "data", tmp_path / "train")
+    write_images(tmp_path / "test" / "a", {"s0": 3})
+    with pytest.raises(DataError, match="1 group by 'parent' in both test and "):
+        Trainer(tmp_path, tmp_path / "run", overrides=[*SMALL, "data.group_by=parent"])
 
 
 def test_a_time_limit_is_a_plan(bars: Path, tmp_path: Path) -> None:
@@ -382,7 +437,7 @@ def test_resume_refuses_other_data_and_another_model(tmp_path: Path) -> None:
         Trainer(None, run, overrides=["inputs.image.bands=3"], resume=True)
     with pytest.raises(UsageError, match=r"--resume cannot change train\.optimizer"):
         Trainer(None, run, overrides=["train.optimizer=lamb"], resume=True)
-    write_images(tmp_path / "data", {"a": 21})
+    (tmp_path / "data" / "a" / "000.png").unlink()
     with pytest.raises(UsageError, match="the data changed"):
         Trainer(None, run, resume=True)
 
@@ -398,10 +453,10 @@ def test_resume_can_go_further_and_says_so(bars: Path, tmp_path: Path) -> None:
 def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
     plan = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.epochs=10"]).dry_run()
     assert not (tmp_path / "run").exists()
-    assert plan["splits"] == {"test": 30, "train": 108, "val": 12}
-    assert plan["steps"] == 68  # 10 x 108 / 16, rounded up
+    assert plan["splits"] == {"test": 30, "train": 105, "val": 15}
+    assert plan["steps"] == 66  # 10 x 105 / 16, rounded up
     assert plan["inputs"]["image"]["shape"] == [12, 12]
-    assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 68)
+    assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
     assert plan["training_bytes"] > plan["parameters"] * 16
 
 

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import chain, combinations, groupby, islice
 from pathlib import Path
 from typing import overload
 
@@ -20,14 +20,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import InputSpec, Limits
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.manifest import CONTENT, SPLIT_NAMES, Row, is_manifest, read_manifest
+from perceiver_cli.folders import folders_in, parent, rows_in, suffix_of, tally, walk_files
+from perceiver_cli.manifest import CONTENT, MANIFESTS, Row, is_manifest, read_manifest
 from perceiver_cli.pairing import MOST, PROBES, File, assemble, companions, identity, look, sources_of, stem, streams
 from perceiver_cli.preprocess import candidates, formats, modality
 from perceiver_cli.preprocess.base import Source
 from perceiver_cli.shards import UNLIMITED, Shards, key_of, open_shards, spooled, tar_files
 from perceiver_cli.stream import SPLITS, Feed, Header, Stored, read_records
+
+PARENT = "parent"  # to group by the folder that a file lies in
 
 
 @dataclass(frozen=True)
@@ -36,12 +39,13 @@ class Example:
 
     id: its path below the data folder, or the stem that its files share; sources: by modality, any of which may be
     missing, or one under CONTENT; labels: class indices, one unless the data says several, none where the class is not
-    known.
+    known; group: what it shares with others of its split, "" for nothing.
     """
 
     id: str
     sources: Mapping[str, Source]
     labels: tuple[int, ...] = ()
+    group: str = ""
 
     @cached_property
     def key(self) -> int:
@@ -113,7 +117,7 @@ class Catalog:
     """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why.
 
     modalities: sorted, those that the examples bring; holds: those that there are, asked for or not. prepared: of
-    records, how their arrays were made.
+    records, how their arrays were made. group_by: what examples are grouped by, if by anything.
     """
 
     root: str
@@ -125,13 +129,14 @@ class Catalog:
     notes: tuple[str, ...] = ()
     multi_label: bool = False  # each example may have several labels, or none
     prepared: Header | None = None
+    group_by: str | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of every split, id and class: what a run was trained on."""
+        """A hash of id and class of all that a run learns from and is judged by: the splits train and val."""
         digest = hashlib.sha256()
-        for split in sorted(self.splits):
-            for name, labels in _named(self.splits[split]):
+        for split in ("train", "val"):
+            for name, labels in named(self.splits.get(split, ())):
                 digest.update(f"{split}\0{name}\0{labels}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
@@ -140,37 +145,102 @@ class Catalog:
         examples = self.splits.get(split, ())
         if isinstance(examples, Records):
             return dict(zip(self.classes, examples.tally(len(self.classes)), strict=True))
-        found = Counter(label for example in examples for label in example.labels)
+        found = Counter(label for _, labels in named(self.splits.get(split, ())) for label in labels)
         return {name: found[index] for index, name in enumerate(self.classes)}
 
     def hold_out(self, fraction: float) -> Catalog:
-        """Return the catalog with a validation split: its own, or a stratified share of train chosen by hash of id.
+        """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or of group.
 
-        From each class the examples with the smallest hash go, so that adding files moves few of the old ones. Test
-        examples are never touched.
+        An example goes by its own hash alone, so that adding files never moves old ones. Two exceptions see to it that
+        every class is learned and judged: of a class that would go whole, the group with the largest hash stays; of
+        one that would stay whole, the group with the smallest goes, if there are two. Test examples are never touched.
+
+        Raises:
+            DataError: there are groups, and none can go because each class has only one.
         """
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
         examples = self.splits["train"]
-        keys, firsts = _columns(examples)  # several labels: the first one stands for them
-        held = np.zeros(len(examples), bool)
-        for label in np.unique(firsts):
-            places = np.flatnonzero(firsts == label)
-            if len(places) > 1:
-                held[places[np.argsort(keys[places], kind="stable")][: max(1, round(fraction * len(places)))]] = True
-        return replace(self, splits={**self.splits, "train": _chosen(examples, ~held), "val": _chosen(examples, held)})
+        keys, firsts = _columns(examples, self.group_by)  # several labels: the first one stands for them
+        held = np.isin(keys, _held_out(keys, firsts, fraction))
+        if self.group_by is not None and not held.any():
+            raise DataError(
+                f"{show_path(self.root)}: no class has two groups by {show_path(self.group_by)}, so none can validate",
+                "group by something else, or pass --set data.val_fraction=0 to do without",
+            )
+        return self.split(examples, held, np.ones(len(examples), bool))
+
+    def split(self, examples: Sequence[Example], held: NDArray[np.bool_], known: NDArray[np.bool_]) -> Catalog:
+        """Return the catalog with these examples, where `known`, as train and, where also `held`, as val."""
+        others = {name: found for name, found in self.splits.items() if name not in ("train", "val")}
+        parts = {"train": _chosen(examples, known & ~held), "val": _chosen(examples, known & held)}
+        return replace(self, splits=others | {name: found for name, found in parts.items() if len(found)})
+
+    def check_groups(self) -> None:
+        """Raise DataError if examples of one group are in two splits."""
+        if self.group_by is None:
+            return
+        keys = {name: _columns(examples, self.group_by)[0] for name, examples in self.splits.items()}
+        for one, other in combinations(sorted(keys), 2):
+            shared = np.intersect1d(keys[one], keys[other])
+            if len(shared):
+                example = self.splits[one][int(np.flatnonzero(keys[one] == shared[0])[0])]
+                group = example.group or parent(example.id)
+                raise DataError(
+                    f"{show_path(self.root)}: {counted(len(shared), 'group')} by {show_path(self.group_by)} in both "
+                    f"{one} and {other}, such as {show_path(group)}",
+                    "give each to one split",
+                )
 
 
-def _named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
+    """Return the keys (one a group) that validate; see `Catalog.hold_out`."""
+    of_class = [np.unique(keys[classes == label]) for label in np.unique(classes)]
+    chosen = np.unique(keys[keys < np.uint64(fraction * 2.0**64)])
+    for own in of_class:
+        if np.isin(own, chosen).all():
+            chosen = np.setdiff1d(chosen, own[-1:])
+    for own in of_class:
+        if not np.isin(own, chosen).any():
+            shared = (k for k in own if all(_keeps(other, chosen, k) for other in of_class))
+            chosen = np.append(chosen, np.array(list(islice(shared, 1)), np.uint64))
+    return chosen
+
+
+def _keeps(groups: NDArray[np.uint64], chosen: NDArray[np.uint64], going: np.uint64) -> bool:
+    """Return whether a class would have a group left to learn from: one group may hold several classes."""
+    return going not in groups or not np.isin(groups, np.append(chosen, going)).all()
+
+
+def named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield id and labels of each example."""
     return examples.named() if isinstance(examples, Records) else ((e.id, e.labels) for e in examples)
 
 
-def _columns(examples: Sequence[Example]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Return the key and the first label of each example, -1 for none."""
+def _columns(examples: Sequence[Example], group_by: str | None = None) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the key (with groups, of its group) and the first label of each example, -1 for none."""
     if isinstance(examples, Records):
-        return examples.columns()
+        keys, labels = examples.columns()
+        if group_by is not None:
+            keys = np.array([key_of(parent(name) or name) for name, _ in examples.named()], np.uint64)
+        return keys, labels
     firsts = [example.labels[0] if example.labels else -1 for example in examples]
-    return np.array([example.key for example in examples], np.uint64), np.array(firsts, np.int64)
+    found = [key_of(example.group) if example.group else example.key for example in examples]
+    return np.array(found, np.uint64), np.array(firsts, np.int64)
+
+
+def merged(catalog: Catalog, splits: Iterable[str]) -> Sequence[Example]:
+    """Return the examples of several splits, sorted by id."""
+    parts = [catalog.splits[split] for split in splits if split in catalog.splits]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    if all(isinstance(part, Records) for part in parts):
+        rows = np.concatenate([part.rows for part in parts if isinstance(part, Records)])
+        ids = [name for part in parts for name, _ in named(part)]
+        order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
+        assert isinstance(parts[0], Records)
+        return parts[0].chosen(rows[order])
+    return tuple(sorted(chain.from_iterable(parts), key=lambda e: e.id))
 
 
 def _chosen(examples: Sequence[Example], mask: NDArray[np.bool_]) -> Sequence[Example]:
@@ -193,15 +263,19 @@ class _Found:
 
 
 def scan(
-    data: str | os.PathLike[str], classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
+    data: str | os.PathLike[str],
+    classes: Sequence[str] | None = None,
+    reads: Iterable[str] | None = None,
+    group_by: str | None = None,
 ) -> Catalog:
-    """Return the catalog of a folder of class folders, or of a manifest (CSV, TSV, JSONL; see `read_manifest`).
+    """Return the catalog of a folder (class folders or metadata, see `rows_in`) or a manifest (see `read_manifest`).
 
-    A folder is `split/class/file`, `class/split/file` (ModelNet's) or `class/file`. What a file is, its content says.
-    Without `reads`, examples bring the commonest kind; each other kind of whose files at least half share their stem
-    with those (`cat/017.png`, `cat/017.wav`), as parts of one example; and the sound of videos if at least half of
-    those probed have any. With `reads`, the modalities of a recipe or model, they bring what there is of these. With
-    `classes` (of a model), labels are matched by name; examples of other classes get none.
+    What a file is, its content says. Without `reads`, examples bring the commonest kind; each other kind of whose files
+    at least half share their stem with those (`cat/017.png`, `cat/017.wav`), as parts of one example; and the sound of
+    videos if at least half of those probed have any. With `reads`, the modalities of a recipe or model, they bring what
+    there is of these. With `classes` (of a model), labels are matched by name; examples of other classes get none.
+    `group_by`, "parent" for the name of the folder that a file lies in or a column of the manifest, says what is never
+    in two splits.
 
     Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
 
@@ -211,25 +285,27 @@ def scan(
     """
     if os.fspath(data) == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
-            return _of_records(spooled(stdin, "stdin"), "-", classes, reads)
+            return _of_records(spooled(stdin, "stdin"), "-", classes, reads, group_by)
     if (tars := tar_files(data)) is not None:
-        return _of_records(open_shards(tars), os.fspath(data), classes, reads)
+        return _of_records(open_shards(tars), os.fspath(data), classes, reads, group_by)
     top = Path(data)
     notes: list[str] = []
-    multi_label = False
+    column = None if group_by == PARENT else group_by
     if top.is_dir():
-        rows = labelled_files(top, notes)
+        rows, multi_label = rows_in(top, notes, column)
     elif is_manifest(top) and top.is_file():
-        rows, multi_label = read_manifest(top)
+        rows, multi_label = read_manifest(top, group_by=column)
     else:
         what = "neither a folder nor a manifest" if top.exists() else "no such folder"
-        raise DataError(f"{show_path(data)}: {what}", "expected a folder of class folders, or .csv, .tsv, .jsonl")
+        raise DataError(f"{show_path(data)}: {what}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+    if group_by == PARENT:
+        rows = [replace(row, group=parent(next(iter(row.paths.values()), ""))) for row in rows]
     folder = os.fspath(top if top.is_dir() else top.parent)
     catalog = of_rows(
         rows, os.fspath(data), folder, classes, reads, by_stem=top.is_dir(), multi_label=multi_label, notes=notes
     )
     ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in catalog.splits.items()}
-    return replace(catalog, splits=ordered)
+    return replace(catalog, splits=ordered, group_by=group_by)
 
 
 def of_rows(
@@ -275,14 +351,14 @@ def of_rows(
     strangers = Counter(name for example in found for name in example.row.labels if name not in index)
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} files of classes not among {whose}: {_tally(strangers)}")
+        notes.append(f"{sum(strangers.values())} files of classes not among {whose}: {tally(strangers)}")
     splits: dict[str, list[Example]] = defaultdict(list)
     seen: dict[str, Mapping[str, Source]] = {}
     for example in found:
         if seen.setdefault(example.id, example.sources) != example.sources:
             raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
         labels = tuple(sorted({index[name] for name in example.row.labels if name in index}))
-        splits[example.row.split].append(Example(example.id, example.sources, labels))
+        splits[example.row.split].append(Example(example.id, example.sources, labels, example.row.group))
     return Catalog(
         root,
         tuple(sorted(brings)),
@@ -334,13 +410,13 @@ def _by_content(
         if "audio" in shares.keys() - brings:
             notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
 
-    kind_of = {_suffix(file.path): kind for file in files if (kind := file.among(usable)) is not None}
+    kind_of = {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     ignored: Counter[str] = Counter()
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
     for number, (file, row) in enumerate(zip(files, rows, strict=True)):
-        suffix = _suffix(file.path)
+        suffix = suffix_of(file.path)
         if suffix not in kind_of:
-            ignored[suffix or "no suffix"] += 1
+            ignored[suffix] += 1
             continue
         if file.among(usable) is None:
             expected = kind_of[suffix]
@@ -348,7 +424,7 @@ def _by_content(
             file = replace(file, kinds=(expected,), error=error)
         groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
-        notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {_tally(ignored)}")
+        notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {tally(ignored)}")
 
     found = []
     for group in groups.values():
@@ -361,8 +437,12 @@ def _by_content(
     return found, holds, brings
 
 
-def _of_records(shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None) -> Catalog:
+def _of_records(
+    shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None, group_by: str | None
+) -> Catalog:
     """Return the catalog of records, as `scan` does of the files that they were made from."""
+    if group_by not in (None, PARENT):
+        raise DataError(f"{show_path(root)}: records have no columns to group by", f"expected {PARENT}")
     holds = set(shards.header.inputs)
     brings = sorted(holds if reads is None else holds & set(reads))
     notes = list(shards.notes)
@@ -379,7 +459,7 @@ def _of_records(shards: Shards, root: str, classes: Sequence[str] | None, reads:
     strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} records of classes not among {whose}: {_tally(strangers)}")
+        notes.append(f"{sum(strangers.values())} records of classes not among {whose}: {tally(strangers)}")
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum())
         if missing:
@@ -397,48 +477,8 @@ def _of_records(shards: Shards, root: str, classes: Sequence[str] | None, reads:
         notes=tuple(notes),
         multi_label=shards.header.multi_label,
         prepared=shards.header,
+        group_by=group_by,
     )
-
-
-def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all files below a folder, sorted, without hidden ones and without following folder links."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.join(parent, name)
-
-
-def labelled_files(top: Path, notes: list[str]) -> list[Row]:
-    """Return a row for every file below class folders."""
-    cut = len(os.path.join(os.fspath(top), ""))
-
-    def rows(folder: Path, split: str, name: str) -> list[Row]:
-        return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]
-
-    folders = folders_in(top)
-    splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    found: list[Row] = []
-    if splits:
-        outside = [folder.name for folder in folders if folder not in splits]
-        if outside:
-            notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
-        for split in splits:
-            for label in folders_in(split):
-                found += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
-        return found
-    for label in folders:
-        inside = folders_in(label)
-        if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
-            for split in inside:
-                found += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
-        else:
-            found += rows(label, "train", label.name)
-    return found
-
-
-def folders_in(parent: Path) -> list[Path]:
-    return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def _nothing_usable(top: Path) -> DataError:
@@ -447,28 +487,21 @@ def _nothing_usable(top: Path) -> DataError:
     suffixes: Counter[str] = Counter()
     folders = len(folders_in(top))
     for count, path in enumerate(walk_files(top)):
-        suffixes[_suffix(path) or "no suffix"] += 1
+        suffixes[suffix_of(path)] += 1
         if count == 10_000:
             break
-    found = f"{folders} folders and {suffixes.total()} files" + (f" ({_tally(suffixes)})" if suffixes else "")
+    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}" + (
+        f" ({tally(suffixes)})" if suffixes else ""
+    )
     return DataError(
         f"{show_path(top)}: no usable files: found {found}",
         f"expected class/file or split/class/file with {formats()}",
     )
 
 
-def _suffix(path: str) -> str:
-    return os.path.splitext(path)[1].lower()
-
-
 def either(names: Iterable[str]) -> str:
     """Return names for a message: audio or video."""
     return " or ".join(sorted(names))
-
-
-def _tally(counter: Counter[str]) -> str:
-    shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
-    return shown + (", ..." if len(counter) > 5 else "")
 
 
 # ---------------------------------------------------------------- what is to be predicted
@@ -488,7 +521,9 @@ def unlabelled(path: str, reads: Mapping[str, InputSpec], limits: Limits) -> Ite
         for tar in tars:
             with Source(tar).open(UNLIMITED) as file:
                 yield from of_stream(Feed(file, show_path(tar)), reads, limits)
-    elif is_manifest(path) and os.path.isfile(path) and not look(path).kinds:  # a cloud may be a table of numbers
+    elif (
+        is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds
+    ):  # a cloud may be a table of numbers
         rows, _ = read_manifest(path, labelled=False)
         for number, row in enumerate(rows, start=1):
             sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}

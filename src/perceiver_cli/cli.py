@@ -105,6 +105,9 @@ def train(
     ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile, for GPUs.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="parent (folder) or a column: what is never in both train and val.")
+    ] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
@@ -136,6 +139,7 @@ def train(
         "train.seed": seed,
     }
     given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
+    given |= {"data.group_by": group_by}
     given |= {"train.freeze": freeze, "train.recompute": recompute or None, "train.compile": compile_ or None}
     overrides += [
         f"{key}={str(value).lower() if value is True else value}" for key, value in given.items() if value is not None

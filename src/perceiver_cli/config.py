@@ -271,6 +271,8 @@ class DataConfig(Table):
 
     path: str | None = None
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, when there is no validation split
+    group_by: str | None = None  # "parent" (folder) or a column: what is never in two splits
+    split: str | None = None  # file of the split of an earlier run, which is taken over as it was
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
     workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen from cores and device
     cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
@@ -522,7 +524,7 @@ def tiny_config(modalities: Iterable[str]) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the Config in a TOML file.
+    """Return the Config in a TOML file; the split that it names lies beside it.
 
     Raises:
         UsageError: the file cannot be read, is not TOML, or holds a wrong key or value.
@@ -537,4 +539,9 @@ def load_config(path: Path) -> Config:
         raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{show_path(path)}: not a TOML configuration: {error}") from error
-    return Config.parse({"name": path.stem, **tables}, show_path(path))
+    config = Config.parse({"name": path.stem, **tables}, show_path(path))
+    if config.data.split is None:
+        return config
+    return config.model_copy(
+        update={"data": config.data.model_copy(update={"split": str(path.parent / config.data.split)})}
+    )

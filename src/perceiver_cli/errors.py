@@ -82,3 +82,9 @@ class IntegrityError(PerceiverError):
     """A checkpoint that is damaged, incomplete or of another format version."""
 
     exit_code = EXIT_INTEGRITY
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, for a message: 1 file, 2 files, 2,000 classes."""
+    plural = noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
+    return f"{number:,} {noun if number == 1 else plural}"

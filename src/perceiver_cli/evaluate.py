@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_cli.calibration import Calibration, calibration_error, fit_temperature, fit_thresholds, sigmoid
-from perceiver_cli.catalog import Catalog, Example, scan
-from perceiver_cli.checkpoint import ModelInfo, store_calibration
+from perceiver_cli.catalog import Catalog, Example, merged, scan
+from perceiver_cli.checkpoint import store_calibration
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path, write_text
 from perceiver_cli.model import Perceiver
 from perceiver_cli.predict import Predictor, run
+from perceiver_cli.splits import SPLIT_FILE, read_split
 
 TOP = 5
 
@@ -38,6 +39,7 @@ class Report:
     example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
     which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
     (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`.
+    which are left out. split_from: who says what is in the split, "data" or the "run" that held it out.
     """
 
     classes: tuple[str, ...]
@@ -48,6 +50,7 @@ class Report:
     num_examples: int
     average_precision: tuple[float | None, ...] | None = None
     split: str = ""
+    split_from: str = "data"
     modalities: tuple[str, ...] = ()
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
     bad: tuple[tuple[str, str], ...] = ()
@@ -95,6 +98,7 @@ class Report:
             "temperature": self.temperature,
             "num_examples": self.num_examples,
             "split": self.split,
+            "split_from": self.split_from,
             "modalities": list(self.modalities),
             "per_class": self.per_class,
             "num_bad": len(self.bad),
@@ -253,8 +257,8 @@ def evaluate(
 ) -> Report:
     """Return the Report of a model on a folder of class folders; classes are matched by name.
 
-    Without `split`: the test split, else the validation split (the folder's, or the one that the run held out of this
-    very data), else everything.
+    Without `split`: the test split, else the validation split (that of the run, if it was trained on this very data, or
+    the data's own), else everything.
 
     The data may lack some of the modalities of a model of several: they are missing, as those that are not used.
 
@@ -262,7 +266,8 @@ def evaluate(
         DataError: no such split, nothing usable, or data of another modality than the model's.
     """
     reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
-    name, examples = choose_split(catalog, predictor.info, split)
+    catalog, origin = split_of_run(catalog, predictor, split)
+    name, examples = choose_split(catalog, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
     missing = [c for c in predictor.classes if c not in present]
     notes = list(catalog.notes)
@@ -278,7 +283,7 @@ def evaluate(
         batch_size or predictor.batch_that_fits, workers,
         None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature,
     )  # fmt: skip
-    return Report(**{**vars(report), "split": name, "modalities": used, "notes": tuple(notes)})
+    return Report(**{**vars(report), "split": name, "split_from": origin, "modalities": used, "notes": tuple(notes)})
 
 
 def calibrate(
@@ -292,8 +297,8 @@ def calibrate(
     """
     if predictor.reader.specs.keys() != set(predictor.modalities):
         raise UsageError("a calibration is of all of the model's modalities", "leave out --use")
-    catalog, _ = _catalog(predictor, data)
-    _, examples = choose_split(catalog, predictor.info, "val")
+    catalog, _ = split_of_run(_catalog(predictor, data)[0], predictor, "val")
+    _, examples = choose_split(catalog, "val")
     found = answers(
         predictor.model, _reader(predictor, catalog), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
@@ -328,24 +333,35 @@ def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalo
     return catalog, used
 
 
-def choose_split(catalog: Catalog, info: ModelInfo, split: str | None) -> tuple[str, Sequence[Example]]:
+def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> tuple[Catalog, str]:
+    """Return the catalog with the training and validation split of the model's run, and who says so: "run" or "data".
+
+    The run's is what it saved, also when files were added since; of a model file that was moved away from its run, what
+    is found again by hash, if the data is as it was. Neither is looked for where it is not asked for.
+    """
+    if split in ("test", "all") or (split is None and "test" in catalog.splits):
+        return catalog, "data"
+    path = predictor.path.parent / SPLIT_FILE
+    saved = read_split(path).apply(catalog) if path.is_file() else None
+    if saved is not None:
+        return saved, "run"
+    held = catalog.hold_out(predictor.info.config.data.val_fraction)
+    if "val" not in catalog.splits and held.fingerprint == predictor.info.data_fingerprint:
+        return replace(held, notes=(*held.notes, "val is what the run held out, found again by hash")), "run"
+    return catalog, "data"
+
+
+def choose_split(catalog: Catalog, split: str | None) -> tuple[str, Sequence[Example]]:
     """Return the name and the examples of the split to evaluate."""
-    held = catalog.hold_out(info.config.data.val_fraction)
-    same_data = "val" in catalog.splits or held.fingerprint == info.data_fingerprint
-    splits = dict(held.splits if same_data else catalog.splits)
-    everything = tuple(e for name in sorted(catalog.splits) for e in catalog.splits[name])
+    if split is None:
+        split = next((name for name in ("test", "val") if name in catalog.splits), "all")
     if split == "all":
-        return "all", everything
-    if split is not None:
-        if split not in splits:
-            raise UsageError(
-                f"{show_path(catalog.root)}: no {split} split", f"there are {', '.join(sorted(splits))}, all"
-            )
-        return split, splits[split]
-    for name in ("test", "val"):
-        if name in splits:
-            return name, splits[name]
-    return "all", everything
+        return split, merged(catalog, catalog.splits)
+    if split not in catalog.splits:
+        raise UsageError(
+            f"{show_path(catalog.root)}: no {split} split", f"there are {', '.join(sorted(catalog.splits))}, all"
+        )
+    return split, catalog.splits[split]
 
 
 def save_report(report: Report, folder: Path) -> None:

@@ -315,7 +315,9 @@ class Run:
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
         # The model travels; where the data lay does not.
-        config = self.config.model_copy(update={"data": self.config.data.model_copy(update={"path": None})})
+        config = self.config.model_copy(
+            update={"data": self.config.data.model_copy(update={"path": None, "split": None})}
+        )
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
         if self.plan.latest:

@@ -13,12 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from perceiver_cli.catalog import Catalog, Example, either, labelled_files, of_rows, resolve_specs, walk_files
+from perceiver_cli.catalog import Catalog, Example, either, of_rows, resolve_specs
 from perceiver_cli.checkpoint import find_model, read_info
 from perceiver_cli.config import InputSpec, Limits, load_preset, tiny_config
 from perceiver_cli.decoding import Decoder, in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.folders import rows_in, walk_files
 from perceiver_cli.manifest import CONTENT, Row, is_manifest, read_manifest
 from perceiver_cli.pairing import File, look, sources_of, streams
 from perceiver_cli.preprocess import candidates, modality
@@ -146,7 +147,8 @@ def _of_paths(
             base, several = os.path.dirname(path), several or multi_label
         elif os.path.isdir(path):
             base = path
-            found = labelled_files(Path(path), notes) if not label_from_parent else []
+            found, multi_label = rows_in(Path(path), notes) if not label_from_parent else ([], False)
+            several = several or multi_label
             found = found or [Row({CONTENT: os.path.relpath(file, path)}) for file in walk_files(path)]
         if label_from_parent:
             found = [replace(row, labels=(_parent(base, row),)) for row in found]

@@ -1,15 +1,15 @@
 """Training: everything about a run is settled first, then it goes as a generator of events.
 
 A run folder holds `model.safetensors` (the best model so far: the latest within one standard error of the highest
-validation score), `last/` (the state to resume from), `metrics.jsonl` and `config.toml` (resolved; `perceiver train
---config` replays it).
+validation score), `last/` (the state to resume from), `metrics.jsonl`, `split.jsonl` (who validates) and `config.toml`
+(resolved; `perceiver train --config` replays it, on the same split).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from perceiver_cli.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.files import show_path
 from perceiver_cli.loop import TIMED_STEPS, Plan, Run
 from perceiver_cli.runs import begin, claim, next_run
+from perceiver_cli.splits import SPLIT_FILE, read_split, save_split
 
 MAX_PARAMETERS = 2_000_000_000
 
@@ -77,12 +78,16 @@ class Trainer(Plan):
             raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
         if config is not None:
             config = config.override(list(overrides))
-        catalog = scan(path, self._state.get("classes"), None if config is None else config.inputs)
+        options = (config or tiny_config(["image"]).override([c for c in overrides if c.startswith("data.")])).data
+        own = Path(output) / SPLIT_FILE if resume and output is not None else None
+        split = options.split if own is None else os.fspath(own) if own.exists() else None
+        catalog = self._scan(path, None if config is None else config.inputs, options.group_by, split)
         config = config or tiny_config(catalog.modalities).override(list(overrides))
         if set(config.inputs) - set(catalog.modalities):
             holds, reads = "+".join(catalog.holds), "+".join(sorted(config.inputs))
             raise DataError(f"{show_path(path)}: holds {holds}, but {config.name} reads {reads}")
         self.catalog = catalog.hold_out(config.data.val_fraction)
+        self.catalog.check_groups()
         if resume and self._state["fingerprint"] != self.catalog.fingerprint:
             raise UsageError(
                 f"{show_path(output or '')}: the data changed since this run was saved (fingerprint "
@@ -101,7 +106,9 @@ class Trainer(Plan):
             update={
                 "multi_label": several,
                 "inputs": specs,
-                "data": config.data.model_copy(update={"path": path if path == "-" else os.path.abspath(path)}),
+                "data": config.data.model_copy(
+                    update={"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
+                ),
             }
         )
         self.compute = choose(config.train.device, config.train.precision)
@@ -178,6 +185,8 @@ class Trainer(Plan):
             run = self.new_run()
             # Only now, when nothing but training is left to fail, does an older run give way.
             begin(self.output, self.config.to_toml(), fresh=not self.resume)
+            if not (self.resume and (self.output / SPLIT_FILE).exists()):
+                save_split(self.output / SPLIT_FILE, self.catalog)
             yield from map(Note, self.notes[told:])
             for event in run.events():
                 if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == self.output / MODEL_FILE):
@@ -185,6 +194,19 @@ class Trainer(Plan):
                 yield event
 
     # ------------------------------------------------------------ preparation
+
+    def _scan(self, path: str, reads: Iterable[str] | None, group_by: str | None, split: str | None) -> Catalog:
+        """Return the catalog of the data, divided as a file says, where one is given and is of this data."""
+        saved = None if split is None else read_split(split)
+        classes = self._state.get("classes") or (None if saved is None else saved.classes)
+        catalog = scan(path, classes, reads, group_by)
+        divided = None if saved is None else saved.apply(catalog)
+        if divided is not None or saved is None or self.resume:
+            return divided or catalog
+        if path == "-":
+            raise UsageError(f"{show_path(split or '')}: the split of other data", "pass --set data.split=none")
+        self.notes.append(f"{show_path(split or '')} is the split of other data: this is split anew")
+        return scan(path, None, reads, group_by)
 
     def new_run(self) -> Run:
         """Return model, optimiser and place of the run, before its next step."""
