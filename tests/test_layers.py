@@ -17,10 +17,10 @@ ORDER = [
     "errors", "files", "config",
     "preprocess.base", "preprocess",
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
-    "encoding", "cost",
+    "draw", "encoding", "cost",
     "kernels", "attention", "device", "model", "optim",
     "manifest", "pairing", "catalog", "data", "checkpoint",
-    "predict", "evaluate", "recipes", "pretrained",
+    "predict", "explain", "evaluate", "recipes", "pretrained",
     "events", "runs", "loop", "train", "bench", "peers", "contest",
     "console",
     "cli",
@@ -69,7 +69,7 @@ def test_imports_go_down(room: str) -> None:
         room
         for room in ORDER
         if room.startswith("preprocess")
-        or room in ("errors", "files", "config", "cost", "manifest", "pairing", "catalog")
+        or room in ("draw", "errors", "files", "config", "cost", "manifest", "pairing", "catalog")
     ],
 )
 def test_preprocessing_and_below_never_see_torch(room: str) -> None:
