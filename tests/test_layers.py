@@ -17,11 +17,11 @@ ORDER = [
     "errors", "files", "config",
     "preprocess.base", "preprocess",
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
-    "stream", "encoding", "cost",
+    "draw", "stream", "encoding", "cost",
     "kernels",
     "linear", "attention", "device", "model", "optim",
     "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding", "data", "calibration", "checkpoint",
-    "predict", "embeddings", "evaluate", "recipes", "records", "pretrained", "export",
+    "predict", "explain", "embeddings", "evaluate", "recipes", "records", "pretrained", "export",
     "events", "scalars", "runs", "loop", "card", "train",
     "bench", "throughput", "peers", "contest", "lr_find", "doctor",
     "console",
@@ -72,7 +72,8 @@ def test_imports_go_down(room: str) -> None:
         for room in ORDER
         if room.startswith("preprocess")
         or room in ORDER[: ORDER.index("preprocess.base")]
-        or room in ("cost", "stream", "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding")
+        or room
+        in ("cost", "draw", "stream", "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding")
     ],
 )
 def test_preprocessing_and_below_never_see_torch(room: str) -> None:

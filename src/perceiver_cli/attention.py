@@ -41,6 +41,7 @@ EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
 SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
 STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
+PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
 ROW_TILE = 512  # rows of a tile that has no places
 KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
 NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
@@ -143,6 +144,27 @@ class Tiles:
         """Return (B, n, C), the mean of xhat, and (B, n), the log of the normaliser, for queries u (B or 1, n, C)."""
         raise NotImplementedError
 
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u (B or 1, n, C) as what all tiles share (B, n, s) and the scores along each axis, as `spread` says."""
+        raise NotImplementedError
+
+    def untiled(self, x: Tensor) -> Tensor:
+        """Return x (B, T, m, ...) in the order of the byte array's rows, (B, M, ...)."""
+        raise NotImplementedError
+
+    def products(self, u: Tensor) -> Iterator[Tensor]:
+        """Yield u . xhat (B, T, n, m) for u (B or 1, n, C), a block of tiles at a time, in their order.
+
+        Together they would be (B, n, M): what is wanted of them is summed over n, or is of few u.
+        """
+        shared, along = self.queries(u)
+        each = 4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.inputs
+        step = max(1, PRODUCT_BYTES // each)
+        for first in range(0, self.counts[0], step):
+            last = min(first + step, self.counts[0])
+            q = self.spread(shared, along, first, last)
+            yield (q @ self.keys(first, last).flatten(0, 1).mT).unflatten(0, (self.batch, -1))
+
     def make_keys(self, first: int, last: int) -> Tensor:
         """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""
         raise NotImplementedError
@@ -213,6 +235,7 @@ class GridTiles(Tiles):
     def __init__(self, part: Part) -> None:
         batch, grid, channels = len(part.values), part.grid, part.values.shape[-1]
         counts, sides = self._cut(grid)
+        self.grid = grid
         padded = tuple(count * side for count, side in zip(counts, sides, strict=True))
         self.channels, self.masked = channels, part.mask is not None or padded != grid
         super().__init__(batch, counts, sides, prod(sides), channels + 1 + self.masked + sum(sides))
@@ -261,16 +284,25 @@ class GridTiles(Tiles):
         columns = self.columns[:, first * rest : last * rest]
         return torch.cat([columns[..., :-1], columns[..., -1:] * self.one_hot], dim=-1)
 
-    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
-        queries, width = u.shape[1], u.shape[-1]
-        on_values, on_features = torch.split(u, [self.channels, width - self.channels], dim=-1)
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        on_values, on_features = torch.split(u, [self.channels, u.shape[-1] - self.channels], dim=-1)
         shared = torch.cat([on_values, on_features.sum(dim=-1, keepdim=True)], dim=-1)
         if self.masked:
             shared = F.pad(shared, (1, 0), value=1.0)
         along = on_features @ self.tables.T
-        shared, along, normaliser = _softmax_over(
-            self, kernel, shared.expand(self.batch, queries, -1), along.expand(self.batch, queries, -1)
-        )
+        return shared.expand(self.batch, -1, -1), along.expand(self.batch, -1, -1)
+
+    def untiled(self, x: Tensor) -> Tensor:
+        dims, rest = len(self.grid), x.shape[3:]
+        x = x.view(self.batch, *self.counts, *self.sides, *rest)
+        pairs = [place for axis in range(1, dims + 1) for place in (axis, dims + axis)]
+        x = x.permute(0, *pairs, *range(2 * dims + 1, x.dim()))
+        x = x.reshape(self.batch, *(c * side for c, side in zip(self.counts, self.sides, strict=True)), *rest)
+        inside = (slice(None), *(slice(side) for side in self.grid))
+        return x[inside].flatten(1, dims)
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        shared, along, normaliser = _softmax_over(self, kernel, *self.queries(u))
         values, means = torch.split(shared[..., self.masked :], [self.channels, 1], dim=-1)
         return torch.cat([values, along @ self.tables + means], dim=-1), normaliser
 
@@ -282,6 +314,7 @@ class RowTiles(Tiles):
         batch, count, channels = part.values.shape
         tiles = ceil(count / ROW_TILE)
         side = ceil(count / tiles)
+        self.count = count
         super().__init__(batch, (tiles,), (), side, channels + 1)
         rows = F.layer_norm(part.values.float(), (channels,), eps=EPS)
         bias = rows.new_zeros(batch, count, 1)
@@ -296,9 +329,15 @@ class RowTiles(Tiles):
         assert self._kept is not None
         return self._kept[:, first:last]
 
-    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
         shared = F.pad(u, (1, 0), value=1.0).expand(self.batch, -1, -1)
-        shared, _, normaliser = _softmax_over(self, kernel, shared, shared[..., :0])
+        return shared, shared[..., :0]
+
+    def untiled(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2)[:, : self.count]
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        shared, _, normaliser = _softmax_over(self, kernel, *self.queries(u))
         return shared[..., 1:], normaliser
 
 

@@ -281,6 +281,38 @@ def predict(
     raise typer.Exit(console.show_predictions(predictions, style, top_k, all_probs, extra))
 
 
+@app.command()
+def explain(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="A file, or one of each modality; - for bytes on stdin.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply: the points in colours.")
+    ] = None,
+    model: Model = None,
+    use: Use = None,
+    label: Annotated[str | None, typer.Option("--class", help="To explain [default: the most probable one].")] = None,
+    json: Json = False,
+    device: Device = "auto",
+    limit: Limit = None,
+) -> None:
+    """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
+    if output is None and not json:
+        raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
+    if output is not None and output.suffix.lower() not in (".png", ".ply"):
+        raise UsageError(f"-o {show_path(output)}: not a kind of file that is written here", "expected .png or .ply")
+    given = list(_sources(inputs, None, False, "-"))
+    predictor = _predictor(model, device, "fp32", limit, use)
+    from perceiver_cli.explain import explain as explained
+    from perceiver_cli.explain import save
+
+    explanation = explained(predictor, given, label)
+    if output is not None:
+        save(explanation, output)
+        console.say(f"wrote {show_path(output)}")
+    console.show_explanation(explanation, json)
+
+
 def _check_data(data: str | None) -> None:
     """Refuse what is not there, before torch has been waited for."""
     if data == "-":

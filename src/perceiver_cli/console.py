@@ -27,6 +27,7 @@ from perceiver_cli.files import show_path
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
+    from perceiver_cli.explain import Explanation
     from perceiver_cli.lr_find import Curve
     from perceiver_cli.predict import Prediction
     from perceiver_cli.records import Done
@@ -430,6 +431,19 @@ def show_report(report: Report, as_json: bool) -> None:
         numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
         table.add_row(Text(show_path(name)[1:-1]), *numbers)
     _emit_table(table)
+
+
+def show_explanation(explanation: Explanation, as_json: bool) -> None:
+    """Print what an explanation says in numbers: a line for each modality, or one JSON object."""
+    for note in explanation.notes:
+        say(f"note: {note}")
+    facts = explanation.to_dict()
+    if as_json:
+        emit_json(facts)
+        return
+    emit(f"{show_path(explanation.label)[1:-1]} {explanation.prob:.4f}\n")
+    for name, part in facts["inputs"].items():
+        emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the evidence\n")
 
 
 @contextmanager

@@ -209,10 +209,10 @@ class Decoder:
             names = kept(dropout, np.random.default_rng([*seeds, DROPOUT_STREAM]))
         return [
             {name: self._prepare(name, decoded, rng, start_s) for name in names}
-            for start_s in self._starts(decoded, rng)
+            for start_s in self.starts(decoded, rng)
         ]
 
-    def _starts(self, decoded: Decoded, rng: np.random.Generator | None) -> list[float | None]:
+    def starts(self, decoded: Decoded, rng: np.random.Generator | None = None) -> list[float | None]:
         """Return the seconds at which each view begins; None leaves it to the modality, which knows its samples."""
         clips = [self.timed[name].clip_s(self.specs[name]) for name in decoded.seconds]
         count = 1 if rng is not None else self.num_views

@@ -213,7 +213,7 @@ class Predictor:
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe):
             inputs = [inputs]
-        examples = (example for given in inputs for example in self._examples(given))
+        examples = (example for given in inputs for example in self.examples(given))
         if batch_size is None:
             one = windows is not None and self.compute.device.type == "cpu"
             batch_size = 1 if one else self.batch_that_fits
@@ -237,9 +237,10 @@ class Predictor:
     def _tasks(self, examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
         return ordered_tasks(examples, max(1, batch_size // self.reader.num_views))
 
-    def _examples(self, given: Input) -> Iterator[Example]:
+    def examples(self, given: Input) -> Iterator[Example]:
+        """Yield the examples that an input stands for, as `predict` says."""
         if isinstance(given, Mapping):
-            parts = {name: _source(part) for name, part in given.items()}
+            parts = {name: source_of(part) for name, part in given.items()}
             yield Example(identity(part.name for part in parts.values()), parts)
         elif isinstance(given, Pipe):
             head = given.file.read(HEAD_BYTES)
@@ -250,7 +251,7 @@ class Predictor:
             else:
                 yield from self._examples(Source(given.name, received(given.file, self.reader.limits, head)))
         elif isinstance(given, bytes | Source):
-            source = _source(given)
+            source = source_of(given)
             yield Example(source.name, {CONTENT: source})
         else:
             yield from unlabelled(os.fspath(given), self.info.config.inputs, self.reader.limits)
@@ -380,7 +381,8 @@ def answer(
     return Answers(logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views), embeddings)
 
 
-def _source(given: Part) -> Source:
+def source_of(given: Part) -> Source:
+    """Return a path or bytes as a Source."""
     if isinstance(given, Source):
         return given
     return Source("-", given) if isinstance(given, bytes) else Source(os.fspath(given))
