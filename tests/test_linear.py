@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from perceiver_cli import kernels
+from perceiver_cli.kernels import product
 from perceiver_cli.linear import linears
 
 
@@ -83,3 +85,30 @@ def test_under_autocast_products_are_narrow_and_gradients_wide() -> None:
         outs = linears(x, norm, linear)
     assert all(out.dtype == torch.bfloat16 for out in outs)
     assert all(g.dtype == torch.float32 for g in gradients(outs, [x, linear[0].weight]))
+
+
+@pytest.mark.parametrize(("rows", "columns", "width"), [(70, 300, 129), (512, 64, 64), (3, 5, 7)])
+def test_products_in_any_layout(rows: int, columns: int, width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(size, width, generator=generator) for size in (rows, columns))
+    bias = torch.randn(columns, generator=generator)
+    wide = a.double() @ b.double().mT
+    for x in (a, a.T.contiguous().T):
+        for y in (b, b.T.contiguous().T):
+            torch.testing.assert_close(product(x, y, bias), (wide + bias).float(), atol=1e-4, rtol=1e-5)
+            torch.testing.assert_close(product(x, y), wide.float(), atol=1e-4, rtol=1e-5)
+    same = a[:1].expand(rows, -1)
+    torch.testing.assert_close(product(same, b), (same.double() @ b.double().mT).float(), atol=1e-4, rtol=1e-5)
+
+
+def test_without_onednn_products_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: object) -> Tensor:
+        raise RuntimeError("not here")
+
+    a, b = torch.randn(256, 128), torch.randn(128, 128)
+    monkeypatch.setattr(kernels, "_onednn", refuses)
+    kernels._has_onednn.cache_clear()
+    try:
+        torch.testing.assert_close(product(a, b), a @ b.mT, rtol=0, atol=0)
+    finally:
+        kernels._has_onednn.cache_clear()

@@ -35,7 +35,7 @@ from torch.nn import functional as F
 from perceiver_cli import kernels
 from perceiver_cli.cost import MIN_TILED_INPUTS
 from perceiver_cli.encoding import Part
-from perceiver_cli.linear import linears
+from perceiver_cli.linear import linears, unchanged
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
@@ -101,10 +101,8 @@ class Memory:
         """Return K and V (B, H, M, W / H) of a cross-attend."""
         if block not in self._projected:
             rows = self.rows * block.input_norm.weight + block.input_norm.bias
-            self._projected[block] = (
-                split_heads(block.key(rows), block.heads),
-                split_heads(block.value(rows), block.heads),
-            )
+            keys, values = linears(rows, unchanged, [block.key, block.value])
+            self._projected[block] = split_heads(keys, block.heads), split_heads(values, block.heads)
         return self._projected[block]
 
     def average(self, u: Tensor, *, tiled: bool) -> Tensor:
@@ -534,7 +532,7 @@ class CrossAttend(nn.Module):
 
     def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
         """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
-        attended = self.output(self.read(latents, memory, folded))
+        (attended,) = linears(self.read(latents, memory, folded), unchanged, [self.output])
         latents = add(latents, attended) if self.residual else attended
         return add(latents, self.dense(latents))
 
@@ -556,7 +554,8 @@ class SelfAttend(nn.Module):
         """Return the new latents (B, N, D)."""
         projected = linears(latents, self.norm, [self.query, self.key, self.value])
         query, key, value = (split_heads(x, self.heads) for x in projected)
-        attended = self.output(merge_heads(attend(query, key, value, query.shape[-1] ** -0.5)))
+        read = merge_heads(attend(query, key, value, query.shape[-1] ** -0.5))
+        (attended,) = linears(read, unchanged, [self.output])
         latents = add(latents, attended)
         return add(latents, self.dense(latents))
 

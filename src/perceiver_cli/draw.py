@@ -134,7 +134,9 @@ def _sound(samples: Array, spec: AudioSpec, heat: Array | None, width: int, star
     top = np.array([part.max() if len(part) else 0.0 for part in spans]) / peak
     y = np.linspace(1, -1, high)[:, None]
     inside = (y >= low - 1.5 / high) & (y <= top + 1.5 / high)
-    tint = np.full((1, width, 3), 255) if over_time is None else _under_heat(np.full((1, width, 1), 255), over_time[None])
+    tint = (
+        np.full((1, width, 3), 255) if over_time is None else _under_heat(np.full((1, width, 1), 255), over_time[None])
+    )
     ink = np.full((1, width, 3), 60)
     wave = np.where(inside[..., None], ink if over_time is None else np.minimum(ink, tint), tint).astype(np.uint8)
     grey = 255 * (1 - spanned(_spectrogram(samples, spec)))

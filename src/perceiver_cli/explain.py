@@ -192,9 +192,7 @@ def log_odds(logits: Tensor, target: int, several: bool) -> Tensor:
     return logits[:, target] - others.logsumexp(dim=1)
 
 
-def _shown(
-    name: str, reader: Reader, decoded: Decoded, start_s: float | None, heat: Heat, attention: Heat
-) -> Shown:
+def _shown(name: str, reader: Reader, decoded: Decoded, start_s: float | None, heat: Heat, attention: Heat) -> Shown:
     spec = reader.specs[name]
     if name not in reader.timed:
         raw = decoded.arrays[name]
@@ -339,7 +337,9 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         weights = weights / 2 if block.residual else torch.zeros_like(weights)
     heard.reverse()
     layouts = {name: model.encoding.layouts[name] for name in model.encoding.layouts if name in segments}
-    shaped = {name: part.double().cpu().view(layout.grid) for (name, layout), part in zip(layouts.items(), total, strict=True)}
+    shaped = {
+        name: part.double().cpu().view(layout.grid) for (name, layout), part in zip(layouts.items(), total, strict=True)
+    }
     maps = []
     for place in dict.fromkeys((0, min(1, len(heard) - 1), len(heard) - 1)):
         block, latents, memory, weights = heard[place]
@@ -348,7 +348,10 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         for k, latent in enumerate(chosen.tolist()):
             head = k % block.heads
             parts = [_scores(tiles, u[:, [head * len(weights) + latent]]) for tiles in memory.tiles]
-            scores = {name: part.cpu().view(layout.grid).numpy() for (name, layout), part in zip(layouts.items(), parts, strict=True)}
+            scores = {
+                name: part.cpu().view(layout.grid).numpy()
+                for (name, layout), part in zip(layouts.items(), parts, strict=True)
+            }
             maps.append(ScoreMap(place + 1, latent + 1, head + 1, scores))
     return _normalised(shaped), maps
 

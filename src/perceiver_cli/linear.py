@@ -12,6 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perceiver_cli.kernels import product
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Return x: for layers of something that is there anyway."""
+    return x
+
 
 def linears(x: Tensor, cheap: Callable[[Tensor], Tensor], layers: Sequence[nn.Linear]) -> list[Tensor]:
     """Return layer(cheap(x)) for each layer.
@@ -21,11 +28,14 @@ def linears(x: Tensor, cheap: Callable[[Tensor], Tensor], layers: Sequence[nn.Li
         cheap: a function of rows; its parameters get gradients where it is a module.
         layers: with biases.
 
-    Under autocast and torch.compile, which have ways of their own, and without gradients it is just that.
+    Under autocast and torch.compile, which have ways of their own, it is just that.
     """
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         y = cheap(x)
         return [layer(y) for layer in layers]
+    if not torch.is_grad_enabled():
+        y = cheap(x.flatten(0, -2))
+        return [product(y, layer.weight, layer.bias).view(*x.shape[:-1], -1) for layer in layers]
     own = list(cheap.parameters()) if isinstance(cheap, nn.Module) else []
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     outs = _Linears.apply(cheap, len(own), x.flatten(0, -2), *own, *parameters)  # type: ignore[no-untyped-call]
@@ -40,7 +50,7 @@ class _Linears(torch.autograd.Function):
         ctx.cheap, ctx.count = cheap, count
         ctx.save_for_backward(x, *parameters)
         y = cheap(x)
-        return tuple(torch.addmm(bias, y, weight.mT) for weight, bias in _pairs(parameters[count:]))
+        return tuple(product(y, weight, bias) for weight, bias in _pairs(parameters[count:]))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -52,15 +62,15 @@ class _Linears(torch.autograd.Function):
             y = ctx.cheap(x)
         rows = y.detach()
         of_layers = [
-            (grad.mT @ rows if needs_weight else None, grad.sum(dim=0) if needs_bias else None)
+            (product(grad.mT, rows.mT) if needs_weight else None, grad.sum(dim=0) if needs_bias else None)
             for grad, (needs_weight, needs_bias) in zip(grads, _pairs(needs_layers), strict=True)
         ]
         of_cheap: list[Tensor | None] = [None] * len(needs_cheap)
         if any(needs_cheap):
             first, *others = zip(grads, parameters[ctx.count :: 2], strict=True)
-            of_y = first[0] @ first[1]
+            of_y = product(first[0], first[1].mT)
             for grad, weight in others:
-                of_y.addmm_(grad, weight)
+                of_y += product(grad, weight.mT)
             wanted = [p for p, needed in zip([x, *parameters[: ctx.count]], needs_cheap, strict=True) if needed]
             found = iter(torch.autograd.grad(y, wanted, of_y))
             of_cheap = [next(found) if needed else None for needed in needs_cheap]
