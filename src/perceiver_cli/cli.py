@@ -421,6 +421,35 @@ def _byte_array(given: Any, output: str, model: str | None, preset: str | None, 
     console.say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
 
 
+@app.command()
+def lint(
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin.")
+    ],
+    json: Json = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")
+    ] = None,
+    limit: Limit = None,
+) -> None:
+    """Decode all files once and say what is wrong with them.
+
+    Unreadable files; the same content twice, in one split or in several, with one label or with different ones; silent
+    sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if there are unreadable files or
+    the same content is in several splits.
+    """
+    _check_data(data)
+    from perceiver_cli.lint import lint as check
+
+    with console.counting("checking") as progress:
+        report = check(data, _limits(limit), workers, progress)
+    for note in report.notes:
+        console.say(f"note: {note}")
+    console.show_lint(report, json)
+    if report.failed:
+        raise typer.Exit(EXIT_DATA)
+
+
 @app.command("import")
 def import_weights(
     source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],

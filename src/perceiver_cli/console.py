@@ -21,12 +21,21 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_DATA, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
+from perceiver_cli.errors import (
+    EXIT_BUG,
+    EXIT_DATA,
+    EXIT_RESOURCE,
+    PerceiverError,
+    ResourceError,
+    UsageError,
+    counted,
+)
 from perceiver_cli.files import show_path
 
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
+    from perceiver_cli.lint import Copies, LintReport
     from perceiver_cli.predict import Prediction
     from perceiver_cli.records import Done
 
@@ -41,6 +50,8 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
+LISTED = 20  # findings of a kind that are shown to people
+NAMED = 5  # of several names on a line
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12}  # characters of columns that only some predictions have
 debug = False
 
@@ -421,6 +432,53 @@ def show_report(report: Report, as_json: bool) -> None:
         numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
         table.add_row(Text(show_path(name)[1:-1]), *numbers)
     _emit_table(table)
+
+
+def show_lint(report: LintReport, as_json: bool) -> None:
+    """Print what is wrong with a data set: tables and the first of each kind of finding, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    table = _table("class", *report.sizes)
+    for name in next(iter(report.counts.values())):
+        table.add_row(Text(show_path(name)[1:-1]), *(str(report.counts[split][name]) for split in report.sizes))
+    table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
+    _emit_table(table)
+    if report.imbalance is not None:
+        emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
+    for split, names in report.missing.items():
+        emit(f"{split} has no example of {counted(len(names), 'class')}: {_some(map(show_path, names))}\n")
+    across = [group for group in report.copies if group.across]
+    kinds = {
+        "unreadable": [error for _, _, error in report.unreadable],
+        "the same content in several splits": list(map(_group, across)),
+        "the same content within a split": [_group(group) for group in report.copies if not group.across],
+        "the same content with different labels": [_group(group) for group in report.copies if group.conflict],
+        "silent sound": [show_path(name) for _, name, _ in report.faults["silent"]],
+        "constant": [f"{show_path(name)} ({modality})" for _, name, modality in report.faults["constant"]],
+        "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
+    }
+    for kind, found in kinds.items():
+        if found:
+            more = [f"... and {len(found) - LISTED} more, all with --json"] if len(found) > LISTED else []
+            emit(f"{kind}: {len(found)}\n" + "".join(f"  {line}\n" for line in [*found[:LISTED], *more]))
+    if not any(kinds.values()):
+        emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
+
+
+def _group(group: Copies) -> str:
+    """Return a group of examples of one content as a line."""
+    rows = []
+    for split, name, labels in group.examples:
+        said = f" ({', '.join(show_path(label)[1:-1] for label in labels)})" if group.conflict else ""
+        rows.append(f"{split}: {show_path(name)}{said}")
+    return _some(rows, " = ") + ("" if group.same_file else ", in files that differ")
+
+
+def _some(words: Iterable[str], between: str = ", ") -> str:
+    """Return the first of some words."""
+    every = list(words)
+    return between.join(every[:NAMED]) + (f" and {len(every) - NAMED} more" if len(every) > NAMED else "")
 
 
 @contextmanager
