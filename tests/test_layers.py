@@ -21,7 +21,7 @@ ORDER = [
     "kernels", "attention", "device", "model", "optim",
     "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding", "lint", "data", "checkpoint",
     "predict", "evaluate", "recipes", "records", "pretrained",
-    "events", "runs", "loop", "train", "bench", "peers", "contest",
+    "events", "runs", "loop", "train", "bench", "throughput", "peers", "contest",
     "console",
     "cli",
     "__main__",

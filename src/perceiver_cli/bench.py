@@ -78,7 +78,7 @@ def loaders(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
     """
     spec = load_preset("audioset-video").inputs["video"].model_copy(update={"eval_windows": 1})
     with tempfile.TemporaryDirectory() as folder:
-        sources = [_made_up_file(Path(folder), "video", number) for number in range(MADE_UP_FILES)]
+        sources = made_up_files(Path(folder), "video", MADE_UP_FILES)
         examples = [Example(str(i), {"video": source}, (i % 2,)) for i, source in enumerate(sources)]
         found: dict[str, list[float]] = {}
         for _ in range(rounds):
@@ -173,6 +173,12 @@ def _forward(model: Perceiver, batch: Batch, compute: Compute) -> Callable[[], o
 
 
 # ---------------------------------------------------------------- made-up files
+
+
+def made_up_files(folder: Path, kind: str, count: int) -> list[Source]:
+    """Write files of a modality into a new folder, each another one; return them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [_made_up_file(folder, kind, number) for number in range(count)]
 
 
 def _made_up_file(folder: Path, kind: str, number: int) -> Source:

@@ -90,6 +90,16 @@ class Records(Sequence[Example]):
         found = {int(self.places[place]) for place in self.shards.label_indices(row)}
         return tuple(sorted(found - {-1}))
 
+    def tally(self, num_classes: int) -> list[int]:
+        """Return the number of examples of each class."""
+        chosen = np.zeros(len(self.shards), bool)
+        chosen[self.rows] = True
+        flat = np.repeat(chosen, np.diff(self.shards.columns["label_ends"], prepend=0))
+        found: list[int] = np.bincount(
+            self.places[self.shards.columns["labels"][flat]] + 1, minlength=num_classes + 1
+        ).tolist()
+        return found[1:]
+
     def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
         """Return the key and the first label of each example, -1 for none."""
         firsts = np.full(len(self.shards), -1)
@@ -132,7 +142,10 @@ class Catalog:
 
     def counts(self, split: str) -> dict[str, int]:
         """Return the number of examples of each class in a split."""
-        found = Counter(label for _, labels in named(self.splits.get(split, ())) for label in labels)
+        examples = self.splits.get(split, ())
+        if isinstance(examples, Records):
+            return dict(zip(self.classes, examples.tally(len(self.classes)), strict=True))
+        found = Counter(label for example in examples for label in example.labels)
         return {name: found[index] for index, name in enumerate(self.classes)}
 
     def hold_out(self, fraction: float) -> Catalog:

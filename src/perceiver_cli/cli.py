@@ -515,10 +515,12 @@ def bench(
 
     `bench growth` is the imagenet model and one cross-attend of it, for 2^12 to 2^20 inputs. It and --against run each
     contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this
-    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV.
+    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV,
+    images as files and as records beside WebDataset, a pipe, and a million records.
     """
     from perceiver_cli import bench as speed
     from perceiver_cli import contest
+    from perceiver_cli.throughput import throughput
 
     if preset == "growth":
         rows = list(console.show_rows(contest.growth("imagenet", mode, rounds, seconds, device, precision), json))
@@ -526,6 +528,7 @@ def bench(
             contest.draw(rows, plot)
     elif preset == "data":
         list(console.show_rows(speed.loaders(seconds, rounds), json))
+        list(console.show_rows(throughput(seconds, rounds), json))
     elif against is not None:
         sides = [_side(text) for text in inputs.split(",")] if inputs else []
         names = [name.strip() for name in against.split(",")]

@@ -253,6 +253,11 @@ def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, .
 _call: Callable[[Any], Any] | None = None  # of a working process, inherited by the fork
 
 
+def in_progress(workers: int) -> int:
+    """Return how many items `in_order` has given out at most whose results its caller has not passed yet."""
+    return CHUNK * (AHEAD * workers + 1)
+
+
 def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Iterator[Made]:
     """Yield `call(item)` of each item, in order, made by `workers` processes (0: by this one). Few wait at a time.
 

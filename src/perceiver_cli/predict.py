@@ -219,7 +219,9 @@ class Predictor:
         elif isinstance(given, Pipe):
             head = given.file.read(HEAD_BYTES)
             if is_tar(head):
-                yield from of_stream(Feed(given.file, "stdin", head), self.info.config.inputs, self.reader.limits)
+                yield from of_stream(
+                    Feed(given.file, show_path("stdin"), head), self.info.config.inputs, self.reader.limits
+                )
             else:
                 yield from self._examples(Source(given.name, received(given.file, self.reader.limits, head)))
         elif isinstance(given, bytes | Source):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from perceiver_cli.catalog import Catalog, Example, either, of_rows, resolve_specs
 from perceiver_cli.checkpoint import find_model, read_info
 from perceiver_cli.config import InputSpec, Limits, load_preset, tiny_config
-from perceiver_cli.decoding import Decoder, in_order
+from perceiver_cli.decoding import Decoder, in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.folders import rows_in, walk_files
@@ -27,6 +28,7 @@ from perceiver_cli.shards import open_shards
 from perceiver_cli.stream import Content, Facts, Header, Writer, npy_bytes, pack
 
 DEFAULT_SHARD_BYTES = 256_000_000
+PLACE_BYTES = 4 << 20  # of shared memory for what one input becomes; taken when it is first written
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
 
@@ -178,13 +180,38 @@ class Done:
     error: str | None = None
 
 
-Packed = list[tuple[Facts, dict[str, bytes]]] | str
+Npys = dict[str, bytes | memoryview]
+Packed = list[tuple[Facts, Npys]] | str
 
 
 def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
     """Yield the records of each example, without their numbers, or the error that it has instead."""
     decoder = Decoder(job.header.inputs, job.limits, job.bad)
-    return in_order(partial(_made, job, decoder), examples, workers)
+    if not workers:
+        yield from (_made(job, decoder, given) for given in examples)
+        return
+    # A process that sent arrays as messages would spend as long on that as on decoding. Each input in progress has a
+    # place in shared memory instead, which is used again only when its records are written: `in_order` sees to it.
+    shared = memoryview(mmap.mmap(-1, in_progress(workers) * PLACE_BYTES))
+    numbered = ((number % in_progress(workers), given) for number, given in enumerate(examples))
+    for sent in in_order(partial(_placed, job, decoder, shared), numbered, workers):
+        for _, arrays in [] if isinstance(sent, str) else sent:
+            for name, npy in arrays.items():
+                arrays[name] = shared[npy] if isinstance(npy, slice) else npy
+        yield sent
+
+
+def _placed(job: Job, decoder: Decoder, shared: memoryview, given: tuple[int, tuple[str, Example]]) -> Any:
+    """Make the records of an example in another process, their arrays in shared memory as far as there is room."""
+    place, example = given
+    outcome: Any = _made(job, decoder, example)
+    at, end = place * PLACE_BYTES, (place + 1) * PLACE_BYTES
+    for _, arrays in [] if isinstance(outcome, str) else outcome:
+        for name, npy in arrays.items():
+            if at + len(npy) <= end:
+                shared[at : at + len(npy)] = npy
+                arrays[name] = slice(at, at := at + len(npy))
+    return outcome
 
 
 def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
@@ -194,7 +221,7 @@ def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
     try:
         if job.header.content == "decoded":
             sources, seconds = decoder.sources(example)
-            arrays = {name: npy_bytes(decoder.load(name, source)) for name, source in sources.items()}
+            arrays: Npys = {name: npy_bytes(decoder.load(name, source)) for name, source in sources.items()}
             return [(replace(facts, seconds=seconds), arrays)]
         decoded = decoder.decode(example)
         variants = range(job.augment if split == "train" else 0)

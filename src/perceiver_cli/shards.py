@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 from weakref import WeakValueDictionary
@@ -33,7 +34,7 @@ from perceiver_cli.stream import HEAD_BYTES, SPLITS, Feed, Header, Stored, heade
 
 INDEX_FORMAT = 1
 UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # of what is mapped, nothing is allocated
-SPOOL_BYTES = 1 << 20  # copied at a time
+READ_BYTES = 1 << 20  # at a time
 Columns = dict[str, NDArray[Any]]
 
 _tokens = itertools.count()
@@ -134,8 +135,9 @@ class Shards:
 
     def in_order(self) -> NDArray[np.int64]:
         """Return the rows sorted by id."""
-        ids = [self.id(row) for row in range(len(self))]
-        return np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
+        if all(one < two for one, two in pairwise(map(self.id, range(len(self))))):  # as they are written
+            return np.arange(len(self))
+        return np.array(sorted(range(len(self)), key=self.id), np.int64)
 
 
 def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
@@ -167,7 +169,7 @@ def open_shards(paths: Sequence[str]) -> Shards:
     parts = []
     for path in paths:
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", READ_BYTES) as file:
                 parts.append(_indexed(file, path))
         except OSError as error:
             raise DataError(f"{show_path(path)}: cannot read: {error.strerror}") from error
@@ -188,7 +190,7 @@ def spooled(file: BinaryIO, name: str) -> Shards:
     try:
         with tempfile.NamedTemporaryFile(prefix="perceiver-", suffix=".tar") as copy:
             copied = copy.write(head)
-            while data := file.read(SPOOL_BYTES):
+            while data := file.read(READ_BYTES):
                 copied += copy.write(data)
             copy.flush()
             copy.seek(0)

@@ -368,18 +368,18 @@ class Writer:
         self.write(data)
 
 
-def pack(facts: Facts, arrays: Mapping[str, bytes], number: int, header: Header) -> bytes:
+def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, header: Header) -> bytes:
     """Return the members of one record; arrays are in the format of NPY, the number becomes its key."""
     key = f"{number:08d}"
-    members = [(f"{key}.json", facts.to_json(header.multi_label))]
+    members: list[tuple[str, bytes | memoryview]] = [(f"{key}.json", facts.to_json(header.multi_label))]
     if not header.multi_label and facts.labels and facts.labels[0] in header.class_index:
         members.append((f"{key}.cls", b"%d" % header.class_index[facts.labels[0]]))
     return tar_members([*members, *((f"{key}.{name}.npy", array) for name, array in arrays.items())])
 
 
-def tar_members(members: Sequence[tuple[str, bytes]]) -> bytes:
+def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     """Return members as POSIX ustar: no owner, no time, so that the same content gives the same bytes."""
-    data = []
+    data: list[bytes | memoryview] = []
     for name, content in members:
         data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
     return b"".join(data)
@@ -412,7 +412,9 @@ class Feed:
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer at the end."""
         begun, self._begun = self._begun[:count], self._begun[count:]
-        data = begun + self.file.read(count - len(begun)) if begun else self.file.read(count)
+        data = self.file.read(count - len(begun))
+        if begun:
+            data = begun + data
         self.at += len(data)
         return data
 
@@ -491,11 +493,11 @@ class _Pending(Generic[T]):
         elif suffix == "npy" and kind in header.inputs and kind not in self.arrays:
             if size > limits.decoded_bytes:
                 raise LimitError(f"{feed.shown}: {name}", size, "bytes", "decoded_bytes", limits.decoded_bytes)
-            before = feed.at
+            before, padding = feed.at, -size % BLOCK
             self.arrays[kind] = take(size)
-            if feed.at - before < size:
+            feed.take(padding)
+            if feed.at - before < size + padding:
                 raise _cut(feed, total)
-            _pad(feed, size, total)
         else:
             expected = ", ".join(f"{kind}.npy" for kind in header.inputs)
             raise _damaged(feed, total, f"a member {show_path(name)}, expected one each of json, cls, {expected}")
@@ -578,16 +580,11 @@ def _content(feed: Feed, size: int, most: int, name: str, total: int) -> bytes:
     """Return the content of a small member."""
     if size > most:
         raise _damaged(feed, total, f"{show_path(name)} of {size} bytes, expected {most} at most")
-    data = feed.take(size)
-    if len(data) < size:
+    padded = size + -size % BLOCK
+    data = feed.take(padded)
+    if len(data) < padded:
         raise _cut(feed, total)
-    _pad(feed, size, total)
-    return data
-
-
-def _pad(feed: Feed, size: int, total: int) -> None:
-    if len(feed.take(-size % BLOCK)) < -size % BLOCK:
-        raise _cut(feed, total)
+    return data[:size]
 
 
 def _check_end(data: bytes, count: int, feed: Feed, total: int) -> None:
