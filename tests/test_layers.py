@@ -22,7 +22,7 @@ ORDER = [
     "manifest", "folders", "pairing", "shards", "catalog", "splits", "decoding", "lint", "data", "checkpoint",
     "predict", "evaluate", "recipes", "records", "pretrained",
     "events", "runs", "loop", "train", "bench", "throughput", "peers", "contest",
-    "console",
+    "console", "completion",
     "cli",
     "__main__",
 ]  # fmt: skip

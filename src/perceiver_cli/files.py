@@ -20,24 +20,29 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
     A file name is data from a stranger. This is the only way one may reach a terminal or a log.
     """
-    shown = []
-    for char in os.fspath(path):
-        code = ord(char)
-        if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
-            shown.append(f"\\x{code - 0xDC00:02x}")
-        elif char == "\n":
-            shown.append("\\n")
-        elif char in "\\'":
-            shown.append("\\" + char)
-        elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-            shown.append(f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
-        else:
-            shown.append(char)
-    text = "".join(shown)
+    text = "".join("\\" + char if char in "\\'" else _printable(char) for char in os.fspath(path))
     if len(text) > MAX_SHOWN:
         half = MAX_SHOWN // 2
         text = f"{text[:half]}...{text[-half:]}"
     return f"'{text}'"
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """Return text with control, bidi and non-UTF-8 bytes C-escaped, but for those in `keep`: safe for a terminal."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if char in keep else _printable(char) for char in text)
+
+
+def _printable(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if char == "\n":
+        return "\\n"
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    return char
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from perceiver_cli.catalog import Catalog, Example, merged, resolve_specs, scan
 from perceiver_cli.config import Limits, tiny_config
 from perceiver_cli.decoding import Decoder, in_order
-from perceiver_cli.errors import PerceiverError
+from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.preprocess.base import Array, Source
 from perceiver_cli.stream import Stored
 
@@ -24,6 +24,7 @@ SILENT_PEAK = 1e-3  # of full scale: -60 dB, the mean taken off
 TINY_POINTS = 64  # of a cloud
 DIGEST_BYTES = 16
 READ_BYTES = 1 << 20
+RATE_HZ = 16_000  # of sound, where no file says
 FAULTS = ("silent", "constant", "tiny")
 
 
@@ -190,9 +191,11 @@ class _Look:
             specs = dict(catalog.prepared.inputs)
         else:
             sample = catalog.splits.get("train") or merged(catalog, catalog.splits)
-            specs = resolve_specs(
-                tiny_config(catalog.modalities).inputs, replace(catalog, splits={"train": sample}), limits
-            )
+            specs = tiny_config(catalog.modalities).inputs
+            try:
+                specs = resolve_specs(specs, replace(catalog, splits={"train": sample}), limits)
+            except DataError:  # nothing that can be read to settle them by: what each file says of itself will tell
+                specs = {n: s.model_copy(update={"rate_hz": RATE_HZ}) if n == "audio" else s for n, s in specs.items()}
         self.decoder = Decoder({name: specs[name] for name in catalog.modalities}, limits, catalog.bad)
 
     def __call__(self, example: Example) -> _Seen:
