@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli import console
-from perceiver_cli.errors import EXIT_DATA, DataError, UsageError
+from perceiver_cli import completion, console
+from perceiver_cli.errors import EXIT_DATA, DataError, UsageError, counted
 from perceiver_cli.files import show_command, show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
@@ -38,7 +38,12 @@ app.add_typer(presets_app, name="presets", invoke_without_command=True)
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest]."),
+    typer.Option(
+        "--model",
+        "-m",
+        autocompletion=completion.models,
+        help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest].",
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
@@ -56,6 +61,18 @@ Aggregate = Literal["mean", "max", "none"]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def _be_quiet(wanted: bool) -> None:
+    console.quiet = wanted
+
+
+def _be_verbose(wanted: bool) -> None:
+    console.verbose = wanted
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_be_verbose, help="Also what libraries say.")]
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -71,7 +88,7 @@ def main(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
 ) -> None:
-    console.debug = debug
+    console.begin(debug)
 
 
 # ---------------------------------------------------------------- train
@@ -83,9 +100,16 @@ def train(
         str | None,
         typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin."),
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Run folder [default: runs/PRESET-N].")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Recipe [default: --init-from's, or a tiny one for what the data holds].")
+        str | None,
+        typer.Option(
+            autocompletion=completion.presets,
+            help="Recipe [default: --init-from's, or a tiny one for what the data holds].",
+        ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
@@ -111,40 +135,51 @@ def train(
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
-    init_from: Annotated[str | None, typer.Option(help="Start from the weights of a run or model file.")] = None,
+    init_from: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.models, help="Start from the weights of a run or model file."),
+    ] = None,
     freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
     log: Annotated[
         Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
     ] = "none",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Train a model on labelled files. The last line printed is the path of the best model.
 
     Several modalities make one model: files of one stem in a class folder (cat/017.png, cat/017.wav), a manifest with a
     column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
     """
+    from perceiver_cli.config import Flag
     from perceiver_cli.scalars import check_tensorboard, logged
 
     recipe = _recipe(preset, config)
-    overrides = list(changes or [])
+    flags = {
+        "--epochs": ("train.epochs", epochs),
+        "--batch-size": ("train.batch_size", batch_size),
+        "--lr": ("train.lr", lr),
+        "--seed": ("train.seed", seed),
+        "--device": ("train.device", device),
+        "--precision": ("train.precision", precision),
+        "--freeze": ("train.freeze", freeze),
+        "--recompute": ("train.recompute", recompute or None),
+        "--compile": ("train.compile", compile_ or None),
+        "--workers": ("data.workers", workers),
+        "--max-bad": ("data.max_bad", max_bad),
+        "--group-by": ("data.group_by", group_by),
+    }
+    overrides: list[str] = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length given here replaces every length of the recipe.
         lengths = {"max_steps": None, "steps": steps, "max_time_s": _seconds(max_time)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
-    given: dict[str, object] = {
-        "train.epochs": epochs,
-        "train.batch_size": batch_size,
-        "train.lr": lr,
-        "train.seed": seed,
-    }
-    given |= {"train.device": device, "train.precision": precision, "data.workers": workers, "data.max_bad": max_bad}
-    given |= {"data.group_by": group_by}
-    given |= {"train.freeze": freeze, "train.recompute": recompute or None, "train.compile": compile_ or None}
+    overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
     overrides += [
-        f"{key}={str(value).lower() if value is True else value}" for key, value in given.items() if value is not None
+        Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in _limits(limit).items()
     ]
-    overrides += [f"data.limits.{name}={value}" for name, value in _limits(limit).items()]
     if resume and output is None:
         output = Path("runs/latest").resolve()
     _check_data(data)
@@ -198,6 +233,8 @@ def evaluate(
     device: Device = "auto",
     precision: Precision = "auto",
     limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
     _check_data(data)
@@ -214,7 +251,7 @@ def evaluate(
     for note in report.notes:
         console.say(f"note: {note}")
     for _, error in report.bad[:20]:
-        console.say(f"perceiver evaluate: {error}")
+        console.complain(f"perceiver evaluate: {error}")
     if output is not None:
         save_report(report, output)
         console.say(f"wrote metrics.json, predictions.jsonl and confusion.png into {show_path(output)}")
@@ -256,6 +293,8 @@ def predict(
     device: Device = "auto",
     precision: Precision = "auto",
     limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3.
 
@@ -407,8 +446,13 @@ def preprocess(
             "--output", "-o", help="FILE.tar, 'NAME-%06d.tar', - for stdout; of one input FILE.npy or FILE.safetensors."
         ),
     ] = "-",
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Prepare as this run or model file does.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Prepare as this recipe does.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", autocompletion=completion.models, help="Prepare as this run or model file does."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=completion.presets, help="Prepare as this recipe does.")
+    ] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
     files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
     null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
@@ -425,6 +469,8 @@ def preprocess(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
     workers: Workers = 0,
     limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
     """Decode files once and write them as records: a tar that train, evaluate, predict and WebDataset read.
 
@@ -480,6 +526,37 @@ def _byte_array(given: Any, output: str, model: str | None, preset: str | None, 
     console.say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
 
 
+@app.command()
+def lint(
+    data: Annotated[
+        str, typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin.")
+    ],
+    json: Json = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")
+    ] = None,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decode all files once and say what is wrong with them.
+
+    Unreadable files; the same content twice, in one split or in several, with one label or with different ones; silent
+    sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if there are unreadable files or
+    the same content is in several splits.
+    """
+    _check_data(data)
+    from perceiver_cli.lint import lint as check
+
+    with console.counting("checking") as progress:
+        report = check(data, _limits(limit), workers, progress)
+    for note in report.notes:
+        console.say(f"note: {note}")
+    console.show_lint(report, json)
+    if report.failed:
+        raise typer.Exit(EXIT_DATA)
+
+
 @app.command("import")
 def import_weights(
     source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],
@@ -492,7 +569,7 @@ def import_weights(
     from perceiver_cli.pretrained import import_model
 
     info = import_model(source, output, variant)
-    console.say(f"wrote {show_path(output)}: {info.config.name}, {len(info.classes)} classes")
+    console.say(f"wrote {show_path(output)}: {info.config.name}, {counted(len(info.classes), 'class')}")
 
 
 @app.command()
@@ -520,7 +597,14 @@ def export(
 
 @app.command()
 def info(
-    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A preset, a configuration, a run or a model file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            autocompletion=completion.presets_and_models,
+            help="A preset, a configuration, a run or a model file.",
+        ),
+    ],
     json: Json = False,
 ) -> None:
     """Print parameters, FLOPs and shapes of a preset or a model file, without building it."""
@@ -589,7 +673,11 @@ def presets(context: typer.Context) -> None:
 
 
 @presets_app.command()
-def show(name: Annotated[str, typer.Argument(help="One of those that `perceiver presets` lists.")]) -> None:
+def show(
+    name: Annotated[
+        str, typer.Argument(autocompletion=completion.presets, help="One of those that `perceiver presets` lists.")
+    ],
+) -> None:
     """Print a recipe with its comments: perceiver presets show NAME > run.toml."""
     from perceiver_cli.config import preset_text
 
@@ -598,7 +686,9 @@ def show(name: Annotated[str, typer.Argument(help="One of those that `perceiver 
 
 @app.command()
 def bench(
-    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time; growth; or data.")] = "tiny-image",
+    preset: Annotated[
+        str, typer.Argument(autocompletion=completion.presets, help="Whose model and inputs to time; growth; or data.")
+    ] = "tiny-image",
     against: Annotated[
         str | None, typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io.")
     ] = None,

@@ -7,6 +7,7 @@ or imports torch. Unknown keys are refused with the nearest real one.
 from __future__ import annotations
 
 import difflib
+import json
 import re
 import tomllib
 import types
@@ -380,11 +381,17 @@ class Config(Table):
         try:
             return cls.model_validate(tables)
         except (ValidationError, _SpecError) as error:
-            raise UsageError(f"{origin}: {_first_problem(error, cls)}") from None
+            key, problem = _first_problem(error, cls)
+            raise UsageError(": ".join(filter(None, (origin, key, problem)))) from None
 
     def override(self, assignments: list[str]) -> Config:
-        """Return this Config changed by `a.b=value` assignments, values in TOML (bare words are strings)."""
+        """Return this Config changed by `a.b=value` assignments, values in TOML (bare words are strings).
+
+        Raises:
+            UsageError: names the first wrong assignment as it was typed.
+        """
         tables = self.to_dict()
+        typed: dict[str, str] = {}
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
             if not equals or not key:
@@ -396,7 +403,14 @@ class Config(Table):
                 if not isinstance(table, dict):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
             table[leaf] = None if text.strip() == "none" else _toml_value(text)
-        return Config.parse(tables, "options")
+            typed[key.strip()] = assignment.typed if isinstance(assignment, Flag) else f"--set {assignment}"
+        try:
+            return Config.model_validate(tables)
+        except (ValidationError, _SpecError) as error:
+            key, problem = _first_problem(error, Config)
+            wrong = next((name for name in typed if key == name or key.startswith(f"{name}.")), None)
+            where = "options" if wrong is None else typed[wrong]
+            raise UsageError(": ".join(filter(None, (where, key if key != wrong else "", problem)))) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain tables: only JSON types, the same after a round trip."""
@@ -407,6 +421,18 @@ class Config(Table):
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML; keys without a value are left out."""
         return tomli_w.dumps(_without_none(self.to_dict()))
+
+
+class Flag(str):
+    """An assignment that a flag of its own stands for: errors name the flag."""
+
+    typed: str
+
+    def __new__(cls, typed: str, key: str, value: object) -> Flag:
+        """Return the assignment of a value to a key; typed: what it was in the command."""
+        made = super().__new__(cls, f"{key}={json.dumps(value)}")
+        made.typed = typed
+        return made
 
 
 class _SpecError(Exception):
@@ -431,7 +457,8 @@ def _spec(key: str, table: Any) -> Any:
         raise _SpecError(key, error, spec) from None
 
 
-def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) -> str:
+def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) -> tuple[str, str]:
+    """Return the key of the first wrong value ("" where it is of no key alone), and what is wrong."""
     prefix: tuple[Any, ...] = ()
     if isinstance(error, _SpecError):
         prefix, model, error = ("inputs", error.key), error.spec, error.error
@@ -441,7 +468,7 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
     if problem["type"] == "extra_forbidden":
         known = list(_fields_at(model, names[:-1]))
         near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        return f"unknown key {where}" + (
+        return "", f"unknown key {where}" + (
             f", did you mean {'.'.join([*map(str, prefix), *names[:-1], near[0]])}"
             if near
             else f", known are {', '.join(known)}"
@@ -449,7 +476,7 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
     message = problem["msg"].removeprefix("Value error, ")
     found = problem.get("input")
     shown = "" if isinstance(found, dict | Table) or problem["type"] == "value_error" else f", found {found!r:.80}"
-    return f"{where}: {message}{shown}" if where else f"{message}{shown}"
+    return where, f"{message}{shown}"
 
 
 def _fields_at(model: type[BaseModel], path: list[str]) -> typing.Iterable[str]:

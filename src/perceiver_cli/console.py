@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from math import isnan
@@ -21,13 +22,22 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_DATA, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.errors import (
+    EXIT_BUG,
+    EXIT_DATA,
+    EXIT_RESOURCE,
+    PerceiverError,
+    ResourceError,
+    UsageError,
+    counted,
+)
+from perceiver_cli.files import printable, show_path
 
 if TYPE_CHECKING:
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
     from perceiver_cli.explain import Explanation
+    from perceiver_cli.lint import Copies, LintReport
     from perceiver_cli.lr_find import Curve
     from perceiver_cli.predict import Prediction
     from perceiver_cli.records import Done
@@ -43,9 +53,14 @@ class _Talk(Console):
 # In a pipe or a log a line stays a line; on a terminal words wrap.
 talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-# Characters of columns that only some predictions have.
-EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}
+LAST_WORDS = 5  # lines of libraries that are shown when something went wrong
+LIBRARY_BYTES = 1 << 16  # read at a time of what libraries wrote: all that a pipe holds
+LISTED = 20  # findings of a kind that are shown to people
+NAMED = 5  # of several names on a line
+EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
 debug = False
+quiet = False  # -q: errors and nothing else
+verbose = False  # -v: also what libraries have to say
 
 
 # ---------------------------------------------------------------- the whole program
@@ -54,40 +69,131 @@ debug = False
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: expected errors become one line and their exit code; a bug says so and exits with 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
+    _guard_stderr()
     try:
         app()
     except PerceiverError as error:
         if debug:
             traceback.print_exc()
-        say(f"perceiver: {error}")
+        complain(f"perceiver: {error}")
+        if isinstance(error, ResourceError):
+            _libraries.last_words()
         sys.exit(error.exit_code)
     except MemoryError:
-        say("perceiver: out of memory; try a smaller --batch-size")
+        complain("perceiver: out of memory; try a smaller --batch-size")
         sys.exit(EXIT_RESOURCE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise
-        say(f"perceiver: stdout: cannot write: {error.strerror}")
+        complain(f"perceiver: stdout: cannot write: {error.strerror}")
         sys.exit(EXIT_RESOURCE)
     except Exception as error:
         if debug:
             traceback.print_exc()
-        say(f"perceiver: this is a bug: {type(error).__name__}: {error}; run it again with --debug before the command")
+        complain(
+            f"perceiver: this is a bug: {type(error).__name__}: {error}; run it again with --debug before the command"
+        )
+        _libraries.last_words()
         sys.exit(EXIT_BUG)
+    finally:
+        _libraries.heard()
+
+
+class _Escaped(io.TextIOWrapper):
+    """A stream on which control characters come out escaped: messages of others quote what people typed."""
+
+    def write(self, text: str) -> int:
+        super().write(printable(text))
+        return len(text)
+
+
+def _guard_stderr() -> None:
+    """Let only `talk` write as it likes to stderr; what else Python writes there (usage, warnings) is escaped."""
+    if sys.stderr is None:
+        return
+    own = os.dup(2)
+    talk.file = open(own, "w", 1, sys.stderr.encoding, "backslashreplace")  # noqa: SIM115  # until the end
+    sys.stderr = _Escaped(open(own, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)  # noqa: SIM115
+
+
+class _Libraries:
+    """What C libraries write to file 2 by themselves, such as libtiff's warnings of a damaged file: kept, not shown.
+
+    With -v each line is shown, escaped; without, the last ones are if the program then fails. It goes through a pipe
+    that never blocks, so that what is too much is lost and no decoder waits.
+    """
+
+    def __init__(self) -> None:
+        self.pipe: int | None = None
+        self.lines: deque[str] = deque(maxlen=LAST_WORDS)
+
+    def listen(self) -> None:
+        """Begin, in place of file 2."""
+        self.pipe, write_end = os.pipe()
+        os.set_blocking(self.pipe, False)
+        os.set_blocking(write_end, False)
+        os.dup2(write_end, 2)
+        os.close(write_end)
+
+    def heard(self) -> None:
+        """Take in what there is."""
+        with suppress(OSError):  # nothing more; or in a process that was forked and reads for another
+            while self.pipe is not None and (data := os.read(self.pipe, LIBRARY_BYTES)):
+                for line in data.decode("utf-8", "surrogateescape").splitlines():
+                    self.lines.append(line)
+                    if verbose:
+                        _print(f"library: {line}")
+
+    def last_words(self) -> None:
+        """Show the last lines, where they were not shown already."""
+        self.heard()
+        for line in () if verbose else self.lines:
+            _print(f"library: {line}")
+
+
+_libraries = _Libraries()
+
+
+def begin(with_tracebacks: bool) -> None:
+    """Settle how the command that follows speaks: with --debug, libraries write to stderr directly."""
+    global debug
+    debug = with_tracebacks
+    if not debug and sys.stderr is not None:
+        _libraries.listen()
 
 
 def say(message: str) -> None:
-    """Print one line of talk on stderr."""
+    """Print one line of talk on stderr; nothing with -q."""
+    if not quiet:
+        complain(message)
+
+
+def complain(message: str) -> None:
+    """Print one line on stderr that -q does not silence: an error, or an input that cannot be used."""
+    _libraries.heard()
+    _print(message)
+
+
+def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # nobody may be listening
-        talk.print(Text(message.encode("utf-8", "backslashreplace").decode()))
+        talk.print(Text(printable(message)))
 
 
-def emit(text: str) -> None:
+def is_live() -> bool:
+    """Return whether there is somebody to show a bar to."""
+    return talk.is_terminal and not quiet
+
+
+def emit(text: str, *, styled: bool = False) -> None:
     """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
+
+    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own.
 
     Raises:
         ResourceError: stdout is closed, or its disk is full.
     """
+    if is_terminal() and not styled:
+        text = printable(text, "\n\t")
     emit_bytes(text.encode("utf-8", "surrogateescape"))
 
 
@@ -133,10 +239,8 @@ def _emit_table(table: Table) -> None:
     stream = io.StringIO()
     # In a pipe a row is a line, however long.
     width = None if is_terminal() else 1000
-    color = "auto" if is_terminal() and "NO_COLOR" not in os.environ else None
-    console = Console(file=stream, width=width, force_terminal=color == "auto", color_system=color, markup=False)  # type: ignore[arg-type]
-    console.print(table)
-    emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()))
+    Console(file=stream, width=width, force_terminal=is_terminal(), markup=False).print(table)
+    emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
 # ---------------------------------------------------------------- training
@@ -186,7 +290,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     else:
         best = ""
     ending = "stopped early and saved" if finished.stopped_early else "done"
-    say(f"{ending}: {best}{finished.step} steps in {_clock(finished.elapsed_s)}")
+    say(f"{ending}: {best}{counted(finished.step, 'step')} in {_clock(finished.elapsed_s)}")
     if received:
         say(f"to go on: perceiver train --resume -o {show_path(finished.model.parent)}")
         end_by_signal(received[0])
@@ -197,7 +301,7 @@ class _TrainingDisplay:
     """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
 
     def __enter__(self) -> _TrainingDisplay:
-        self.live = talk.is_terminal
+        self.live = is_live()
         self.header_shown = False
         self.last_line = time.monotonic()
         self.progress = Progress(
@@ -223,7 +327,7 @@ class _TrainingDisplay:
         facts = f"{bad} unreadable" if bad else ""
         self.progress.update(self.task, description="reading", completed=done, total=total, facts=facts)
         if done == total and not self.live:
-            say(f"read {total} files" + (f", {bad} of them unreadable and left out" if bad else ""))
+            say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
 
     def stepped(self, event: StepDone) -> None:
         """Show a step."""
@@ -250,15 +354,14 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the plan of a run as lines for people."""
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
     inputs = ", ".join(
-        f"{name} {' x '.join(map(str, given['shape']))} of {given['channels']} channels"
+        f"{name} {' x '.join(map(str, given['shape']))} of {counted(given['channels'], 'channel')}"
         for name, given in summary["inputs"].items()
     )
-    length = (
-        f"{summary['steps']} steps" if summary["steps"] else f"as many steps as fit in {_clock(summary['max_time_s'])}"
-    )
+    steps, limit_s = summary["steps"], summary["max_time_s"]
+    length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(limit_s)}"
+    classes = counted(len(summary["classes"]), "class")
     return [
-        f"{summary['preset']}: {len(summary['classes'])} classes, {'+'.join(summary['modalities'])} ({splits}) in "
-        f"{show_path(summary['data'])}",
+        f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(summary['data'])}",
         f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
         f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
         f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
@@ -312,7 +415,7 @@ def show_predictions(
         for prediction in predictions:
             if prediction.error is not None:
                 failed += 1
-                say(f"perceiver predict: {prediction.error}")
+                complain(f"perceiver predict: {prediction.error}")
             yield prediction
 
     for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs, extra):
@@ -331,13 +434,13 @@ def _csv_rows(
     predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool, extra: Sequence[str]
 ) -> Iterator[str]:
     stream = io.StringIO()
-    writer = csv.writer(stream, delimiter=delimiter, lineterminator="\n")
+    writer = csv.writer(stream, delimiter=delimiter)  # which quotes what it ends lines with: \r and \n both
 
     def row(cells: list[Any]) -> str:
         stream.seek(0)
         stream.truncate()
         writer.writerow([_cell(cell) for cell in cells])
-        return stream.getvalue()
+        return stream.getvalue().removesuffix("\r\n") + "\n"
 
     header = False
     for prediction in predictions:
@@ -398,13 +501,13 @@ def follow_preparing(done: Iterator[Done]) -> int:
         for last in done:
             if last.error is not None:
                 failed += 1
-                say(f"perceiver preprocess: {last.error}")
+                complain(f"perceiver preprocess: {last.error}")
             progress(last.count, last.total)
             if not talk.is_terminal and time.monotonic() - said > PLAIN_EVERY_S:
                 said = time.monotonic()
                 say(f"prepared {last.count} of {last.total}")
     bad = f", {failed} of them unreadable and left out" if failed else ""
-    say(f"prepared {0 if last is None else last.total} inputs{bad}")
+    say(f"prepared {counted(0 if last is None else last.total, 'input')}{bad}")
     return EXIT_DATA if failed else 0
 
 
@@ -422,7 +525,7 @@ def show_report(report: Report, as_json: bool) -> None:
         calibration += f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})  "
     emit(
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
-        f"{calibration}({report.num_examples} examples of {'+'.join(report.modalities)})\n"
+        f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
     table = _table("class", *columns)
@@ -446,11 +549,58 @@ def show_explanation(explanation: Explanation, as_json: bool) -> None:
         emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the evidence\n")
 
 
+def show_lint(report: LintReport, as_json: bool) -> None:
+    """Print what is wrong with a data set: tables and the first of each kind of finding, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    table = _table("class", *report.sizes)
+    for name in next(iter(report.counts.values())):
+        table.add_row(Text(show_path(name)[1:-1]), *(str(report.counts[split][name]) for split in report.sizes))
+    table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
+    _emit_table(table)
+    if report.imbalance is not None:
+        emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
+    for split, names in report.missing.items():
+        emit(f"{split} has no example of {counted(len(names), 'class')}: {_some(map(show_path, names))}\n")
+    across = [group for group in report.copies if group.across]
+    kinds = {
+        "unreadable": [error for _, _, error in report.unreadable],
+        "the same content in several splits": list(map(_group, across)),
+        "the same content within a split": [_group(group) for group in report.copies if not group.across],
+        "the same content with different labels": [_group(group) for group in report.copies if group.conflict],
+        "silent sound": [show_path(name) for _, name, _ in report.faults["silent"]],
+        "constant": [f"{show_path(name)} ({modality})" for _, name, modality in report.faults["constant"]],
+        "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
+    }
+    for kind, found in kinds.items():
+        if found:
+            more = [f"... and {len(found) - LISTED} more, all with --json"] if len(found) > LISTED else []
+            emit(f"{kind}: {len(found)}\n" + "".join(f"  {line}\n" for line in [*found[:LISTED], *more]))
+    if not any(kinds.values()):
+        emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
+
+
+def _group(group: Copies) -> str:
+    """Return a group of examples of one content as a line."""
+    rows = []
+    for split, name, labels in group.examples:
+        said = f" ({', '.join(show_path(label)[1:-1] for label in labels)})" if group.conflict else ""
+        rows.append(f"{split}: {show_path(name)}{said}")
+    return _some(rows, " = ") + ("" if group.same_file else ", in files that differ")
+
+
+def _some(words: Iterable[str], between: str = ", ") -> str:
+    """Return the first of some words."""
+    every = list(words)
+    return between.join(every[:NAMED]) + (f" and {len(every) - NAMED} more" if len(every) > NAMED else "")
+
+
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on stderr while something is counted, if that is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal) as progress:
+    with Progress(*columns, console=talk, transient=True, disable=not is_live()) as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -35,20 +35,25 @@ def show_command(words: Iterable[str]) -> str:
 
 def _escaped(text: str) -> str:
     """Return text with what cannot be shown, backslashes and quotes escaped as in C."""
-    shown = []
-    for char in text:
-        code = ord(char)
-        if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
-            shown.append(f"\\x{code - 0xDC00:02x}")
-        elif char == "\n":
-            shown.append("\\n")
-        elif char in "\\'":
-            shown.append("\\" + char)
-        elif unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
-            shown.append(f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
-        else:
-            shown.append(char)
-    return "".join(shown)
+    return "".join("\\" + char if char in "\\'" else _printable(char) for char in text)
+
+
+def printable(text: str, keep: str = "\n") -> str:
+    """Return text with control, bidi and non-UTF-8 bytes C-escaped, but for those in `keep`: safe for a terminal."""
+    if text.isascii() and text.replace("\n", "").isprintable():
+        return text
+    return "".join(char if char in keep else _printable(char) for char in text)
+
+
+def _printable(char: str) -> str:
+    code = ord(char)
+    if 0xDC80 <= code <= 0xDCFF:  # surrogateescape: a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    if char == "\n":
+        return "\\n"
+    if unicodedata.category(char) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"):
+        return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+    return char
 
 
 @contextmanager

@@ -39,7 +39,8 @@ CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits fo
 class Plan:
     """What a run works from, all of it settled before the first step.
 
-    notes: what is worth saying of it; more may come up. stopping: set, the run ends after the step in progress.
+    notes: what is worth saying of it; more may come up. looked_at: files decoded before the first step. stopping: set,
+    the run ends after the step in progress.
     """
 
     config: Config
@@ -50,6 +51,7 @@ class Plan:
     latest: bool  # point runs/latest in the current folder at the run
     started_at: float  # by time.monotonic; a time limit counts from here
     notes: list[str]
+    looked_at: int = 0
     stopping: bool = False
 
     @property
@@ -259,8 +261,12 @@ class Run:
     def _note_bad(self, batch: Batch) -> None:
         """Remember files that turned out unreadable in training; stop if they are too many."""
         reader = self.plan.reader
-        reader.bad.update({example.id: error for _, example, error in batch.bad})
+        fresh = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
+        if not fresh:
+            return
+        reader.bad.update(fresh)
         seen = min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples))
+        seen = max(seen, self.plan.looked_at)
         if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
             self.plan.check_bad(reader.bad, seen)
 

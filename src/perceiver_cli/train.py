@@ -249,7 +249,8 @@ class Trainer(Plan):
                 yield Loaded(done, len(examples), len(self.reader.bad))
             if self.stopping:
                 return
-        self.check_bad(self.reader.bad, done or len(examples))
+        self.looked_at = done or len(examples)
+        self.check_bad(self.reader.bad, self.looked_at)
         if self.reader.bad:
             self.notes.append(f"{len(self.reader.bad)} unreadable files are left out")
 
