@@ -34,13 +34,14 @@ from torch.nn import functional as F
 from perceiver_cli import draw
 from perceiver_cli.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.config import InputSpec
-from perceiver_cli.data import Decoded, Reader, Row, collate
+from perceiver_cli.data import Reader, collate
+from perceiver_cli.decoding import Decoded, Row
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model import Perceiver
 from perceiver_cli.pairing import File, assemble, sources_of
-from perceiver_cli.predict import Input, Part, Predictor, source_of
+from perceiver_cli.predict import Input, Part, Pipe, Predictor, source_of
 from perceiver_cli.preprocess import candidates
 from perceiver_cli.preprocess.base import Array, Source
 
@@ -98,7 +99,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: shares of each modality, and heat and attention on a coarse grid or for each point."""
+        """Return the JSON object: shares of each modality; heat and attention on a coarse grid or for each point."""
         return {
             "path": self.path,
             "label": self.predicted,
@@ -123,7 +124,7 @@ def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | No
     Raises:
         UsageError: no such class, or not one input. DataError: an input that cannot be read.
     """
-    if not isinstance(given, str | bytes | os.PathLike | Source | Mapping):
+    if not isinstance(given, str | bytes | os.PathLike | Source | Mapping | Pipe):
         given = given[0] if len(given) == 1 else _together(given, predictor)
     examples = list(islice(predictor.examples(given), 2))
     if len(examples) != 1:

@@ -249,7 +249,7 @@ class Predictor:
                     Feed(given.file, show_path("stdin"), head), self.info.config.inputs, self.reader.limits
                 )
             else:
-                yield from self._examples(Source(given.name, received(given.file, self.reader.limits, head)))
+                yield from self.examples(Source(given.name, received(given.file, self.reader.limits, head)))
         elif isinstance(given, bytes | Source):
             source = source_of(given)
             yield Example(source.name, {CONTENT: source})
