@@ -151,7 +151,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def paired(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small model that has learned `pairs`."""
     output = tmp_path_factory.mktemp("paired") / "run"
-    events = list(Trainer(pairs, output, overrides=[*SMALL_PAIRS, "train.epochs=40", "train.lr=0.01"]).fit())
+    events = list(Trainer(pairs, output, overrides=[*SMALL_PAIRS, "train.epochs=60", "train.lr=0.01"]).fit())
     assert isinstance(events[-1], Finished)
     return output
 

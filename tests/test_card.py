@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ def test_a_run_has_a_card(trained: Path, bars: Path) -> None:
     text = (trained / "README.md").read_text()
     info = read_info(trained / "model.safetensors")
     assert text.startswith("# tiny-image\n")
-    assert "| train | 108 |\n" in text
-    assert "| left | 36 |\n" in text
+    sizes = {name: int(count) for name, count in re.findall(r"^\| (\w+) \| (\d+) \|$", text, re.MULTILINE)}
+    assert sizes["train"] + sizes["val"] == 120 and sizes["val"] > 0
+    assert sizes["left"] + sizes["middle"] + sizes["right"] == sizes["train"]
     assert f"| val\\_accuracy | {info.metrics['val_accuracy']:.4g} |" in text
     assert f"| step | {info.step} |" in text
     assert f"`{info.data_fingerprint}`" in text

@@ -29,7 +29,7 @@ def test_rows_are_mean_latents_in_input_order(perceive: Perceive, trained: Path,
     predictor = Predictor(trained)
     for line, row in zip(lines, rows, strict=True):
         if "error" not in line:
-            (example,) = predictor._examples(line["path"])
+            (example,) = predictor.examples(line["path"])
             segments = collate(predictor.reader.views(predictor.reader.decode(example)))
             with torch.no_grad():
                 latents = predictor.model.encode(segments)

@@ -147,7 +147,7 @@ def test_a_run_by_command(perceive: Perceive, trained: Path, bars: Path, tmp_pat
 
 
 def example(predictor: Predictor, path: Path) -> object:
-    (found,) = predictor._examples(str(path))
+    (found,) = predictor.examples(str(path))
     return found
 
 
