@@ -78,7 +78,7 @@ def test_what_is_not_data_is_named(tmp_path: Path) -> None:
     catalog = scan(tmp_path)
     assert len(catalog.splits["train"]) == 6
     assert any("'licences'" in note for note in catalog.notes)
-    assert any("1 files that are not image: '.txt' 1" in note for note in catalog.notes)
+    assert any("1 file besides image: '.txt' 1" in note for note in catalog.notes)
 
 
 def test_a_damaged_file_of_the_right_suffix_is_bad_not_ignored(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_classes_of_a_model_are_matched_by_name(tmp_path: Path) -> None:
     write_images(tmp_path / "test", {"b": 2, "c": 2, "z": 1})
     catalog = scan(tmp_path, ["a", "b", "c"])
     assert [example.labels for example in catalog.splits["test"]] == [(1,), (1,), (2,), (2,), ()]
-    assert any("1 files of classes not among the model's classes: 'z' 1" in note for note in catalog.notes)
+    assert any("1 file of classes not among the model's classes: 'z' 1" in note for note in catalog.notes)
 
 
 def test_order_on_disk_does_not_matter(tmp_path: Path) -> None:

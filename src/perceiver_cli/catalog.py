@@ -351,7 +351,7 @@ def of_rows(
     strangers = Counter(name for example in found for name in example.row.labels if name not in index)
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} files of classes not among {whose}: {tally(strangers)}")
+        notes.append(f"{counted(strangers.total(), 'file')} of classes not among {whose}: {tally(strangers)}")
     splits: dict[str, list[Example]] = defaultdict(list)
     seen: dict[str, Mapping[str, Source]] = {}
     for example in found:
@@ -385,7 +385,7 @@ def _by_column(
     if brings and holds - brings:
         notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
     if brings and len(found) < len(rows):
-        notes.append(f"ignored {len(rows) - len(found)} rows without {either(brings)}")
+        notes.append(f"ignored {counted(len(rows) - len(found), 'row')} without {either(brings)}")
     return found, holds, brings
 
 
@@ -424,7 +424,7 @@ def _by_content(
             file = replace(file, kinds=(expected,), error=error)
         groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
-        notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {tally(ignored)}")
+        notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
 
     found = []
     for group in groups.values():
@@ -459,7 +459,7 @@ def _of_records(
     strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} records of classes not among {whose}: {tally(strangers)}")
+        notes.append(f"{counted(strangers.total(), 'record')} of classes not among {whose}: {tally(strangers)}")
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum())
         if missing:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from perceiver_cli.catalog import Catalog, Example, merged, scan
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import atomic_write, show_path, write_text
 from perceiver_cli.model import Perceiver
 from perceiver_cli.predict import Predictor, run
@@ -131,7 +131,7 @@ def score(
     model.train(was_training)
     if not scored:
         raise DataError(
-            f"nothing to score: {len(examples)} examples, {len(bad)} unreadable, "
+            f"nothing to score: {counted(len(examples), 'example')}, {len(bad)} unreadable, "
             f"{len(examples) - len(known)} of classes that the model does not know",
             *(error for _, error in bad[:1]),
         )
@@ -307,6 +307,8 @@ def _plot_confusion(report: Report) -> Any:
                 axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"accuracy {report.accuracy:.4f} on {report.num_examples} examples ({report.split})", fontsize=10)
+    axes.set_title(
+        f"accuracy {report.accuracy:.4f} on {counted(report.num_examples, 'example')} ({report.split})", fontsize=10
+    )
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     return figure
