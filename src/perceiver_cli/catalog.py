@@ -195,21 +195,26 @@ class Catalog:
 
 def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
     """Return the keys (one a group) that validate; see `Catalog.hold_out`."""
-    of_class = [np.unique(keys[classes == label]) for label in np.unique(classes)]
-    chosen = np.unique(keys[keys < np.uint64(fraction * 2.0**64)])
-    for own in of_class:
-        if np.isin(own, chosen).all():
-            chosen = np.setdiff1d(chosen, own[-1:])
-    for own in of_class:
-        if not np.isin(own, chosen).any():
-            shared = (k for k in own if all(_keeps(other, chosen, k) for other in of_class))
-            chosen = np.append(chosen, np.array(list(islice(shared, 1)), np.uint64))
-    return chosen
+    limit = int(fraction * 2.0**64)
+    order = np.lexsort((keys, classes))
+    by_class = np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)
+    groups = [np.unique(own).tolist() for own in by_class]
+    count = Counter(chain.from_iterable(groups))  # of classes that a group holds
+    stay = {own[-1] for own in groups if own[-1] < limit}
+    lent: set[int] = set()
 
+    def goes(key: int) -> bool:
+        return (key < limit and key not in stay) or key in lent
 
-def _keeps(groups: NDArray[np.uint64], chosen: NDArray[np.uint64], going: np.uint64) -> bool:
-    """Return whether a class would have a group left to learn from: one group may hold several classes."""
-    return going not in groups or not np.isin(groups, np.append(chosen, going)).all()
+    def spare(key: int) -> bool:
+        """Return whether every class in this group has another one to learn from."""
+        holding = (own for own in groups if key in own)
+        return all(any(other != key and not goes(other) for other in own) for own in holding)
+
+    for own in groups:
+        if len(own) > 1 and not any(map(goes, own)):
+            lent.update(islice((key for key in own if count[key] == 1 or spare(key)), 1))
+    return np.array([key for key in count if goes(key)], np.uint64)
 
 
 def named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
