@@ -40,7 +40,7 @@ def test_presets_say_what_they_are_and_replay(name: str) -> None:
         ("inputs.image.sizee=3", "unknown key inputs.image.sizee, did you mean inputs.image.size"),
         ("modle.num_latents=3", "unknown key modle, did you mean model"),
         ("data.limits.zzz=3", "known are file_bytes"),
-        ("train.lr=-1", "train.lr: Input should be greater than 0, found -1"),
+        ("train.lr=-1", "--set train.lr=-1: Input should be greater than 0, found -1"),
         ("train.lr=nan", "train.lr"),
         ("train.optimizer=lamp", "'adamw' or 'lamb', found 'lamp'"),
         ("train.warmup=soon", "a duration is like"),

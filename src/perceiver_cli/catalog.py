@@ -495,9 +495,8 @@ def _nothing_usable(top: Path) -> DataError:
         suffixes[suffix_of(path)] += 1
         if count == 10_000:
             break
-    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}" + (
-        f" ({tally(suffixes)})" if suffixes else ""
-    )
+    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
+    found += f" ({tally(suffixes)})" if suffixes else ""
     return DataError(
         f"{show_path(top)}: no usable files: found {found}",
         f"expected class/file or split/class/file with {formats()}",
@@ -526,9 +525,8 @@ def unlabelled(path: str, reads: Mapping[str, InputSpec], limits: Limits) -> Ite
         for tar in tars:
             with Source(tar).open(UNLIMITED) as file:
                 yield from of_stream(Feed(file, show_path(tar)), reads, limits)
-    elif (
-        is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds
-    ):  # a cloud may be a table of numbers
+    # A cloud may be a table of numbers, too.
+    elif is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds:
         rows, _ = read_manifest(path, labelled=False)
         for number, row in enumerate(rows, start=1):
             sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}

@@ -98,10 +98,7 @@ def main(
 
 @app.command()
 def train(
-    data: Annotated[
-        str | None,
-        typer.Argument(help=DATA_HELP),
-    ] = None,
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),

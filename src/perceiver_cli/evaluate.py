@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_cli.catalog import Catalog, Example, merged, scan
+from perceiver_cli.checkpoint import MODEL_FILE
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
 from perceiver_cli.errors import DataError, UsageError, counted
@@ -252,7 +253,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
         return catalog, "data"
     path = predictor.path.parent / SPLIT_FILE
-    saved = read_split(path).apply(catalog) if path.is_file() else None
+    saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
     if saved is not None:
         return saved, "run"
     held = catalog.hold_out(predictor.info.config.data.val_fraction)
