@@ -125,6 +125,15 @@ def test_order_on_disk_does_not_matter(tmp_path: Path) -> None:
     assert [e.id for e in one.splits["val"]] == [e.id for e in two.splits["val"]]
 
 
+def test_the_current_folder_is_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "train", {"a": 2, "b": 2})
+    monkeypatch.chdir(tmp_path)
+    assert scan(".").fingerprint == scan(tmp_path).fingerprint
+    shutil.move("train/a/000.png", "train")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n000.png,a\nb/000.png,b\n")
+    assert (scan(".").fingerprint, scan(".").notes) == (scan(tmp_path).fingerprint, scan(tmp_path).notes)
+
+
 def test_links_are_not_followed_round_in_circles(tmp_path: Path) -> None:
     write_images(tmp_path, {"a": 2, "b": 2})
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
