@@ -78,7 +78,7 @@ def test_what_is_not_data_is_named(tmp_path: Path) -> None:
     catalog = scan(tmp_path)
     assert len(catalog.splits["train"]) == 6
     assert any("'licences'" in note for note in catalog.notes)
-    assert any("1 files that are not image: '.txt' 1" in note for note in catalog.notes)
+    assert any("1 file besides image: '.txt' 1" in note for note in catalog.notes)
 
 
 def test_a_damaged_file_of_the_right_suffix_is_bad_not_ignored(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_classes_of_a_model_are_matched_by_name(tmp_path: Path) -> None:
     write_images(tmp_path / "test", {"b": 2, "c": 2, "z": 1})
     catalog = scan(tmp_path, ["a", "b", "c"])
     assert [example.labels for example in catalog.splits["test"]] == [(1,), (1,), (2,), (2,), ()]
-    assert any("1 files of classes not among the model's classes: 'z' 1" in note for note in catalog.notes)
+    assert any("1 file of classes not among the model's classes: 'z' 1" in note for note in catalog.notes)
 
 
 def test_order_on_disk_does_not_matter(tmp_path: Path) -> None:
@@ -123,6 +123,15 @@ def test_order_on_disk_does_not_matter(tmp_path: Path) -> None:
     one, two = (scan(tmp_path / name).hold_out(0.2) for name in ("one", "two"))
     assert one.fingerprint == two.fingerprint
     assert [e.id for e in one.splits["val"]] == [e.id for e in two.splits["val"]]
+
+
+def test_the_current_folder_is_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_images(tmp_path / "train", {"a": 2, "b": 2})
+    monkeypatch.chdir(tmp_path)
+    assert scan(".").fingerprint == scan(tmp_path).fingerprint
+    shutil.move("train/a/000.png", "train")
+    (tmp_path / "train" / "metadata.csv").write_text("file_name,label\n000.png,a\nb/000.png,b\n")
+    assert (scan(".").fingerprint, scan(".").notes) == (scan(tmp_path).fingerprint, scan(tmp_path).notes)
 
 
 def test_links_are_not_followed_round_in_circles(tmp_path: Path) -> None:

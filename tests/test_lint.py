@@ -105,6 +105,9 @@ def test_records_have_the_faults_of_their_files(perceive: Perceive, faulty: Path
     assert [group.examples for group in records.copies] == [group.examples for group in files.copies]
     assert records.faults == files.faults
     assert records.unreadable == ()
+    perceive("preprocess", faulty, "--fourier", "-o", "y.tar", cwd=tmp_path)
+    ready = lint(tmp_path / "y.tar", workers=0)
+    assert [group.examples for group in ready.copies] == [group.examples for group in files.copies]
 
 
 def test_silent_sound_and_films(tmp_path: Path) -> None:

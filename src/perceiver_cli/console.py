@@ -559,7 +559,7 @@ def show_lint(report: LintReport, as_json: bool) -> None:
         table.add_row(Text(show_path(name)[1:-1]), *(str(report.counts[split][name]) for split in report.sizes))
     table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
     _emit_table(table)
-    if report.imbalance is not None:
+    if report.imbalance is not None and report.imbalance > 1:
         emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
     for split, names in report.missing.items():
         emit(f"{split} has no example of {counted(len(names), 'class')}: {_some(map(show_path, names))}\n")

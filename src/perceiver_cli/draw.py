@@ -6,7 +6,7 @@ the shape of its grid: it is laid on the medium in a colour that is the darker t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +151,8 @@ def _sound(samples: Array, spec: AudioSpec, heat: Array | None, width: int, star
 
 
 def _per_time(heat: Array) -> Array:
-    return heat.sum(axis=tuple(range(1, heat.ndim)))
+    summed: Array = heat.sum(axis=tuple(range(1, heat.ndim)))
+    return summed
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
@@ -167,11 +168,12 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
         }
     )  # fmt: skip
     bins = audio.MODALITY.prepare(samples, shown, None).values[..., 0].T[::-1]
-    return np.clip(bins, *np.percentile(bins, (5, 99.8)))
+    clipped: Array = np.clip(bins, *np.percentile(bins, (5, 99.8)))
+    return clipped
 
 
 def _film(frames: Array, spec: VideoSpec, heat: Array | None, width: int, start_s: float) -> Picture:
-    """Return a strip of frames of (T, H, W, 3), evenly in time; heat is (time, h, w), on each frame that of its time."""
+    """Return a strip of frames of (T, H, W, 3), evenly in time; heat (time, h, w) on each is that of its time."""
     count = min(FILM_FRAMES, len(frames))
     places = ((np.arange(count) + 0.5) * len(frames) / count).astype(int)
     wide = (width - 4 * (count - 1)) // count

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from perceiver_cli.calibration import Calibration, calibration_error, fit_temperature, fit_thresholds, sigmoid
 from perceiver_cli.catalog import Catalog, Example, merged, scan
-from perceiver_cli.checkpoint import store_calibration
+from perceiver_cli.checkpoint import MODEL_FILE, store_calibration
 from perceiver_cli.data import Reader, ordered_tasks
 from perceiver_cli.device import Compute
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import atomic_write, show_path, write_text
 from perceiver_cli.model import Perceiver
 from perceiver_cli.predict import Predictor, run
@@ -210,7 +210,7 @@ def answers(
     model.train(was_training)
     if not scored:
         raise DataError(
-            f"nothing to score: {len(examples)} examples, {len(bad)} unreadable, "
+            f"nothing to score: {counted(len(examples), 'example')}, {len(bad)} unreadable, "
             f"{len(examples) - len(known)} of classes that the model does not know",
             *(error for _, error in bad[:1]),
         )
@@ -342,7 +342,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
         return catalog, "data"
     path = predictor.path.parent / SPLIT_FILE
-    saved = read_split(path).apply(catalog) if path.is_file() else None
+    saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
     if saved is not None:
         return saved, "run"
     held = catalog.hold_out(predictor.info.config.data.val_fraction)
@@ -397,6 +397,8 @@ def _plot_confusion(report: Report) -> Any:
                 axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
-    axes.set_title(f"accuracy {report.accuracy:.4f} on {report.num_examples} examples ({report.split})", fontsize=10)
+    axes.set_title(
+        f"accuracy {report.accuracy:.4f} on {counted(report.num_examples, 'example')} ({report.split})", fontsize=10
+    )
     figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     return figure

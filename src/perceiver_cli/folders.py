@@ -86,7 +86,7 @@ def split_lists(top: Path) -> list[_List]:
 
 def labelled_files(top: Path, notes: list[str]) -> list[Row]:
     """Return a row for every file below class folders."""
-    cut = len(os.path.join(os.fspath(top), ""))
+    cut = len(os.fspath(top / "x")) - 1  # of what is before a name in it: nothing where it is "."
 
     def rows(folder: Path, split: str, name: str) -> list[Row]:
         return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]

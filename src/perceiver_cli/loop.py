@@ -20,7 +20,7 @@ from perceiver_cli.checkpoint import MODEL_FILE, STATE_FOLDER, ModelInfo, find_m
 from perceiver_cli.config import Config, duration_steps
 from perceiver_cli.data import Batch, Reader, Task, class_weights, mix, training_tasks
 from perceiver_cli.device import Compute
-from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError, counted
 from perceiver_cli.evaluate import Report, score
 from perceiver_cli.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.files import show_path
@@ -86,7 +86,7 @@ class Plan:
         if len(among) > allowed * max(1, looked_at):
             listed = "\n  ".join(among[:LIST_BAD]) + ("\n  ..." if len(among) > LIST_BAD else "")
             raise DataError(
-                f"{len(among)} of {looked_at} files cannot be read, more than {allowed:.1%}; "
+                f"{len(among)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
                 f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
                 f"\n  {listed}"
             )
@@ -376,7 +376,7 @@ class Run:
                 self.total_steps = int(state["total_steps"])
             elif self.total_steps != state["total_steps"]:
                 self.plan.notes.append(
-                    f"the plan changed from {state['total_steps']} to {self.total_steps} steps: "
+                    f"the plan changed from {state['total_steps']} to {counted(self.total_steps, 'step')}: "
                     "the learning rate follows the new one"
                 )
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -489,6 +489,6 @@ def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike
                 ours["head.bias"][mine] = theirs["head.bias"][other]
     fresh = sum(1 for name in ours if name not in taken and "head." not in name)
     return [
-        f"started from {show_path(source)}: {len(taken)} tensors taken, {fresh} fresh, "
-        f"{len(rows)} of {len(classes)} classes known to it"
+        f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
+        f"{len(rows)} of {counted(len(classes), 'class')} known to it"
     ]

@@ -22,7 +22,7 @@ from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.cost import Cost, estimate
 from perceiver_cli.data import Reader
 from perceiver_cli.device import choose
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.files import show_path
 from perceiver_cli.loop import TIMED_STEPS, Plan, Run
@@ -252,7 +252,7 @@ class Trainer(Plan):
         self.looked_at = done or len(examples)
         self.check_bad(self.reader.bad, self.looked_at)
         if self.reader.bad:
-            self.notes.append(f"{len(self.reader.bad)} unreadable files are left out")
+            self.notes.append(f"left out {counted(len(self.reader.bad), 'unreadable file')}")
 
 
 def check_classes(catalog: Catalog) -> tuple[str, ...]:
@@ -262,7 +262,7 @@ def check_classes(catalog: Catalog) -> tuple[str, ...]:
         raise DataError(f"{where}: no training split", f"found {', '.join(sorted(catalog.splits))}")
     counts = {name: count for name, count in catalog.counts("train").items() if count}
     if len(counts) < 2:
-        found = ", ".join(f"{show_path(name)} with {count} files" for name, count in counts.items())
+        found = ", ".join(f"{show_path(name)} with {counted(count, 'file')}" for name, count in counts.items())
         raise DataError(f"{where}: one class to learn: {found}", "a classifier needs at least two")
     single = [show_path(name) for name, count in counts.items() if count == 1]
-    return (f"only one training file in {len(single)} classes: {', '.join(single[:10])}",) if single else ()
+    return (f"only one training file in {counted(len(single), 'class')}: {', '.join(single[:10])}",) if single else ()
