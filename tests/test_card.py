@@ -16,7 +16,8 @@ def test_a_run_has_a_card(trained: Path, bars: Path) -> None:
     info = read_info(trained / "model.safetensors")
     assert text.startswith("# tiny-image\n")
     sizes = {name: int(count) for name, count in re.findall(r"^\| (\w+) \| (\d+) \|$", text, re.MULTILINE)}
-    assert sizes["train"] + sizes["val"] == 120 and sizes["val"] > 0
+    assert sizes["train"] + sizes["val"] == 120
+    assert sizes["val"] > 0
     assert sizes["left"] + sizes["middle"] + sizes["right"] == sizes["train"]
     assert f"| val\\_accuracy | {info.metrics['val_accuracy']:.4g} |" in text
     assert f"| step | {info.step} |" in text
