@@ -8,6 +8,8 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,9 +18,10 @@ import numpy as np
 import torch
 
 from perceiver_cli.catalog import Example
-from perceiver_cli.config import Limits, load_preset
-from perceiver_cli.data import Batch, Reader, training_tasks
+from perceiver_cli.config import InputSpec, Limits, load_preset
+from perceiver_cli.data import Batch, Reader, Task, ordered_tasks, training_tasks
 from perceiver_cli.device import Compute, choose
+from perceiver_cli.errors import counted
 from perceiver_cli.model import Perceiver
 from perceiver_cli.optim import make_average, make_optimizer
 from perceiver_cli.preprocess.base import Source
@@ -70,33 +73,43 @@ def bench(
 
 
 def loaders(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield clips per second of reading videos: plain PyAV, then the loader without and with 1 and 2 workers.
+    """Yield clips per second of reading videos: plain PyAV, then the loader with 1 and 2 workers, and augmenting.
 
     Videos are 320 x 240, H.264, 32 frames at 25 Hz, all of which the loader's clip needs: both decode the same frames,
-    plain PyAV to arrays and no further; the loader also crops, resizes to 224 x 224, cuts patches and makes batches.
-    Each figure is a median of `rounds`, taken in turn.
+    plain PyAV to arrays and no further; the loader also brings them to 224 x 224, cuts patches and makes batches, and
+    where it augments, crops at random, mirrors and recolours. Each figure is a median of `rounds`, taken in turn.
     """
-    spec = load_preset("audioset-video").inputs["video"].model_copy(update={"eval_windows": 1})
+    spec = load_preset("audioset-video").inputs["video"].model_copy(update={"eval_windows": 1, "eval_crop": 1.0})
     with tempfile.TemporaryDirectory() as folder:
         sources = made_up_files(Path(folder), "video", MADE_UP_FILES)
         examples = [Example(str(i), {"video": source}, (i % 2,)) for i, source in enumerate(sources)]
-        found: dict[str, list[float]] = {}
+        contenders: dict[str, Callable[[], float]] = {"plain PyAV": lambda: _plain_clips_per_s(sources, seconds)}
+        for workers in (1, 2):
+            name = f"loader, {counted(workers, 'worker')}"
+            contenders[name] = partial(_clips_per_s, spec, lambda: ordered_tasks(cycle(examples), 8), workers, seconds)
+            contenders[f"{name}, augmenting"] = partial(
+                _clips_per_s, spec, lambda: training_tasks(examples, 8, 0, 0, 1 << 40), workers, seconds
+            )
+        found: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
-            found.setdefault("plain PyAV", []).append(_plain_clips_per_s(sources, seconds))
-            for workers in (0, 1, 2):
-                batches = Reader({"video": spec}, Limits()).batches(training_tasks(examples, 8, 0, 0, 1 << 40), workers)
-                for _ in range(WARM_UP + 2 * workers):  # what was read ahead is not counted
-                    next(batches)
-                begin, count = time.perf_counter(), 0
-                while time.perf_counter() < begin + seconds:
-                    count += len(next(batches).examples)
-                rate = count / (time.perf_counter() - begin)
-                batches.close()  # type: ignore[attr-defined]
-                found.setdefault(f"loader, {workers} workers", []).append(rate)
+            for name, measure in contenders.items():
+                found[name].append(measure())
     plain = found["plain PyAV"]
     for name, rates in found.items():
         ratios = [rate / base for rate, base in zip(rates, plain, strict=True)]
         yield {"name": name, "clips_per_s": median(rates), "over_plain": median(ratios)}
+
+
+def _clips_per_s(spec: InputSpec, tasks: Callable[[], Iterator[Task]], workers: int, seconds: float) -> float:
+    batches = Reader({"video": spec}, Limits()).batches(tasks(), workers)
+    for _ in range(WARM_UP + 2 * workers):  # what was read ahead is not counted
+        next(batches)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() < begin + seconds:
+        count += len(next(batches).examples)
+    rate = count / (time.perf_counter() - begin)
+    batches.close()  # type: ignore[attr-defined]
+    return rate
 
 
 def _plain_clips_per_s(sources: Sequence[Source], seconds: float) -> float:
