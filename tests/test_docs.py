@@ -83,3 +83,11 @@ def test_custom_modality_example(tmp_path: Path) -> None:
     accuracy = re.search(r"test: accuracy ([\d.]+) of 40", done.stdout)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.9
+
+
+@pytest.mark.parametrize("modality", ["image", "audio", "points", "video"])
+def test_explain_examples(modality: str, tmp_path: Path) -> None:
+    done = run([sys.executable, ROOT / "examples" / "explain.py", modality, "out", "2"], tmp_path)
+    assert f"{modality}: " in done.stdout
+    assert (tmp_path / "out" / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "out.ply").exists() == (modality == "points")

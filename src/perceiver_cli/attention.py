@@ -143,7 +143,7 @@ class Tiles:
         raise NotImplementedError
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u (B or 1, n, C) as what all tiles share (B, n, s) and scores along each axis, as `spread` says."""
+        """Return u (B or 1, n, C) as what all tiles share (B, n, s) and the scores along each axis: see `spread`."""
         raise NotImplementedError
 
     def untiled(self, x: Tensor) -> Tensor:
@@ -161,8 +161,8 @@ class Tiles:
         for first in range(0, self.counts[0], step):
             last = min(first + step, self.counts[0])
             q = self.spread(shared, along, first, last)
-            found = q @ self.keys(first, last).flatten(0, 1).mT
-            yield found.view(self.batch, -1, *found.shape[1:])
+            scores = q @ self.keys(first, last).flatten(0, 1).mT  # (B T, n, m)
+            yield scores.view(self.batch, -1, *scores.shape[1:])
 
     def make_keys(self, first: int, last: int) -> Tensor:
         """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""

@@ -546,7 +546,7 @@ def show_explanation(explanation: Explanation, as_json: bool) -> None:
         return
     emit(f"{show_path(explanation.label)[1:-1]} {explanation.prob:.4f}\n")
     for name, part in facts["inputs"].items():
-        emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the evidence\n")
+        emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the heat\n")
 
 
 def show_lint(report: LintReport, as_json: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def sample(
         case VideoSpec():
             return _film(raw, spec, heat, 2 * side, start_s)
         case PointsSpec():
-            return cloud(raw, None if heat is None else colours(scaled(heat), HEAT), side)
+            # Grey enough for a point without heat to be seen on white.
+            return cloud(raw, None if heat is None else colours(scaled(heat), ((205, 205, 212), *HEAT[2:])), side)
         case _:
             return grid(np.zeros((1, 1)) if heat is None else scaled(heat), HEAT, side)
 
@@ -115,7 +117,7 @@ def _under_heat(grey: Array, heat: Array) -> NDArray[np.uint8]:
 
 def _enlarged(values: Array, size: tuple[int, int]) -> Floats:
     """Return (h, w) values at size (width, height): cells as they are where they are few, else blended."""
-    how = Resampling.NEAREST if min(values.shape) < BLUR_CELLS else Resampling.BILINEAR
+    how = Resampling.NEAREST if min(values.shape) < BLUR_CELLS else Resampling.BICUBIC
     size = max(1, size[0]), max(1, size[1])
     return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, how), np.float64).clip(0, 1)
 
@@ -129,16 +131,17 @@ def _sound(samples: Array, spec: AudioSpec, heat: Array | None, width: int, star
     # The envelope: the least and greatest sample of each column.
     edges = np.linspace(0, len(samples), width + 1).astype(int)
     peak = float(np.abs(samples).max()) or 1.0
-    spans = [samples[a : max(b, a + 1)] for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    spans = [samples[a : max(b, a + 1)] for a, b in pairwise(edges)]
     low = np.array([part.min() if len(part) else 0.0 for part in spans]) / peak
     top = np.array([part.max() if len(part) else 0.0 for part in spans]) / peak
     y = np.linspace(1, -1, high)[:, None]
     inside = (y >= low - 1.5 / high) & (y <= top + 1.5 / high)
-    tint = (
-        np.full((1, width, 3), 255) if over_time is None else _under_heat(np.full((1, width, 1), 255), over_time[None])
-    )
-    ink = np.full((1, width, 3), 60)
-    wave = np.where(inside[..., None], ink if over_time is None else np.minimum(ink, tint), tint).astype(np.uint8)
+    ink, ground = np.full((1, width, 3), 70.0), np.full((1, width, 3), 250.0)
+    if over_time is not None:  # the darker the hotter, and the ground a little
+        share = over_time[None, :, None]
+        tint = colours(over_time, HEAT)[None].astype(np.float64)
+        ink, ground = ink + (tint * 0.9 - ink) * np.sqrt(share), ground + (tint - ground) * 0.35 * share
+    wave = np.where(inside[..., None], ink, ground).round().astype(np.uint8)
     grey = 255 * (1 - spanned(_spectrogram(samples, spec)))
     laid = Image.fromarray(grey.astype(np.float32)).resize((width, low_high), Resampling.BILINEAR)
     tones = np.asarray(laid, np.float64)[..., None]
@@ -151,8 +154,7 @@ def _sound(samples: Array, spec: AudioSpec, heat: Array | None, width: int, star
 
 
 def _per_time(heat: Array) -> Array:
-    summed: Array = heat.sum(axis=tuple(range(1, heat.ndim)))
-    return summed
+    return np.asarray(heat.sum(axis=tuple(range(1, heat.ndim))))
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
@@ -168,12 +170,11 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
         }
     )  # fmt: skip
     bins = audio.MODALITY.prepare(samples, shown, None).values[..., 0].T[::-1]
-    clipped: Array = np.clip(bins, *np.percentile(bins, (5, 99.8)))
-    return clipped
+    return np.asarray(np.clip(bins, *np.percentile(bins, (5, 99.8))))
 
 
 def _film(frames: Array, spec: VideoSpec, heat: Array | None, width: int, start_s: float) -> Picture:
-    """Return a strip of frames of (T, H, W, 3), evenly in time; heat (time, h, w) on each is that of its time."""
+    """Return a strip of frames of (T, H, W, 3), evenly in time; heat is (time, h, w), on each that of its time."""
     count = min(FILM_FRAMES, len(frames))
     places = ((np.arange(count) + 0.5) * len(frames) / count).astype(int)
     wide = (width - 4 * (count - 1)) // count
@@ -197,17 +198,17 @@ def _film(frames: Array, spec: VideoSpec, heat: Array | None, width: int, start_
 def cloud(points: Array, tints: Array | None, side: int = SIDE) -> Picture:
     """Return points (P, 3) seen from the front, a little from above and the right; tints are (P, 3) uint8.
 
-    The y axis is up. Near points lie over far ones, which fade. Points of one heat are drawn at random depth order.
+    The y axis is up. Near points lie over far ones, which fade.
     """
     centred = points - (points.min(axis=0) + points.max(axis=0)) / 2
     turned = centred @ _view()
     reach = float(np.abs(turned[:, :2]).max()) or 1.0
     depth = spanned(turned[:, 2])  # 1 is nearest
     large = 2 * side  # drawn large, then reduced: smooth edges
-    radius = max(2.0, 0.9 * large / np.sqrt(len(points)) / 4)
+    radius = float(np.clip(large / np.sqrt(len(points)) / 3, 2.0, large / 60))
     spots = large / 2 + turned[:, :2] * [1, -1] * ((large / 2 - 2 * radius) / reach)
     base = np.full((len(points), 3), 70.0) if tints is None else tints.astype(np.float64)
-    fade = (FAR * (1 - depth))[:, None]
+    fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # colours are to be told apart
     shades = (base * (1 - fade) + 255 * fade).round().astype(int)
     canvas = Image.new("RGB", (large, large), WHITE)
     pen = ImageDraw.Draw(canvas)
@@ -232,8 +233,8 @@ def grid(values: Array, table: Sequence[tuple[int, int, int]], side: int) -> Pic
         filled = np.linspace(1, 0, high)[:, None] <= curve
         return Image.fromarray(np.where(filled[..., None], colours(curve, table)[None], 248).astype(np.uint8))
     if values.ndim == 2:
-        scale = side / max(values.shape)
-        size = max(1, round(values.shape[1] * scale)), max(1, round(values.shape[0] * scale))
+        scale, least = side / max(values.shape), side // 3  # a grid of 200 x 4 is no line
+        size = max(least, round(values.shape[1] * scale)), max(least, round(values.shape[0] * scale))
         return Image.fromarray(colours(_enlarged(values, size), table))
     count = min(4, len(values))
     places = ((np.arange(count) + 0.5) * len(values) / count).astype(int)

@@ -1,25 +1,28 @@
-"""Where a model looked and what spoke for a class: attention rolled out to the inputs, evidence, and score maps.
+"""Where a model looked and what it found there for a class: attention rolled out, evidence, heat, and score maps.
 
 Axes: M inputs, N latents, H heads, n = H N queries, C input channels.
 
-Three things, from one input and one class:
+From one input and one class:
 
 - Score maps, the paper's Figure 3: q . k before the softmax of one latent, in the first, second and last cross-attend.
 - Attention: how much of each input reaches the class if every attention only mixes what it reads (rollout: Abnar and
   Zuidema 2020). It is carried from the class to the latents of each cross-attend as N weights, and from there to the
-  inputs a block of tiles at a time, so nothing of size N x M exists. It says where the model looked, not why.
+  inputs a block of tiles at a time, so nothing of size N x M exists. It does not know which class is asked for.
 - Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, on the way from a blank input to
   this one. Blank is the input's own mean in all places; of a cloud, all points in its centre. What is gained at an
-  input is summed over its channels, averaged with its neighbours' within a few percent of the side, so that noise
-  cancels, and what remains above zero is kept. Rollout does not know the class: CHANGELOG.md has what was compared.
+  input is summed over its channels, averaged with its neighbours' within a few percent of the side of a grid, so that
+  noise cancels, and what remains above zero is kept.
+- Heat: evidence times the square root of attention. Where the answer is known, neither factor alone finds it in
+  pictures, sound and clouds alike (CHANGELOG.md has what was compared).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_cli import draw
+from perceiver_cli import draw, kernels
 from perceiver_cli.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.config import InputSpec
 from perceiver_cli.data import Reader, collate
@@ -51,9 +54,9 @@ PATH_STEPS = 4  # of the integral; 4, 8 and 16 gave the same heat within 0.01
 NEIGHBOURHOOD = 0.03  # of a grid's side: one standard deviation of the average over neighbours
 SMALL_SIDE = 8  # inputs along an axis that has no neighbours to speak of
 MAPS = 6  # latents whose scores are shown
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # glibc's mallopt: larger allocations are given back when freed
 COARSE = 8  # numbers along each axis of a grid in JSON, at most
 COARSE_TIME = 32
-PAGE = 640  # pixels of the widest medium
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: shares of each modality; heat and attention on a coarse grid or for each point."""
+        """Return the JSON object: each modality's shares, and its heat and attention on a coarse grid or by point."""
         return {
             "path": self.path,
             "label": self.predicted,
@@ -147,7 +150,7 @@ def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | No
     best = int(odds.argmax())
     segments = _segments(views[best], device)
     attention, maps = look(model, segments)
-    heat = evidence(model, segments, target, several)
+    heat = weighed(evidence(model, segments, target, several), attention)
     notes = []
     if len(views) > 1:
         notes.append(f"of {len(views)} windows, the one that speaks most for {show_path(label)}")
@@ -174,10 +177,10 @@ def _together(given: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
     sources = [source_of(part) for part in given]
     files = [File(source.name, source, candidates(source)) for source in sources]
     parts, _ = assemble(files, predictor.modalities)
-    for file in files:
-        if file not in parts.values():
-            kinds = "+".join(predictor.modalities)
-            raise UsageError(f"{file.source.shown}: one input is a file of each of {kinds}, and this is one too many")
+    if len(parts) < len(files):
+        spare = next(file for file in files if not any(file is part for part in parts.values()))
+        kinds = "+".join(predictor.modalities)
+        raise UsageError(f"{spare.source.shown}: one too many, an input is one file of each of {kinds}")
     return sources_of(parts, predictor.modalities)
 
 
@@ -225,40 +228,62 @@ def _folded(heat: Heat, count: int) -> Heat:
 
 
 def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, several: bool) -> dict[str, Heat]:
-    """Return by modality the heat (*grid) or (M,) of one example: what speaks for a class; together it sums to 1 or 0.
+    """Return by modality (*grid) or (M,) of one example: what speaks for a class, together 1, or 0 if nothing does.
 
     Memory is that of a step of training on the example with activations made again.
     """
     full = {name: (segment.values.float(), segment.positions) for name, segment in segments.items()}
     gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, _) in full.items()}
-    recompute, model.recompute = model.recompute, True
+    with _lean(model), torch.enable_grad():
+        for step in range(PATH_STEPS):
+            share = (step + 0.5) / PATH_STEPS
+            partial, moved = {}, []
+            for name, (values, positions) in full.items():
+                values = _between(values, share)
+                positions = None if positions is None else _between(positions, share)
+                partial[name] = Segment(values, positions)
+                moved += [(name, 0, values)] if values.numel() else []
+                moved += [(name, 1, positions)] if positions is not None else []
+            odds = log_odds(model(partial), target, several).sum()
+            slopes = torch.autograd.grad(odds, [tensor for _, _, tensor in moved])
+            for (name, which, _), slope in zip(moved, slopes, strict=True):
+                whole = full[name][which]
+                assert whole is not None
+                gained[name] += (slope * (whole - _mean(whole))).sum(dim=-1) / PATH_STEPS
+    spoken = {}
+    for name, sums in gained.items():
+        each = sums[0].double().cpu()
+        spoken[name] = (_with_neighbours(each) if full[name][1] is None else each).clamp(min=0)
+    return _normalised(spoken)
+
+
+def weighed(spoken: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
+    """Return the heat: evidence times the square root of attention, which together sums to 1, or is 0."""
+    heat = {}
+    for name, part in spoken.items():
+        looked = attention[name]
+        for axis, side in enumerate(part.shape):  # a stem leaves fewer inputs than there are values
+            looked = looked.take(np.arange(side) * looked.shape[axis] // side, axis=axis)
+        heat[name] = torch.from_numpy(part * np.sqrt(looked)).double()
+    return _normalised(heat)
+
+
+@contextmanager
+def _lean(model: Perceiver) -> Iterator[None]:
+    """Let a model keep as little as it can for a gradient of its inputs: no weights' gradients, nothing kept twice."""
+    with suppress(OSError, AttributeError):  # glibc's; elsewhere it is not needed
+        # By default glibc soon takes tensors of megabytes from a heap that it cannot give back, since something small
+        # lies above them: 1,660 MiB instead of 660 for the ImageNet model.
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    recompute, learned = model.recompute, [weight for weight in model.parameters() if weight.requires_grad]
+    model.recompute = True
+    model.requires_grad_(False)
     try:
-        with torch.enable_grad():
-            for step in range(PATH_STEPS):
-                share = (step + 0.5) / PATH_STEPS
-                partial, moved = {}, []
-                for name, (values, positions) in full.items():
-                    values = _between(values, share)
-                    positions = None if positions is None else _between(positions, share)
-                    partial[name] = Segment(values, positions)
-                    moved += [(name, 0, values)] if values.numel() else []
-                    moved += [(name, 1, positions)] if positions is not None else []
-                odds = log_odds(model(partial), target, several).sum()
-                slopes = torch.autograd.grad(odds, [tensor for _, _, tensor in moved])
-                for (name, which, _), slope in zip(moved, slopes, strict=True):
-                    whole = full[name][which]
-                    assert whole is not None
-                    way = whole - _mean(whole)
-                    gained[name] += (slope * way).sum(dim=-1) / PATH_STEPS
+        yield
     finally:
         model.recompute = recompute
-    heat = {}
-    for name, sums in gained.items():
-        grid = sums[0].double().cpu()
-        if model.encoding.layouts[name].is_grid:
-            grid = _with_neighbours(grid)
-        heat[name] = grid.clamp(min=0)
-    return _normalised(heat)
+        for weight in learned:
+            weight.requires_grad_(True)
 
 
 def _mean(values: Tensor) -> Tensor:
@@ -369,12 +394,12 @@ def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory,
     """Return for each part of the memory (M,): sum over latents of weight (N,) times the mean weight of its heads."""
     assert isinstance(block, CrossAttend)
     u = block.fold(block.queries(latents))
-    totals = [scores.logsumexp(dim=(1, 3))[0] for tiles in memory.tiles for scores in tiles.products(u)]
-    normaliser = torch.stack(totals).logsumexp(dim=0)[:, None]  # (n, 1)
+    kernel = kernels.choose(u.device, u.dtype)
+    normaliser = torch.stack([tiles.average(u, kernel)[1][0] for tiles in memory.tiles]).logsumexp(dim=0)[:, None]
     each = (weights / block.heads).repeat(block.heads)
     looked = []
     for tiles in memory.tiles:
-        blocks = [torch.einsum("n,btnm->btm", each, (s - normaliser).exp()) for s in tiles.products(u)]
+        blocks = [each @ scores.sub_(normaliser).exp_() for scores in tiles.products(u)]
         looked.append(tiles.untiled(torch.cat(blocks, dim=1))[0])
     return looked
 
@@ -443,7 +468,7 @@ def save(explanation: Explanation, path: Path) -> None:
 
 
 def to_picture(explanation: Explanation) -> draw.Picture:
-    """Return a page: each modality as it is, with attention, with evidence; then the score maps."""
+    """Return a page: each modality as it is, with attention, with heat; sound below pictures; then the score maps."""
     label = show_path(explanation.label)[1:-1]
     head = f"{label}: {explanation.prob:.3f}"
     if explanation.label != explanation.predicted:
@@ -451,21 +476,22 @@ def to_picture(explanation: Explanation) -> draw.Picture:
     width = 3 * draw.SIDE + 2 * draw.GAP
     parts = [draw.line(head, width, large=True), draw.line(show_path(explanation.path)[1:-1], width)]
     parts += [draw.line(note, width) for note in explanation.notes]
-    for name, shown in explanation.shown.items():
-        parts.append(_medium(name, shown, label))
+    for name, shown in sorted(explanation.shown.items(), key=lambda item: item[0] == "audio"):
+        parts.append(_medium(name, shown, label, several=len(explanation.shown) > 1))
     parts.append(draw.key(240, draw.HEAT, "none", "most"))
     parts += _score_pages(explanation, width)
     return draw.margin(draw.column(parts))
 
 
-def _medium(name: str, shown: Shown, label: str) -> draw.Picture:
+def _medium(name: str, shown: Shown, label: str, *, several: bool) -> draw.Picture:
     wide = shown.start_s is not None
-    start_s = shown.start_s or 0.0
     side = 3 * draw.SIDE // 2 if wide else draw.SIDE
+    start_s = shown.start_s or 0.0
+    looked, spoke = (f": {part.sum():.0%}" if several else "" for part in (shown.attention, shown.heat))
     titles = {
-        f"{name}": None,
-        f"looked at: {shown.attention.sum():.0%} of the attention": shown.attention,
-        f"for {label}: {shown.heat.sum():.0%} of the evidence": shown.heat,
+        name: None,
+        f"{name}, where it looked (attention){looked}": shown.attention,
+        f"{name}, what it found for {label} (heat){spoke}": shown.heat,
     }
     pictures = [
         draw.captioned(draw.sample(shown.raw, shown.spec, heat, side=side, start_s=start_s), title)
@@ -478,7 +504,7 @@ def _score_pages(explanation: Explanation, width: int) -> list[draw.Picture]:
     """Return a grid of score maps for each modality: a row for each cross-attend, a column for each latent."""
     pages = []
     rounds = sorted({score.cross_attend for score in explanation.maps})
-    for name, shown in explanation.shown.items():
+    for name, shown in sorted(explanation.shown.items(), key=lambda item: item[0] == "audio"):
         pages.append(draw.line(f"{name}: scores before the softmax, one latent each", width))
         for number in rounds:
             maps = [score for score in explanation.maps if score.cross_attend == number]
@@ -486,7 +512,7 @@ def _score_pages(explanation: Explanation, width: int) -> list[draw.Picture]:
             pictures = []
             for score in maps:
                 head = f", head {score.head}" if any(other.head > 1 for other in maps) else ""
-                title = f"cross {number}, latent {score.latent}{head}"
+                title = f"cross-attend {number}, latent {score.latent}{head}"
                 pictures.append(draw.captioned(_score_picture(score.scores[name], shown, side), title, small=True))
             pages.append(draw.row(pictures))
     pages.append(draw.key(240, draw.SCORE, "lowest", "highest"))
