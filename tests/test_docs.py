@@ -33,7 +33,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_blocks_to_run() -> None:
-    assert [language for language, _ in BLOCKS] == ["sh", "python", "python"]
+    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,11 @@ def test_the_readme_has_blocks_to_run() -> None:
 def test_readme_blocks_run(place: Path, language: str, text: str) -> None:
     command: list[str | Path] = ["bash", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
     done = run(command, place)
-    if language == "sh":
+    if "preprocess digits |" in text:
+        assert "runs/piped/model.safetensors" in done.stdout
+        assert done.stdout.count('"label"') >= 2
+        assert done.stdout.endswith("(8, 8, 1)\n")
+    elif language == "sh":
         assert '"path": "digits/test/7/0300.png", "label": ' in done.stdout
         assert "path,label,prob,label_2,prob_2,error" in done.stdout
         assert "44,912,254" in done.stdout

@@ -134,6 +134,8 @@ def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | No
         found = "several inputs" if examples else "no inputs"
         raise UsageError(f"{show_path(str(given))}: {found}", "explain one file at a time, or one of each modality")
     (example,) = examples
+    if isinstance(given, Pipe):  # it has been read
+        (given,) = example.sources.values()
     reader, model = predictor.reader, predictor.model
     decoded = reader.decode(example)
     views = reader.views(decoded)
