@@ -117,12 +117,13 @@ def random_segment(layout: Layout, batch: int, masked: bool, offset: float, spre
     spread=st.sampled_from([1.0, 0.0, 1e3]),
     slab_bytes=st.sampled_from([1, 1 << 25]),
     kept_bytes=st.sampled_from([0, 1 << 25]),
+    onednn_from=st.sampled_from([1, 1 << 30]),
     form=st.sampled_from(["tiled", "tiled", *FORMS]),
     seed=st.integers(0, 1000),
 )
 def test_every_form_is_the_papers_formula(
     chosen: list[Layout], batch: int, heads: int, latents: int, same_latents: bool, masked: bool, offset: float,
-    spread: float, slab_bytes: int, kept_bytes: int, form: str, seed: int,
+    spread: float, slab_bytes: int, kept_bytes: int, onednn_from: int, form: str, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     encoding = ByteArrayEncoding({str(i): layout for i, layout in enumerate(chosen)}, 4)
@@ -140,6 +141,7 @@ def test_every_form_is_the_papers_formula(
         patch.setattr(attention, "KEPT_BYTES", kept_bytes)
         patch.setattr(attention, "STATISTICS_BYTES", slab_bytes)
         patch.setattr(attention, "ROW_TILE", 16)
+        patch.setattr(kernels, "ONEDNN_FROM", onednn_from)
         check(block, query, encoding, segments, 1e-5)
 
 
@@ -196,7 +198,7 @@ def test_the_cheapest_form_is_chosen(
 
 def test_width_of_tiles() -> None:
     image = Part(torch.empty(1, 224, 224, 3, device="meta"), (torch.empty(224, 258), torch.empty(224, 258)))
-    assert Memory([image]).tiled_width() == 3 + 1 + 16 + 16
+    assert Memory([image]).tiled_width() == 16 + 16 + 3 + 2
     assert Memory([Part(torch.empty(1, 50_176, 261, device="meta"))]).tiled_width() == 261
     small = Part(torch.empty(1, 8, 8, 3, device="meta"), (torch.empty(8, 258), torch.empty(8, 258)))
     assert Memory([small]).tiled_width() == 261
@@ -230,33 +232,65 @@ def stock_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """The way the CUDA kernels are called, through the CPU's stock backward."""
     width = q.shape[-1]
-    q, k, grad, out = (x.unsqueeze(1) for x in kernels._with_delta(q, k, grad, delta, 8))
+    q, k, grad, out = kernels._for_stock_backward(q, k, grad, delta)
     grad_q, grad_k, grad_v = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, k, out, lse.unsqueeze(1), 0.0, False, scale=1.0
     )
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
 
-def test_a_stock_backward_takes_delta_from_one_more_column() -> None:
-    kernel = kernels.Kernel("stock", torch.float32, kernels._cpu_forward, stock_backward)
+def test_a_stock_backward_takes_delta_from_the_last_column() -> None:
+    kernel = kernels.Kernel("stock", torch.float32, kernels._flash_cpu_forward, stock_backward)
     assert kernels._is_right(kernel, torch.device("cpu"))
 
 
 def test_a_kernel_that_is_missing_or_wrong_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = kernels._plain_forward(q, k)
-        return out, lse * 1.01
+    def wrong(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        sums, level = kernels._plain_forward(q, k, shift)
+        return sums, level * 1.01
 
-    def missing(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def missing(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
         raise AttributeError("no such operator")
 
-    kernels.choose.cache_clear()
-    assert kernels.choose(torch.device("cpu"), torch.float32) is kernels.CPU
-    for forward in (wrong, missing):
+    def chosen() -> kernels.Kernel:
         kernels.choose.cache_clear()
-        monkeypatch.setattr(kernels, "CPU", replace(kernels.CPU, forward=forward))
-        assert kernels.choose(torch.device("cpu"), torch.float32) is kernels.PLAIN
+        return kernels.choose(torch.device("cpu"), torch.float32)
+
+    assert chosen() is kernels.ONEDNN
+    for forward in (wrong, missing):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, "ONEDNN", replace(kernels.ONEDNN, forward=forward))
+            assert chosen() is kernels.FLASH_CPU
+            patch.setattr(kernels, "FLASH_CPU", replace(kernels.FLASH_CPU, forward=forward))
+            assert chosen() is kernels.PLAIN
     kernels.choose.cache_clear()
+
+
+@pytest.mark.parametrize(("size", "shifted"), [(0.1, True), (0.4, True), (30.0, False)])
+def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifted: bool) -> None:
+    """Of a masked grid, so that whole tiles are masked, and large enough for oneDNN."""
+    torch.manual_seed(0)
+    layout = Layout((48, 48), 3, 2, 8, (48.0, 48.0))
+    encoding = ByteArrayEncoding({"image": layout}, 4)
+    mask = torch.zeros(1, 48, 48, dtype=torch.bool)
+    mask[:, :20, :16] = True
+    (part,) = encoding.parts({"image": Segment(torch.randn(1, 48, 48, 3), None, mask.flatten(1))}).values()
+    tiles = attention.GridTiles(part)
+    u = size * torch.randn(1, 40, encoding.num_channels)
+    shared, along = tiles.queries(u)
+    shift = tiles.shift(shared, along)
+    rows = F.layer_norm(part.rows().double(), (encoding.num_channels,), eps=attention.EPS)
+    scores = (u.double() @ rows.mT).masked_fill(~mask.flatten(1)[:, None], -torch.inf)
+    assert (shift is not None) == shifted
+    if shift is not None:
+        assert (shift.unsqueeze(-1) - scores).min() >= kernels.FAR - 1e-3
+        assert (shift - scores.logsumexp(dim=-1)).max() <= kernels.SPAN
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "ONEDNN_FROM", 1)
+        mean, normaliser = tiles.average(u, kernels.ONEDNN)
+    torch.testing.assert_close(normaliser.double(), scores.logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
+    expected = scores.softmax(dim=-1) @ rows
+    torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-5 * float(rows.abs().max()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -34,6 +34,7 @@ def test_the_usual_way_gives_our_logits(fused: bool, head: str) -> None:
     torch.testing.assert_close(model(segments), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.meshgrid")  # theirs
 @pytest.mark.parametrize("name", [name for name in peers.PACKAGES if peers.is_installed(name)])
 def test_a_peer_has_our_sizes(name: str) -> None:
     config = SMALL.model_copy(update={"schedule": "c0 (t0)x2", "head": "query", "cross_channels": "input"})
@@ -55,10 +56,10 @@ def test_transformers_is_the_same_model_for_one_cross_attend() -> None:
 
 @pytest.mark.parametrize("mode", contest.MODES)
 def test_one_row_per_contender_with_ratios_and_memory(mode: str) -> None:
-    rows = list(contest.contest("tiny-points", ["usual", "perceiver-io"], mode, [], 2, 1, 0.05, "cpu", "fp32"))
+    rows = list(contest.contest("tiny-points", ["usual"], mode, [], 2, 1, 0.05, "cpu", "fp32"))
     names = [row["name"] for row in rows]
-    assert names[:3] == ["ours", *contest.USUAL]
-    for row in rows[:3]:
+    assert names == ["ours", *contest.USUAL]
+    for row in rows:
         assert row["seconds_per_sample"] > 0
         assert row["peak_mib"] > 0
         assert row["time_over_ours"]["min"] <= row["time_over_ours"]["median"] <= row["time_over_ours"]["max"]

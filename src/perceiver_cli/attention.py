@@ -16,16 +16,17 @@ The cross-attend is computed without the byte array wherever that costs less. Th
    products of u with one small table per axis. The weighted sum of xhat needs, beside that of its values, only the
    sums of weight * r along rows and columns.
 3. Tile. In a tile of the grid a place is one one-hot vector per axis, so an input's key is
-   [xhat_values | -r mu | r onehot_y | r onehot_x] and a query [u_values | sum(u_features) | f of the tile's rows | g of
-   its columns]: stock fused attention with keys of width c + 1 + 16 + 16 instead of 261. Tiles, and modalities, are
-   merged by the log of their normalisers. A mask is one more column: 0, or a score that no other reaches.
+   [r onehot_y | r onehot_x | xhat_values | -r mu | 1] and a query [f of the tile's rows | g of its columns | u_values |
+   sum(u_features) | 0]: softmax attention with keys of width 16 + 16 + c + 2 instead of 261, the last of which sums
+   the weights. Tiles, and modalities, are merged by their normalisers. A mask is one more column: 0, or a score that
+   no other reaches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import ceil, prod
+from math import ceil, log, prod
 from typing import Any
 
 import torch
@@ -35,16 +36,16 @@ from torch.nn import functional as F
 from perceiver_cli import kernels
 from perceiver_cli.cost import MIN_TILED_INPUTS
 from perceiver_cli.encoding import Part
+from perceiver_cli.kernels import NEVER
 from perceiver_cli.linear import linears, unchanged
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
-SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
+SLAB_BYTES = {"cpu": 5 << 19, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
 STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
 PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
 ROW_TILE = 512  # rows of a tile that has no places
 KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
-NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
 
 
 # ---------------------------------------------------------------- what a cross-attend reads
@@ -126,15 +127,25 @@ class Memory:
 class Tiles:
     """A part cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
 
-    A query is what all tiles share (B, n, s), then for each axis of the tile the scores along it.
+    A query is for each axis of the tile the scores along it, then what all tiles share (B, n, s), whose last is 0.
 
-    counts: number of tiles along each axis; sides: of a tile, along each axis that has scores of its own.
+    counts: number of tiles along each axis; sides: of a tile, along each axis that has scores of its own; masked:
+    whether what is shared begins with a mask; reach: the largest length of the rest of what meets the shared part of a
+    query, but for the ones, and the largest number that meets the scores along an axis.
     """
 
     def __init__(
-        self, batch: int, counts: tuple[int, ...], sides: tuple[int, ...], inputs: int, key_width: int
+        self,
+        batch: int,
+        counts: tuple[int, ...],
+        sides: tuple[int, ...],
+        inputs: int,
+        key_width: int,
+        masked: bool,
+        reach: tuple[Tensor, Tensor],
     ) -> None:
         self.batch, self.counts, self.sides, self.inputs, self.key_width = batch, counts, sides, inputs, key_width
+        self.masked, self.reach = masked, reach
         self.differentiable = False  # whether a gradient flows to the keys: a learned stem, place or modality encoding
         self._kept: Tensor | None = None
 
@@ -149,6 +160,17 @@ class Tiles:
     def untiled(self, x: Tensor) -> Tensor:
         """Return x (B, T, m, ...) in the order of the byte array's rows, (B, M, ...)."""
         raise NotImplementedError
+
+    def shift(self, shared: Tensor, along: Tensor) -> Tensor | None:
+        """Return (B, n): more than every score by `kernels.FAR`; None if that may be far more than the normaliser."""
+        above = shared[..., self.masked : -1].norm(dim=-1) * self.reach[0]
+        for scores in self._by_tile(along):
+            above += scores.abs().amax(dim=(-2, -1)) * self.reach[1]
+        # The log of the mean of exponentials is no less than the mean of their logs.
+        keys = self.keys(0, 1).mean(dim=-2, keepdim=True)
+        means = (self.spread(shared, along, 0, 1).view(*keys.shape[:2], -1, self.key_width) * keys).sum(dim=-1)
+        shift, below = above + kernels.FAR, means.amax(dim=1) + log(self.inputs)
+        return shift if (shift - below).max() <= kernels.SPAN else None
 
     def products(self, u: Tensor) -> Iterator[Tensor]:
         """Yield u . xhat (B, T, n, m) for u (B or 1, n, C), a block of tiles at a time, in their order.
@@ -188,13 +210,13 @@ class Tiles:
                 yield slice(start, start + examples), first, min(first + rows, self.counts[0])
 
     def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
-        """Return (B T, n, w): for each tile of a slab what all share, and the scores along its own sides.
+        """Return (B T, n, w): for each tile of a slab the scores along its own sides, and what all share.
 
         shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
         """
         counts = (last - first, *self.counts[1:])
         dims, (batch, queries) = len(counts), shared.shape[:2]
-        parts = [shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1)]
+        parts = []
         for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
             scores = scores.transpose(1, 2)
             if axis == 0:
@@ -202,23 +224,22 @@ class Tiles:
             places = [1] * dims
             places[axis] = counts[axis]
             parts.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+        parts.append(shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1))
         return torch.cat(parts, dim=-1).flatten(0, dims)
 
     def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
         """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
         counts = (last - first, *self.counts[1:])
-        dims, width = len(counts), shared.shape[-1]
-        spread = spread.view(len(shared), *counts, *spread.shape[1:])
-        tile_axes = tuple(range(1, dims + 1))
-        shared += spread[..., :width].sum(dim=tile_axes)
+        own = spread = spread.view(len(shared), *counts, *spread.shape[1:])
+        tile_axes = tuple(range(1, len(counts) + 1))
+        start = 0
         for axis, scores in enumerate(self._by_tile(along)):
-            side = self.sides[axis]
-            own = spread[..., width : width + side]
             others = tile_axes[:axis] + tile_axes[axis + 1 :]
-            own = own.sum(dim=others) if others else own
+            own = spread.sum(dim=others) if others else spread  # all columns: those of one axis alone are no faster
             target = scores[:, :, first:last] if axis == 0 else scores
-            target += own.transpose(1, 2)
-            width += side
+            target += own[..., start : start + self.sides[axis]].transpose(1, 2)
+            start += self.sides[axis]
+        shared += own[..., start:].sum(dim=1)
 
     def _by_tile(self, along: Tensor) -> Iterator[Tensor]:
         """Yield a view (B, n, count, side) for each axis with scores of its own."""
@@ -236,8 +257,8 @@ class GridTiles(Tiles):
         counts, sides = self._cut(grid)
         self.grid = grid
         padded = tuple(count * side for count, side in zip(counts, sides, strict=True))
-        self.channels, self.masked = channels, part.mask is not None or padded != grid
-        super().__init__(batch, counts, sides, prod(sides), channels + 1 + self.masked + sum(sides))
+        self.channels = channels
+        masked = part.mask is not None or padded != grid
         pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
         self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
         # Statistics take float64, a slice of the grid at a time.
@@ -245,7 +266,9 @@ class GridTiles(Tiles):
         first, *rest = part.tables
         rows = [slice(start, start + step) for start in range(0, grid[0], step)]
         columns = torch.cat([_normalised(part.values[:, r], [first[r], *rest]) for r in rows], dim=1)
-        if self.masked:
+        reach = columns.detach()[..., :-1].norm(dim=-1).max(), columns.detach()[..., -1].max()
+        super().__init__(batch, counts, sides, prod(sides), channels + 2 + masked + sum(sides), masked, reach)
+        if masked:
             bias = columns.new_zeros(*columns.shape[:-1], 1)
             if part.mask is not None:
                 bias.masked_fill_(~part.mask.view(batch, *grid, 1), NEVER)
@@ -276,16 +299,17 @@ class GridTiles(Tiles):
     @staticmethod
     def width(part: Part) -> int:
         """Return the width of a tile's keys."""
-        return part.values.shape[-1] + 1 + sum(GridTiles._cut(part.grid)[1])
+        return part.values.shape[-1] + 2 + sum(GridTiles._cut(part.grid)[1])
 
     def make_keys(self, first: int, last: int) -> Tensor:
         rest = prod(self.counts[1:])
         columns = self.columns[:, first * rest : last * rest]
-        return torch.cat([columns[..., :-1], columns[..., -1:] * self.one_hot], dim=-1)
+        ones = columns.new_ones(1).expand(*columns.shape[:-1], 1)
+        return torch.cat([columns[..., -1:] * self.one_hot, columns[..., :-1], ones], dim=-1)
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
         on_values, on_features = torch.split(u, [self.channels, u.shape[-1] - self.channels], dim=-1)
-        shared = torch.cat([on_values, on_features.sum(dim=-1, keepdim=True)], dim=-1)
+        shared = F.pad(torch.cat([on_values, on_features.sum(dim=-1, keepdim=True)], dim=-1), (0, 1))
         if self.masked:
             shared = F.pad(shared, (1, 0), value=1.0)
         along = on_features @ self.tables.T
@@ -302,7 +326,7 @@ class GridTiles(Tiles):
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
         shared, along, normaliser = _softmax_over(self, kernel, *self.queries(u))
-        values, means = torch.split(shared[..., self.masked :], [self.channels, 1], dim=-1)
+        values, means, _ = torch.split(shared[..., self.masked :], [self.channels, 1, 1], dim=-1)
         return torch.cat([values, along @ self.tables + means], dim=-1), normaliser
 
 
@@ -314,14 +338,15 @@ class RowTiles(Tiles):
         tiles = ceil(count / ROW_TILE)
         side = ceil(count / tiles)
         self.count = count
-        super().__init__(batch, (tiles,), (), side, channels + 1)
         rows = F.layer_norm(part.values.float(), (channels,), eps=EPS)
+        reach = rows.detach().norm(dim=-1).max(), rows.new_zeros(())
+        super().__init__(batch, (tiles,), (), side, channels + 2, True, reach)
         bias = rows.new_zeros(batch, count, 1)
         if part.mask is not None:
             bias.masked_fill_(~part.mask.unsqueeze(-1), NEVER)
         spare = tiles * side - count
-        rows = torch.cat([F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))], dim=-1)
-        self._kept = rows.view(batch, tiles, side, channels + 1)
+        bias, rows = F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))
+        self._kept = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(batch, tiles, side, channels + 2)
         self.differentiable = rows.requires_grad
 
     def keys(self, first: int, last: int) -> Tensor:
@@ -329,7 +354,7 @@ class RowTiles(Tiles):
         return self._kept[:, first:last]
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        shared = F.pad(u, (1, 0), value=1.0).expand(self.batch, -1, -1)
+        shared = F.pad(F.pad(u, (1, 0), value=1.0), (0, 1)).expand(self.batch, -1, -1)
         return shared, shared[..., :0]
 
     def untiled(self, x: Tensor) -> Tensor:
@@ -337,7 +362,7 @@ class RowTiles(Tiles):
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
         shared, _, normaliser = _softmax_over(self, kernel, *self.queries(u))
-        return shared[..., 1:], normaliser
+        return shared[..., 1:-1], normaliser
 
 
 def _normalised(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -386,18 +411,25 @@ class _TileSoftmax(torch.autograd.Function):
         ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         shared_sum, along_sum = shared.new_zeros(shared.shape), along.new_zeros(along.shape)
-        total = shared.new_full(shared.shape[:2], -torch.inf)
+        top = shared.new_full(shared.shape[:2], -torch.inf)
+        shift = tiles.shift(shared, along) if kernel.shifts else None
         for some, first, last in tiles.slabs(shared):
-            q = tiles.spread(shared[some], along[some], first, last)
-            out, lse = kernel.forward(q.to(kernel.dtype), _narrow(tiles.keys(first, last)[some], kernel.dtype))
-            before = total[some]
-            lse = lse.float().view(*before.shape[:1], -1, before.shape[1])  # (B, T, n)
-            after = torch.logaddexp(before, lse.logsumexp(dim=1))
-            share = (lse - after.unsqueeze(1)).exp().flatten(0, 1)
+            q = tiles.spread(shared[some], along[some], first, last).to(kernel.dtype)
+            k, before = _narrow(tiles.keys(first, last)[some], kernel.dtype), top[some]
+            each = len(k) // len(before)
+            less = None if shift is None else shift[some].repeat_interleave(each, dim=0)
+            sums, level = kernel.forward(q, k, less)
+            level = level.float().view(len(before), each, -1)  # (B, T, n)
+            after = torch.maximum(before, level.amax(dim=1))
+            share = (level - after.unsqueeze(1)).exp().flatten(0, 1)
             decay = (before - after).exp().unsqueeze(-1)
-            sums = shared_sum[some].mul_(decay), along_sum[some].mul_(decay)
-            tiles.gather(out.float().mul_(share.unsqueeze(-1)), *sums, first, last)
-            total[some] = after
+            merged = shared_sum[some].mul_(decay), along_sum[some].mul_(decay)
+            tiles.gather(sums.float().mul_(share.unsqueeze(-1)), *merged, first, last)
+            top[some] = after
+        # Without a number, where no input is one.
+        weights = shared_sum[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        total = (shared_sum[..., -1].log() + top).clamp_(min=NEVER)
+        shared_sum, along_sum = shared_sum / weights, along_sum / weights
         ctx.tiles, ctx.kernel = tiles, kernel
         ctx.save_for_backward(keys, shared, along, shared_sum, along_sum, total)
         return shared_sum, along_sum, total

@@ -1,6 +1,8 @@
 """Matrix products, and softmax attention that also gives its normaliser: all calls below PyTorch's public interface.
 
-Axes: T tiles, n queries, m keys, w width. In every kernel of tiles values = keys and the scale is 1.
+Axes: T tiles, n queries, m keys, w width. In every kernel of tiles values = keys and the scale is 1. The last column of
+keys is all ones, and of queries and gradients zero: a kernel may write there what each row takes from its scores, and
+gives in its place the sum of weights.
 
 `product` and `choose` try each candidate once on a small problem and fall back to plain PyTorch where it is missing,
 refuses, or is wrong, so that a change inside PyTorch costs speed and never an answer.
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from math import exp, prod
 
 import torch
 from torch import Tensor
@@ -18,23 +21,32 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 
-ONEDNN_FROM = 1 << 21  # multiply-adds of a product; below, the call costs more than it saves
+ONEDNN_FROM = 1 << 20  # multiply-adds of a product for each thread; below, the call costs more than it saves
+FAR = 16.0  # sigmoid(x) is exp(x) to float32's precision where x <= -FAR
+SPAN = 59.0  # a sum of exp(-SPAN) is right to 1e-6 without 2^20 numbers that are too small for a float32
+NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
 SCORE_BYTES = 4 << 20  # of one block of scores in the plain kernels: it should stay in a core's cache
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """forward(q, k): out (T, n, w) and lse (T, n) of q (T, n, w), k (T, m, w).
+    """forward(q, k, shift): sums (T, n, w) and level (T, n) of q (T, n, w), k (T, m, w): exp(score - level) times key.
 
-    backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k. `lse` is that of a softmax over
-    more keys than these; `delta` (T, n) is what is taken from every grad . k before it is weighted: the sum over all
-    keys of weight times grad . k, less the gradient of lse itself.
+    `shift` (T, n) is more than every score by FAR at least, and more than the log of the whole normaliser by SPAN at
+    most; None where no such number is known. Only a kernel that `shifts` needs it, and then gives it as the level.
+
+    backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k, but for their last columns.
+    `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is what is taken from
+    every grad . k before it is weighted: the sum over all keys of weight times grad . k, less the gradient of lse.
+
+    Both may write into the last columns of q and grad.
     """
 
     name: str
     dtype: torch.dtype
-    forward: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    forward: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    shifts: bool = False
 
 
 # ---------------------------------------------------------------- products
@@ -46,9 +58,13 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     PyTorch leaves float32 products on a CPU to MKL, which on AMD's does half of what the cores can (512 x 1024 x 1024
     on two of Zen 5: 5.7 ms); oneDNN, which PyTorch brings as well, does all of it (2.6 ms).
     """
-    if a.device.type == "cpu" and a.dtype == torch.float32 and len(a) * b.numel() >= ONEDNN_FROM and _has_onednn():
+    if a.device.type == "cpu" and a.dtype == torch.float32 and _pays(len(a) * b.numel()) and _has_onednn():
         return _onednn(_dense(a), _dense(b), bias)
     return F.linear(a, b, bias)
+
+
+def _pays(multiply_adds: int) -> bool:
+    return multiply_adds >= ONEDNN_FROM * torch.get_num_threads()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -56,8 +72,8 @@ def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], "")
     return found
 
 
@@ -89,7 +105,7 @@ def _blocks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(first, first + size) for first in range(0, len(q), size)]
 
 
-def _plain_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:2])
     for tiles in _blocks(q, k):
         scores = q[tiles] @ k[tiles].mT
@@ -101,12 +117,11 @@ def _plain_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def _plain_backward(
     q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
 ) -> tuple[Tensor, Tensor | None]:
+    q[..., -1], grad[..., -1] = -lse, -delta
     grad_q, grad_k = torch.empty_like(q), torch.empty_like(k) if need_keys else None
-    lse, delta = lse.unsqueeze(-1), delta.unsqueeze(-1)
     for tiles in _blocks(q, k):
-        transposed = k[tiles].mT
-        weights = torch.baddbmm(lse[tiles], q[tiles], transposed, beta=-1).exp_()
-        slopes = torch.baddbmm(delta[tiles], grad[tiles], transposed, beta=-1).mul_(weights)
+        weights = (q[tiles] @ k[tiles].mT).exp_()
+        slopes = (grad[tiles] @ k[tiles].mT).mul_(weights)
         torch.bmm(slopes, k[tiles], out=grad_q[tiles])
         if grad_k is not None:
             grad_k[tiles] = torch.baddbmm(weights.mT @ grad[tiles], slopes.mT, q[tiles])
@@ -119,39 +134,69 @@ PLAIN = Kernel("plain", torch.float32, _plain_forward, _plain_backward)
 # ---------------------------------------------------------------- CPU
 
 
-def _cpu_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _flash_cpu_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k = q.unsqueeze(1), k.unsqueeze(1)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, False, scale=1.0)
     return out.squeeze(1), lse.squeeze(1)
 
 
 # The flash backward of the CPU makes gradients of keys and values that are thrown away: the plain one is faster.
-CPU = Kernel("flash for CPU", torch.float32, _cpu_forward, _plain_backward)
+FLASH_CPU = Kernel("flash for CPU", torch.float32, _flash_cpu_forward, _plain_backward)
+
+
+def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax without its maximum, where scores are known to be small: exp as part of the product that makes them.
+
+    oneDNN has no exp to end a product with, but a sigmoid, which is the same far below zero: 3 ms for 10 of a pass over
+    the scores, 224 x 224 inputs and 512 queries.
+    """
+    if shift is None or not _pays(prod(q.shape[1:]) * k.shape[1]):
+        return _flash_cpu_forward(q, k, None)
+    q[..., -1] = -shift
+    each = zip(q.unbind(), k.unbind(), k.mT.unbind(), strict=True)
+    return torch.stack([_onednn(_onednn(a, b, then="sigmoid"), c) for a, b, c in each]), shift
+
+
+def _onednn_backward(
+    q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Here the normaliser is known, so that every score less it and FAR is far below zero."""
+    if not _pays(prod(q.shape[1:]) * k.shape[1]):
+        return _plain_backward(q, k, grad, lse, delta, need_keys)
+    q[..., -1], grad[..., -1] = -FAR - lse, -delta
+    grad_q, grad_k = torch.empty_like(q), torch.empty_like(k) if need_keys else None
+    for tile, keys in enumerate(k):
+        weights = _onednn(q[tile], keys, then="sigmoid")
+        slopes = _onednn(grad[tile], keys).mul_(weights)
+        grad_q[tile] = _onednn(slopes, keys.mT)
+        if grad_k is not None:
+            grad_k[tile] = _onednn(weights.mT, grad[tile].mT) + _onednn(slopes.mT, q[tile].mT)
+    unshift = exp(FAR)
+    return grad_q.mul_(unshift), None if grad_k is None else grad_k.mul_(unshift)
+
+
+ONEDNN = Kernel("oneDNN", torch.float32, _onednn_forward, _onednn_backward, shifts=True)
 
 
 # ---------------------------------------------------------------- CUDA
-
-
-def _with_delta(q: Tensor, k: Tensor, grad: Tensor, delta: Tensor, multiple: int) -> tuple[Tensor, ...]:
-    """Return q, k, grad and out, so that a stock backward takes `delta` from the scores' gradients.
-
-    It computes rowsum(grad * out) for that, over what it thinks is the whole softmax. One more column does it: zero
-    in q and k, one in grad, delta in an out that is zero elsewhere. Further zero columns make the width a multiple.
-    """
-    width = q.shape[-1]
-    spare = (-(width + 1)) % multiple
-    q, k = (F.pad(x, (0, 1 + spare)) for x in (q, k))
-    grad = F.pad(F.pad(grad, (0, 1), value=1.0), (0, spare))
-    out = torch.zeros_like(grad)
-    out[..., width] = delta
-    return q, k, grad, out
 
 
 def _pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % multiple))
 
 
-def _flash_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _for_stock_backward(q: Tensor, k: Tensor, grad: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
+    """Return q, k, grad and out (T, 1, n or m, padded width), so that a stock backward takes `delta` from grad . k.
+
+    It would take rowsum(grad * out), of what it thinks is the whole softmax: with an out of zeros it takes nothing, and
+    the last column does it.
+    """
+    grad[..., -1] = -delta
+    q, k, grad = (_pad(x, 8).unsqueeze(1) for x in (q, k, grad))
+    return q, k, grad, torch.zeros_like(grad)
+
+
+def _flash_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     width = q.shape[-1]
     q, k = (_pad(x, 8).unsqueeze(1) for x in (q, k))
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, k, 0.0, False, False, scale=1.0)
@@ -162,7 +207,7 @@ def _flash_backward(
     q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
 ) -> tuple[Tensor, Tensor | None]:
     width, queries, keys = q.shape[-1], q.shape[1], k.shape[1]
-    q, k, grad, out = (x.unsqueeze(1) for x in _with_delta(q, k, grad, delta, 8))
+    q, k, grad, out = _for_stock_backward(q, k, grad, delta)
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)
     none = torch.empty(0, device=q.device)
     grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(
@@ -172,7 +217,7 @@ def _flash_backward(
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
 
-def _efficient_forward(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def _efficient_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     width = q.shape[-1]
     q, k = (_pad(x, 8).unsqueeze(1) for x in (q, k))
     out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, k, None, True, 0.0, False, scale=1.0)
@@ -183,7 +228,7 @@ def _efficient_backward(
     q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
 ) -> tuple[Tensor, Tensor | None]:
     width = q.shape[-1]
-    q, k, grad, out = (x.unsqueeze(1) for x in _with_delta(q, k, grad, delta, 8))
+    q, k, grad, out = _for_stock_backward(q, k, grad, delta)
     padded = _pad(lse, 32).unsqueeze(1).contiguous()
     random = torch.zeros((), dtype=torch.long)
     grad_q, grad_k, grad_v, _ = aten._scaled_dot_product_efficient_attention_backward(
@@ -196,28 +241,35 @@ def _efficient_backward(
 
 
 def _is_right(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether a kernel gives what the plain one gives, both ways, on a problem of odd sizes."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, grad = (torch.randn(3, rows, 37, generator=generator).to(device) * 0.5 for rows in (45, 70, 45))
-    delta = torch.randn(3, 45, generator=generator).to(device)
+    """Return whether a kernel gives what the plain one gives, both ways, on problems of odd sizes, small and large."""
     tolerance = 1e-4 if kernel.dtype == torch.float32 else 3e-2
+    sizes = [(3, 45, 70), (2, 400, 150 * torch.get_num_threads() if device.type == "cpu" else 150)]
     try:
-        found = _both_ways(kernel, q, k, grad, delta)
+        return all(
+            float((a.float() - b).abs().max()) <= tolerance * float(b.abs().max())
+            for size in sizes
+            for a, b in zip(_both_ways(kernel, *size, device), _both_ways(PLAIN, *size, device), strict=True)
+        )
     except (RuntimeError, AttributeError, TypeError, ValueError):  # not in this version, or not for this device
         return False
-    return all(
-        float((a.float() - b).abs().max()) <= tolerance * float(b.abs().max())
-        for a, b in zip(found, _both_ways(PLAIN, q, k, grad, delta), strict=True)
-    )
 
 
-def _both_ways(kernel: Kernel, q: Tensor, k: Tensor, grad: Tensor, delta: Tensor) -> list[Tensor]:
-    q, k, grad = (x.to(kernel.dtype) for x in (q, k, grad))
-    out, lse = kernel.forward(q, k)
+def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, grad = (torch.randn(tiles, rows, 37, generator=generator) * 0.5 for rows in (queries, keys, queries))
+    delta = torch.randn(tiles, queries, generator=generator).to(device)
+    k[..., -1], q[..., -1], grad[..., -1] = 1, 0, 0
+    q[..., 0], k[..., 0] = 1, 0
+    k[:, 1, 0] = torch.finfo(torch.float16).min / 2 if kernel.dtype == torch.float16 else NEVER
+    shift = (q @ k.mT).amax(dim=-1).add_(FAR).to(device)
+    q, k, grad = (x.to(device, kernel.dtype) for x in (q, k, grad))
+    sums, level = kernel.forward(q, k, shift)
+    total = sums[..., -1].float()
+    lse = total.log() + level
     # A softmax over more keys than these has a larger normaliser.
     grad_q, grad_k = kernel.backward(q, k, grad, lse + 0.5, delta, True)
     assert grad_k is not None
-    return [out, lse, grad_q, grad_k]
+    return [sums[..., :-1] / total.unsqueeze(-1), lse, grad_q[..., :-1], grad_k[..., :-1]]
 
 
 @lru_cache(maxsize=32)
@@ -225,7 +277,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the fastest kernel that is right on `device`; half precision only where `dtype` (of autocast) is half."""
     candidates = []
     if device.type == "cpu":
-        candidates = [CPU]
+        candidates = [ONEDNN, FLASH_CPU]
     elif device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
         candidates = [Kernel("flash", dtype, _flash_forward, _flash_backward)]
     if device.type == "cuda":
