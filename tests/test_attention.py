@@ -116,14 +116,13 @@ def random_segment(layout: Layout, batch: int, masked: bool, offset: float, spre
     offset=st.sampled_from([0.0, 0.0, 1e4]),
     spread=st.sampled_from([1.0, 0.0, 1e3]),
     slab_bytes=st.sampled_from([1, 1 << 25]),
-    kept_bytes=st.sampled_from([0, 1 << 25]),
     onednn_from=st.sampled_from([1, 1 << 30]),
     form=st.sampled_from(["tiled", "tiled", *FORMS]),
     seed=st.integers(0, 1000),
 )
 def test_every_form_is_the_papers_formula(
     chosen: list[Layout], batch: int, heads: int, latents: int, same_latents: bool, masked: bool, offset: float,
-    spread: float, slab_bytes: int, kept_bytes: int, onednn_from: int, form: str, seed: int,
+    spread: float, slab_bytes: int, onednn_from: int, form: str, seed: int,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     encoding = ByteArrayEncoding({str(i): layout for i, layout in enumerate(chosen)}, 4)
@@ -138,7 +137,6 @@ def test_every_form_is_the_papers_formula(
     query = torch.randn(1 if same_latents else batch, latents, 24)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(attention.SLAB_BYTES, "cpu", slab_bytes)
-        patch.setattr(attention, "KEPT_BYTES", kept_bytes)
         patch.setattr(attention, "STATISTICS_BYTES", slab_bytes)
         patch.setattr(attention, "ROW_TILE", 16)
         patch.setattr(kernels, "ONEDNN_FROM", onednn_from)

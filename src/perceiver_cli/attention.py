@@ -41,11 +41,10 @@ from perceiver_cli.linear import linears, unchanged
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
-SLAB_BYTES = {"cpu": 5 << 19, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
+SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
 STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
 PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
 ROW_TILE = 512  # rows of a tile that has no places
-KEPT_BYTES = 64 << 20  # of tile keys kept for all cross-attends of a forward; more are made again in each
 
 
 # ---------------------------------------------------------------- what a cross-attend reads
@@ -147,7 +146,6 @@ class Tiles:
         self.batch, self.counts, self.sides, self.inputs, self.key_width = batch, counts, sides, inputs, key_width
         self.masked, self.reach = masked, reach
         self.differentiable = False  # whether a gradient flows to the keys: a learned stem, place or modality encoding
-        self._kept: Tensor | None = None
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
         """Return (B, n, C), the mean of xhat, and (B, n), the log of the normaliser, for queries u (B or 1, n, C)."""
@@ -186,18 +184,9 @@ class Tiles:
             scores = q @ self.keys(first, last).flatten(0, 1).mT  # (B T, n, m)
             yield scores.view(self.batch, -1, *scores.shape[1:])
 
-    def make_keys(self, first: int, last: int) -> Tensor:
+    def keys(self, first: int, last: int) -> Tensor:
         """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""
         raise NotImplementedError
-
-    def keys(self, first: int, last: int) -> Tensor:
-        """Return what `make_keys` gives; all of them are kept where that is little."""
-        rest = prod(self.counts[1:])
-        if 4 * self.batch * prod(self.counts) * self.inputs * self.key_width > KEPT_BYTES:
-            return self.make_keys(first, last)
-        if self._kept is None:
-            self._kept = self.make_keys(0, self.counts[0])
-        return self._kept[:, first * rest : last * rest]
 
     def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
         """Yield examples and a range along the first axis of tiles, so that tile queries fit in SLAB_BYTES."""
@@ -301,7 +290,7 @@ class GridTiles(Tiles):
         """Return the width of a tile's keys."""
         return part.values.shape[-1] + 2 + sum(GridTiles._cut(part.grid)[1])
 
-    def make_keys(self, first: int, last: int) -> Tensor:
+    def keys(self, first: int, last: int) -> Tensor:
         rest = prod(self.counts[1:])
         columns = self.columns[:, first * rest : last * rest]
         ones = columns.new_ones(1).expand(*columns.shape[:-1], 1)
@@ -346,12 +335,11 @@ class RowTiles(Tiles):
             bias.masked_fill_(~part.mask.unsqueeze(-1), NEVER)
         spare = tiles * side - count
         bias, rows = F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))
-        self._kept = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(batch, tiles, side, channels + 2)
+        self._keys = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(batch, tiles, side, channels + 2)
         self.differentiable = rows.requires_grad
 
     def keys(self, first: int, last: int) -> Tensor:
-        assert self._kept is not None
-        return self._kept[:, first:last]
+        return self._keys[:, first:last]
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
         shared = F.pad(F.pad(u, (1, 0), value=1.0), (0, 1)).expand(self.batch, -1, -1)
@@ -411,21 +399,23 @@ class _TileSoftmax(torch.autograd.Function):
         ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         shared_sum, along_sum = shared.new_zeros(shared.shape), along.new_zeros(along.shape)
-        top = shared.new_full(shared.shape[:2], -torch.inf)
-        shift = tiles.shift(shared, along) if kernel.shifts else None
+        shifts = kernel.shifts(shared.shape[1] * tiles.inputs * tiles.key_width)
+        shift = tiles.shift(shared, along) if shifts else None
+        top = shared.new_full(shared.shape[:2], -torch.inf) if shift is None else shift
         for some, first, last in tiles.slabs(shared):
             q = tiles.spread(shared[some], along[some], first, last).to(kernel.dtype)
             k, before = _narrow(tiles.keys(first, last)[some], kernel.dtype), top[some]
             each = len(k) // len(before)
-            less = None if shift is None else shift[some].repeat_interleave(each, dim=0)
-            sums, level = kernel.forward(q, k, less)
-            level = level.float().view(len(before), each, -1)  # (B, T, n)
-            after = torch.maximum(before, level.amax(dim=1))
-            share = (level - after.unsqueeze(1)).exp().flatten(0, 1)
-            decay = (before - after).exp().unsqueeze(-1)
-            merged = shared_sum[some].mul_(decay), along_sum[some].mul_(decay)
-            tiles.gather(sums.float().mul_(share.unsqueeze(-1)), *merged, first, last)
-            top[some] = after
+            sums, level = kernel.forward(q, k, None if shift is None else before.repeat_interleave(each, dim=0))
+            merged = shared_sum[some], along_sum[some]
+            if shift is None:  # else all are of one level
+                level = level.float().view(len(before), each, -1)  # (B, T, n)
+                after = torch.maximum(before, level.amax(dim=1))
+                sums = sums.float().mul_((level - after.unsqueeze(1)).exp().view(-1, level.shape[-1], 1))
+                for x in merged:
+                    x *= (before - after).exp().unsqueeze(-1)
+                top[some] = after
+            tiles.gather(sums, *merged, first, last)
         # Without a number, where no input is one.
         weights = shared_sum[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
         total = (shared_sum[..., -1].log() + top).clamp_(min=NEVER)

@@ -33,7 +33,8 @@ class Kernel:
     """forward(q, k, shift): sums (T, n, w) and level (T, n) of q (T, n, w), k (T, m, w): exp(score - level) times key.
 
     `shift` (T, n) is more than every score by FAR at least, and more than the log of the whole normaliser by SPAN at
-    most; None where no such number is known. Only a kernel that `shifts` needs it, and then gives it as the level.
+    most, and is then the level; None where no such number is known. Only a kernel that shifts(multiply-adds of a tile's
+    scores) makes use of it.
 
     backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k, but for their last columns.
     `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is what is taken from
@@ -46,7 +47,7 @@ class Kernel:
     dtype: torch.dtype
     forward: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
-    shifts: bool = False
+    shifts: Callable[[int], bool] = lambda multiply_adds: False
 
 
 # ---------------------------------------------------------------- products
@@ -150,7 +151,7 @@ def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor,
     oneDNN has no exp to end a product with, but a sigmoid, which is the same far below zero: 3 ms for 10 of a pass over
     the scores, 224 x 224 inputs and 512 queries.
     """
-    if shift is None or not _pays(prod(q.shape[1:]) * k.shape[1]):
+    if shift is None:
         return _flash_cpu_forward(q, k, None)
     q[..., -1] = -shift
     each = zip(q.unbind(), k.unbind(), k.mT.unbind(), strict=True)
@@ -175,7 +176,7 @@ def _onednn_backward(
     return grad_q.mul_(unshift), None if grad_k is None else grad_k.mul_(unshift)
 
 
-ONEDNN = Kernel("oneDNN", torch.float32, _onednn_forward, _onednn_backward, shifts=True)
+ONEDNN = Kernel("oneDNN", torch.float32, _onednn_forward, _onednn_backward, shifts=_pays)
 
 
 # ---------------------------------------------------------------- CUDA
@@ -261,7 +262,7 @@ def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torc
     k[..., -1], q[..., -1], grad[..., -1] = 1, 0, 0
     q[..., 0], k[..., 0] = 1, 0
     k[:, 1, 0] = torch.finfo(torch.float16).min / 2 if kernel.dtype == torch.float16 else NEVER
-    shift = (q @ k.mT).amax(dim=-1).add_(FAR).to(device)
+    shift = (q @ k.mT).amax(dim=-1).add_(FAR).to(device) if kernel.shifts(queries * k[0].numel()) else None
     q, k, grad = (x.to(device, kernel.dtype) for x in (q, k, grad))
     sums, level = kernel.forward(q, k, shift)
     total = sums[..., -1].float()
