@@ -458,6 +458,15 @@ def test_long_files_are_read_in_spans_to_the_same_bits(tmp_path: Path, seconds: 
     assert not torch.equal(found[0][0].segments["audio"].values, found[0][3].segments["audio"].values)
 
 
+def test_a_file_that_is_replaced_is_looked_at_again(tmp_path: Path) -> None:
+    path = tmp_path / "again.wav"
+    example = Example("again", {CONTENT: Source(str(path))})
+    reader = Reader({"audio": SOUND}, Limits())
+    for seconds in (1, 2):
+        soundfile.write(path, np.zeros(seconds * RATE_HZ, dtype=np.float32), RATE_HZ)
+        assert reader.decode(example).seconds == reader.decode(example).seconds == {"audio": seconds}
+
+
 def test_views_of_evaluation_are_spread_over_the_file(tmp_path: Path) -> None:
     ramp = np.linspace(0, 0.9, RATE_HZ, dtype=np.float32)
     soundfile.write(tmp_path / "ramp.wav", ramp, RATE_HZ, subtype="FLOAT")

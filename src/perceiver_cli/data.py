@@ -7,19 +7,24 @@ A file that cannot be read is reported; no other example ever takes its place.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from perceiver_cli.catalog import Example
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.decoding import Decoder, Row, worker_died
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError, PerceiverError
+from perceiver_cli.preprocess.base import Array
+
+FREED_BYTES = 128 << 20  # that a worker may keep to use again
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 # ---------------------------------------------------------------- reading
 
@@ -108,6 +113,7 @@ class Reader(Decoder, Dataset[Batch]):
             collate_fn=_unchanged,  # type: ignore[arg-type]  # one task is one batch
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
+            worker_init_fn=_keep_freed_memory,
         )
         try:
             yield from loader
@@ -128,14 +134,28 @@ def collate(rows: Sequence[Row]) -> dict[str, Segment]:
         if first.positions is not None:
             blank = np.zeros_like(first.positions)
             places = [blank if array is None or array.positions is None else array.positions for array in found]
-            positions = torch.from_numpy(np.stack(places))
+            positions = _stacked(places)
         mask = torch.tensor([[array is not None] for array in found])
-        segments[name] = Segment(torch.from_numpy(np.stack(values)), positions, None if mask.all() else mask)
+        segments[name] = Segment(_stacked(values), positions, None if mask.all() else mask)
     return segments
+
+
+def _stacked(arrays: Sequence[Array]) -> Tensor:
+    """Return (B, ...) of arrays (...): in a worker, in memory that it shares with the process it works for."""
+    stacked: Tensor = default_collate([torch.from_numpy(array) for array in arrays])
+    return stacked
 
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
+
+
+def _keep_freed_memory(worker: int) -> None:
+    """Have glibc's malloc keep what is freed: it would give back the memory of each clip and fetch it for the next."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, FREED_BYTES)
+        mallopt(M_MMAP_THRESHOLD, FREED_BYTES // 4)
 
 
 # ---------------------------------------------------------------- mixing

@@ -25,6 +25,7 @@ from perceiver_cli.stream import Stored
 
 CHUNK = 16  # inputs per message between processes
 AHEAD = 2  # chunks of each process that may wait for those before them
+NOTED = 1 << 16  # files whose length is remembered
 LONG_CLIPS = 8  # clips; of a longer file only the span that is looked at is decoded, and nothing is kept
 DROPOUT_STREAM = 1  # tells the random numbers of withholding a modality from those of augmentation
 
@@ -66,6 +67,7 @@ class Decoder:
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
         self._decoded: dict[str, Decoded] = {}
+        self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
         self.timed: dict[str, TimedModality[Any]] = {
             name: kind for name in self.specs if isinstance(kind := modality(name), TimedModality)
         }
@@ -163,13 +165,23 @@ class Decoder:
             expected(source, name)
             if name in self.timed:
                 try:
-                    seconds[name] = self.timed[name].duration_s(source, self.limits)
+                    seconds[name] = self._duration_s(name, source)
                 except AbsentError as error:
                     absent = error
                     del sources[name]
         if absent is not None and not sources:
             raise absent
         return sources, seconds
+
+    def _duration_s(self, name: str, source: Source) -> float:
+        """Return the seconds of a file, noted for its next visit: to open a container takes 1 ms."""
+        state = source.state()
+        found = self._seconds.get((name, state))
+        if found is None:
+            found = self.timed[name].duration_s(source, self.limits)
+            if state is not None and len(self._seconds) < NOTED:
+                self._seconds[name, state] = found
+        return found
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.

@@ -42,6 +42,14 @@ class Source:
         """The name, safe to print."""
         return show_path(self.name)
 
+    def state(self) -> tuple[str, int, int] | None:
+        """Return what changes when the file does: name, bytes, time; None where there is no such file."""
+        try:
+            status = os.stat(self.name) if self.data is None else None
+        except (OSError, ValueError):
+            return None
+        return None if status is None else (self.name, status.st_size, status.st_mtime_ns)
+
     def head(self) -> bytes:
         """Return the first `HEAD_BYTES` bytes, for detection by content.
 

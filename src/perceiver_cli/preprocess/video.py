@@ -294,8 +294,8 @@ class _Canvas:
         height, width = self._kept(turned)
         if (height, width) != (frame.height, frame.width) and frame.format.name in PLANAR:
             # In two steps: twice as fast as both at once, which FFmpeg does without vector instructions.
-            frame = self.resize.reformat(frame, width, height, frame.format.name, interpolation="BICUBIC", threads=1)
-        frame = self.convert.reformat(frame, width, height, "rgb24", interpolation="BICUBIC", threads=1)
+            frame = self.resize.reformat(frame, width, height, frame.format.name, interpolation="BILINEAR", threads=1)
+        frame = self.convert.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1)
         picture: Array = frame.to_ndarray()
         if turned:
             picture = picture.transpose(1, 0, 2)
