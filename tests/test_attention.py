@@ -311,3 +311,42 @@ def test_self_attend_is_a_pre_norm_block() -> None:
         parts.append((q @ k.mT / 6**0.5).softmax(dim=-1) @ v)
     after = x + block.output(torch.cat(parts, dim=-1))
     torch.testing.assert_close(block(x), after + block.dense(after))
+
+
+@pytest.mark.parametrize("size", [0.3, 30.0])
+@pytest.mark.parametrize(("latents", "heads"), [(1, 1), (7, 4), (70, 2)])
+def test_heads_by_products_are_fused_attention(
+    monkeypatch: pytest.MonkeyPatch, size: float, latents: int, heads: int
+) -> None:
+    """Outputs and gradients against float64, with scores that their lengths bound well enough and with larger ones."""
+    torch.manual_seed(0)
+    block = SelfAttend(24, heads, 1)
+    with torch.no_grad():
+        block.query.weight *= size
+    exact = copy.deepcopy(block).double()
+    x = torch.randn(3, latents, 24)
+    called = []
+    level = attention._level
+    monkeypatch.setattr(attention, "_level", lambda q, k: called.append(level(q, k)) or called[-1])
+    monkeypatch.setattr(kernels, "ONEDNN_FROM", 1)
+    found, expected = block(x), exact(x.double())
+    assert len(called) == 3 * heads
+    target = torch.randn_like(x)
+    (found * target).sum().backward()
+    (expected * target.double()).sum().backward()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    largest = max(float(p.grad.abs().max()) for p in exact.parameters() if p.grad is not None)
+    for ours, theirs in zip(block.parameters(), exact.parameters(), strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
+def test_a_level_is_above_every_score_and_near_the_normaliser(size: float) -> None:
+    torch.manual_seed(0)
+    q, k = size * torch.randn(50, 16), torch.randn(80, 16)
+    scores = q.double() @ k.double().mT
+    level = attention._level(q, k)
+    assert (level.unsqueeze(-1) - scores).min() >= kernels.FAR - 1e-4
+    assert (level - scores.logsumexp(dim=-1)).max() <= kernels.SPAN

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from math import ceil, log, prod
+from math import ceil, exp, log, prod
 from typing import Any
 
 import torch
@@ -576,11 +576,78 @@ class SelfAttend(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return the new latents (B, N, D)."""
         projected = linears(latents, self.norm, [self.query, self.key, self.value])
-        query, key, value = (split_heads(x, self.heads) for x in projected)
-        read = merge_heads(attend(query, key, value, query.shape[-1] ** -0.5))
+        if _is_for_products(*projected[0].shape, self.heads, projected[0]):
+            read: Tensor = _HeadSoftmax.apply(self.heads, *projected)  # type: ignore[no-untyped-call]
+        else:
+            query, key, value = (split_heads(x, self.heads) for x in projected)
+            read = merge_heads(attend(query, key, value, query.shape[-1] ** -0.5))
         (attended,) = linears(read, unchanged, [self.output])
         latents = add(latents, attended)
         return add(latents, self.dense(latents))
+
+
+def _is_for_products(batch: int, latents: int, channels: int, heads: int, x: Tensor) -> bool:
+    """Return whether the attention of latents among themselves is faster as products of ours."""
+    plain = not torch.compiler.is_compiling() and x.dtype == torch.float32 and x.device.type == "cpu"
+    return plain and kernels.choose(x.device, x.dtype).shifts(latents * latents * channels // heads)
+
+
+class _HeadSoftmax(torch.autograd.Function):
+    """Attention of latents among themselves: read (B, N, D) of the heads of Q, K and V (B, N, D).
+
+    As in `_TileSoftmax` each score takes its level, and in the backward pass its normaliser, from one more column of
+    the queries, and a column of ones in the values sums the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (F.pad(split_heads(x, heads), (0, 1), value=1.0) for x in (query, key, value))  # (B, H, N, W + 1)
+        q *= (q.shape[-1] - 1) ** -0.5
+        out = torch.empty_like(query)
+        normaliser = q.new_empty(q.shape[:-1])
+        for place, read in _each_head(out, heads):
+            q[place][:, -1] = -_level(q[place][:, :-1], k[place][:, :-1])
+            sums = kernels.product(kernels.exponentials(q[place], k[place]), v[place].mT)
+            torch.div(sums[:, :-1], sums[:, -1:], out=read)
+            normaliser[place] = sums[:, -1].log() - q[place][:, -1]
+        q[..., -1] = -kernels.FAR - normaliser
+        ctx.heads = heads
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        delta = split_heads(grad * out, ctx.heads).sum(dim=-1, keepdim=True)
+        grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1)
+        found = [torch.empty_like(out) for _ in range(3)]
+        unshift = exp(kernels.FAR)
+        for (place, of_q), (_, of_k), (_, of_v) in zip(*(_each_head(x, ctx.heads) for x in found), strict=True):
+            weights = kernels.exponentials(q[place], k[place])
+            slopes = kernels.product(grad_out[place], v[place]).mul_(weights)
+            of_v[:] = kernels.product(weights.mT, grad_out[place].mT)[:, :-1]
+            of_q[:] = kernels.product(slopes, k[place].mT)[:, :-1]
+            of_k[:] = kernels.product(slopes.mT, q[place].mT)[:, :-1]
+        found[0] *= unshift * (q.shape[-1] - 1) ** -0.5
+        return None, found[0], found[1].mul_(unshift), found[2].mul_(unshift)
+
+
+def _each_head(x: Tensor, heads: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """Yield (example, head) and the head's part (N, W) of x (B, N, D)."""
+    parts = split_heads(x, heads)
+    for example in range(len(x)):
+        for head in range(heads):
+            yield (example, head), parts[example, head]
+
+
+def _level(q: Tensor, k: Tensor) -> Tensor:
+    """Return (N,): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly."""
+    above = q.norm(dim=-1) * k.norm(dim=-1).max() + kernels.FAR
+    below = q @ k.mean(dim=0) + log(len(k))
+    if (above - below).max() <= kernels.SPAN:
+        return above
+    return kernels.product(q, k).amax(dim=-1) + kernels.FAR
 
 
 def add(latents: Tensor, update: Tensor) -> Tensor:
