@@ -576,7 +576,7 @@ class SelfAttend(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         """Return the new latents (B, N, D)."""
         projected = linears(latents, self.norm, [self.query, self.key, self.value])
-        if _is_for_products(*projected[0].shape, self.heads, projected[0]):
+        if _is_for_products(projected[0], self.heads):
             read: Tensor = _HeadSoftmax.apply(self.heads, *projected)  # type: ignore[no-untyped-call]
         else:
             query, key, value = (split_heads(x, self.heads) for x in projected)
@@ -586,10 +586,11 @@ class SelfAttend(nn.Module):
         return add(latents, self.dense(latents))
 
 
-def _is_for_products(batch: int, latents: int, channels: int, heads: int, x: Tensor) -> bool:
-    """Return whether the attention of latents among themselves is faster as products of ours."""
-    plain = not torch.compiler.is_compiling() and x.dtype == torch.float32 and x.device.type == "cpu"
-    return plain and kernels.choose(x.device, x.dtype).shifts(latents * latents * channels // heads)
+def _is_for_products(x: Tensor, heads: int) -> bool:
+    """Return whether the attention of latents (B, N, D) among themselves is faster as products of ours."""
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return kernels.choose(x.device, x.dtype).shifts(x.shape[1] ** 2 * x.shape[2] // heads)
 
 
 class _HeadSoftmax(torch.autograd.Function):
@@ -643,11 +644,11 @@ def _each_head(x: Tensor, heads: int) -> Iterator[tuple[tuple[int, int], Tensor]
 
 def _level(q: Tensor, k: Tensor) -> Tensor:
     """Return (N,): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly."""
-    above = q.norm(dim=-1) * k.norm(dim=-1).max() + kernels.FAR
+    above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).max() + kernels.FAR
     below = q @ k.mean(dim=0) + log(len(k))
-    if (above - below).max() <= kernels.SPAN:
-        return above
-    return kernels.product(q, k).amax(dim=-1) + kernels.FAR
+    if (above - below).max() > kernels.SPAN:
+        above = kernels.product(q, k).amax(dim=-1) + kernels.FAR
+    return above
 
 
 def add(latents: Tensor, update: Tensor) -> Tensor:
