@@ -411,7 +411,9 @@ class _TileSoftmax(torch.autograd.Function):
             if shift is None:  # else all are of one level
                 level = level.float().view(len(before), each, -1)  # (B, T, n)
                 after = torch.maximum(before, level.amax(dim=1))
-                sums = sums.float().mul_((level - after.unsqueeze(1)).exp().view(-1, level.shape[-1], 1))
+                sums = sums.float()
+                sums[..., -1] = 1  # in half precision it is only nearly so
+                sums *= (level - after.unsqueeze(1)).exp().view(-1, level.shape[-1], 1)
                 for x in merged:
                     x *= (before - after).exp().unsqueeze(-1)
                 top[some] = after

@@ -33,8 +33,8 @@ class Kernel:
     """forward(q, k, shift): sums (T, n, w) and level (T, n) of q (T, n, w), k (T, m, w): exp(score - level) times key.
 
     `shift` (T, n) is more than every score by FAR at least, and more than the log of the whole normaliser by SPAN at
-    most, and is then the level; None where no such number is known. Only a kernel that shifts(multiply-adds of a tile's
-    scores) makes use of it.
+    most, and is then the level; None where no such number is known: the level is the log of the tile's normaliser. Only
+    a kernel that shifts(multiply-adds of a tile's scores) makes use of it.
 
     backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k, but for their last columns.
     `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is what is taken from
