@@ -330,7 +330,7 @@ def test_heads_by_products_are_fused_attention(
     monkeypatch.setattr(attention, "_level", lambda q, k: called.append(level(q, k)) or called[-1])
     monkeypatch.setattr(kernels, "ONEDNN_FROM", 1)
     found, expected = block(x), exact(x.double())
-    assert len(called) == 3 * heads
+    assert len(called) == 1
     target = torch.randn_like(x)
     (found * target).sum().backward()
     (expected * target.double()).sum().backward()
@@ -345,7 +345,7 @@ def test_heads_by_products_are_fused_attention(
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_a_level_is_above_every_score_and_near_the_normaliser(size: float) -> None:
     torch.manual_seed(0)
-    q, k = size * torch.randn(50, 16), torch.randn(80, 16)
+    q, k = size * torch.randn(3, 50, 16), torch.randn(3, 80, 16)
     scores = q.double() @ k.double().mT
     level = attention._level(q, k)
     assert (level.unsqueeze(-1) - scores).min() >= kernels.FAR - 1e-4

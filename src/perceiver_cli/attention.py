@@ -604,16 +604,14 @@ class _HeadSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (F.pad(split_heads(x, heads), (0, 1), value=1.0) for x in (query, key, value))  # (B, H, N, W + 1)
+        q, k, v = (F.pad(split_heads(x, heads), (0, 1), value=1.0).flatten(0, 1) for x in (query, key, value))
         q *= (q.shape[-1] - 1) ** -0.5
-        out = torch.empty_like(query)
-        normaliser = q.new_empty(q.shape[:-1])
-        for place, read in _each_head(out, heads):
-            q[place][:, -1] = -_level(q[place][:, :-1], k[place][:, :-1])
-            sums = kernels.product(kernels.exponentials(q[place], k[place]), v[place].mT)
-            torch.div(sums[:, :-1], sums[:, -1:], out=read)
-            normaliser[place] = sums[:, -1].log() - q[place][:, -1]
-        q[..., -1] = -kernels.FAR - normaliser
+        level = _level(q[..., :-1], k[..., :-1])
+        q[..., -1] = -level
+        each = zip(q.unbind(), k.unbind(), v.mT.unbind(), strict=True)  # (N, W + 1) of a head, or its transpose
+        sums = torch.stack([kernels.product(kernels.exponentials(a, b), c) for a, b, c in each])
+        out = merge_heads((sums[..., :-1] / sums[..., -1:]).view(len(query), heads, *q.shape[1:-1], -1))
+        q[..., -1] = -kernels.FAR - level - sums[..., -1].log()
         ctx.heads = heads
         ctx.save_for_backward(q, k, v, out)
         return out
@@ -623,33 +621,31 @@ class _HeadSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out = ctx.saved_tensors
         delta = split_heads(grad * out, ctx.heads).sum(dim=-1, keepdim=True)
-        grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1)
-        found = [torch.empty_like(out) for _ in range(3)]
+        grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1).flatten(0, 1)
+        found: list[list[Tensor]] = [[], [], []]
+        for a, b, c, d in zip(q.unbind(), k.unbind(), v.unbind(), grad_out.unbind(), strict=True):
+            weights = kernels.exponentials(a, b)
+            slopes = kernels.product(d, c).mul_(weights)
+            found[0].append(kernels.product(slopes, b.mT))
+            # oneDNN takes three times as long where the first matrix, if it is large, is transposed.
+            found[1].append(kernels.product(a.mT, slopes.mT).mT)
+            found[2].append(kernels.product(d.mT, weights.mT).mT)
+        shape = len(grad), ctx.heads, *q.shape[1:]
+        grads = [merge_heads(torch.stack(x).view(shape)[..., :-1]) for x in found]
         unshift = exp(kernels.FAR)
-        for (place, of_q), (_, of_k), (_, of_v) in zip(*(_each_head(x, ctx.heads) for x in found), strict=True):
-            weights = kernels.exponentials(q[place], k[place])
-            slopes = kernels.product(grad_out[place], v[place]).mul_(weights)
-            of_v[:] = kernels.product(weights.mT, grad_out[place].mT)[:, :-1]
-            of_q[:] = kernels.product(slopes, k[place].mT)[:, :-1]
-            of_k[:] = kernels.product(slopes.mT, q[place].mT)[:, :-1]
-        found[0] *= unshift * (q.shape[-1] - 1) ** -0.5
-        return None, found[0], found[1].mul_(unshift), found[2].mul_(unshift)
-
-
-def _each_head(x: Tensor, heads: int) -> Iterator[tuple[tuple[int, int], Tensor]]:
-    """Yield (example, head) and the head's part (N, W) of x (B, N, D)."""
-    parts = split_heads(x, heads)
-    for example in range(len(x)):
-        for head in range(heads):
-            yield (example, head), parts[example, head]
+        return None, grads[0].mul_(unshift * (q.shape[-1] - 1) ** -0.5), *(x.mul_(unshift) for x in grads[1:])
 
 
 def _level(q: Tensor, k: Tensor) -> Tensor:
-    """Return (N,): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly."""
-    above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).max() + kernels.FAR
-    below = q @ k.mean(dim=0) + log(len(k))
+    """Return (H, N): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly.
+
+    q, k: (H, N, W).
+    """
+    above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1, keepdim=True) + kernels.FAR
+    below = (q @ k.mean(dim=-2).unsqueeze(-1)).squeeze(-1) + log(k.shape[-2])
     if (above - below).max() > kernels.SPAN:
-        above = kernels.product(q, k).amax(dim=-1) + kernels.FAR
+        each = zip(q.unbind(), k.unbind(), strict=True)
+        above = torch.stack([kernels.product(a, b).amax(dim=-1) for a, b in each]) + kernels.FAR
     return above
 
 

@@ -176,7 +176,8 @@ def _onednn_backward(
         slopes = _onednn(grad[tile], keys).mul_(weights)
         grad_q[tile] = _onednn(slopes, keys.mT)
         if grad_k is not None:
-            grad_k[tile] = _onednn(weights.mT, grad[tile].mT) + _onednn(slopes.mT, q[tile].mT)
+            # Transposed: oneDNN takes three times as long where the first matrix is the large one and is transposed.
+            grad_k[tile] = (_onednn(grad[tile].mT, weights.mT) + _onednn(q[tile].mT, slopes.mT)).mT
     unshift = exp(FAR)
     return grad_q.mul_(unshift), None if grad_k is None else grad_k.mul_(unshift)
 
