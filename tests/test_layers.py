@@ -15,7 +15,7 @@ ROOT = Path(perceiver_cli.__file__).parent
 # Lowest first; rooms on one line may import those before them on the same line.
 ORDER = [
     "errors", "files", "config",
-    "preprocess.base", "preprocess",
+    "preprocess.base", "preprocess.rows", "preprocess",
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
     "draw", "stream", "encoding", "cost",
     "kernels",

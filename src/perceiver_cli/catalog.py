@@ -25,10 +25,10 @@ from perceiver_cli.files import show_path
 from perceiver_cli.folders import folders_in, parent, rows_in, suffix_of, tally, walk_files
 from perceiver_cli.manifest import CONTENT, MANIFESTS, Row, is_manifest, read_manifest
 from perceiver_cli.pairing import MOST, PROBES, File, assemble, companions, identity, look, sources_of, stem, streams
-from perceiver_cli.preprocess import candidates, formats, modality
+from perceiver_cli.preprocess import candidates, formats, holds_rows, modality
 from perceiver_cli.preprocess.base import Source
 from perceiver_cli.shards import UNLIMITED, Shards, key_of, open_shards, spooled, tar_files
-from perceiver_cli.stream import SPLITS, Feed, Header, Stored, read_records
+from perceiver_cli.stream import SPLITS, Feed, Header, Stored, read_records, settled_by_rows
 
 PARENT = "parent"  # to group by the folder that a file lies in
 
@@ -605,5 +605,10 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
         return found
     examples = catalog.splits["train"]
     ranked = sorted(examples, key=lambda e: e.key)
-    probes = {name: [e.sources[name] for e in ranked if name in e.sources][:PROBES] for name in specs}
-    return {name: modality(name).resolve(spec, probes[name], limits) for name, spec in specs.items()}
+    found = dict(specs)
+    for name, spec in specs.items():
+        probes = [e.sources[name] for e in ranked if name in e.sources][:PROBES]
+        if probes and holds_rows(probes[0]):
+            probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
+        found[name] = modality(name).resolve(spec, probes, limits)
+    return found

@@ -19,9 +19,9 @@ from perceiver_cli.catalog import Example, brought
 from perceiver_cli.config import AudioSpec, InputSpec, Limits, VideoSpec
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError, ResourceError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import expected, modality
+from perceiver_cli.preprocess import expected, holds_rows, modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Source, Span, TimedModality, cut_windows
-from perceiver_cli.stream import Stored
+from perceiver_cli.stream import Stored, stored_rows
 
 CHUNK = 16  # inputs per message between processes
 AHEAD = 2  # chunks of each process that may wait for those before them
@@ -161,6 +161,9 @@ class Decoder:
             if isinstance(source, Stored):
                 if name in self.timed and source.header.content == "decoded":
                     seconds[name] = source.seconds
+                continue
+            if holds_rows(source):
+                sources[name] = stored_rows(source, name, self.specs[name], self.limits)
                 continue
             expected(source, name)
             if name in self.timed:

@@ -16,6 +16,7 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.preprocess import candidates, modality
 from perceiver_cli.preprocess.base import Source
+from perceiver_cli.stream import safetensors_rows
 
 # The recipe of the paper for each modality: what `preprocess` follows unless told otherwise.
 PAPER = {"image": "imagenet", "audio": "audioset-audio", "video": "audioset-video", "points": "modelnet40"}
@@ -99,9 +100,7 @@ def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: st
 
     rows = np.ascontiguousarray(byte_array(source, spec, limits))
     if Path(output).suffix.lower() == ".safetensors":
-        from safetensors.numpy import save
-
-        data = save({spec.modality: rows})
+        data = safetensors_rows(rows, spec.modality, spec)
     else:
         stream = io.BytesIO()
         np.save(stream, rows)

@@ -8,8 +8,9 @@ from typing import Any
 from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess.base import Array, Modality, Source
+from perceiver_cli.preprocess.rows import kinds_in
 
-__all__ = ["BUILT_IN", "candidates", "decode", "detect", "expected", "formats", "modality", "register"]
+__all__ = ["BUILT_IN", "candidates", "decode", "detect", "expected", "formats", "holds_rows", "modality", "register"]
 
 # Name is file. Detection asks in this order: an animation could be read as an image, a video for its sound.
 BUILT_IN = ("video", "image", "audio", "points")
@@ -43,10 +44,19 @@ def candidates(source: Source) -> tuple[str, ...]:
         DataError: empty, unreadable, or of no known format.
     """
     head = source.head()
-    names = tuple(name for name in [*_registered, *BUILT_IN] if modality(name).sniff(head, source.name))
+    every = (*_registered, *BUILT_IN)
+    names = kinds_in(head, every) or tuple(name for name in every if modality(name).sniff(head, source.name))
     if not names:
         raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
     return names
+
+
+def holds_rows(source: Source) -> bool:
+    """Return whether a source is a byte array, one input as rows with Fourier features; not if it is unreadable."""
+    try:
+        return bool(kinds_in(source.head(), (*_registered, *BUILT_IN)))
+    except DataError:
+        return False
 
 
 def detect(source: Source) -> str:
@@ -61,6 +71,8 @@ def expected(source: Source, name: str) -> Modality[Any]:
         DataError: unreadable, or of another modality by its content; names both.
     """
     wanted = modality(name)
+    if holds_rows(source):
+        raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
     if not wanted.sniff(source.head(), source.name):
         raise DataError(f"{source.shown}: {detect(source)} by its content, expected {name}")
     return wanted
