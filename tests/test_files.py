@@ -31,7 +31,10 @@ def test_shown_names_keep_what_is_harmless() -> None:
     assert show_path("dir/café 1.png") == "'dir/café 1.png'"
 
 
-def test_atomic_write_replaces_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_atomic_write_replaces_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nameless: bool) -> None:
+    if not nameless:  # as on systems and file systems without such files
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
     target = tmp_path / "new" / "file"
     write_text(target, "old")
 
@@ -78,3 +81,15 @@ def test_a_full_disk_keeps_the_old_file(tmp_path: Path) -> None:
     assert done.stdout.startswith("ResourceError")
     assert (tmp_path / "f").read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="no files without a name here")
+def test_a_killed_process_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from perceiver_cli.files import atomic_write\n"
+        "with atomic_write(sys.argv[1]) as file:\n"
+        "    file.write(b'x' * 100_000); file.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "f"], capture_output=True, check=False)
+    assert done.returncode == -9
+    assert list(tmp_path.iterdir()) == []

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from perceiver_cli.config import Flag, load_preset
+from perceiver_cli.config import Flag, Limits, load_preset
 from perceiver_cli.errors import UsageError, counted
+from perceiver_cli.stream import Feed, read_records
 from tests.conftest import SMALL, Perceive, write_images
 
 PROGRAM = Path(sys.executable).parent / "perceiver"
@@ -103,6 +104,21 @@ def test_predict_keeps_every_name(hostile: Path, perceive: Perceive, style: str)
         rows = csv.reader(io.StringIO(text, newline=""))
         found = [row[0] for row in rows][1:]
     assert [os.fsencode(path) for path in found] == given
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_preprocess_keeps_every_name(hostile: Path, perceive: Perceive, listed: bool) -> None:
+    given = sorted(f"data/{name}".encode() + b"/" + file for name in "ab" for file in all_names())
+    given += sorted(b"data/a/" + file for file in all_names(b"cut"))
+    how = ["--files-from", "-", "-0", "--label-from", "parent"] if listed else ["data"]
+    done = perceive("preprocess", *how, "-m", "run", cwd=hostile, stdin=b"\0".join(given) if listed else None)
+    assert done.returncode == 3
+    assert not control(done.stderr)
+    assert done.stderr.count(b"cut") == 40
+    feed = Feed(io.BytesIO(done.stdout), "'x'")
+    facts = [record.facts for _, record in read_records(feed, Limits(), feed.take)]
+    assert {os.fsencode(each.path) for each in facts} == set(given[:80])
+    assert {each.labels for each in facts} == {("a",), ("b",)}
 
 
 def test_lint_keeps_every_name(hostile: Path, perceive: Perceive) -> None:

@@ -373,3 +373,21 @@ def test_tasks_of_records_travel_to_workers_as_places(bars: Path, tmp_path: Path
     array = decoder.decode(example).arrays["image"]
     assert not array.flags.owndata
     assert not array.flags.writeable
+
+
+def test_a_tar_that_becomes_shorter_while_it_is_read_is_a_data_error(bars: Path, tmp_path: Path) -> None:
+    """Reading a mapped file past its end would kill the process."""
+    path = tmp_path / "all.tar"
+    list(write_records(plan([str(bars)], changes=SMALL), str(path), lambda _: None))
+    catalog = scan(path)
+    reader = Reader({"image": catalog.prepared.inputs["image"]}, Limits())  # type: ignore[union-attr]
+    examples = catalog.splits["train"]
+    places = {example.id: example.sources["image"].at for example in examples}  # type: ignore[attr-defined]
+    cut = sorted(places.values())[len(places) // 2]
+    os.truncate(path, cut)
+    for example in examples:
+        if places[example.id] >= cut:
+            with pytest.raises(DataError, match="became shorter while it was read"):
+                reader.decode(example)
+        elif places[example.id] < cut - 100_000:
+            reader.decode(example)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
-import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -61,7 +61,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     """Open a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
 
     The order write, fsync(file), rename, fsync(folder) means that after a crash or a power cut the name holds
-    either the old content or the new, never a part (ALICE, OSDI 2014).
+    either the old content or the new, never a part (ALICE, OSDI 2014). Where the system can, the file has no name until
+    then, so that not even a killed process leaves one behind.
 
     Raises:
         ResourceError: the folder cannot be made or written, or the disk is full.
@@ -70,25 +71,32 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{target.name[:80]}.", suffix=".tmp")
+        temporary = folder / f".{target.name[:80]}.{secrets.token_hex(8)}.tmp"
+        handle, nameless = _opened(folder, temporary)
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
         with os.fdopen(handle, mode) as file:
             yield file
             file.flush()
-            # mkstemp gives 0600; an output has the mode that the user's umask asks for.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.fchmod(file.fileno(), 0o666 & ~umask)
             os.fsync(file.fileno())
+            if nameless:  # by a folder that is not used, which has Python follow the link to the file
+                os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
         os.replace(temporary, target)
         sync_folder(folder)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise cannot_write(target, error) from error
         raise
+
+
+def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:
+    """Return a handle of a new file in a folder, and whether it has no name yet; else it is `temporary`."""
+    if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
+        with suppress(OSError):  # not every file system has such files
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666), True
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666), False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

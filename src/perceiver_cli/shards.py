@@ -51,8 +51,15 @@ class Tar:
 
     def __init__(self, file: BinaryIO, path: str) -> None:
         self.path, self.token = path, next(_tokens)
-        self.bytes = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = memoryview(self._map)
         _open[self.token] = self
+
+    def part(self, at: int, size: int) -> memoryview:
+        """Return bytes of the tar, still on disk. Raises DataError if it has become too short for them."""
+        if self._map.size() < at + size:  # the system would end the process that reads there
+            raise DataError(f"{show_path(self.path)}: became shorter while it was read, found {self._map.size()} bytes")
+        return self._bytes[at : at + size]
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
         return _opened, (self.token,)
@@ -73,7 +80,7 @@ class Place(Stored):
     @property
     def npy(self) -> memoryview:
         """The array in the format of NPY, still on disk."""
-        return self.tar.bytes[self.at : self.at + self.size]
+        return self.tar.part(self.at, self.size)
 
 
 @dataclass(frozen=True)
