@@ -14,7 +14,7 @@ from perceiver_cli.draw import round_step
 
 WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 40  # margins, where names and numbers of axes stand
-TICKS = 5
+TICKS = 8  # at most, or so
 MAX_POINTS = 500  # of a line: more cannot be seen
 
 Point = tuple[float, float]
@@ -48,7 +48,6 @@ class Chart:
 
     name: str
     x_name: str
-    y_name: str
     x_ticks: Ticks
     y_ticks: Ticks
     lines: tuple[Line, ...]
@@ -72,13 +71,13 @@ class Scale:
         return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
 
     def ticks(self) -> Ticks:
-        """Return about TICKS round numbers."""
+        """Return round numbers."""
         step = round_step((self.high - self.low) / TICKS)
         first, last = ceil(self.low / step - 1e-6), floor(self.high / step + 1e-6)
         return tuple((self(k * step), f"{k * step:.4g}") for k in range(first, last + 1))
 
 
-def curves(name: str, x_name: str, y_name: str, lines: Sequence[tuple[str, int, Sequence[Point]]]) -> Chart | None:
+def curves(name: str, x_name: str, lines: Sequence[tuple[str, int, Sequence[Point]]]) -> Chart | None:
     """Return a chart of (name, slot, points) lines over one pair of axes; None where there are no two points."""
     lines = [line for line in lines if len(line[2]) > 1]
     if not lines:
@@ -92,7 +91,7 @@ def curves(name: str, x_name: str, y_name: str, lines: Sequence[tuple[str, int, 
         thinned = [points[k * len(points) // MAX_POINTS] for k in range(MAX_POINTS)]
         places = [(across(x), up(y)) for x, y in (points if len(points) <= MAX_POINTS else thinned)]
         drawn.append(Line(line, slot, _joined(places), tuple(places) if len(places) <= BINS else ()))
-    return Chart(name, x_name, y_name, across.ticks(), up.ticks(), tuple(drawn))
+    return Chart(name, x_name, across.ticks(), up.ticks(), tuple(drawn))
 
 
 def reliability(bins: Sequence[Bin | None]) -> Chart | None:
@@ -109,10 +108,9 @@ def reliability(bins: Sequence[Bin | None]) -> Chart | None:
             text = f"{part.count:,} of {total:,}: mean probability {part.confidence:.3f}, {part.correct:.3f} of them right"
             bars.append(Bar(left, top, round(right - left, 1), round(up(0) - top, 1), text))
     dots = tuple((across(part.confidence), up(part.correct)) for part in full)
-    lines = (Line("calibrated", 2, _joined([(across(0), up(0)), (across(1), up(1))])), Line("found", 1, _joined(dots), dots))
-    return Chart(
-        "Reliability diagram", "probability", "share right", across.ticks(), up.ticks(), lines, tuple(bars)
-    )  # fmt: skip
+    diagonal = Line("if calibrated", 2, _joined([(across(0), up(0)), (across(1), up(1))]))
+    lines = (diagonal, Line("share that is right", 1, _joined(dots), dots))
+    return Chart("Reliability diagram", "probability", across.ticks(), up.ticks(), lines, tuple(bars))
 
 
 def _joined(points: Sequence[Point]) -> str:

@@ -49,7 +49,7 @@ CELLS = 30  # classes up to which the confusion matrix is a table with numbers; 
 MAX_MATRIX = 1000  # classes up to which it is shown at all
 MAX_ROWS = 200  # classes in the table
 LISTED = 20  # names or files in a sentence
-SIDES = {"image": 200, "points": 240, "audio": 210, "video": 300}  # pixels of a picture, as `draw.sample` takes them
+SIDES = {"image": 200, "points": 240, "audio": 208, "video": 208}  # pixels of a picture, as `draw.sample` takes them
 JPEG_QUALITY = 85
 DIAGONAL, OFF_DIAGONAL = (27, 108, 168), (200, 72, 48)  # colours of a matrix that is a picture
 
@@ -137,8 +137,8 @@ def shown(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage with three digits that count: 8.91 %, 89.1 %, 100 %."""
-    return f"{100 * share:.3g} %"
+    """Return a share as a percentage: 8.9 %, 100 %."""
+    return f"{100 * share:.1f} %".replace("100.0", "100")
 
 
 # ---------------------------------------------------------------- figures
@@ -338,8 +338,8 @@ def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> list[charts.C
     shares = [("accuracy, validation", 1, points("val_accuracy")), ("mAP, validation", 2, points("val_mAP"))]
     losses = [("validation", 1, points("val_loss")), ("training", 2, [] if several else points("train_loss"))]
     drawn = (
-        charts.curves("Loss while training", "epoch", "loss", losses),
-        charts.curves("Accuracy while training", "epoch", "share", shares),
+        charts.curves("Loss while training", "epoch", losses),
+        charts.curves("Accuracy while training", "epoch", shares),
     )
     return [chart for chart in drawn if chart is not None]
 
