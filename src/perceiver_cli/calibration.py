@@ -120,7 +120,7 @@ def calibration_gaps(confidence: Floats, correct: NDArray[Any]) -> Floats:
     count = len(confidence)
     places = _bins(confidence).reshape(count, -1) + BINS * np.arange(count)[:, None]
     weights = (correct - confidence).reshape(-1)
-    return np.bincount(places.reshape(-1), weights, BINS * count).reshape(count, BINS)
+    return np.asarray(np.bincount(places.reshape(-1), weights, BINS * count).reshape(count, BINS), np.float64)
 
 
 def _bins(confidence: Floats) -> NDArray[np.int64]:

@@ -105,7 +105,9 @@ def reliability(bins: Sequence[Bin | None]) -> Chart | None:
     for k, part in enumerate(bins):
         if part is not None:
             left, right, top = across(k / len(bins)) + 1, across((k + 1) / len(bins)) - 1, up(part.count / most)
-            text = f"{part.count:,} of {total:,}: mean probability {part.confidence:.3f}, {part.correct:.3f} of them right"
+            text = (
+                f"{part.count:,} of {total:,}: mean probability {part.confidence:.3f}, {part.correct:.3f} of them right"
+            )
             bars.append(Bar(left, top, round(right - left, 1), round(up(0) - top, 1), text))
     dots = tuple((across(part.confidence), up(part.correct)) for part in full)
     diagonal = Line("if calibrated", 2, _joined([(across(0), up(0)), (across(1), up(1))]))

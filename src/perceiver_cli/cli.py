@@ -218,7 +218,8 @@ def evaluate(
         str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
     ] = None,
     calibrate: Annotated[
         bool,

@@ -233,7 +233,7 @@ class Decoder:
         start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
         if name in decoded.long:
             return self.load(name, decoded.long[name], (start_s, clip_s)), start_s
-        rate_hz = len(decoded.arrays[name]) / seconds
+        rate_hz = self.timed[name].steps_hz(spec)
         return decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))], start_s
 
     def _prepare(

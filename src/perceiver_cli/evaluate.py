@@ -352,7 +352,8 @@ def evaluate(
     report = score(
         predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
-        None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature, with_intervals=True,
+        None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature,
+        with_intervals=True,
     )  # fmt: skip
     return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes))
 

@@ -7,6 +7,7 @@ that there are. The draws are seeded: the same examples give the same interval.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +39,13 @@ def of_figure(figure: Callable[[Floats], float], count: int, resamples: int = RE
     moved back by as much, so that the median of the draws is where the figure is.
     """
     rng = np.random.default_rng(SEED)
-    draws = [figure(np.bincount(rng.integers(0, count, count), minlength=count) * 1.0) for _ in range(resamples)]
+    times = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples))
+    draws = [figure(one.astype(np.float64)) for one in times]
     low, high = _middle(np.array(draws))
     moved = figure(np.ones(count)) - float(np.median(draws))
     return low + moved, high + moved
 
 
-def _middle(draws: Floats) -> Interval:
+def _middle(draws: NDArray[Any]) -> Interval:
     low, high = np.quantile(draws, (OUTSIDE / 2, 1 - OUTSIDE / 2))
     return float(low), float(high)

@@ -1,8 +1,8 @@
 """The page of an evaluation: report.html, one file that opens from disk, loads nothing and can be sent to anybody.
 
 Figures with their intervals, classes, confusions with the media themselves, calibration, the curves of the run, facts,
-and the command that makes it again. Its size is bounded whatever was evaluated: media, classes and pairs are shown up to
-a number, and the page says so. All text in it is data from strangers: escaped by the template, C-escaped where it
+and the command that makes it again. Its size is bounded whatever was evaluated: media, classes and pairs are shown up
+to a number, and the page says so. All text in it is data from strangers: escaped by the template, C-escaped where it
 cannot be shown.
 """
 
@@ -20,7 +20,7 @@ from importlib import resources
 from importlib.metadata import version
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 import numpy as np
@@ -104,7 +104,9 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         hardest=_hardest(report, gallery),
         gallery=gallery,
         rows=_rows(report),
-        never=[] if report.confusion is None else [n for n, row in report.per_class.items() if row["precision"] is None],
+        never=[]
+        if report.confusion is None
+        else [n for n, row in report.per_class.items() if row["precision"] is None],
         absent=[] if report.confusion is None else [n for n, row in report.per_class.items() if not row["count"]],
         matrix=_matrix(report),
         reliability=charts.reliability(report.bins),
@@ -122,9 +124,7 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
 
 @lru_cache(maxsize=1)
 def _template() -> jinja2.Template:
-    world = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    world = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     world.filters |= {"shown": shown, "counted": counted, "percent": percent}
     return world.from_string((resources.files("perceiver_cli") / "report.html").read_text("utf-8"))
 
@@ -180,9 +180,8 @@ def _rows(report: Report) -> list[dict[str, Any]]:
     for name, row in report.per_class.items():
         figure = row["average_precision"] if report.confusion is None else row["accuracy"]
         ends = None
-        if figure is not None and "correct" in row:
-            assert isinstance(row["correct"], int) and isinstance(row["count"], int)
-            ends = intervals.of_share(row["correct"], row["count"])
+        if count := row.get("count"):
+            ends = intervals.of_share(int(row["correct"] or 0), int(count))
         rows.append({"name": name, "figure": figure, "ends": ends, **row})
     if len(rows) > MAX_ROWS:
         rows.sort(key=lambda row: (row["figure"] is None, row["figure"]))
@@ -190,7 +189,7 @@ def _rows(report: Report) -> list[dict[str, Any]]:
 
 
 def _matrix(report: Report) -> dict[str, Any] | None:
-    """Return the confusion matrix: rows of (count, share of the class), or a picture of the shares; None if too large."""
+    """Return the confusion matrix: rows of (count, share of the row), or a picture of shares; None if too large."""
     if report.confusion is None or len(report.classes) > MAX_MATRIX:
         return None
     counts = np.array(report.confusion)
@@ -285,13 +284,13 @@ def _pairs(report: Report, gallery: _Gallery) -> list[Pair]:
         if not record["correct"]:
             mistakes[record["label"], record["prediction"]].append((-record["prob"], k))
     most = sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]
-    totals = {name: row["count"] for name, row in report.per_class.items()}
+    totals = {name: int(row["count"] or 0) for name, row in report.per_class.items()}
     pairs = []
     for (true, predicted), found in most:
         media = (gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(found)[:EACH])
-        total = totals[true]
-        assert isinstance(total, int)
-        pairs.append(Pair(true, predicted, len(found), total, tuple(medium for medium in media if medium is not None)))
+        pairs.append(
+            Pair(true, predicted, len(found), totals[true], tuple(medium for medium in media if medium is not None))
+        )
     return pairs
 
 
@@ -344,7 +343,7 @@ def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> list[charts.C
     return [chart for chart in drawn if chart is not None]
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and abs(value) < 1e30 and isfinite(value)
 
 
@@ -364,7 +363,10 @@ def _facts(report: Report, predictor: Predictor, data: str) -> dict[str, list[tu
             ("data", data),
             ("split", report.split + (", as the run held it out" if report.split_from == "run" else "")),
             ("examples", f"{report.num_examples:,} of {', '.join(report.modalities)}"),
-            ("classes", f"{len(report.classes):,}, {'several labels' if report.confusion is None else 'one label'} each"),
+            (
+                "classes",
+                f"{len(report.classes):,}, {'several labels' if report.confusion is None else 'one label'} each",
+            ),
             ("unreadable", f"{len(report.bad):,}"),
             ("of unknown classes", f"{report.strangers:,}"),
         ],
