@@ -61,7 +61,8 @@ def test_train_evaluate_predict(perceive: Perceive, bars: Path, tmp_path: Path) 
     assert (report["split"], report["num_examples"]) == ("test", 30)
     assert report["accuracy"] > 0.9
     assert b"using 'runs/latest/model.safetensors'" in done.stderr
-    assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json", "predictions.jsonl", "confusion.png"}
+    names = {"report.html", "metrics.json", "predictions.jsonl", "confusion.png"}
+    assert {p.name for p in (tmp_path / "report").iterdir()} == names
 
     file = next((bars / "test" / "right").iterdir())
     (line,) = lines(perceive("predict", file, cwd=tmp_path).stdout)

@@ -83,15 +83,48 @@ def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
     return tuple(thresholds)
 
 
+@dataclass(frozen=True)
+class Bin:
+    """Probabilities that fell into one bin: how many, their mean, and the share of them that came true."""
+
+    count: int
+    confidence: float
+    correct: float
+
+
+def reliability(confidence: Floats, correct: NDArray[Any]) -> tuple[Bin | None, ...]:
+    """Return the reliability diagram: BINS of equal width in 0..1, None where one is empty.
+
+    confidence, correct: as of the ECE. Nothing where a confidence is not a number.
+    """
+    if not np.isfinite(confidence).all():
+        return ()
+    bins = _bins(confidence.reshape(-1))
+    columns = (np.bincount(bins, weights, BINS) for weights in (None, confidence.reshape(-1), correct.reshape(-1)))
+    return tuple(Bin(int(n), c / n, t / n) if n else None for n, c, t in np.stack([*columns], axis=1).tolist())
+
+
 def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
     """Return the expected calibration error (ECE): mean |share correct - mean confidence| over BINS, by their counts.
 
-    confidence: (n,) probabilities; correct: (n,) of 0 and 1. Not a number where a confidence is none.
+    confidence: (n,) probabilities, or (n, k) of several each; correct: of 0 and 1, in the same shape. Not a number
+    where a confidence is none.
     """
     if not np.isfinite(confidence).all():
         return nan
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    return float(np.abs(np.bincount(bins, correct - confidence, BINS)).sum() / len(confidence))
+    return float(np.abs(calibration_gaps(confidence, correct).sum(axis=0)).sum() / confidence.size)
+
+
+def calibration_gaps(confidence: Floats, correct: NDArray[Any]) -> Floats:
+    """Return (n, BINS): for each of n examples and bin, the sum of correct - confidence. Arguments as of the ECE."""
+    count = len(confidence)
+    places = _bins(confidence).reshape(count, -1) + BINS * np.arange(count)[:, None]
+    weights = (correct - confidence).reshape(-1)
+    return np.asarray(np.bincount(places.reshape(-1), weights, BINS * count).reshape(count, BINS), np.float64)
+
+
+def _bins(confidence: Floats) -> NDArray[np.int64]:
+    return np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
 def softmax(logits: Floats) -> Floats:

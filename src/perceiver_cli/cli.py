@@ -218,7 +218,8 @@ def evaluate(
         str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for metrics.json, predictions.jsonl, confusion.png.")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
     ] = None,
     calibrate: Annotated[
         bool,
@@ -250,8 +251,14 @@ def evaluate(
     for _, error in report.bad[:20]:
         console.complain(f"perceiver evaluate: {error}")
     if output is not None:
+        from perceiver_cli.report import REPORT_FILE, write_report
+
         save_report(report, output)
-        console.say(f"wrote metrics.json, predictions.jsonl and confusion.png into {show_path(output)}")
+        words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
+        words += ["--use", use] if use is not None else []
+        words += [word for raised in limit or [] for word in ("--limit", raised)]
+        write_report(report, predictor, data, [*words, "-o", os.fspath(output)], output)
+        console.say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     console.show_report(report, json)
     if report.bad:
         raise typer.Exit(EXIT_DATA)

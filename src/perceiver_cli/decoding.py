@@ -238,6 +238,19 @@ class Decoder:
             return [float(rng.uniform(0, spare_s))]
         return [spare_s * (view + 0.5 * (count == 1)) / max(1, count - 1) for view in range(count)]
 
+    def clip(self, name: str, decoded: Decoded, start_s: float | None) -> tuple[Array, float]:
+        """Return what the view from `start_s` on is made of, as it was decoded, and the second at which it begins.
+
+        Sound or video shorter than the clip is whole; None is the middle.
+        """
+        spec, seconds = self.specs[name], decoded.seconds[name]
+        clip_s = self.timed[name].clip_s(spec)
+        start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
+        if name in decoded.long:
+            return self.load(name, decoded.long[name], (start_s, clip_s)), start_s
+        rate_hz = self.timed[name].steps_hz(spec)
+        return decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))], start_s
+
     def _prepare(
         self, name: str, decoded: Decoded, rng: np.random.Generator | None, start_s: float | None
     ) -> ByteArray:

@@ -310,7 +310,7 @@ def key(width: int, table: Sequence[tuple[int, int, int]], low: str, high: str) 
 
 def _seconds_axis(width: int, start_s: float, seconds: float) -> Picture:
     """Return about six marks of time."""
-    step = _round_step(seconds / 6)
+    step = round_step(seconds / 6)
     digits = max(0, int(np.ceil(-np.log10(step))))
     strip = Image.new("RGB", (width, TEXT + 6), WHITE)
     pen, font = ImageDraw.Draw(strip), _font(TEXT - 3)
@@ -323,7 +323,7 @@ def _seconds_axis(width: int, start_s: float, seconds: float) -> Picture:
     return strip
 
 
-def _round_step(least: float) -> float:
+def round_step(least: float) -> float:
     """Return 1, 2 or 5 times a power of ten, at least `least`."""
     unit = 10.0 ** np.floor(np.log10(max(least, 1e-6)))
     return float(next(unit * k for k in (1, 2, 5, 10) if unit * k >= least))

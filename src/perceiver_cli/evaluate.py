@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_cli.calibration import Calibration, calibration_error, fit_temperature, fit_thresholds, sigmoid
+from perceiver_cli import intervals
+from perceiver_cli.calibration import (
+    Bin,
+    Calibration,
+    calibration_error,
+    calibration_gaps,
+    fit_temperature,
+    fit_thresholds,
+    reliability,
+    sigmoid,
+)
 from perceiver_cli.catalog import Catalog, Example, merged, scan
 from perceiver_cli.checkpoint import MODEL_FILE, store_calibration
 from perceiver_cli.data import Reader, ordered_tasks
@@ -26,6 +36,7 @@ from perceiver_cli.predict import Predictor, run
 from perceiver_cli.splits import SPLIT_FILE, read_split
 
 TOP = 5
+MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities gone through for the interval of the mAP, about 10 s
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,9 @@ class Report:
     with several labels; None where no example has the class. modalities: what it was answered from. records: one per
     example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
     which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
-    (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`.
-    which are left out. split_from: who says what is in the split, "data" or the "run" that held it out.
+    (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`;
+    bins: those of the ECE. intervals_95: of the headline figures, by name, where they were asked for. examples: those
+    of the records. split_from: who says what is in the split, "data" or the "run" that held it out.
     """
 
     classes: tuple[str, ...]
@@ -59,6 +71,9 @@ class Report:
     ece: float | None = None
     ece_uncalibrated: float | None = None
     temperature: float = 1.0
+    bins: tuple[Bin | None, ...] = ()
+    intervals_95: Mapping[str, intervals.Interval] = field(default_factory=dict)
+    examples: tuple[Example, ...] = field(default=(), repr=False)
 
     @property
     def mean_average_precision(self) -> float | None:
@@ -96,6 +111,7 @@ class Report:
             "ece": self.ece,
             "ece_uncalibrated": self.ece_uncalibrated,
             "temperature": self.temperature,
+            "intervals_95": {name: list(ends) for name, ends in self.intervals_95.items()},
             "num_examples": self.num_examples,
             "split": self.split,
             "split_from": self.split_from,
@@ -121,8 +137,13 @@ def score(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
     temperature: float = 1.0,
+    *,
+    with_intervals: bool = False,
 ) -> Report:
-    """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be scored."""
+    """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be scored.
+
+    with_intervals: also say how sure the headline figures are, which takes seconds on 100,000 examples.
+    """
     multi_label = reader.multi_label_classes > 0
     answered = answers(model, reader, examples, compute, batch_size, workers, progress)
     scored, targets = answered.examples, answered.targets
@@ -151,16 +172,29 @@ def score(
         )
         if not multi_label:
             confusion[example.labels[0], best[0]] += 1
+    right = sum(record["correct"] for record in records)
+    among = sum(not set(best).isdisjoint(e.labels) for e, best in zip(scored, ranked, strict=True))
+    confidence, true = _judged(probabilities, targets)
+    intervals_95: dict[str, intervals.Interval] = {}
+    if with_intervals:
+        shares = {"accuracy": right, "top5": among}
+        intervals_95 = {name: intervals.of_share(hits, len(scored)) for name, hits in shares.items()}
+        intervals_95 |= _resampled(losses.numpy(), confidence, true)
     return Report(
         classes=classes,
-        accuracy=sum(record["correct"] for record in records) / len(scored),
-        top5=sum(not set(best).isdisjoint(e.labels) for e, best in zip(scored, ranked, strict=True)) / len(scored),
+        accuracy=right / len(scored),
+        top5=among / len(scored),
         loss=float(losses.mean()),
         confusion=None if multi_label else tuple(tuple(row) for row in confusion.tolist()),
         num_examples=len(scored),
-        ece=_ece(probabilities, targets),
-        ece_uncalibrated=_ece(answered.logits.sigmoid() if multi_label else answered.logits.softmax(dim=1), targets),
+        ece=calibration_error(confidence, true),
+        ece_uncalibrated=calibration_error(
+            *_judged(answered.logits.sigmoid() if multi_label else answered.logits.softmax(dim=1), targets)
+        ),
         temperature=temperature,
+        bins=reliability(confidence, true),
+        intervals_95=intervals_95,
+        examples=answered.examples,
         average_precision=average_precision(probabilities, targets) if multi_label else None,
         records=tuple(records),
         bad=answered.bad,
@@ -224,11 +258,48 @@ def answers(
     return Answered(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
 
 
-def _ece(probabilities: Tensor, targets: Tensor) -> float:
+def _judged(probabilities: Tensor, targets: Tensor) -> tuple[Any, Any]:
+    """Return the probabilities that are held to what came true, and that: (n,) of the first label, or (n, classes)."""
     if targets.ndim == 2:
-        return calibration_error(probabilities.flatten().numpy(), targets.flatten().numpy())
+        return probabilities.numpy(), targets.numpy()
     confidence, best = probabilities.max(dim=1)
-    return calibration_error(confidence.numpy(), (best == targets).numpy())
+    return confidence.numpy(), (best == targets).numpy()
+
+
+def _resampled(losses: Any, confidence: Any, true: Any) -> dict[str, intervals.Interval]:
+    """Return the intervals of loss and ECE and, with several labels, of the mAP, by name."""
+    if not (np.isfinite(losses).all() and np.isfinite(confidence).all()):
+        return {}
+    count = len(losses)
+    gaps = calibration_gaps(confidence, true)
+    found = {
+        "loss": intervals.of_figure(lambda times: float(times @ losses / count), count),
+        "ece": intervals.of_figure(lambda times: float(np.abs(times @ gaps).sum() / true.size), count),
+    }
+    if true.ndim == 2 and true.any():
+        draws = int(np.clip(MAX_RESAMPLED / true.size, LEAST_RESAMPLES, intervals.RESAMPLES))
+        found["mAP"] = intervals.of_figure(_mean_average_precision(confidence, true), count, draws)
+    return {name: (max(0.0, low), high) for name, (low, high) in found.items()}
+
+
+def _mean_average_precision(scores: Any, targets: Any) -> Callable[[Any], float]:
+    """Return the mAP of scores (n, classes) as a function of how often (n,) each example counts.
+
+    Equal scores count in the order of the examples. A class without examples among those that count is left out.
+    """
+    ranked = [(order, targets[order, k] > 0) for k, order in enumerate(np.argsort(-scores.T, kind="stable"))]
+
+    def mean(times: Any) -> float:
+        found = []
+        for order, hits in ranked:
+            weights = times[order]
+            right = np.cumsum(weights * hits)
+            if right[-1]:
+                precision = right[hits] / np.cumsum(weights)[hits].clip(min=1)
+                found.append(weights[hits] @ precision / right[-1])
+        return float(np.mean(found)) if found else 0.0
+
+    return mean
 
 
 def average_precision(scores: Tensor, targets: Tensor) -> tuple[float | None, ...]:
@@ -282,8 +353,9 @@ def evaluate(
         predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
         None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature,
+        with_intervals=True,
     )  # fmt: skip
-    return Report(**{**vars(report), "split": name, "split_from": origin, "modalities": used, "notes": tuple(notes)})
+    return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes))
 
 
 def calibrate(

@@ -206,14 +206,8 @@ def _shown(name: str, reader: Reader, decoded: Decoded, start_s: float | None, h
             count = min(len(raw), len(heat))
             return Shown(raw[:count], spec, _folded(heat, count), _folded(attention, count))
         return Shown(raw, spec, heat, attention)
-    timed, seconds = reader.timed[name], decoded.seconds[name]
-    clip_s = timed.clip_s(spec)
-    start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
-    if name in decoded.long:
-        raw = timed.load(decoded.long[name], spec, reader.limits, (start_s, clip_s))
-    else:
-        rate_hz = len(decoded.arrays[name]) / seconds
-        raw = decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))]
+    raw, start_s = reader.clip(name, decoded, start_s)
+    seconds, clip_s = decoded.seconds[name], reader.timed[name].clip_s(spec)
     own = max(1, min(len(heat), round(len(heat) * (seconds - start_s) / clip_s)))
     end_s = start_s + min(clip_s, seconds)
     return Shown(raw, spec, _folded(heat, own), _folded(attention, own), start_s, end_s)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_cli.checkpoint import MODEL_FILE, STATE_FOLDER
-from perceiver_cli.errors import ResourceError, UsageError
+from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import cannot_write, show_path, write_text
 
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+MAX_LOG_BYTES = 64 << 20
 
 
 @contextmanager
@@ -63,9 +64,8 @@ class MetricsLog:
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS_FILE
-        lines = self.path.read_text("utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        kept = [record for record in read_log(run) if record["step"] <= step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line."""
@@ -74,6 +74,26 @@ class MetricsLog:
                 file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise cannot_write(self.path, error) from error
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the evaluations in a run's log, oldest first; none without one. A line that was cut short is left out.
+
+    Raises:
+        IntegrityError: it holds something else.
+    """
+    path = run / METRICS_FILE
+    try:
+        with path.open("rb") as file:
+            lines = file.read(MAX_LOG_BYTES).split(b"\n")
+        records = [json.loads(line) for line in lines if line.endswith(b"}")]
+        if not all(isinstance(record["step"], int) for record in records):
+            raise ValueError("a step is no whole number")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: not the log of a run: {error}") from error
+    return records
 
 
 def next_run(name: str) -> Path:
