@@ -142,7 +142,8 @@ def collate(rows: Sequence[Row]) -> dict[str, Segment]:
 
 def _stacked(arrays: Sequence[Array]) -> Tensor:
     """Return (B, ...) of arrays (...): in a worker, in memory that it shares with the process it works for."""
-    stacked: Tensor = default_collate([torch.from_numpy(array) for array in arrays])
+    own = [array if array.flags.writeable else array.copy() for array in arrays]  # those of records lie on disk
+    stacked: Tensor = default_collate([torch.from_numpy(array) for array in own])
     return stacked
 
 
