@@ -106,7 +106,8 @@ def test_names_of_the_package_are_what_they_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["presets"], ["info", "imagenet"], ["--version"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["compare", "--help"], ["presets"], ["info", "imagenet"], ["--version"]],
 )
 def test_light_commands_do_not_import_torch(arguments: list[str]) -> None:
     script = (

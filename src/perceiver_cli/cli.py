@@ -18,7 +18,7 @@ import typer
 
 from perceiver_cli import completion, console
 from perceiver_cli.errors import EXIT_DATA, DataError, UsageError, counted
-from perceiver_cli.files import show_command, show_path
+from perceiver_cli.files import check_plot, show_command, show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
@@ -615,6 +615,26 @@ def info(
     console.show_facts(describe(name), json)
 
 
+@app.command()
+def compare(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", autocompletion=completion.models, help="Run folders, two or more.")
+    ],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also a plot: FILE.png or FILE.svg.")] = None,
+    json: Json = False,
+) -> None:
+    """Put runs side by side: validation accuracy with its interval, time, parameters, and what was set differently."""
+    if output is not None:
+        check_plot(output)
+    from perceiver_cli import compare as comparing
+
+    comparison = comparing.compare(runs)
+    if output is not None:
+        comparing.draw(comparison, output)
+        console.say(f"wrote {show_path(output)}")
+    console.show_comparison(comparison, json)
+
+
 @app.command("lr-find")
 def lr_find(
     data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
@@ -640,7 +660,7 @@ def lr_find(
     from perceiver_cli import lr_find as finder
     from perceiver_cli.train import Trainer
 
-    finder.check_plot(output)
+    check_plot(output)
     with console.counting("training") as progress:
         curve = finder.find(Trainer(data, None, recipe, overrides=overrides), steps, progress)
     finder.draw(curve, output)

@@ -34,6 +34,7 @@ from perceiver_cli.errors import (
 from perceiver_cli.files import printable, show_path
 
 if TYPE_CHECKING:
+    from perceiver_cli.compare import Comparison
     from perceiver_cli.evaluate import Report
     from perceiver_cli.events import Evaluated, Event, StepDone
     from perceiver_cli.explain import Explanation
@@ -624,6 +625,30 @@ def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
         return
     say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
     emit(f"{command}\n")
+
+
+def show_comparison(comparison: Comparison, as_json: bool) -> None:
+    """Print runs side by side, a row each, and a column for each option that differs; or one JSON object."""
+    for note in comparison.notes:
+        say(f"note: {note}")
+    if as_json:
+        emit_json(comparison.to_dict())
+        return
+    precise = any(run.mAP is not None for run in comparison.runs)
+    columns = ["accuracy", "interval", *(["mAP"] if precise else []), "loss", "examples", "seconds", "parameters"]
+    table = _table("name", *columns, *(show_path(key)[1:-1] for key in comparison.differences))
+    for place, run in enumerate(comparison.runs):
+        interval = "-" if run.interval_95 is None else "{:.3f}-{:.3f}".format(*run.interval_95)
+        measured = [_cell_of(run.accuracy, ".4f"), interval, *([_cell_of(run.mAP, ".4f")] if precise else [])]
+        costs = [_cell_of(run.loss, ".4f"), _cell_of(run.num_examples, ","), _cell_of(run.seconds, ".0f")]
+        settings = [values[place] for values in comparison.differences.values()]
+        words = [Text("-" if value is None else show_path(str(value))[1:-1]) for value in settings]
+        table.add_row(Text(show_path(run.run)[1:-1]), *measured, *costs, f"{run.parameters:,}", *words)
+    _emit_table(table)
+
+
+def _cell_of(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from perceiver_cli.errors import ResourceError
+from perceiver_cli.errors import ResourceError, UsageError
 
 MAX_SHOWN = 200  # characters of a path in a message
 
@@ -103,6 +103,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` as UTF-8 to `path`, whole or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def check_plot(path: str | os.PathLike[str]) -> str:
+    """Return the format of a plot by its suffix. Raises UsageError where it is neither PNG nor SVG."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in (".png", ".svg"):
+        raise UsageError(f"-o {show_path(path)}: not a format drawn here", "expected .png or .svg")
+    return suffix[1:]
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,10 +6,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, sqrt
-from pathlib import Path
 
-from perceiver_cli.errors import DivergedError, UsageError
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.errors import DivergedError
+from perceiver_cli.files import atomic_write, check_plot
 from perceiver_cli.train import Trainer
 
 RATES = (1e-5, 1.0)  # first and last
@@ -82,14 +81,6 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
     if best < LEAST_STEPS:
         notes.append("the loss never fell: the suggestion means nothing")
     return Curve(tuple(rates), tuple(losses), tuple(smoothed), float(f"{suggestion:.2g}"), tuple(notes))
-
-
-def check_plot(path: str | os.PathLike[str]) -> str:
-    """Return the format of a plot by its suffix. Raises UsageError where it is neither PNG nor SVG."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".png", ".svg"):
-        raise UsageError(f"-o {show_path(path)}: not a format drawn here", "expected .png or .svg")
-    return suffix[1:]
 
 
 def draw(curve: Curve, path: str | os.PathLike[str]) -> None:
