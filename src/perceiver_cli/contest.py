@@ -94,8 +94,11 @@ def measure(job: Job) -> Measured:
 
     seconds = _median_seconds(call, job.seconds, compute)
     peak = torch.cuda.max_memory_allocated() if compute.device.type == "cuda" else _peak_bytes() - base
-    products = [_product_seconds(config, job.batch, compute, product) for product in (_stock_product, kernels.product)]
-    return Measured(seconds, peak, (products[0], products[1]), contender.differs)
+    stock, fastest = (
+        _product_seconds(config, job.batch, compute, product, min(1.0, job.seconds))
+        for product in (_stock_product, kernels.product)
+    )
+    return Measured(seconds, peak, (stock, fastest), contender.differs)
 
 
 def _training_step(contender: peers.Contender, batch: int, compute: Compute, *, alone: bool) -> Callable[[], None]:
@@ -127,7 +130,11 @@ def _median_seconds(call: Callable[[], None], seconds: float, compute: Compute) 
 
 
 def _product_seconds(
-    config: Config, batch: int, compute: Compute, product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    config: Config,
+    batch: int,
+    compute: Compute,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    seconds: float,
 ) -> float:
     """Return what the matrix products of all latent Transformers of one forward take here, and nothing else of them.
 
@@ -157,7 +164,7 @@ def _product_seconds(
                 product(query, query)
                 product(scores, query.mT)
 
-    return _median_seconds(call, 1.0, compute) * sum(kind == "t" for kind, _ in model.steps)
+    return _median_seconds(call, seconds, compute) * sum(kind == "t" for kind, _ in model.steps)
 
 
 def _stock_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
