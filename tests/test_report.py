@@ -217,7 +217,12 @@ def test_a_class_never_answered_or_absent_a_moved_model_and_no_mistake(
 def test_a_damaged_log_is_said_so(trained: Path, bars: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    for log in ('{"step": "<b>"}\n{"step": 2}\n', "[[[[}\n", '{"step": 1, "epoch": NaN, "val_loss": 1e999}\n' * 3):
+    for log in (
+        '{"step": "<b>"}\n{"step": 2}\n',
+        "[[[[}\n",
+        '{"step": 1, "epoch": NaN, "val_loss": 1e999}\n' * 3,
+        '{"step": 1, "epoch": 1, "val_loss": 1e29}\n{"step": 2, "epoch": -5, "val_loss": -1e29}\n',
+    ):
         (run / "metrics.jsonl").write_text(log)
         found = Page(made(run, bars)[1])
         assert "Loss while training" not in found.text

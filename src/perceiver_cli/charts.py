@@ -61,7 +61,7 @@ class Chart:
 
 
 class Scale:
-    """From values to pixels: `low` to `high`, which differ, lie between two pixels."""
+    """From values to pixels: those from `low` to `high` lie between two pixels."""
 
     def __init__(self, low: float, high: float, start: float, end: float) -> None:
         self.low, self.high, self.start, self.end = low, high if high > low else low + 1, start, end
@@ -88,8 +88,7 @@ def curves(name: str, x_name: str, lines: Sequence[tuple[str, int, Sequence[Poin
     up = Scale(max(0.0, min(ys) - room), max(ys) + room, HEIGHT - BOTTOM, TOP)
     drawn = []
     for line, slot, points in lines:
-        thinned = [points[k * len(points) // MAX_POINTS] for k in range(MAX_POINTS)]
-        places = [(across(x), up(y)) for x, y in (points if len(points) <= MAX_POINTS else thinned)]
+        places = [(across(x), up(y)) for x, y in points[:: ceil(len(points) / MAX_POINTS)]]
         drawn.append(Line(line, slot, _joined(places), tuple(places) if len(places) <= BINS else ()))
     return Chart(name, x_name, across.ticks(), up.ticks(), tuple(drawn))
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -51,6 +50,7 @@ MAX_ROWS = 200  # classes in the table
 LISTED = 20  # names or files in a sentence
 SIDES = {"image": 200, "points": 240, "audio": 208, "video": 208}  # pixels of a picture, as `draw.sample` takes them
 JPEG_QUALITY = 85
+MOST_DRAWN = 1e9  # of a figure in a log: pixels can still be told apart
 DIAGONAL, OFF_DIAGONAL = (27, 108, 168), (200, 72, 48)  # colours of a matrix that is a picture
 
 
@@ -344,7 +344,7 @@ def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> list[charts.C
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and abs(value) < 1e30 and isfinite(value)
+    return isinstance(value, int | float) and abs(value) < MOST_DRAWN  # nor NaN
 
 
 def _facts(report: Report, predictor: Predictor, data: str) -> dict[str, list[tuple[str, str]]]:
