@@ -24,6 +24,6 @@ cat >&2 <<END
    $model   the model, alone enough to predict
    $folder/run/metrics.jsonl         what training measured
    $folder/run/config.toml           the recipe; perceiver train --config replays it
-   $folder/report/                   metrics.json, predictions.jsonl, confusion.png
+   $folder/report/                   report.html, metrics.json, predictions.jsonl, confusion.png
    Next: perceiver train YOUR_FOLDER, with class/file or train/class/file and test/class/file in it.
 END
