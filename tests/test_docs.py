@@ -63,7 +63,7 @@ def test_readme_names_every_room() -> None:
 
 
 def test_quickstart_and_pipe_examples(tmp_path: Path) -> None:
-    done = run(["bash", ROOT / "examples" / "quickstart.sh", "demo", "15s"], tmp_path)
+    done = run(["bash", ROOT / "examples" / "quickstart.sh", "demo", "8s"], tmp_path)
     assert "Everything is in demo/" in done.stderr
     accuracy = re.search(r"test: accuracy ([\d.]+)", done.stdout)
     assert accuracy is not None
