@@ -7,13 +7,11 @@ Memory is the process's peak above what it was with torch imported and nothing b
 from __future__ import annotations
 
 import multiprocessing
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +24,7 @@ from perceiver_cli.config import Config, load_preset
 from perceiver_cli.cost import latent_flops
 from perceiver_cli.device import Compute, choose
 from perceiver_cli.errors import ResourceError, UsageError
+from perceiver_cli.memory import peak_bytes
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.recipes import settled
@@ -79,7 +78,7 @@ def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
 
 def measure(job: Job) -> Measured:
     """Return what one contender takes, in this process."""
-    base = _peak_bytes()
+    base = peak_bytes()
     compute = choose(job.device, job.precision)
     config = load_preset(job.preset)
     layouts = layouts_of(config, job.side)
@@ -93,7 +92,7 @@ def measure(job: Job) -> Measured:
                 contender.call()
 
     seconds = _median_seconds(call, job.seconds, compute)
-    peak = torch.cuda.max_memory_allocated() if compute.device.type == "cuda" else _peak_bytes() - base
+    peak = torch.cuda.max_memory_allocated() if compute.device.type == "cuda" else peak_bytes() - base
     stock, fastest = (
         _product_seconds(config, job.batch, compute, product, min(1.0, job.seconds))
         for product in (_stock_product, kernels.product)
@@ -174,20 +173,6 @@ def _stock_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _wait(compute: Compute) -> None:
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)
-
-
-def _peak_bytes() -> int:
-    """Return the largest resident size this process has had. Linux's own figure: getrusage's begins at the parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if match:
-            return int(match[1]) * 1024
-    import resource
-    import sys
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def run(job: Job) -> Measured:
