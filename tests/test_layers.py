@@ -14,7 +14,7 @@ import perceiver_cli
 ROOT = Path(perceiver_cli.__file__).parent
 # Lowest first; rooms on one line may import those before them on the same line.
 ORDER = [
-    "errors", "files", "config",
+    "errors", "files", "memory", "config",
     "preprocess.base", "preprocess.rows", "preprocess",
     "preprocess.image", "preprocess.container", "preprocess.video", "preprocess.audio", "preprocess.points",
     "draw", "stream", "encoding", "cost",
