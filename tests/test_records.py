@@ -21,6 +21,7 @@ from perceiver_cli.data import Reader, training_tasks
 from perceiver_cli.decoding import Decoder
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
 from perceiver_cli.evaluate import evaluate
+from perceiver_cli.lint import lint
 from perceiver_cli.predict import Pipe, Predictor, Windows
 from perceiver_cli.preprocess.base import Source
 from perceiver_cli.records import Job, plan, write_records
@@ -161,14 +162,55 @@ def test_workers_change_nothing_and_order_is_that_of_the_input(bars: Path) -> No
     assert job.header.classes == ("left", "middle", "right")
 
 
-def test_bad_inputs_are_left_out_and_named(bars: Path, tmp_path: Path) -> None:
-    shutil.copytree(bars / "test", tmp_path / "data")
-    (tmp_path / "data" / "left" / "003.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (tmp_path / "data" / "left" / "004.png").write_bytes(b"")
-    data, errors = written(plan([str(tmp_path / "data")]))
-    assert len(facts_of(data)) == 28
-    assert len(errors) == 2
-    assert b'{"records": 28, "errors": 2}' in data
+def damaged(bars: Path, folder: Path) -> Path:
+    """Return a copy of a data folder in which four files of both splits cannot be read."""
+    root = Path(shutil.copytree(bars, folder))
+    image = (root / "train" / "left" / "000.png").read_bytes()
+    for name in ("train/left/003.png", "train/right/039.png", "test/left/001.png"):
+        (root / name).write_bytes(image[:60])
+    (root / "train" / "left" / "004.png").write_bytes(b"")
+    return root
+
+
+def test_bad_inputs_have_an_error_in_their_place(bars: Path, trained: Path, tmp_path: Path) -> None:
+    root = damaged(bars, tmp_path / "data")
+    job = plan([str(root)], model=str(trained))
+    data, errors = written(job)
+    facts = facts_of(data)
+    assert [f.id for f in facts] == [example.id for _, example in job.examples]
+    assert [f.error for f in facts if f.error is not None] == errors
+    assert len(errors) == 4
+    assert b'{"records": 146, "errors": 4}' in data
+    assert data == written(job, workers=2)[0]
+    # Each has its line where the folder has it, and each program that knows nothing of errors finds none.
+    predictor = Predictor(trained)
+    answers = list(predictor.predict([Pipe("-", io.BytesIO(data))]))
+    assert [a.path for a in answers] == [f.path for f in facts]
+    assert [a.error for a in answers if a.error is not None] == errors
+    assert sorted(answers, key=lambda a: a.path) == list(predictor.predict(str(root)))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        names = [name for name in tar.getnames() if "." in name]
+    assert len(names) == 3 * 146
+
+
+def test_a_folder_with_bad_files_and_its_records_train_and_score_the_same(bars: Path, tmp_path: Path) -> None:
+    root = damaged(bars, tmp_path / "data")
+    shards, stream = into(tmp_path, root, SMALL)
+    models, reports = [], []
+    for number, data in enumerate((root, shards, stream)):
+        changes = [*SMALL, "train.steps=12", "data.max_bad=0.1"]
+        trainer = Trainer(data, tmp_path / f"run{number}", overrides=changes)
+        list(trainer.fit())
+        assert "left out 3 unreadable files" in trainer.notes
+        models.append((tmp_path / f"run{number}" / "model.safetensors").read_bytes())
+        report = evaluate(Predictor(tmp_path / "run0"), data)
+        assert [name for name, _ in report.bad] == ["test/left/001.png"]
+        reports.append({k: v for k, v in report.to_dict().items() if k not in ("model", "data", "bad")})
+    assert models[0] == models[1] == models[2]
+    assert reports[0] == reports[1] == reports[2]
+    with pytest.raises(DataError, match="3 of 120 files cannot be read"):
+        list(Trainer(stream, tmp_path / "strict", overrides=[*SMALL, "train.steps=1", "data.max_bad=0"]).fit())
+    assert len(lint(stream).unreadable) == len(lint(root).unreadable) == 4
 
 
 def test_several_folders_and_manifests(bars: Path, tmp_path: Path) -> None:

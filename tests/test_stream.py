@@ -18,6 +18,7 @@ from perceiver_cli.errors import DataError, IntegrityError, LimitError, Perceive
 from perceiver_cli.stream import (
     BLOCK,
     END,
+    ERROR,
     HEADER,
     ZEROS,
     Facts,
@@ -72,7 +73,7 @@ def member(name: str, content: bytes = b"{}", **changes: Any) -> bytes:
 
 
 START = tar_members([(HEADER, SPOKEN.to_json())])
-STOP = tar_members([(END, b'{"records": 1}')]) + 2 * ZEROS
+STOP = tar_members([(END, b'{"records": 1, "errors": 0}')]) + 2 * ZEROS
 JSON = tar_members([("00000000.json", Facts("a.png", "a.png").to_json(False))])
 
 
@@ -112,7 +113,8 @@ def test_stock_tar_and_numpy_read_what_is_written(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its file to the collector
 def test_webdataset_reads_what_is_written(tmp_path: Path) -> None:
     webdataset = pytest.importorskip("webdataset", reason="webdataset is not installed")
-    (tmp_path / "x.tar").write_bytes(stream_of(4))
+    error = pack(Facts("a.png", "a.png", error="'a.png': the file is empty"), {}, 0, SPOKEN)  # which is passed over
+    (tmp_path / "x.tar").write_bytes(START + error + stream_of(4)[len(START) :])
     data = webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False, empty_check=False).decode()
     samples = list(data)
     assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(4)]
@@ -160,6 +162,21 @@ def test_another_count_than_the_end_says() -> None:
     wrong = data.replace(b'{"records": 3', b'{"records": 4')
     with pytest.raises(IntegrityError, match="3 records, where its end says 4"):
         read(wrong)
+    with pytest.raises(IntegrityError, match="0 errors, where its end says 1"):
+        read(data.replace(b'"errors": 0', b'"errors": 1'))
+
+
+def test_an_input_that_could_not_be_read_has_a_member_in_its_place(tmp_path: Path) -> None:
+    facts = Facts("d/\udcff.png", "\udcff.png", "test", ("cat",), error="'d/\\xff.png': the file is empty")
+    error = pack(facts, {}, 0, SPOKEN)
+    good = stream_of(1)[len(START) : -len(STOP)]
+    end = tar_members([(END, b'{"records": 1, "errors": 2}')]) + 2 * ZEROS
+    data = START + error + good + error + end
+    assert [record.facts.error is None for record in read(data)] == [False, True, False]
+    assert read(data)[0].facts == facts
+    (tmp_path / "x.tar").write_bytes(data)
+    shown = subprocess.run(["tar", "xOf", "x.tar", ERROR], cwd=tmp_path, capture_output=True, check=True).stdout
+    assert [json.loads(line)["path"] for line in shown.splitlines()] == [facts.path] * 2
 
 
 # ---------------------------------------------------------------- what a reader refuses
@@ -192,6 +209,9 @@ def test_another_count_than_the_end_says() -> None:
         (START + member("0.json", size=-1, format=tarfile.GNU_FORMAT), IntegrityError, "damaged tar header"),
         (START + member("0.json", size=1 << 30), IntegrityError, "of 1073741824 bytes, expected 1048576 at most"),
         (START + member("0.image.npy", size=5 << 30), LimitError, "--limit decoded_bytes=5368709120"),
+        (START + member(ERROR, b'{"path": "a"}') + STOP, IntegrityError, "__perceiver__/error without an error"),
+        (START + member(ERROR, b'{"path": "a", "error": 1}') + STOP, IntegrityError, "an error that is not text"),
+        (START + JSON + member(ERROR, b'{"path": "a", "error": ""}') + JSON, IntegrityError, "keys that rise"),
         (START + JSON[:200] + b"9" + JSON[201:], IntegrityError, "damaged tar header"),
         (START + JSON + JSON + STOP, IntegrityError, "expected one each of json"),
         (START + member("5.json", b'{"path": "a"}') + member("4.json"), IntegrityError, "keys that rise"),

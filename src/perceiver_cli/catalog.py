@@ -28,7 +28,7 @@ from perceiver_cli.pairing import MOST, PROBES, File, assemble, companions, iden
 from perceiver_cli.preprocess import candidates, formats, holds_rows, modality
 from perceiver_cli.preprocess.base import Source
 from perceiver_cli.shards import UNLIMITED, Shards, key_of, open_shards, spooled, tar_files
-from perceiver_cli.stream import SPLITS, Feed, Header, Stored, read_records, settled_by_rows
+from perceiver_cli.stream import SPLITS, Feed, Header, Stored, Unread, read_records, settled_by_rows
 
 PARENT = "parent"  # to group by the folder that a file lies in
 
@@ -466,7 +466,7 @@ def _of_records(
         whose = "the model's classes" if classes is not None else "the training classes"
         notes.append(f"{counted(strangers.total(), 'record')} of classes not among {whose}: {tally(strangers)}")
     for name in brings if len(brings) > 1 else ():
-        missing = int((shards.columns[f"size_{name}"] < 0).sum())
+        missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
         if missing:
             notes.append(f"{missing} of {len(shards)} records have no {name}")
     return Catalog(
@@ -479,6 +479,7 @@ def _of_records(
             for number, split in enumerate(SPLITS)
             if (splits == number).any()
         },
+        {shards.id(row): error for row, error in shards.errors.items()},
         notes=tuple(notes),
         multi_label=shards.header.multi_label,
         prepared=shards.header,
@@ -548,7 +549,10 @@ def of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Ite
         if header is not checked:
             header.check(feed.shown, reads, "the model")
             checked = header
-        name, seconds = record.facts.path, record.facts.seconds
+        name, seconds, error = record.facts.path, record.facts.seconds, record.facts.error
+        if error is not None:
+            yield Example(name, {CONTENT: Unread(name, error=error)})
+            continue
         yield Example(
             name,
             {m: Stored(name, npy, header=header, modality=m, seconds=seconds.get(m, 0.0))

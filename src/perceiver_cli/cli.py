@@ -480,7 +480,7 @@ def preprocess(
 
     Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
     preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
-    byte array with its Fourier features (ImageNet: 50176 x 261). Bad inputs are left out, and the status is 3.
+    byte array with its Fourier features (ImageNet: 50176 x 261). A bad input is an error in its place, and status 3.
     """
     given = _given(inputs or [], files_from, null, stdin_name, limit)
     if Path(output).suffix.lower() in (".npy", ".safetensors"):

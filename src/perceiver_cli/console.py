@@ -507,7 +507,7 @@ def follow_preparing(done: Iterator[Done]) -> int:
             if not talk.is_terminal and time.monotonic() - said > PLAIN_EVERY_S:
                 said = time.monotonic()
                 say(f"prepared {last.count} of {last.total}")
-    bad = f", {failed} of them unreadable and left out" if failed else ""
+    bad = f", {failed} of them unreadable: errors in their place" if failed else ""
     say(f"prepared {counted(0 if last is None else last.total, 'input')}{bad}")
     return EXIT_DATA if failed else 0
 

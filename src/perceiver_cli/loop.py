@@ -78,8 +78,10 @@ class Plan:
         whole = max(1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate)))
         return min(whole, train.max_steps or whole)
 
-    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> None:
-        """Raise DataError if more than the allowed share of the files looked at is unreadable."""
+    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
+        """Return how many of the files to train with are unreadable; raise DataError if it is more than allowed."""
+        if not bad:
+            return 0
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
         among = [error for identity, error in bad.items() if identity in ids]
         allowed = self.config.data.max_bad
@@ -90,6 +92,7 @@ class Plan:
                 f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
                 f"\n  {listed}"
             )
+        return len(among)
 
 
 class Run:

@@ -173,7 +173,7 @@ def _parent(base: str, row: Row) -> str:
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one example: its records are written, or why it has none. count: of those seen so far."""
+    """What became of one example: its records are written, or the error in their place. count: of those seen."""
 
     count: int
     total: int
@@ -181,11 +181,11 @@ class Done:
 
 
 Npys = dict[str, bytes | memoryview]
-Packed = list[tuple[Facts, Npys]] | str
+Packed = list[tuple[Facts, Npys]]
 
 
 def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
-    """Yield the records of each example, without their numbers, or the error that it has instead."""
+    """Yield the records of each example, without their numbers; of one that cannot be read, facts with the error."""
     decoder = Decoder(job.header.inputs, job.limits, job.bad)
     if not workers:
         yield from (_made(job, decoder, given) for given in examples)
@@ -195,7 +195,7 @@ def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Ite
     shared = memoryview(mmap.mmap(-1, in_progress(workers) * PLACE_BYTES))
     numbered = ((number % in_progress(workers), given) for number, given in enumerate(examples))
     for sent in in_order(partial(_placed, job, decoder, shared), numbered, workers):
-        for _, arrays in [] if isinstance(sent, str) else sent:
+        for _, arrays in sent:
             for name, npy in arrays.items():
                 arrays[name] = shared[npy] if isinstance(npy, slice) else npy
         yield sent
@@ -206,7 +206,7 @@ def _placed(job: Job, decoder: Decoder, shared: memoryview, given: tuple[int, tu
     place, example = given
     outcome: Any = _made(job, decoder, example)
     at, end = place * PLACE_BYTES, (place + 1) * PLACE_BYTES
-    for _, arrays in [] if isinstance(outcome, str) else outcome:
+    for _, arrays in outcome:
         for name, npy in arrays.items():
             if at + len(npy) <= end:
                 shared[at : at + len(npy)] = npy
@@ -229,7 +229,7 @@ def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
         rows = [view for each in views or [decoder.views(decoded)] for view in each]
         return [(facts, {name: _prepared(job, name, part) for name, part in row.items()}) for row in rows]
     except DataError as error:
-        return str(error)
+        return [(replace(facts, error=str(error)), {})]
 
 
 def _prepared(job: Job, name: str, part: ByteArray) -> bytes:
@@ -279,25 +279,20 @@ def write_records(
             return Writer(file.write, job.header)
 
         writer = None if sharded else started()
-        failed = 0
         for count, outcome in enumerate(made(job, job.examples[skipped:], workers), start=skipped + 1):
-            if isinstance(outcome, str):
-                failed += 1
-                yield Done(count, total, outcome)
-                continue
+            error = outcome[0][0].error
             numbered = enumerate(outcome, start=first)
             members = b"".join(pack(facts, arrays, number, job.header) for number, (facts, arrays) in numbered)
-            first += len(outcome)
+            added = len(outcome) if error is None else 0
+            first += added
             if sharded and writer is not None and writer.num_bytes + len(members) > shard_bytes:
                 writer.close()
                 stack.close()
                 writer, shard = None, shard + 1
             writer = writer or started()
-            writer.num_bad, failed = writer.num_bad + failed, 0  # of a shard, those before its last record
-            writer.packed(members, len(outcome))
-            yield Done(count, total)
+            writer.packed(members, added, int(error is not None))
+            yield Done(count, total, error)
         if writer is not None:
-            writer.num_bad += failed
             writer.close()
 
 
@@ -332,4 +327,4 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
         else:
             raise other
         before = name
-    return len(paths), place + 1, len(shards)
+    return len(paths), place + 1, len(shards) - len(shards.errors)

@@ -15,9 +15,9 @@ import os
 import sys
 import tempfile
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -32,7 +32,7 @@ from perceiver_cli.errors import DataError, IntegrityError, ResourceError
 from perceiver_cli.files import atomic_write, cannot_write, show_path
 from perceiver_cli.stream import HEAD_BYTES, SPLITS, Feed, Header, Stored, header_check, is_tar, read_records
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # of what is mapped, nothing is allocated
 READ_BYTES = 1 << 20  # at a time
 Columns = dict[str, NDArray[Any]]
@@ -89,13 +89,15 @@ class Shards:
 
     tars, header: what they lie in, and how all of them were prepared. names: of labels. columns: id_ends into ids
     (bytes); keys (numbers made from the ids), splits (places in SPLITS), files (places in tars), label_ends into labels
-    (places in names); and of each modality at_, size_ (-1 where it is missing) and seconds_.
+    (places in names); and of each modality at_, size_ (-1 where it is missing) and seconds_. errors: by row, of inputs
+    that could not be read.
     """
 
     tars: tuple[Tar, ...]
     header: Header
     names: tuple[str, ...]
     columns: Columns
+    errors: Mapping[int, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -205,13 +207,13 @@ def spooled(file: BinaryIO, name: str) -> Shards:
             where = f"{shown}: {copied / 1e6:,.1f} MB of records, spooled to {show_path(copy.name)} until this ends"
     except OSError as error:
         raise cannot_write(Path(tempfile.gettempdir()), error) from error
-    return Shards(shards.tars, shards.header, shards.names, shards.columns, (where,))
+    return replace(shards, notes=(where,))
 
 
 # ---------------------------------------------------------------- the index
 
 
-Part = tuple[Tar, Header, tuple[str, ...], Columns]
+Part = tuple[Tar, Header, tuple[str, ...], Columns, dict[int, str]]
 
 
 def _indexed(file: BinaryIO, path: str) -> Part:
@@ -240,6 +242,7 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
     names: dict[str, int] = {}
     ids, id_ends, keys, splits = bytearray(), array("q"), array("Q"), array("B")
     labels, label_ends = array("i"), array("q")
+    errors: dict[int, str] = {}
     first: Header | None = None
     places: dict[str, tuple[array[int], array[int], array[float]]] = {}
     for header, record in read_records(feed, UNLIMITED, feed.skip):
@@ -247,6 +250,8 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
             first = header
             places = {name: (array("q"), array("q"), array("d")) for name in sorted(header.inputs)}
         facts = record.facts
+        if facts.error is not None:
+            errors[len(keys)] = facts.error
         ids += facts.id.encode("utf-8", "surrogatepass")
         id_ends.append(len(ids))
         keys.append(key_of(facts.id))
@@ -266,27 +271,30 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
     }  # fmt: skip
     for name, (at, size, seconds) in places.items():
         columns |= {f"at_{name}": np.array(at), f"size_{name}": np.array(size), f"seconds_{name}": np.array(seconds)}
-    return tar, first, tuple(names), columns
+    return tar, first, tuple(names), columns, errors
 
 
 def _joined(parts: Sequence[Part]) -> Shards:
     """Return the rows of several tars one after another, labels by name."""
-    tars, headers, _, tables = zip(*parts, strict=True)
+    tars, headers, _, tables, _ = zip(*parts, strict=True)
     for tar, header in zip(tars, headers, strict=True):
         header_check(show_path(tar.path), headers[0], header)
-    names = tuple(dict.fromkeys(name for _, _, own, _ in parts for name in own))
+    names = tuple(dict.fromkeys(name for _, _, own, _, _ in parts for name in own))
     index = {name: place for place, name in enumerate(names)}
     joined: dict[str, list[NDArray[Any]]] = {key: [] for key in tables[0]}
-    files, num_ids, num_labels = [], 0, 0
-    for number, (_, _, own, table) in enumerate(parts):
+    files, num_rows, num_ids, num_labels = [], 0, 0, 0
+    errors: dict[int, str] = {}
+    for number, (_, _, own, table, bad) in enumerate(parts):
         labels = np.array([index[name] for name in own], np.int32)[table["labels"]]
         ends = {"id_ends": table["id_ends"] + num_ids, "label_ends": table["label_ends"] + num_labels}
         for key, column in {**table, **ends, "labels": labels}.items():
             joined[key].append(column)
         files.append(np.full(len(table["keys"]), number, np.int32))
+        errors |= {num_rows + row: error for row, error in bad.items()}
+        num_rows += len(files[-1])
         num_ids, num_labels = num_ids + len(table["ids"]), num_labels + len(labels)
     columns = {key: each[0] if len(each) == 1 else np.concatenate(each) for key, each in joined.items()}
-    return Shards(tars, headers[0], names, {**columns, "files": np.concatenate(files)})
+    return Shards(tars, headers[0], names, {**columns, "files": np.concatenate(files)}, errors)
 
 
 def _cache_folder() -> Path:
@@ -296,13 +304,15 @@ def _cache_folder() -> Path:
 def _write_index(place: Path, identity: dict[str, int], part: Part) -> None:
     from safetensors.numpy import save
 
-    _, header, names, columns = part
-    facts = {**identity, "header": header.to_json().decode(), "names": list(names)}
+    _, header, names, columns, errors = part
+    facts = {**identity, "header": header.to_json().decode(), "names": list(names), "errors": list(errors.items())}
     with atomic_write(place) as file:
         file.write(save(columns, {"index": json.dumps(facts)}))
 
 
-def _read_index(place: Path, identity: dict[str, int]) -> tuple[Header, tuple[str, ...], Columns] | None:
+def _read_index(
+    place: Path, identity: dict[str, int]
+) -> tuple[Header, tuple[str, ...], Columns, dict[int, str]] | None:
     """Return what was kept, None where there is nothing, of another file or state of it, or not whole."""
     if not place.is_file():
         return None
@@ -316,7 +326,11 @@ def _read_index(place: Path, identity: dict[str, int]) -> tuple[Header, tuple[st
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
         header = Header.parse(facts["header"].encode(), show_path(place))
         names = tuple(map(str, facts["names"]))
-        return (header, names, columns) if _sound(columns, header, len(names), identity["size"]) else None
+        errors = {int(row): str(error) for row, error in facts["errors"]}
+        fits = _sound(columns, header, len(names), identity["size"])
+        if not fits or not all(0 <= row < len(columns["keys"]) for row in errors):
+            return None
+        return header, names, columns, errors
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, IntegrityError):
         return None
 

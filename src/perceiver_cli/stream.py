@@ -2,8 +2,9 @@
 
 A record is one example in adjacent members named as WebDataset does: `KEY.json` (path, id, label, split), `KEY.cls`
 (class index) and `KEY.<modality>.npy`, one for each modality that the example has. The first member says how the arrays
-were prepared, the last one how many records there are; streams may follow each other (`cat a.tar b.tar`). Nothing of
-it depends on the time or the machine: the same examples give the same bytes.
+were prepared, the last one how many records there are; an input that could not be read has a member of its own in its
+place, which other tools pass over; streams may follow each other (`cat a.tar b.tar`). Nothing of it depends on the time
+or the machine: the same examples give the same bytes.
 
 Everything that is read is checked before memory is taken for it; no member is ever unpacked to a file.
 """
@@ -33,7 +34,7 @@ from perceiver_cli.preprocess.rows import METADATA, is_safetensors
 FORMAT = 1
 # Without a dot, and wrapped in underscores: WebDataset and Hugging Face pass over members of such names.
 HEAD_BYTES = 512  # that tell what a stream is
-HEADER, END = "__perceiver__/header", "__perceiver__/end"
+HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver__/end"
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 MAX_NAME = 100  # bytes, of a member in USTAR
@@ -148,7 +149,8 @@ class Facts:
     """What is known of a record beside its arrays.
 
     path: of the input, as it was given. id: what splits and seeds are drawn from; within a data folder, the path below
-    it. labels: class names. seconds: by modality with a time axis, the length of the input.
+    it. labels: class names. seconds: by modality with a time axis, the length of the input. error: why there are no
+    arrays, of an input that could not be read.
     """
 
     path: str
@@ -156,9 +158,10 @@ class Facts:
     split: str = "train"
     labels: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
 
     def to_json(self, multi_label: bool) -> bytes:
-        """Return the member KEY.json."""
+        """Return the member KEY.json, or ERROR."""
         facts: dict[str, Any] = {"path": self.path, "id": self.id, "split": self.split}
         if multi_label:
             facts["labels"] = list(self.labels)
@@ -166,6 +169,8 @@ class Facts:
             facts["label"] = self.labels[0]
         if self.seconds:
             facts["seconds"] = dict(self.seconds)
+        if self.error is not None:
+            facts["error"] = self.error
         return json.dumps(facts).encode() + b"\n"
 
     @classmethod
@@ -181,12 +186,18 @@ class Facts:
             raise IntegrityError(f"{shown}: labels that are not names")
         if not isinstance(seconds, dict) or not all(isinstance(s, float | int) and s >= 0 for s in seconds.values()):
             raise IntegrityError(f"{shown}: seconds that are not lengths")
-        return cls(path, identity, split, tuple(labels), seconds)
+        error = facts.get("error")
+        if not isinstance(error, str | None):
+            raise IntegrityError(f"{shown}: an error that is not text")
+        return cls(path, identity, split, tuple(labels), seconds, error)
 
 
 @dataclass(frozen=True)
 class Record(Generic[T]):
-    """One example of a stream: its key, its facts, and by modality an array in the format of NPY, or where it lies."""
+    """One example of a stream: its key, its facts, and by modality an array in the format of NPY, or where it lies.
+
+    An input that could not be read has an error in its facts, no key and no arrays.
+    """
 
     key: str
     facts: Facts
@@ -204,6 +215,17 @@ def _json(data: bytes, shown: str) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class Unread(Source):
+    """What a stream brings of an input that could not be read when it was prepared: the error that it had then."""
+
+    error: str = field(kw_only=True)
+
+    def head(self) -> bytes:
+        """Raise DataError."""
+        raise DataError(self.error)
 
 
 @dataclass(frozen=True)
@@ -395,23 +417,24 @@ class Writer:
     """Writes a stream through a function: the header at once, then records, then the end.
 
     Attributes:
-        num_records, num_bytes: written so far. num_bad: inputs that gave no record, for the end to tell.
+        num_records, num_errors, num_bytes: written so far.
     """
 
     def __init__(self, write: Callable[[bytes], object], header: Header) -> None:
         self.write = write
-        self.num_records = self.num_bytes = self.num_bad = 0
+        self.num_records = self.num_errors = self.num_bytes = 0
         self._put(HEADER, header.to_json())
 
-    def packed(self, members: bytes, count: int = 1) -> None:
-        """Write records that `pack` made; keys rise."""
-        self.num_records += count
+    def packed(self, members: bytes, records: int = 1, errors: int = 0) -> None:
+        """Write what `pack` made; keys rise."""
+        self.num_records += records
+        self.num_errors += errors
         self.num_bytes += len(members)
         self.write(members)
 
     def close(self) -> None:
         """Write the end, which says that nothing is missing."""
-        counts = {"records": self.num_records, "errors": self.num_bad}
+        counts = {"records": self.num_records, "errors": self.num_errors}
         self._put(END, json.dumps(counts).encode() + b"\n")
         self.write(2 * ZEROS)
 
@@ -423,6 +446,8 @@ class Writer:
 
 def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, header: Header) -> bytes:
     """Return the members of one record; arrays are in the format of NPY, the number becomes its key."""
+    if facts.error is not None:
+        return tar_members([(ERROR, facts.to_json(header.multi_label))])
     key = f"{number:08d}"
     members: list[tuple[str, bytes | memoryview]] = [(f"{key}.json", facts.to_json(header.multi_label))]
     if not header.multi_label and facts.labels and facts.labels[0] in header.class_index:
@@ -495,7 +520,7 @@ def compression(head: bytes) -> str | None:
 
 
 def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
-    """Yield the header and each record of a stream, or of several that follow each other.
+    """Yield the header and each record of a stream, or of several that follow each other; errors are not counted.
 
     take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place.
 
@@ -506,19 +531,24 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
     total = 0
     header: Header | None = None
     while (found := _next_header(feed, header, total)) is not None:
-        header, count = found, 0
+        header, count, errors = found, 0, 0
         pending: _Pending[T] | None = None
+        before = ""  # the key of the last record
         while True:
             name, size = _member(feed, total)
             key, _, rest = name.partition(".")
-            if pending is not None and (key != pending.key or name == END):
+            if pending is not None and key != pending.key:
                 yield header, pending.record(feed, total)
-                total, count = total + 1, count + 1
+                before, pending, total, count = pending.key, None, total + 1, count + 1
             if name == END:
-                _check_end(_content(feed, size, MAX_JSON_BYTES, name, total), count, feed, total)
+                _check_end(_content(feed, size, MAX_JSON_BYTES, name, total), count, errors, feed, total)
                 break
-            if pending is None or key != pending.key:
-                if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or (pending is not None and key < pending.key):
+            if name == ERROR:
+                yield header, _failed(feed, size, total)
+                errors += 1
+                continue
+            if pending is None:
+                if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or key <= before:
                     raise _damaged(feed, total, f"a member {show_path(name)}, expected keys that rise, then {END}")
                 pending = _Pending(key)
             pending.add(feed, name, rest, size, header, limits, take, total)
@@ -640,10 +670,19 @@ def _content(feed: Feed, size: int, most: int, name: str, total: int) -> bytes:
     return data[:size]
 
 
-def _check_end(data: bytes, count: int, feed: Feed, total: int) -> None:
+def _failed(feed: Feed, size: int, total: int) -> Record[Any]:
+    """Return the record of an input that could not be read."""
+    facts = Facts.parse(_content(feed, size, MAX_JSON_BYTES, ERROR, total), f"{feed.shown}: {ERROR}")
+    if facts.error is None:
+        raise _damaged(feed, total, f"{ERROR} without an error in it")
+    return Record("", facts, {})
+
+
+def _check_end(data: bytes, count: int, errors: int, feed: Feed, total: int) -> None:
     counts = _json(data, f"{feed.shown}: {END}")
-    if counts.get("records") != count:
-        raise _damaged(feed, total, f"{count} records, where its end says {counts.get('records')!r:.20}")
+    for kind, found in (("records", count), ("errors", errors)):
+        if counts.get(kind) != found:
+            raise _damaged(feed, total, f"{found} {kind}, where its end says {counts.get(kind)!r:.20}")
 
 
 def _cut(feed: Feed, total: int) -> IntegrityError:

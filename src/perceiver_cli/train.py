@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -239,20 +240,20 @@ class Trainer(Plan):
 
     def _preload(self) -> Iterator[Loaded]:
         data = self.config.data
-        if self.catalog.prepared is not None:  # arrays on disk, mapped: there is nothing to decode or keep
-            return
-        examples = [*self.train_examples, *self.catalog.splits.get("val", ())]
-        workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+        splits = [self.train_examples, self.catalog.splits.get("val", ())]
+        total = sum(map(len, splits))
         done = 0
-        for done in self.reader.preload(examples, data.cache_bytes, workers):
-            if done % 100 == 0 or done == len(examples):
-                yield Loaded(done, len(examples), len(self.reader.bad))
-            if self.stopping:
-                return
-        self.looked_at = done or len(examples)
-        self.check_bad(self.reader.bad, self.looked_at)
-        if self.reader.bad:
-            self.notes.append(f"left out {counted(len(self.reader.bad), 'unreadable file')}")
+        if self.catalog.prepared is None:  # of arrays on disk, mapped, there is nothing to decode or keep
+            workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+            for done in self.reader.preload([*chain(*splits)], data.cache_bytes, workers):
+                if done % 100 == 0 or done == total:
+                    yield Loaded(done, total, len(self.reader.bad))
+                if self.stopping:
+                    return
+        self.looked_at = done or total
+        unreadable = self.check_bad(self.reader.bad, self.looked_at)
+        if unreadable:
+            self.notes.append(f"left out {counted(unreadable, 'unreadable file')}")
 
 
 def check_classes(catalog: Catalog) -> tuple[str, ...]:
