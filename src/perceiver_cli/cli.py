@@ -712,7 +712,8 @@ def bench(
         str, typer.Argument(autocompletion=completion.presets, help="Whose model and inputs to time; growth; or data.")
     ] = "tiny-image",
     against: Annotated[
-        str | None, typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io.")
+        str | None,
+        typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io, onnxruntime."),
     ] = None,
     mode: Annotated[Literal["forward", "train"], typer.Option(help="Of --against and growth.")] = "forward",
     inputs: Annotated[str | None, typer.Option(help="Sides of images for --against, e.g. 224,512,1024.")] = None,

@@ -209,6 +209,8 @@ def contest(
     if mode not in MODES:
         raise UsageError(f"--mode {mode}: expected forward or train")
     present = [name for name in against if peers.is_installed(name)]
+    if mode == "train" and "onnxruntime" in present:
+        raise UsageError("--against onnxruntime --mode train: it runs models and trains none", "leave out --mode train")
     choices: list[int | None] = [*sides] or [None]
     for side in choices:
         names = ["ours", *(form for name in present for form in (USUAL if name == "usual" else (name,)))]
@@ -224,7 +226,7 @@ def contest(
             yield _row(name, found, flops, 3 if mode == "train" else 1, batch) | about
     for name in against:
         if name not in present:
-            yield {"name": name, "differs": f"not installed: pip install {name}"}
+            yield {"name": name, "differs": f"not installed: pip install {peers.EXTRAS.get(name, name)}"}
 
 
 def _row(name: str, found: Mapping[str, list[Measured]], flops: int, passes: int, batch: int) -> dict[str, Any]:

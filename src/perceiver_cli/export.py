@@ -43,6 +43,7 @@ TOLERANCE = 1e-4  # of the largest difference, relative to the largest logit whe
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # protobuf's limit of 2 GiB, less room for the graph
 FORMATS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 OUTPUTS = ("logits", "probabilities")
+Run = Callable[[Mapping[str, Any]], Sequence[Any]]  # of a file that was written: inputs by name to OUTPUTS
 TRACED_BATCH = 2  # 1 would be taken for a constant
 CHECKED = ((1, 0), (3, 1))  # examples, and by how much the sides of dynamic grids differ from the layout's
 
@@ -119,9 +120,19 @@ def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dic
     Raises:
         IntegrityError: that is more than TOLERANCE.
     """
-    multi_label = info.config.multi_label
-    graph = Graph(model, info.calibration or Calibration(), multi_label=multi_label).eval()
     metadata = describe(model, info)
+    graph = Graph(model, info.calibration or Calibration(), multi_label=info.config.multi_label)
+    data, _, difference = traced(graph, metadata, suffix)
+    return data, metadata, difference
+
+
+def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[bytes, Run, float]:
+    """Return the bytes of a file, what runs it, and the largest difference found by the check.
+
+    Raises:
+        IntegrityError: that is more than TOLERANCE.
+    """
+    model = graph.eval().model
     rng = np.random.default_rng(0)
     example = made_up(model.encoding.layouts, TRACED_BATCH, 0, rng)
     with torch.no_grad(), _quiet():
@@ -143,7 +154,7 @@ def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dic
             f"the exported model differs from the original by {difference:.2g}, more than {TOLERANCE:g}",
             "nothing was written; please report this with what perceiver doctor prints",
         )
-    return data, metadata, difference
+    return data, run, difference
 
 
 def check_output(output: str | os.PathLike[str]) -> str:
@@ -151,10 +162,15 @@ def check_output(output: str | os.PathLike[str]) -> str:
     suffix = Path(output).suffix.lower()
     if suffix not in FORMATS:
         raise UsageError(f"-o {show_path(output)}: not a format written here", f"expected {' or '.join(FORMATS)}")
-    missing = [package for package in FORMATS[suffix] if find_spec(package) is None]
+    missing = missing_packages(suffix)
     if missing:
         raise UsageError(f"{suffix} needs {', '.join(missing)}", "pip install 'perceiver-cli[onnx]', or export to .pt2")
     return suffix
+
+
+def missing_packages(suffix: str) -> list[str]:
+    """Return which packages that a format needs are not installed."""
+    return [package for package in FORMATS[suffix] if find_spec(package) is None]
 
 
 # ---------------------------------------------------------------- inputs
@@ -232,8 +248,6 @@ def segments_of(layouts: Mapping[str, Layout], given: Mapping[str, Any]) -> dict
 
 
 # ---------------------------------------------------------------- formats
-
-Run = Callable[[Mapping[str, Any]], Sequence[Any]]
 
 
 def _onnx(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tuple[bytes, Run]:
@@ -319,9 +333,8 @@ PREPARATION = {
 PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
 
 
-def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
-    """Return the metadata of an exported model: all that a program needs to use it without this one."""
-    layouts, config = model.encoding.layouts, info.config
+def describe_inputs(layouts: Mapping[str, Layout]) -> dict[str, Any]:
+    """Return what the inputs of a graph are, by name."""
     example = made_up(layouts, 1, 0, np.random.default_rng(0))
     inputs = {}
     for name in input_names(layouts):
@@ -331,6 +344,12 @@ def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
         inputs[name] = {"modality": of, "shape": shape, "dtype": str(example[name].dtype)}
         if name in layouts:
             inputs[name] |= {"trained_shape": list(layouts[name].prepared_shape), "values": PATCHES}
+    return inputs
+
+
+def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
+    """Return the metadata of an exported model: all that a program needs to use it without this one."""
+    config = info.config
     calibration = info.calibration or Calibration()
     decision: dict[str, Any] = {"temperature": calibration.temperature}
     if config.multi_label:
@@ -342,7 +361,7 @@ def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
         "classes": list(info.classes),
         "probabilities": "sigmoid" if config.multi_label else "softmax",
         "decision": decision,
-        "inputs": inputs,
+        "inputs": describe_inputs(model.encoding.layouts),
         "preparation": {
             name: {"in_words": PREPARATION.get(name, ""), "options": spec.model_dump(mode="json")}
             for name, spec in config.inputs.items()

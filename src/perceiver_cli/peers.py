@@ -9,20 +9,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.attention import CrossAttend, Dense, Memory, SelfAttend, merge_heads, split_heads
+from perceiver_cli.calibration import Calibration
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.cost import cross_width
 from perceiver_cli.encoding import ByteArrayEncoding, Segment
 from perceiver_cli.errors import UsageError
+from perceiver_cli.export import Graph, describe_inputs, made_up, missing_packages, traced
 from perceiver_cli.model import Perceiver
 from perceiver_cli.preprocess.base import Layout
 
-# Peers that are packages, and what they are installed as. "usual" is ours, written as everyone writes it.
-PACKAGES = {"perceiver-pytorch": "perceiver_pytorch", "transformers": "transformers", "perceiver-io": "perceiver"}
+# Peers that are packages, and what they are installed as. "usual" is ours, written as everyone writes it; "onnxruntime"
+# runs ours, as `perceiver export` writes it.
+PACKAGES = {
+    "perceiver-pytorch": "perceiver_pytorch",
+    "transformers": "transformers",
+    "perceiver-io": "perceiver",
+    "onnxruntime": "onnxruntime",
+}
+EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}
 NAMES = ("usual", *PACKAGES)
 CLASSES = 1000
 
@@ -43,6 +53,8 @@ def is_installed(name: str) -> bool:
     """Return whether a contender can be built here. Raises UsageError for a name that is none."""
     if name not in NAMES:
         raise UsageError(f"--against {name}: not a peer", f"expected some of {', '.join(NAMES)}")
+    if name == "onnxruntime":
+        return not missing_packages(".onnx")
     return name == "usual" or find_spec(PACKAGES[name]) is not None
 
 
@@ -78,6 +90,8 @@ def build(
         return Contender(lambda: usual_forward(model, segments, fused=fused), parameters)
     if alone:
         raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
+    if name == "onnxruntime":
+        return _onnxruntime(Perceiver(config, layouts, CLASSES), batch)
     (layout,) = layouts.values() if len(layouts) == 1 else (None,)
     if layout is None or not layout.is_grid or layout.learned_channels or layout.stem != "none":
         raise UsageError(f"--against {name}: measured on one grid with Fourier features only", "use --against usual")
@@ -104,6 +118,16 @@ def _random(layout: Layout, batch: int, device: torch.device) -> Segment:
     if not layout.is_grid:
         positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
     return Segment(values, positions).to(device)
+
+
+def _onnxruntime(model: Perceiver, batch: int) -> Contender:
+    nn.init.normal_(model.head.weight, std=0.02)
+    layouts = model.encoding.layouts
+    graph = Graph(model, Calibration(), multi_label=False)
+    data, run, _ = traced(graph, {"inputs": describe_inputs(layouts)}, ".onnx")
+    given = made_up(layouts, batch, 0, np.random.default_rng(0))
+    size = f"a file of {len(data) / 1e6:.2f} MB, on the CPU; its memory is that of exporting"
+    return Contender(lambda: torch.from_numpy(run(given)[0]), [], size)
 
 
 # ---------------------------------------------------------------- the usual way
