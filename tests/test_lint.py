@@ -104,7 +104,7 @@ def test_records_have_the_faults_of_their_files(perceive: Perceive, faulty: Path
     files, records = lint(faulty, workers=0), lint(tmp_path / "x.tar", workers=2)
     assert [group.examples for group in records.copies] == [group.examples for group in files.copies]
     assert records.faults == files.faults
-    assert records.unreadable == ()
+    assert records.unreadable == files.unreadable
     perceive("preprocess", faulty, "--fourier", "-o", "y.tar", cwd=tmp_path)
     ready = lint(tmp_path / "y.tar", workers=0)
     assert [group.examples for group in ready.copies] == [group.examples for group in files.copies]

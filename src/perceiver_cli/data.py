@@ -7,14 +7,14 @@ A file that cannot be read is reported; no other example ever takes its place.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from perceiver_cli.catalog import Example
 from perceiver_cli.config import InputSpec, Limits
@@ -23,8 +23,7 @@ from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.preprocess.base import Array
 
-FREED_BYTES = 128 << 20  # that a worker may keep to use again
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+AHEAD = 2  # batches that a worker reads before they are asked for
 
 # ---------------------------------------------------------------- reading
 
@@ -51,6 +50,10 @@ class Batch:
         segments = {name: segment.pin_memory() for name, segment in self.segments.items()}
         return replace(self, segments=segments, labels=self.labels.pin_memory())
 
+    def own(self) -> Batch:
+        """Return the batch in memory of this process alone."""
+        return replace(self, segments={name: segment.clone() for name, segment in self.segments.items()})
+
 
 @dataclass(frozen=True)
 class Task:
@@ -71,6 +74,7 @@ class Reader(Decoder, Dataset[Batch]):
         multi_label_classes: int = 0,
     ) -> None:
         super().__init__(specs, limits, bad)
+        self._shared = SharedMemory()
         self.multi_label_classes = multi_label_classes  # 0: one label an example
 
     def __getitem__(self, task: Task) -> Batch:
@@ -89,7 +93,8 @@ class Reader(Decoder, Dataset[Batch]):
             rows += views
         views_each = len(rows) // len(good) if good else 1
         used = tuple(tuple(row) for row in rows[::views_each])
-        return Batch(collate(rows), self._labels(good), tuple(good), tuple(bad), used, views_each)
+        shared = None if get_worker_info() is None else self._shared.next()
+        return Batch(collate(rows, shared), self._labels(good), tuple(good), tuple(bad), used, views_each)
 
     def _labels(self, examples: Sequence[Example]) -> Tensor:
         if not self.multi_label_classes:
@@ -110,20 +115,43 @@ class Reader(Decoder, Dataset[Batch]):
             sampler=tasks,
             batch_size=None,
             num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
             collate_fn=_unchanged,  # type: ignore[arg-type]  # one task is one batch
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
-            worker_init_fn=_keep_freed_memory,
         )
         try:
-            yield from loader
+            for batch in loader:
+                yield batch if pin or not workers else batch.own()  # its slot is used again once the next is asked for
         except (RuntimeError, ConnectionError) as error:
             if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
                 raise worker_died(workers) from error
             raise
 
 
-def collate(rows: Sequence[Row]) -> dict[str, Segment]:
+class SharedMemory:
+    """What a worker puts its batches into, for the process it works for: as many slots as it has batches under way.
+
+    Slots are used again. Fresh shared pages for a batch of clips take longer to come by than a clip takes to decode.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[dict[str, torch.UntypedStorage]] = [{} for _ in range(AHEAD + 1)]
+
+    def next(self) -> SharedMemory:
+        """Go on to the next slot."""
+        self._slots.append(self._slots.pop(0))
+        return self
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor in this slot, whose content is what was there before."""
+        wanted, slot = max(1, prod(shape) * dtype.itemsize), self._slots[0]
+        if name not in slot or slot[name].nbytes() < wanted:
+            slot[name] = torch.UntypedStorage._new_shared(wanted)  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=dtype).set_(slot[name], 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def collate(rows: Sequence[Row], shared: SharedMemory | None = None) -> dict[str, Segment]:
     """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
     segments = {}
     for name in sorted({name for row in rows for name in row}):
@@ -134,29 +162,24 @@ def collate(rows: Sequence[Row]) -> dict[str, Segment]:
         if first.positions is not None:
             blank = np.zeros_like(first.positions)
             places = [blank if array is None or array.positions is None else array.positions for array in found]
-            positions = _stacked(places)
+            positions = _stacked(places, f"{name} positions", shared)
         mask = torch.tensor([[array is not None] for array in found])
-        segments[name] = Segment(_stacked(values), positions, None if mask.all() else mask)
+        segments[name] = Segment(_stacked(values, name, shared), positions, None if mask.all() else mask)
     return segments
 
 
-def _stacked(arrays: Sequence[Array]) -> Tensor:
-    """Return (B, ...) of arrays (...): in a worker, in memory that it shares with the process it works for."""
-    own = [array if array.flags.writeable else array.copy() for array in arrays]  # those of records lie on disk
-    stacked: Tensor = default_collate([torch.from_numpy(array) for array in own])
+def _stacked(arrays: Sequence[Array], name: str, shared: SharedMemory | None) -> Tensor:
+    """Return (B, ...) of arrays (...)."""
+    if shared is None:
+        return torch.from_numpy(np.stack(arrays))
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    stacked = shared.tensor(name, (len(arrays), *arrays[0].shape), dtype)
+    np.stack(arrays, out=stacked.numpy())
     return stacked
 
 
 def _unchanged(batch: Batch) -> Batch:
     return batch
-
-
-def _keep_freed_memory(worker: int) -> None:
-    """Have glibc's malloc keep what is freed: it would give back the memory of each clip and fetch it for the next."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_TRIM_THRESHOLD, FREED_BYTES)
-        mallopt(M_MMAP_THRESHOLD, FREED_BYTES // 4)
 
 
 # ---------------------------------------------------------------- mixing

@@ -19,6 +19,7 @@ from perceiver_cli.catalog import Example, brought
 from perceiver_cli.config import AudioSpec, InputSpec, Limits, VideoSpec
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError, ResourceError
 from perceiver_cli.files import show_path
+from perceiver_cli.memory import keep_freed
 from perceiver_cli.preprocess import expected, holds_rows, modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Source, Span, TimedModality, cut_windows
 from perceiver_cli.stream import Stored, stored_rows
@@ -60,9 +61,13 @@ class Decoded:
 
 
 class Decoder:
-    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget."""
+    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget.
+
+    From here on this process keeps memory that is freed (`memory.keep_freed`).
+    """
 
     def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
+        keep_freed()
         self.specs = dict(sorted(specs.items()))
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from perceiver_cli.errors import UsageError
+from perceiver_cli.memory import keep_freed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -35,6 +36,8 @@ class Compute:
 def choose(device: str = "auto", precision: str = "auto") -> Compute:
     """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
 
+    From here on this process keeps memory that is freed (`memory.keep_freed`).
+
     Raises:
         UsageError: a device that is not there, or fp16 without a GPU.
     """
@@ -52,4 +55,5 @@ def choose(device: str = "auto", precision: str = "auto") -> Compute:
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and chosen.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use bf16 or fp32")
+    keep_freed()
     return Compute(chosen, precision)

@@ -42,6 +42,10 @@ class Segment:
         """Return the segment in page-locked memory (called by the data loader when training on a GPU)."""
         return self._each(Tensor.pin_memory)
 
+    def clone(self) -> Segment:
+        """Return the segment in memory of its own."""
+        return self._each(Tensor.clone)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Segment:
         return Segment(*(None if x is None else change(x) for x in (self.values, self.positions, self.mask)))  # type: ignore[arg-type]
 

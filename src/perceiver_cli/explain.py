@@ -18,11 +18,10 @@ From one input and one class:
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,6 +41,7 @@ from perceiver_cli.decoding import Decoded, Row
 from perceiver_cli.encoding import Segment
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.memory import give_back_freed, keep_freed
 from perceiver_cli.model import Perceiver
 from perceiver_cli.pairing import File, assemble, sources_of
 from perceiver_cli.predict import Input, Part, Pipe, Predictor, source_of
@@ -54,7 +54,6 @@ PATH_STEPS = 4  # of the integral; 4, 8 and 16 gave the same heat within 0.01
 NEIGHBOURHOOD = 0.03  # of a grid's side: one standard deviation of the average over neighbours
 SMALL_SIDE = 8  # inputs along an axis that has no neighbours to speak of
 MAPS = 6  # latents whose scores are shown
-M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 1 << 20  # glibc's mallopt: larger allocations are given back when freed
 COARSE = 8  # numbers along each axis of a grid in JSON, at most
 COARSE_TIME = 32
 
@@ -267,10 +266,7 @@ def weighed(spoken: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[s
 @contextmanager
 def _lean(model: Perceiver) -> Iterator[None]:
     """Let a model keep as little as it can for a gradient of its inputs: no weights' gradients, nothing kept twice."""
-    with suppress(OSError, AttributeError):  # glibc's; elsewhere it is not needed
-        # By default glibc soon takes tensors of megabytes from a heap that it cannot give back, since something small
-        # lies above them: 1,660 MiB instead of 660 for the ImageNet model.
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    give_back_freed()
     recompute, learned = model.recompute, [weight for weight in model.parameters() if weight.requires_grad]
     model.recompute = True
     model.requires_grad_(False)
@@ -280,6 +276,7 @@ def _lean(model: Perceiver) -> Iterator[None]:
         model.recompute = recompute
         for weight in learned:
             weight.requires_grad_(True)
+        keep_freed()
 
 
 def _mean(values: Tensor) -> Tensor:
