@@ -164,14 +164,14 @@ def test_memory_does_not_grow_with_the_number_of_records(here: Path, tmp_path: P
     peaks = []
     script = (
         "import sys\nfrom perceiver_cli.cli import app\nfrom perceiver_cli.memory import peak_bytes\n"
-        "try: app(['predict', '-', '-m', 'runs/latest', '--batch-size', '256'])\n"
+        "try: app(['predict', '-', '-m', 'runs/latest', '--batch-size', '32'])\n"
         "except SystemExit as end: assert end.code == 0\n"
         "open(sys.argv[1], 'w').write(str(peak_bytes()))"
     )
     spec = json.loads(shell("perceiver preprocess data -m runs/latest | tar xO __perceiver__/header", here).stdout)
     header = Header({"image": ImageSpec.model_validate(spec["inputs"]["image"])})
     image = npy_bytes(np.zeros((12, 12, 1), np.uint8))
-    for count in (500, 6_000):
+    for count in (500, 12_000):
         with subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path / "peak")],
             cwd=here,
@@ -185,7 +185,7 @@ def test_memory_does_not_grow_with_the_number_of_records(here: Path, tmp_path: P
             writer.close()
             process.stdin.close()
         peaks.append(int((tmp_path / "peak").read_text()))
-    assert peaks[1] - peaks[0] < 8 << 20  # the stream itself is 15 MB
+    assert peaks[1] - peaks[0] < 12 << 20  # the stream itself is 30 MB
 
 
 def test_terminals_get_help_instead_of_silence(here: Path) -> None:
