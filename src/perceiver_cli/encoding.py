@@ -43,8 +43,12 @@ class Segment:
         return self._each(Tensor.pin_memory)
 
     def clone(self) -> Segment:
-        """Return the segment in memory of its own."""
-        return self._each(Tensor.clone)
+        """Return the segment in memory of its own.
+
+        NumPy's: what torch frees, glibc's memalign finds too small for the next of its size (a thousand fresh pages a
+        clip), and NumPy asks for huge pages besides.
+        """
+        return self._each(lambda x: torch.from_numpy(x.numpy().copy()))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Segment:
         return Segment(*(None if x is None else change(x) for x in (self.values, self.positions, self.mask)))  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-KEPT_BYTES, OWN_BYTES = 256 << 20, 64 << 20  # free memory that is kept; size from which an array is mapped by itself
+KEPT_BYTES = 256 << 20  # free memory that is kept
+OWN_BYTES = 64 << 20, 32 << 20  # size from which an array is mapped by itself; the most that glibc before 2.35 takes
 LEAN_BYTES = 1 << 20
 
 
@@ -20,7 +21,7 @@ def keep_freed() -> None:
     a fifth of a small model's training step went into fresh pages. Forked processes inherit it; of glibc only.
     """
     _set(M_TRIM_THRESHOLD, KEPT_BYTES)
-    _set(M_MMAP_THRESHOLD, OWN_BYTES)
+    any(_set(M_MMAP_THRESHOLD, size) for size in OWN_BYTES)
 
 
 def give_back_freed() -> None:
@@ -32,9 +33,10 @@ def give_back_freed() -> None:
     _set(M_MMAP_THRESHOLD, LEAN_BYTES)
 
 
-def _set(parameter: int, value: int) -> None:
+def _set(parameter: int, value: int) -> bool:
     with suppress(OSError, AttributeError):  # not glibc: nothing to set
-        ctypes.CDLL(None).mallopt(parameter, value)
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
+    return False
 
 
 def peak_bytes() -> int:
