@@ -16,6 +16,13 @@ FAULTS = (
     "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
 )
 
+COPIES = (
+    "import resource, torch\nfrom perceiver_cli.encoding import Segment\nfrom perceiver_cli.memory import keep_freed\n"
+    "keep_freed()\nsegment = Segment(torch.zeros(30 << 20, dtype=torch.uint8))\ncopy = segment.clone()\n"
+    "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nfor _ in range(20): copy = segment.clone()\n"
+    "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"
+)
+
 
 def printed(script: str) -> int:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -26,6 +33,11 @@ def printed(script: str) -> int:
 def test_what_is_freed_is_used_again_until_it_is_to_be_given_back() -> None:
     assert printed(FAULTS.format(then="")) < 20
     assert printed(FAULTS.format(then="give_back_freed()")) > 20 * 10  # of 2 MiB where pages are huge
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_copies_of_batches_take_turns_in_the_same_memory() -> None:
+    assert printed(COPIES) < 10_000  # the second copy's, once; 20 fresh ones are 150,000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak begins at the parent's elsewhere")
