@@ -219,7 +219,8 @@ class Tiles:
     def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
         """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
         counts = (last - first, *self.counts[1:])
-        own = spread = spread.view(len(shared), *counts, *spread.shape[1:])
+        spread = spread.view(len(shared), *counts, *spread.shape[1:])
+        fewest = spread.flatten(1, len(counts))
         tile_axes = tuple(range(1, len(counts) + 1))
         start = 0
         for axis, scores in enumerate(self._by_tile(along)):
@@ -229,7 +230,8 @@ class Tiles:
             target = scores[:, :, first:last] if axis == 0 else scores
             target += own[..., start : start + self.sides[axis]].transpose(1, 2)
             start += self.sides[axis]
-        shared += own[..., start:].sum(dim=1)
+            fewest = min(fewest, own, key=lambda sums: sums.shape[1])
+        shared += fewest[..., start:].sum(dim=1)
 
     def _by_tile(self, along: Tensor) -> Iterator[Tensor]:
         """Yield a view (B, n, count, side) for each axis with scores of its own."""
