@@ -319,7 +319,10 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
 
     The display matrix ((a, b, u), (c, d, v), (x, y, w)) puts column p and row q at (a p + c q + x, b p + d q + y).
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    from av.sidedata.sidedata import SideDataContainer
+
+    # Not frame.side_data: the frame keeps what it gives, which keeps the frame, until Python looks for cycles.
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is None or len(bytes(matrix)) != 36:
         return False, False, False
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
