@@ -262,6 +262,7 @@ class Limits(Table):
     audio_channels: int = 64
     video_seconds: float = 3600.0
     video_pixels: int = 33_177_600  # of a frame: 8K
+    video_side: int = 8192  # pixels, of a frame
     vertices: int = 10_000_000
     faces: int = 20_000_000
     decoded_bytes: int = 1 << 30

@@ -306,6 +306,9 @@ def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
     pixels = frame.width * frame.height
     if pixels > limits.video_pixels:
         raise LimitError(source.shown, pixels, "pixels in a frame", "video_pixels", limits.video_pixels)
+    side = max(frame.width, frame.height)
+    if side > limits.video_side:
+        raise LimitError(source.shown, side, "pixels along a side of a frame", "video_side", limits.video_side)
 
 
 def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
