@@ -188,6 +188,27 @@ def test_memory_does_not_grow_with_the_number_of_records(here: Path, tmp_path: P
     assert peaks[1] - peaks[0] < 12 << 20  # the stream itself is 30 MB
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found in /proc")
+@pytest.mark.parametrize(
+    "command", ["bench tiny-image --against usual --seconds 60", "preprocess data data data data data --workers 2"]
+)
+def test_a_killed_command_leaves_no_process(here: Path, command: str) -> None:
+    """A process pool's children wait for work for ever when nobody tells them that their parent is gone."""
+    # Nobody reads what it writes: records fill the pipe and wait there.
+    with subprocess.Popen(
+        [PROGRAM, *command.split()], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        found: list[str] = []
+        while not found:
+            time.sleep(0.1)
+            found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+    end = time.monotonic() + 20
+    while any(Path("/proc", child).exists() for child in found):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 def test_terminals_get_help_instead_of_silence(here: Path) -> None:
     main, terminal = os.openpty()
     for command in ("train", "evaluate", "predict", "preprocess"):

@@ -22,6 +22,7 @@ from perceiver_cli import kernels, peers
 from perceiver_cli.bench import machine
 from perceiver_cli.config import Config, load_preset
 from perceiver_cli.cost import latent_flops
+from perceiver_cli.decoding import end_with_parent
 from perceiver_cli.device import Compute, choose, find
 from perceiver_cli.errors import ResourceError, UsageError
 from perceiver_cli.memory import peak_bytes
@@ -182,7 +183,7 @@ def run(job: Job) -> Measured:
     Raises:
         ResourceError: the process died, most likely for want of memory.
     """
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             return pool.submit(measure, job).result()
         except BrokenProcessPool as error:

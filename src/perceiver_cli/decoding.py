@@ -303,9 +303,8 @@ def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int
         return
     _call, rest = call, iter(items)
     waiting: deque[Future[list[Made]]] = deque()
-    pipe = os.pipe()
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _end_with_parent, pipe) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with_parent) as pool:
             try:
                 while chunk := list(islice(rest, CHUNK)):
                     waiting.append(pool.submit(_call_each, chunk))
@@ -318,19 +317,17 @@ def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int
                 raise
     except BrokenProcessPool as error:
         raise worker_died(workers) from error
-    finally:
-        for end in pipe:
-            os.close(end)
 
 
-def _end_with_parent(read_end: int, write_end: int) -> None:
-    """Have a working process end when its parent does, however that ends: nobody else holds the pipe open."""
+def end_with_parent() -> None:
+    """Have a working process end when its parent does, however that ends: it would wait for work for ever."""
 
     def watch() -> None:
-        os.read(read_end, 1)
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
         os._exit(1)
 
-    os.close(write_end)
     threading.Thread(target=watch, daemon=True).start()
 
 
