@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from perceiver_cli import ByteArray, Config, InputSpec, Layout, Modality, Predictor, Source, Trainer, register
-from perceiver_cli.config import Limits
 from perceiver_cli.errors import DataError
-from perceiver_cli.evaluate import evaluate
+from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.preprocess.base import Array, check_contract, check_decoded
+from perceiver_cli.preprocess.spec import Limits
 
 HEADER = b"# curve\n"
 
@@ -69,6 +69,9 @@ class CurveModality(Modality[CurveSpec]):
         return ByteArray(curve.astype(np.float32)[:, None])
 
 
+register(CurveModality())
+
+
 def write_curves(folder: Path) -> None:
     """Write made-up curves: a dip in the first half or in the second."""
     rng = np.random.default_rng(0)
@@ -84,7 +87,6 @@ def write_curves(folder: Path) -> None:
 
 def main(folder: Path) -> float:
     """Train on the curves, evaluate and predict; return the accuracy on test."""
-    register(CurveModality())
     write_curves(folder / "data")
     config = Config.parse(
         {

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from perceiver_cli import Predictor, Trainer
-from perceiver_cli.explain import explain, save
+from perceiver_cli.inference.explain import explain
+from perceiver_cli.report.explanation import save
 
 Rng = np.random.Generator
 RATE_HZ = 8000

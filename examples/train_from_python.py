@@ -6,8 +6,8 @@ python examples/train_from_python.py DATA RUN [KEY=VALUE ...]
 import sys
 
 from perceiver_cli import Predictor, Trainer
-from perceiver_cli.evaluate import evaluate
-from perceiver_cli.events import Evaluated, Finished
+from perceiver_cli.inference.evaluation import evaluate
+from perceiver_cli.training.events import Evaluated, Finished
 
 
 def main(data: str, run: str, *overrides: str) -> None:

@@ -13,8 +13,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from perceiver_cli.events import Finished
-from perceiver_cli.train import Trainer
+from perceiver_cli.training.events import Finished
+from perceiver_cli.training.trainer import Trainer
 
 # A model so small that a step takes a few milliseconds.
 SMALL = (

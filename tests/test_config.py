@@ -9,17 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perceiver_cli.config import (
-    Config,
-    ModelConfig,
-    duration_steps,
-    load_config,
-    load_preset,
-    preset_names,
-    preset_text,
-    tiny_config,
-)
+from perceiver_cli.config import Config, ModelConfig, duration_steps, load_config, load_preset, tiny_config
 from perceiver_cli.errors import UsageError
+from perceiver_cli.presets import preset_names, preset_text
 
 
 @pytest.mark.parametrize("name", preset_names())

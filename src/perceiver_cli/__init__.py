@@ -11,36 +11,39 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
-    from perceiver_cli.checkpoint import load_model as load
-    from perceiver_cli.config import Config, InputSpec, load_config, load_preset
-    from perceiver_cli.encoding import Segment, byte_array
+    from perceiver_cli.config import Config, load_config, load_preset
+    from perceiver_cli.data.prepare import byte_array
     from perceiver_cli.errors import PerceiverError
-    from perceiver_cli.evaluate import Report
-    from perceiver_cli.model import Perceiver
-    from perceiver_cli.optim import Lamb
-    from perceiver_cli.predict import Prediction, Predictor, Windows
+    from perceiver_cli.inference.evaluation import Report
+    from perceiver_cli.inference.predictor import Prediction, Predictor, Windows
+    from perceiver_cli.model.checkpoint import load_model as load
+    from perceiver_cli.model.encoding import Segment
+    from perceiver_cli.model.perceiver import Perceiver
     from perceiver_cli.preprocess import register
-    from perceiver_cli.preprocess.base import ByteArray, Layout, Modality, Source
-    from perceiver_cli.train import Trainer
+    from perceiver_cli.preprocess.base import ByteArray, Layout, Modality
+    from perceiver_cli.preprocess.source import Source
+    from perceiver_cli.preprocess.spec import InputSpec
+    from perceiver_cli.training.optimizer import Lamb
+    from perceiver_cli.training.trainer import Trainer
 
 _HOMES = {
     "ByteArray": "preprocess.base",
     "Config": "config",
-    "InputSpec": "config",
-    "Lamb": "optim",
+    "InputSpec": "preprocess.spec",
+    "Lamb": "training.optimizer",
     "Layout": "preprocess.base",
     "Modality": "preprocess.base",
-    "Perceiver": "model",
+    "Perceiver": "model.perceiver",
     "PerceiverError": "errors",
-    "Prediction": "predict",
-    "Predictor": "predict",
-    "Report": "evaluate",
-    "Segment": "encoding",
-    "Source": "preprocess.base",
-    "Trainer": "train",
-    "Windows": "predict",
-    "byte_array": "encoding",
-    "load": "checkpoint:load_model",
+    "Prediction": "inference.predictor",
+    "Predictor": "inference.predictor",
+    "Report": "inference.evaluation",
+    "Segment": "model.encoding",
+    "Source": "preprocess.source",
+    "Trainer": "training.trainer",
+    "Windows": "inference.predictor",
+    "byte_array": "data.prepare",
+    "load": "model.checkpoint:load_model",
     "load_config": "config",
     "load_preset": "config",
     "register": "preprocess",

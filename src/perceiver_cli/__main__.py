@@ -5,8 +5,8 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line."""
-    from perceiver_cli.cli import app
-    from perceiver_cli.console import guarded
+    from perceiver_cli.cli.app import app
+    from perceiver_cli.cli.terminal import guarded
 
     guarded(app)
 

@@ -13,37 +13,21 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size, Table
+from perceiver_cli.presets import preset_text
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
 TINY_DROPOUT = 0.2  # of each modality, where tiny presets are put together
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Size = Annotated[int, Field(ge=1, le=1 << 20)]
-
-
-def _pair(value: Any) -> Any:
-    return [value, value] if isinstance(value, int) else value
-
-
-Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]  # one number stands for both sides
-Range = tuple[float, float]
-
-
-class Table(BaseModel):
-    """One table of the TOML file: fixed once made, and strict about keys and numbers."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 # ---------------------------------------------------------------- model
@@ -118,154 +102,6 @@ class ModelConfig(Table):
     def num_latent_sets(self) -> int:
         """Number of distinct latent Transformer weight sets."""
         return 1 + max((index for kind, index in self.steps if kind == "t"), default=-1)
-
-
-# ---------------------------------------------------------------- inputs
-
-
-class InputSpec(Table):
-    """How one modality becomes a byte array. Subclasses register themselves by the default of `modality`.
-
-    A modality outside this package subclasses it beside its `Modality` (see examples/custom_modality.py).
-    """
-
-    kinds: ClassVar[dict[str, type[InputSpec]]] = {}
-    modality: str
-    # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
-    bands: Annotated[int, Field(ge=0, le=4096)] = 64
-    # The paper's mu per axis, in samples over [-1, 1]; unset, the number of inputs along the axis.
-    max_resolution: tuple[Positive, ...] | None = None
-    # Inputs merged into one along each axis; their values become channels.
-    patch: tuple[Size, ...] = (1,)
-    # Fourier features, or a learned vector for each place of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
-    positions: Literal["fourier", "learned"] = "fourier"
-    learned_channels: Size = 128
-    learned_std: Positive = 1.0
-    # A seed: rows of the byte array in one random order, the same for every input, features and all (paper 4.1).
-    permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    # Share of training examples from which this modality is withheld where there is another (paper 4.2: video 0.3).
-    dropout: Fraction = 0.0
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        InputSpec.kinds[cls.model_fields["modality"].default] = cls
-
-
-class ImageSpec(InputSpec):
-    """Pixels as a grid, height x width (paper 4.1). Values stay uint8 until the model."""
-
-    modality: Literal["image"] = "image"
-    # "auto": the median of the training images, no larger than max_auto_size on its longer side.
-    size: Pair | Literal["auto"] = (224, 224)
-    max_auto_size: Size = 64
-    # "auto": grey if no probed training image shows a colour; unsettled it reads as rgb.
-    color: Literal["rgb", "grey", "auto"] = "rgb"
-    # "auto": the smallest square that leaves at most max_auto_inputs inputs; 1 is the paper's pixels.
-    patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
-    max_auto_inputs: Size = 256
-    # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
-    # and pooling to a quarter of each side, padded as in the official code (same) or as in transformers (valid).
-    stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
-    stem_channels: Size = 64
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
-    # Training: the Inception crop, a mirror, RandAugment.
-    crop_area: Range = (0.08, 1.0)
-    crop_aspect: Range = (3 / 4, 4 / 3)
-    flip: Fraction = 0.5
-    randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
-
-
-class AudioSpec(InputSpec):
-    """Sound as raw samples in segments, or as a log-mel spectrogram (paper 4.2)."""
-
-    modality: Literal["audio"] = "audio"
-    features: Literal["raw", "mel"] = "raw"
-    # "auto": the most common rate of the training files, no higher than max_auto_rate_hz.
-    rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
-    max_auto_rate_hz: int = 16_000
-    clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28
-    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"
-    short: Literal["loop", "pad"] = "loop"  # what fills a clip that is longer than its file
-    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
-    patch: tuple[Size, ...] = (128,)
-    # Mel mode only.
-    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64
-    window_s: Positive = 0.025
-    hop_s: Positive = 0.010
-    min_hz: Annotated[float, Field(ge=0)] = 20.0
-    # Training: random window, gain in decibels either way, SpecAugment (mel mode).
-    gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0
-    time_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    time_mask_share: Fraction = 0.1
-    frequency_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    frequency_mask_share: Fraction = 0.1
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        axes = 1 if self.features == "raw" else 2
-        if len(self.patch) != axes:
-            raise ValueError(f"patch of {self.features} audio has {axes} side(s), found {list(self.patch)}")
-        return self
-
-
-class VideoSpec(InputSpec):
-    """Frames of a clip as a grid, time x height x width (paper 4.2). Values stay uint8 until the model."""
-
-    modality: Literal["video"] = "video"
-    num_frames: Annotated[int, Field(ge=1, le=1 << 16)] = 32
-    frame_rate_hz: Annotated[float, Field(gt=0, le=1000)] = 25.0  # each instant takes the frame shown then
-    size: Pair = (224, 224)
-    patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
-    short: Literal["loop", "hold"] = "loop"  # what fills a clip that is longer than its file
-    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
-    # Training: a random place in time, and one Inception crop for all frames. No mirror unless asked for: a mirrored
-    # clip may be of another class, left for right. Brightness, contrast and saturation each by up to this share.
-    crop_area: Range = (0.3, 1.0)
-    crop_aspect: Range = (3 / 4, 4 / 3)
-    flip: Fraction = 0.0
-    color: Fraction = 0.0
-
-
-class PointsSpec(InputSpec):
-    """Points of a cloud or of a mesh's surface: positions only (paper 4.3)."""
-
-    modality: Literal["points"] = "points"
-    num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
-    max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
-    patch: tuple[Size, ...] = (1,)
-    # Points sampled once per file and kept; each visit in training draws num_points of them.
-    pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
-    # Training: per-point scaling (paper 4.3), scaling of the whole along each axis, mirroring along some with
-    # probability one half, turning about one, and noise on each coordinate.
-    point_scale: Range = (0.99, 1.01)
-    rotate: Literal["none", "x", "y", "z", "any"] = "none"
-    stretch: Range = (1.0, 1.0)
-    mirror: tuple[Literal["x", "y", "z"], ...] = ()
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-
-# ---------------------------------------------------------------- data and training
-
-
-class Limits(Table):
-    """What one input may cost before it is refused; each is raised by `--limit NAME=VALUE`."""
-
-    file_bytes: int = 2 << 30
-    image_pixels: int = 89_478_485
-    audio_seconds: float = 3600.0
-    audio_channels: int = 64
-    video_seconds: float = 3600.0
-    video_pixels: int = 33_177_600  # of a frame: 8K
-    video_side: int = 8192  # pixels, of a frame
-    vertices: int = 10_000_000
-    faces: int = 20_000_000
-    decoded_bytes: int = 1 << 30
 
 
 class DataConfig(Table):
@@ -448,10 +284,10 @@ def _spec(key: str, table: Any) -> Any:
     if isinstance(table, InputSpec):
         return table
     kind = table.get("modality", key) if isinstance(table, dict) else key
-    if kind not in InputSpec.kinds:
-        known = ", ".join(sorted(InputSpec.kinds))
+    spec = preprocess.spec_type(kind)
+    if spec is None:
+        known = ", ".join(sorted(preprocess.names()))
         raise ValueError(f"[inputs.{key}]: unknown modality {kind!r}, known are {known}")
-    spec = InputSpec.kinds[kind]
     try:
         return spec.model_validate(table)
     except ValidationError as error:
@@ -499,31 +335,6 @@ def _without_none(table: Any) -> Any:
     if isinstance(table, dict):
         return {key: _without_none(value) for key, value in table.items() if value is not None}
     return [_without_none(value) for value in table] if isinstance(table, list) else table
-
-
-# ---------------------------------------------------------------- presets and files
-
-
-def preset_names() -> list[str]:
-    """Return the names of the recipes that ship with the package, sorted."""
-    folder = resources.files("perceiver_cli") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
-
-
-def preset_text(name: str) -> str:
-    """Return a preset's TOML with its comments.
-
-    Raises:
-        UsageError: there is no such preset; names the nearest.
-    """
-    names = preset_names()
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        raise UsageError(
-            f"no preset named {name!r}",
-            f"did you mean {near[0]}" if near else f"there are {', '.join(names)}",
-        )
-    return (resources.files("perceiver_cli") / "presets" / f"{name}.toml").read_text("utf-8")
 
 
 def load_preset(name: str) -> Config:

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from perceiver_cli.config import AudioSpec, Limits
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
 from perceiver_cli.preprocess import decode, detect
 from perceiver_cli.preprocess.audio import MODALITY as AUDIO
-from perceiver_cli.preprocess.base import ByteArray, Source
+from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.base import ByteArray
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
 
 RATE = 16_000
 LIMITS = Limits()

@@ -1,40 +1,72 @@
-"""The modalities there are, and which one a file belongs to, by its content. Never imports torch."""
+"""The modalities there are, and which one a file belongs to, by its content. Never imports torch.
+
+A modality is one file of this folder: its options, its reader, and `register` at the end. Nothing else lists it.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+from functools import cache
 from importlib import import_module
 from typing import Any
 
-from perceiver_cli.config import InputSpec, Limits
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.preprocess.base import Array, Modality, Source
+from perceiver_cli.preprocess.base import Array, Modality
 from perceiver_cli.preprocess.rows import kinds_in
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
 
-__all__ = ["BUILT_IN", "candidates", "decode", "detect", "expected", "formats", "holds_rows", "modality", "register"]
-
-# Name is file. Detection asks in this order: an animation could be read as an image, a video for its sound.
-BUILT_IN = ("video", "image", "audio", "points")
 _registered: dict[str, Modality[Any]] = {}
 
 
 def register(new: Modality[Any]) -> None:
-    """Make a modality from outside the package known under its name. Detection asks it before the built-in ones.
+    """Make a modality known under its name.
 
     Raises:
-        UsageError: its `InputSpec` subclass is not defined, or the name is taken.
+        UsageError: its `InputSpec` subclass is not defined, or the name belongs to a file of this folder.
     """
-    if new.name in BUILT_IN or new.name not in InputSpec.kinds:
+    owner = f"{__name__}.{new.name}"
+    if new.name not in InputSpec.kinds or (new.name in _files() and type(new).__module__ != owner):
         raise UsageError(f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default")
     _registered[new.name] = new
 
 
+@cache
+def _files() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(__path__))
+
+
+@cache
+def _import_all() -> None:
+    for name in _files():
+        import_module(f"{__name__}.{name}")
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all modalities in the order in which detection asks them."""
+    _import_all()
+    return tuple(sorted(_registered, key=lambda name: _registered[name].precedence))
+
+
 def modality(name: str) -> Modality[Any]:
     """Return the modality of that name. Raises UsageError where there is none."""
-    if name in BUILT_IN:
-        return import_module(f"perceiver_cli.preprocess.{name}").MODALITY  # type: ignore[no-any-return]
-    if name in _registered:
-        return _registered[name]
-    raise UsageError(f"no modality named {name!r}", f"there are {', '.join([*_registered, *BUILT_IN])}")
+    if name not in _registered and name in _files():
+        import_module(f"{__name__}.{name}")  # that file alone: the others may import slow libraries
+    if name not in _registered:
+        raise UsageError(f"no modality named {name!r}", f"there are {', '.join(names())}")
+    return _registered[name]
+
+
+def spec_type(name: str) -> type[InputSpec] | None:
+    """Return the class of a modality's options, or None where there is no such modality."""
+    if name not in InputSpec.kinds and name in _files():
+        import_module(f"{__name__}.{name}")
+    return InputSpec.kinds.get(name)
+
+
+def settled(spec: InputSpec) -> InputSpec:
+    """Return a spec whose every "auto" has the value that it takes without data to look at."""
+    return modality(spec.modality).resolve(spec, [], Limits())  # type: ignore[no-any-return]
 
 
 def candidates(source: Source) -> tuple[str, ...]:
@@ -44,17 +76,17 @@ def candidates(source: Source) -> tuple[str, ...]:
         DataError: empty, unreadable, or of no known format.
     """
     head = source.head()
-    every = (*_registered, *BUILT_IN)
-    names = kinds_in(head, every) or tuple(name for name in every if modality(name).sniff(head, source.name))
-    if not names:
+    every = names()
+    found = kinds_in(head, every) or tuple(name for name in every if modality(name).sniff(head, source.name))
+    if not found:
         raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
-    return names
+    return found
 
 
 def holds_rows(source: Source) -> bool:
     """Return whether a source is a byte array, one input as rows with Fourier features; not if it is unreadable."""
     try:
-        return bool(kinds_in(source.head(), (*_registered, *BUILT_IN)))
+        return bool(kinds_in(source.head(), names()))
     except DataError:
         return False
 
@@ -89,4 +121,4 @@ def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
 
 def formats() -> str:
     """Return the formats of every modality, for messages."""
-    return "; ".join(f"{name}: {modality(name).formats}" for name in [*_registered, *BUILT_IN])
+    return "; ".join(f"{name}: {modality(name).formats}" for name in names())

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
-from perceiver_cli.config import Limits
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError, UsageError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess.base import HEAD_BYTES, Source
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.preprocess.spec import Limits
 
 NOUNS = {"video": "picture", "audio": "sound"}
 STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx ")  # of pictures

@@ -14,30 +14,61 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
-from PIL.Image import Resampling, Transform, Transpose
+from PIL import Image, UnidentifiedImageError
+from PIL.Image import Transpose
+from pydantic import Field
 
-from perceiver_cli.config import ImageSpec, Limits, VideoSpec
 from perceiver_cli.errors import DataError, LimitError, PerceiverError, UsageError
+from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import (
     Array,
     ByteArray,
     Layout,
     Modality,
-    Source,
     check_contract,
     check_decoded,
     patchify,
     position_options,
 )
+from perceiver_cli.preprocess.pixels import center_box, check_crops, flatten, per_channel, random_box, resize, to_array
+from perceiver_cli.preprocess.randaugment import randaugment
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
+
+
+class ImageSpec(InputSpec):
+    """Pixels as a grid, height x width (paper 4.1). Values stay uint8 until the model."""
+
+    modality: Literal["image"] = "image"
+    # "auto": the median of the training images, no larger than max_auto_size on its longer side.
+    size: Pair | Literal["auto"] = (224, 224)
+    max_auto_size: Size = 64
+    # "auto": grey if no probed training image shows a colour; unsettled it reads as rgb.
+    color: Literal["rgb", "grey", "auto"] = "rgb"
+    # "auto": the smallest square that leaves at most max_auto_inputs inputs; 1 is the paper's pixels.
+    patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
+    max_auto_inputs: Size = 256
+    # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
+    # and pooling to a quarter of each side, padded as in the official code (same) or as in transformers (valid).
+    stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
+    stem_channels: Size = 64
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
+    # Training: the Inception crop, a mirror, RandAugment.
+    crop_area: Range = (0.08, 1.0)
+    crop_aspect: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.5
+    randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
+
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")  # Pillow's other plugins are never reached
 PIXEL_BYTES = 4  # of Pillow's own storage, whatever the mode
 COLOR_PROBES = 20  # images decoded to settle color = "auto"
-CROP_TRIES = 10
 T = TypeVar("T")
 
 _SIGNATURE = re.compile(
@@ -139,46 +170,6 @@ def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
     return flat if turn is None else flat.transpose(turn)
 
 
-def flatten(image: Image.Image) -> Image.Image:
-    """Return the image in mode L or RGB: any mode of Pillow brought to 8 bits, and laid on white.
-
-    16 bits are divided by 257. 32-bit integers and floats say nothing of their range: it is taken as 0..1, 0..255 or
-    0..65535, the first that holds all values, else as the image's own minimum..maximum.
-    """
-    mode, clear = image.mode, image.info.get("transparency")
-    if mode[0] in "IF":
-        values = np.asarray(image)
-        # PNG and PPM have no more than 16 bits, even where Pillow gives them mode I.
-        sixteen = mode.startswith("I;16") or image.format in ("PNG", "PPM")
-        grey = _to_8_bits(values, 65535 if sixteen else None)
-        if isinstance(clear, int):
-            grey[values == clear] = 255
-        return Image.fromarray(grey)
-    if clear is not None and mode in ("1", "L", "RGB"):
-        image = image.convert("RGBA" if mode == "RGB" else "LA")
-    elif mode in ("P", "PA", "RGBa"):
-        image = image.convert("RGBA")
-    elif mode == "La":
-        image = image.convert("LA")
-    flat = "L" if image.mode in ("1", "L", "LA") else "RGB"
-    if image.mode not in ("LA", "RGBA"):
-        return image.convert(flat)
-    white = Image.new(flat, image.size, "white")
-    white.paste(image.convert(flat), mask=image.getchannel("A"))
-    return white
-
-
-def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, from a range guessed as `flatten` says."""
-    low, high = float(values.min()), float(values.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixels that are not finite numbers")
-    if top is None:
-        top = next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
-    start, span = (0.0, float(top)) if top is not None else (low, high - low or 1.0)
-    return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
-
-
 # ---------------------------------------------------------------- the modality
 
 
@@ -186,6 +177,7 @@ class ImageModality(Modality[ImageSpec]):
     """Files of pixels to (height, width, colours) uint8, and on to a grid of patches (paper 4.1)."""
 
     name = "image"
+    precedence = 2
     formats = "PNG, JPEG, WebP, GIF (first frame), TIFF (first page), BMP, PPM and PGM"
     decides = ("size", "color")
 
@@ -287,6 +279,7 @@ class ImageModality(Modality[ImageSpec]):
 
 
 MODALITY = ImageModality()
+register(MODALITY)
 
 
 def _size(spec: ImageSpec) -> tuple[int, int]:
@@ -311,23 +304,6 @@ def _patch(spec: ImageSpec) -> tuple[int, int]:
     if spec.patch == "auto":
         raise UsageError('image patch is still "auto"', "it is settled with the size; or give a patch")
     return spec.patch
-
-
-def per_channel(spec: ImageSpec | VideoSpec, key: str, colors: int) -> tuple[float, ...]:
-    """Return the spec's "mean" or "std", one number a colour, in units of the uint8 values. Raises UsageError."""
-    numbers: tuple[float, ...] = getattr(spec, key)
-    if colors == 1 and len(numbers) == 3:
-        numbers = (sum(numbers) / 3,)
-    if len(numbers) not in (1, colors):
-        raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
-    return tuple(number * 255 for number in (numbers if len(numbers) == colors else numbers * colors))
-
-
-def check_crops(spec: ImageSpec | VideoSpec) -> None:
-    """Raise UsageError where a range of the Inception crop does not rise."""
-    for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
-        if not 0 < low <= high <= top:
-            raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
 
 
 def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[Image.Image], T]) -> Iterator[T]:
@@ -370,140 +346,3 @@ def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> s
     spread = (source for start in range(step) for source in sources[start::step])
     probes = islice(_probe("color", spread, limits, has_color), COLOR_PROBES)
     return "rgb" if any(probes) else "grey"
-
-
-# ---------------------------------------------------------------- geometry
-
-Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
-
-
-def center_box(raw: Array, spec: ImageSpec | VideoSpec, size: tuple[int, int]) -> Box:
-    """Return the centre `eval_crop` of the largest box that has the target's aspect ratio, in whole pixels.
-
-    Rounded down as by transformers' image processor, so that published weights see the pixels that they were
-    evaluated on.
-    """
-    height, width = raw.shape[:2]
-    crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
-    crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
-
-
-def random_box(raw: Array, spec: ImageSpec | VideoSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """Return the Inception crop, in whole pixels: a random area, aspect ratio (log-uniform) and place.
-
-    `crop_aspect` is relative to the target's aspect ratio: of the crop itself where the target is square.
-    """
-    height, width = raw.shape[:2]
-    target = size[1] / size[0]
-    low, high = spec.crop_aspect[0] * target, spec.crop_aspect[1] * target
-    for _ in range(CROP_TRIES):
-        at_area, at_aspect, at_x, at_y = rng.random(4).tolist()
-        area = height * width * (spec.crop_area[0] + at_area * (spec.crop_area[1] - spec.crop_area[0]))
-        aspect = low * (high / low) ** at_aspect
-        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if 0 < crop_width <= width and 0 < crop_height <= height:
-            left, top = int(at_x * (width - crop_width + 1)), int(at_y * (height - crop_height + 1))
-            return left, top, left + crop_width, top + crop_height
-    # Nothing fitted: the largest centred box of an allowed aspect ratio.
-    crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
-    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
-
-
-def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
-    """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes.
-
-    Cropped first, so that no pixel beyond the box reaches the result. With `reducing_gap` large boxes are first
-    averaged down to that many times `size`: faster, and near enough for training.
-    """
-    left, top, right, bottom = box
-    part = values[top:bottom, left:right]
-    if part.shape[:2] == size:
-        return part
-    return to_array(_to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
-
-
-def _to_image(values: Array) -> Image.Image:
-    return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
-
-
-def to_array(image: Image.Image) -> Array:
-    return np.array(image).reshape(image.height, image.width, -1)  # a copy, so that it is writable
-
-
-# ---------------------------------------------------------------- RandAugment
-
-# The operations and constants of RandAugment (Cubuk et al. 2020) in the official Perceiver code. Each takes the image
-# and a level in 0..1. Lengths there are pixels of an ImageNet crop; here they shrink with the shorter side.
-TRANSLATE_PIXELS, CUTOUT_PIXELS, PER_SIDE = 100, 40, 224
-Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
-
-
-def randaugment(values: Array, layers: int, magnitude: int, rng: np.random.Generator) -> Array:
-    """Return (H, W, c) uint8 values after `layers` random operations of strength `magnitude` in 0..10."""
-    image = _to_image(values)
-    operations = tuple(RANDAUGMENT.values())
-    for _ in range(layers):
-        image = operations[rng.integers(len(operations))](image, magnitude / 10, rng)
-    return to_array(image)
-
-
-def _sign(rng: np.random.Generator) -> int:
-    return 1 if rng.random() < 0.5 else -1
-
-
-def _gray(image: Image.Image) -> Any:
-    return 128 if image.mode == "L" else (128, 128, 128)
-
-
-def _affine(image: Image.Image, *matrix: float) -> Image.Image:
-    return image.transform(image.size, Transform.AFFINE, matrix, Resampling.NEAREST, fillcolor=_gray(image))
-
-
-def _pixels(image: Image.Image, length: float) -> int:
-    return round(length * min(image.size) / PER_SIDE)
-
-
-def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
-    half = _pixels(image, CUTOUT_PIXELS * level)
-    x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
-    image = image.copy()
-    image.paste(_gray(image), (x - half, y - half, x + half, y + half))
-    return image
-
-
-def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    table = [min(255, value + int(110 * level)) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
-
-
-def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
-    return lambda image, level, rng: kind(image).enhance(1.8 * level + 0.1)
-
-
-def _translation(image: Image.Image, level: float, rng: np.random.Generator) -> int:
-    return _sign(rng) * _pixels(image, TRANSLATE_PIXELS * level)
-
-
-RANDAUGMENT: dict[str, Operation] = {
-    "AutoContrast": lambda image, level, rng: ImageOps.autocontrast(image),
-    "Equalize": lambda image, level, rng: ImageOps.equalize(image),
-    "Invert": lambda image, level, rng: ImageOps.invert(image),
-    "Rotate": lambda image, level, rng: image.rotate(30 * level * _sign(rng), fillcolor=_gray(image)),
-    # At least one bit: with none, which the official code gives below magnitude 3, the image would be black.
-    "Posterize": lambda image, level, rng: ImageOps.posterize(image, max(1, int(4 * level))),
-    "Solarize": lambda image, level, rng: ImageOps.solarize(image, int(256 * level)),
-    "Color": _enhance(ImageEnhance.Color),
-    "Contrast": _enhance(ImageEnhance.Contrast),
-    "Brightness": _enhance(ImageEnhance.Brightness),
-    "Sharpness": _enhance(ImageEnhance.Sharpness),
-    "ShearX": lambda image, level, rng: _affine(image, 1, 0.3 * level * _sign(rng), 0, 0, 1, 0),
-    "ShearY": lambda image, level, rng: _affine(image, 1, 0, 0, 0.3 * level * _sign(rng), 1, 0),
-    "TranslateX": lambda image, level, rng: _affine(image, 1, 0, _translation(image, level, rng), 0, 1, 0),
-    "TranslateY": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _translation(image, level, rng)),
-    "Cutout": _cutout,
-    "SolarizeAdd": lambda image, level, rng: _solarize_add(image, level),
-}

@@ -11,20 +11,19 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from PIL.Image import Resampling
+from pydantic import Field
 
-from perceiver_cli.config import Limits, VideoSpec
 from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess import container, image
+from perceiver_cli.preprocess import container, image, register
 from perceiver_cli.preprocess.base import (
     Array,
     ByteArray,
     Layout,
-    Source,
     Span,
     TimedModality,
     check_decoded,
@@ -32,6 +31,40 @@ from perceiver_cli.preprocess.base import (
     patchify,
     position_options,
 )
+from perceiver_cli.preprocess.pixels import (
+    Box,
+    center_box,
+    check_crops,
+    flatten,
+    per_channel,
+    random_box,
+    resize,
+    to_array,
+)
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
+
+
+class VideoSpec(InputSpec):
+    """Frames of a clip as a grid, time x height x width (paper 4.2). Values stay uint8 until the model."""
+
+    modality: Literal["video"] = "video"
+    num_frames: Annotated[int, Field(ge=1, le=1 << 16)] = 32
+    frame_rate_hz: Annotated[float, Field(gt=0, le=1000)] = 25.0  # each instant takes the frame shown then
+    size: Pair = (224, 224)
+    patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
+    short: Literal["loop", "hold"] = "loop"  # what fills a clip that is longer than its file
+    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
+    # Training: a random place in time, and one Inception crop for all frames. No mirror unless asked for: a mirrored
+    # clip may be of another class, left for right. Brightness, contrast and saturation each by up to this share.
+    crop_area: Range = (0.3, 1.0)
+    crop_aspect: Range = (3 / 4, 4 / 3)
+    flip: Fraction = 0.0
+    color: Fraction = 0.0
+
 
 __all__ = ["MODALITY", "VideoModality"]
 
@@ -58,6 +91,9 @@ class VideoModality(TimedModality[VideoSpec]):
     """Files of moving pictures to (frames, height, width, colours) uint8, and on to a grid of space-time patches."""
 
     name = "video"
+    precedence = (
+        1  # before image: an animation can be read as a picture, and before audio: a video can be read for its sound
+    )
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
 
     decides = ("frame_rate_hz", "size", "eval_crop")
@@ -143,7 +179,7 @@ class VideoModality(TimedModality[VideoSpec]):
         resolution = spec.max_resolution or tuple(map(float, grid))
         if len(resolution) != len(grid):
             raise UsageError(f"video max_resolution needs {len(grid)} numbers, found {len(resolution)}")
-        image.check_crops(spec)
+        check_crops(spec)
         volume = math.prod(spec.patch)
         return Layout(
             grid=grid,
@@ -151,8 +187,8 @@ class VideoModality(TimedModality[VideoSpec]):
             dims=len(grid),
             bands=spec.bands,
             max_resolution=resolution,
-            mean=image.per_channel(spec, "mean", COLORS) * volume,
-            std=image.per_channel(spec, "std", COLORS) * volume,
+            mean=per_channel(spec, "mean", COLORS) * volume,
+            std=per_channel(spec, "std", COLORS) * volume,
             **position_options(spec),
         )
 
@@ -166,9 +202,9 @@ class VideoModality(TimedModality[VideoSpec]):
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         if rng is None:
-            box = image.center_box(frames[0], spec, spec.size)
+            box = center_box(frames[0], spec, spec.size)
             return ByteArray(patchify(_resized(_cropped(frames, box), spec.size), spec.patch))
-        frames = _cropped(frames, image.random_box(frames[0], spec, spec.size, rng))
+        frames = _cropped(frames, random_box(frames[0], spec, spec.size, rng))
         changes: list[Change] = []
         if rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
@@ -178,6 +214,7 @@ class VideoModality(TimedModality[VideoSpec]):
 
 
 MODALITY = VideoModality()
+register(MODALITY)
 
 
 # ---------------------------------------------------------------- time
@@ -388,14 +425,14 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
 
 
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
-    values = image.to_array(image.flatten(file).convert("RGB"))
-    return image.resize(values, (0, 0, file.width, file.height), size)
+    values = to_array(flatten(file).convert("RGB"))
+    return resize(values, (0, 0, file.width, file.height), size)
 
 
 # ---------------------------------------------------------------- augmentation
 
 
-def _cropped(frames: Array, box: image.Box) -> Array:
+def _cropped(frames: Array, box: Box) -> Array:
     left, top, right, bottom = box
     return frames[:, top:bottom, left:right]
 

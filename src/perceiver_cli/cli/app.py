@@ -1,0 +1,60 @@
+"""The program: its commands in the order of `--help`. Each parses, calls one public function and prints the result.
+
+torch is imported only inside the bodies that need it, so that `--help` and `--version` are immediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from perceiver_cli.cli import data, models, predict, terminal, train
+
+app = typer.Typer(
+    name="perceiver",
+    help="Classify images, sound, video and point clouds with the Perceiver (Jaegle et al., 2021).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        terminal.emit(f"perceiver {version('perceiver-cli')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")] = False,
+) -> None:
+    terminal.begin(debug)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": train.train,
+    "evaluate": predict.evaluate,
+    "predict": predict.predict,
+    "explain": predict.explain,
+    "preprocess": data.preprocess,
+    "lint": data.lint,
+    "import": models.import_weights,
+    "export": models.export,
+    "info": models.info,
+    "compare": models.compare,
+    "lr-find": train.lr_find,
+    "doctor": models.doctor,
+    "bench": models.bench,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.add_typer(models.presets_app, name="presets", invoke_without_command=True)

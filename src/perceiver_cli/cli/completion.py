@@ -1,0 +1,47 @@
+"""What the shell offers when Tab is pressed: names of presets, run folders, model files. Nothing slow is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from perceiver_cli.files import printable
+from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER
+
+PRESETS = Path(__file__).parent.parent / "presets"
+
+
+def presets(incomplete: str) -> list[str]:
+    """Return the names of presets that begin so."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem.startswith(incomplete))
+
+
+def runs(incomplete: str) -> list[str]:
+    """Return the run folders that begin so, of those in runs/ and of those beside what was typed."""
+    return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or (path / STATE_FOLDER).is_dir())
+
+
+def models(incomplete: str) -> list[str]:
+    """Return the run folders with a model and the model files that begin so."""
+    return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or path.suffix == ".safetensors")
+
+
+def presets_and_models(incomplete: str) -> list[str]:
+    """Return the names of presets, and the runs and model files, that begin so."""
+    return presets(incomplete) + models(incomplete)
+
+
+def _beginning(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
+    folder = os.path.dirname(incomplete)
+    found = [os.path.join(folder, name) for name in _names(folder or ".")]
+    found += [os.path.join("runs", name) for name in _names("runs")] if not folder else []
+    # A name with control characters could not be typed anyway, and must not reach the terminal.
+    return sorted(p for p in found if p.startswith(incomplete) and p == printable(p, "") and wanted(Path(p)))
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return [name for name in os.listdir(folder) if not name.startswith(".")]
+    except OSError:
+        return []

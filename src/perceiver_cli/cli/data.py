@@ -1,0 +1,208 @@
+"""`preprocess` and `lint`, and what they show."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from perceiver_cli.cli import completion, terminal
+from perceiver_cli.cli.options import (
+    DATA_HELP,
+    Json,
+    Limit,
+    Quiet,
+    Verbose,
+    Workers,
+    check_data,
+    inputs_to_prepare,
+    number,
+    raised_limits,
+)
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, talk
+from perceiver_cli.cli.train import PLAIN_EVERY_S
+from perceiver_cli.errors import EXIT_DATA, UsageError, counted
+from perceiver_cli.files import show_path
+
+if TYPE_CHECKING:
+    from perceiver_cli.data.lint import Copies, LintReport
+    from perceiver_cli.data.prepare import Done
+
+
+# ---------------------------------------------------------------- preprocess, info, presets, bench
+
+
+def preprocess(
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for the bytes of one on stdin.")
+    ] = None,
+    output: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="FILE.tar, 'NAME-%06d.tar', - for stdout; of one input FILE.npy or FILE.safetensors."
+        ),
+    ] = "-",
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", autocompletion=completion.models, help="Prepare as this run or model file does."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(autocompletion=completion.presets, help="Prepare as this recipe does.")
+    ] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
+    label_from: Annotated[
+        Literal["parent"] | None, typer.Option(help="Label each file with its folder's name.")
+    ] = None,
+    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    augment: Annotated[int, typer.Option(min=0, help="Write so many random variants of each training example.")] = 0,
+    fourier: Annotated[
+        bool, typer.Option("--fourier", help="Write the byte array as rows with Fourier features, M x C.")
+    ] = False,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of --fourier.")] = "float32",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of 'NAME-%06d.tar', e.g. 64M, 1G.")] = "256M",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
+    workers: Workers = 0,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decode files once and write them as prepare: a tar that train, evaluate, predict and WebDataset read.
+
+    Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
+    preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
+    byte array with its Fourier features (ImageNet: 50176 x 261). A bad input is an error in its place, and status 3.
+    """
+    given = inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
+    if Path(output).suffix.lower() in (".npy", ".safetensors"):
+        _byte_array(given, output, model, preset, limit)
+        return
+    from perceiver_cli.data import prepare
+
+    if output == "-":
+        terminal.refuse_terminal("a stream of prepare")
+    job = prepare.plan(
+        given, model=model, preset=preset, changes=changes or [], raised=raised_limits(limit),
+        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
+    )  # fmt: skip
+    size = round(number(f"--shard-size {shard_size}", shard_size))
+    done = prepare.write_records(job, output, terminal.emit_bytes, workers, size, resume=resume)
+    for note in job.notes:
+        say(f"note: {note}")
+    raise typer.Exit(follow_preparing(done))
+
+
+def _byte_array(given: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:
+    from perceiver_cli.data.prepare import input_recipe, write_byte_array
+    from perceiver_cli.preprocess.source import Source
+
+    if not isinstance(given, Source) and len(given) != 1:
+        raise UsageError(f"-o {show_path(output)}: one byte array, found {len(given)} inputs", "pass -o FILE.tar")
+    source = given if isinstance(given, Source) else Source(given[0])
+    spec, limits = input_recipe(source, model, preset, raised_limits(limit))
+    shape = write_byte_array(source, spec, limits, output)
+    say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
+
+
+def lint(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    json: Json = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")
+    ] = None,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Decode all files once and say what is wrong with them.
+
+    Unreadable files; the same content twice, in one split or in several, with one label or with different ones; silent
+    sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if there are unreadable files or
+    the same content is in several splits.
+    """
+    check_data(data)
+    from perceiver_cli.data.lint import lint as check
+
+    with counting("checking") as progress:
+        report = check(data, raised_limits(limit), workers, progress)
+    for note in report.notes:
+        say(f"note: {note}")
+    show_lint(report, json)
+    if report.failed:
+        raise typer.Exit(EXIT_DATA)
+
+
+LISTED = 20  # findings of a kind that are shown to people
+NAMED = 5  # of several names on a line
+
+
+# ---------------------------------------------------------------- preparing
+
+
+def follow_preparing(done: Iterator[Done]) -> int:
+    """Show what becomes of inputs that are prepared; return the exit code: 0, or 3 where any input was bad."""
+    last, failed, said = None, 0, time.monotonic()
+    with counting("preparing") as progress:
+        for last in done:
+            if last.error is not None:
+                failed += 1
+                complain(f"perceiver preprocess: {last.error}")
+            progress(last.count, last.total)
+            if not talk.is_terminal and time.monotonic() - said > PLAIN_EVERY_S:
+                said = time.monotonic()
+                say(f"prepared {last.count} of {last.total}")
+    bad = f", {failed} of them unreadable: errors in their place" if failed else ""
+    say(f"prepared {counted(0 if last is None else last.total, 'input')}{bad}")
+    return EXIT_DATA if failed else 0
+
+
+def show_lint(report: LintReport, as_json: bool) -> None:
+    """Print what is wrong with a data set: tables and the first of each kind of finding, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    table = new_table("class", *report.sizes)
+    for name in next(iter(report.counts.values())):
+        table.add_row(Text(show_path(name)[1:-1]), *(str(report.counts[split][name]) for split in report.sizes))
+    table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
+    emit_table(table)
+    if report.imbalance is not None and report.imbalance > 1:
+        emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
+    for split, names in report.missing.items():
+        emit(f"{split} has no example of {counted(len(names), 'class')}: {_some(map(show_path, names))}\n")
+    across = [group for group in report.copies if group.across]
+    kinds = {
+        "unreadable": [error for _, _, error in report.unreadable],
+        "the same content in several splits": list(map(_group, across)),
+        "the same content within a split": [_group(group) for group in report.copies if not group.across],
+        "the same content with different labels": [_group(group) for group in report.copies if group.conflict],
+        "silent sound": [show_path(name) for _, name, _ in report.faults["silent"]],
+        "constant": [f"{show_path(name)} ({modality})" for _, name, modality in report.faults["constant"]],
+        "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
+    }
+    for kind, found in kinds.items():
+        if found:
+            more = [f"... and {len(found) - LISTED} more, all with --json"] if len(found) > LISTED else []
+            emit(f"{kind}: {len(found)}\n" + "".join(f"  {line}\n" for line in [*found[:LISTED], *more]))
+    if not any(kinds.values()):
+        emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
+
+
+def _group(group: Copies) -> str:
+    """Return a group of examples of one content as a line."""
+    rows = []
+    for split, name, labels in group.examples:
+        said = f" ({', '.join(show_path(label)[1:-1] for label in labels)})" if group.conflict else ""
+        rows.append(f"{split}: {show_path(name)}{said}")
+    return _some(rows, " = ") + ("" if group.same_file else ", in files that differ")
+
+
+def _some(words: Iterable[str], between: str = ", ") -> str:
+    """Return the first of some words."""
+    every = list(words)
+    return between.join(every[:NAMED]) + (f" and {len(every) - NAMED} more" if len(every) > NAMED else "")

@@ -1,0 +1,206 @@
+"""Options and parsers that several commands share."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from perceiver_cli.cli import completion, terminal
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.files import show_path
+
+PIPE_BYTES = 1 << 20  # read from stdin at a time
+
+# ---------------------------------------------------------------- options that several commands share
+
+DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, - for stdin."
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        autocompletion=completion.models,
+        help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest].",
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
+Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at once [default: what fits, 32 at most on a CPU].")]
+Limit = Annotated[
+    list[str] | None,
+    typer.Option("--limit", metavar="NAME=VALUE", help="Raise what one input may cost, e.g. image_pixels=200M."),
+]
+Use = Annotated[
+    str | None,
+    typer.Option(metavar="A,B", help="Answer from these of the model's modalities alone, as if others were missing."),
+]
+Aggregate = Literal["mean", "max", "none"]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _be_quiet(wanted: bool) -> None:
+    terminal.quiet = wanted
+
+
+def _be_verbose(wanted: bool) -> None:
+    terminal.verbose = wanted
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="Say nothing but errors.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_be_verbose, help="Also what libraries say.")]
+
+
+def check_data(data: str | None) -> None:
+    """Refuse what is not there, before torch has been waited for."""
+    if data == "-":
+        _piped_stdin("perceiver preprocess DATA | perceiver train -")
+    elif data is not None and not Path(data).exists() and not glob.has_magic(data):
+        raise DataError(
+            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"
+        )
+
+
+def open_predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
+    from perceiver_cli.model.checkpoint import read_info
+    from perceiver_cli.preprocess.spec import Limits
+    from perceiver_cli.run_folder import find_model
+
+    path = find_model(model)
+    read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
+    from perceiver_cli.inference.predictor import Predictor
+
+    predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
+    if model is None:
+        terminal.say(f"using {show_path(predictor.path)}")
+    predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **raised_limits(limit)})
+    return predictor
+
+
+def windows_of(window: float | None, hop: float | None, aggregate: Aggregate | None, workers: int) -> Any:
+    """Return how inputs are cut into windows, None where they are not."""
+    if window is None:
+        if hop is not None or aggregate is not None:
+            raise UsageError(f"--{'hop' if hop is not None else 'aggregate'} is of windows", "pass --window SECONDS")
+        return None
+    if workers:
+        raise UsageError("--workers read whole files", "leave it out with --window, which reads one after another")
+    from perceiver_cli.inference.predictor import Windows
+
+    return Windows(window, window if hop is None else hop, aggregate or "mean")
+
+
+def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
+    """Yield what to predict: paths as given, listed paths, bytes on stdin."""
+    if not inputs and files_from is None:
+        raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
+    if inputs.count("-") + (files_from == "-") > 1:
+        raise UsageError("stdin can be read once", "pass - once, or --files-from -")
+    if "-" in inputs or files_from == "-":
+        _piped_stdin()
+
+    def found() -> Iterator[Any]:
+        from perceiver_cli.inference.predictor import Pipe
+
+        for given in inputs:
+            stdin = given == "-"
+            yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else given
+        if files_from is not None:
+            yield from _listed(files_from, b"\0" if null else b"\n")
+
+    return found()
+
+
+def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
+    """Return the file number of stdin; a terminal there gets help instead of silence."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("stdin is a terminal", f"pipe something in: {example}")
+    return sys.stdin.fileno()
+
+
+def _listed(path: str, separator: bytes) -> Iterator[str]:
+    """Yield the paths in a list, as they arrive."""
+    try:
+        stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
+    rest = b""
+    while chunk := stream.read1(1 << 16):
+        *names, rest = (rest + chunk).split(separator)
+        yield from (os.fsdecode(name) for name in names if name)
+    if rest:
+        yield os.fsdecode(rest)
+
+
+def inputs_to_prepare(
+    inputs: list[str], files_from: str | None, null: bool, stdin_name: str, limit: list[str] | None
+) -> Any:
+    """Return the paths to prepare, or the bytes on stdin as a Source."""
+    from perceiver_cli.preprocess.source import Source, received
+    from perceiver_cli.preprocess.spec import Limits
+
+    if not inputs and files_from is None:
+        raise UsageError("nothing to prepare", "pass files or folders, or - with bytes on stdin, or --files-from")
+    if "-" in inputs:
+        if len(inputs) > 1 or files_from is not None:
+            raise UsageError("- is one input, by itself", "pass the paths of several with --files-from")
+        with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
+            return Source(stdin_name, received(stream, Limits.model_validate(raised_limits(limit))))
+    if files_from == "-":
+        _piped_stdin()
+    return [*inputs, *(_listed(files_from, b"\0" if null else b"\n") if files_from is not None else ())]
+
+
+# ---------------------------------------------------------------- small parsers
+
+
+def recipe_of(preset: str | None, config: Path | None) -> Any:
+    from perceiver_cli.config import load_config, load_preset
+
+    if preset is not None and config is not None:
+        raise UsageError("--preset and --config are two recipes", "pass one of them")
+    return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
+
+
+def seconds(text: str | None) -> float | None:
+    """Return "300", "5m", "1h30m" in seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    total = (
+        sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    )
+    if total <= 0:
+        raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
+    return total
+
+
+def raised_limits(assignments: list[str] | None) -> dict[str, float]:
+    """Return the limits raised on the command line, suffixes k, M and G counted as powers of 1000."""
+    from perceiver_cli.preprocess.spec import Limits
+
+    raised: dict[str, float] = {}
+    for assignment in assignments or []:
+        name, _, text = assignment.partition("=")
+        if name not in Limits.model_fields:
+            known = ", ".join(Limits.model_fields)
+            raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names are {known}")
+        value = number(f"--limit {assignment}", text)
+        raised[name] = int(value) if value.is_integer() else value
+    return raised
+
+
+def number(option: str, text: str) -> float:
+    """Return a number that may end in k, M or G, which count as powers of 1000."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
+    if match is None:
+        raise UsageError(f"{option}: expected a number such as 500k, 64M or 1.5G")
+    return float(match[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[match[2]]

@@ -1,0 +1,326 @@
+"""`predict`, `evaluate` and `explain`, and what they show."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.text import Text
+
+from perceiver_cli.cli.options import (
+    DATA_HELP,
+    Aggregate,
+    BatchSize,
+    Device,
+    Json,
+    Limit,
+    Model,
+    Precision,
+    Quiet,
+    Use,
+    Verbose,
+    Workers,
+    check_data,
+    inputs_to_predict,
+    open_predictor,
+    windows_of,
+)
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, is_terminal, new_table, say
+from perceiver_cli.errors import EXIT_DATA, UsageError, counted
+from perceiver_cli.files import show_path
+
+if TYPE_CHECKING:
+    from perceiver_cli.inference.evaluation import Report
+    from perceiver_cli.inference.explain import Explanation
+    from perceiver_cli.inference.predictor import Prediction
+
+
+# ---------------------------------------------------------------- evaluate and predict
+
+
+def evaluate(
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    model: Model = None,
+    use: Use = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
+    ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="First fit a temperature on the validation split, and keep it in the model."),
+    ] = False,
+    json: Json = False,
+    batch_size: BatchSize = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
+    check_data(data)
+    from perceiver_cli.inference.evaluation import calibrate as calibrate_model
+    from perceiver_cli.inference.evaluation import evaluate as evaluate_model
+    from perceiver_cli.report.html import save_report
+
+    predictor = open_predictor(model, device, precision, limit, use)
+    if calibrate:
+        temperature = calibrate_model(predictor, data, batch_size, workers).temperature
+        say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
+    with counting("evaluating") as progress:
+        report = evaluate_model(predictor, data, split, batch_size, workers, progress)
+    for note in report.notes:
+        say(f"note: {note}")
+    for _, error in report.bad[:20]:
+        complain(f"perceiver evaluate: {error}")
+    if output is not None:
+        from perceiver_cli.report.html import REPORT_FILE, write_report
+
+        save_report(report, output)
+        words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
+        words += ["--use", use] if use is not None else []
+        words += [word for raised in limit or [] for word in ("--limit", raised)]
+        write_report(report, predictor, data, [*words, "-o", os.fspath(output)], output)
+        say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
+    show_report(report, json)
+    if report.bad:
+        raise typer.Exit(EXIT_DATA)
+
+
+def predict(
+    inputs: Annotated[
+        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")
+    ] = None,
+    model: Model = None,
+    use: Use = None,
+    window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of so many seconds.")] = None,
+    hop: Annotated[float | None, typer.Option(help="Seconds between their beginnings [default: --window].")] = None,
+    aggregate: Annotated[
+        Aggregate | None,
+        typer.Option(help="Of the windows' probabilities; none: a line for each window [default: mean]."),
+    ] = None,
+    style: Annotated[
+        Literal["auto", "table", "jsonl", "csv", "tsv"],
+        typer.Option("--format", help="auto is a table on a terminal, else JSON lines."),
+    ] = "auto",
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
+    all_probs: Annotated[bool, typer.Option("--all-probs", help="Give the probability of every class.")] = False,
+    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
+    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
+    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    min_prob: Annotated[
+        float, typer.Option(min=0, max=1, help='Answer "unknown" where no class is at least so probable.')
+    ] = 0.0,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Also write the mean latent of each line to FILE.npy or FILE.safetensors.")
+    ] = None,
+    batch_size: BatchSize = None,
+    workers: Workers = 0,
+    device: Device = "auto",
+    precision: Precision = "auto",
+    limit: Limit = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3.
+
+    For a model of several modalities a video file brings picture and sound; in a folder, files of one stem (017.png,
+    017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
+    input lacks is missing, and "used" says what there was.
+    """
+    from perceiver_cli.inference.embeddings import check_suffix, keeping_embeddings
+
+    sources = inputs_to_predict(inputs or [], files_from, null, stdin_name)
+    windows = windows_of(window, hop, aggregate, workers)
+    if embeddings is not None:
+        check_suffix(embeddings)
+    predictor = open_predictor(model, device, precision, limit, use)
+    predictions = predictor.predict(
+        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
+    )
+    extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
+    extra += ["used"] if len(predictor.modalities) > 1 else []
+    extra += ["labels"] if predictor.info.config.multi_label else []
+    if embeddings is not None:
+        predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
+    raise typer.Exit(show_predictions(predictions, style, top_k, all_probs, extra))
+
+
+def explain(
+    inputs: Annotated[
+        list[str], typer.Argument(metavar="INPUT...", help="A file, or one of each modality; - for bytes on stdin.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply: the points in colours.")
+    ] = None,
+    model: Model = None,
+    use: Use = None,
+    label: Annotated[str | None, typer.Option("--class", help="To explain [default: the most probable one].")] = None,
+    json: Json = False,
+    device: Device = "auto",
+    limit: Limit = None,
+) -> None:
+    """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
+    if output is None and not json:
+        raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
+    if output is not None and output.suffix.lower() not in (".png", ".ply"):
+        raise UsageError(f"-o {show_path(output)}: not a kind of file that is written here", "expected .png or .ply")
+    given = list(inputs_to_predict(inputs, None, False, "-"))
+    predictor = open_predictor(model, device, "fp32", limit, use)
+    from perceiver_cli.inference.explain import explain as explained
+    from perceiver_cli.report.explanation import save
+
+    explanation = explained(predictor, given, label)
+    if output is not None:
+        save(explanation, output)
+        say(f"wrote {show_path(output)}")
+    show_explanation(explanation, json)
+
+
+EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
+
+
+# ---------------------------------------------------------------- predictions
+
+
+def show_predictions(
+    predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
+) -> int:
+    """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
+
+    extra: further columns of tables: start_s and end_s of windows, used of models of several modalities, labels where
+    there may be several an example.
+    """
+    if style == "auto":
+        style = "table" if is_terminal() else "jsonl"
+    writer = {"table": _table_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}[style]
+    failed = 0
+
+    def watched() -> Iterator[Prediction]:
+        nonlocal failed
+        for prediction in predictions:
+            if prediction.error is not None:
+                failed += 1
+                complain(f"perceiver predict: {prediction.error}")
+            yield prediction
+
+    for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs, extra):
+        emit(row)
+    return EXIT_DATA if failed else 0
+
+
+def _json_rows(
+    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
+    for prediction in predictions:
+        yield json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n"
+
+
+def _csv_rows(
+    predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
+    stream = io.StringIO()
+    writer = csv.writer(stream, delimiter=delimiter)  # which quotes what it ends lines with: \r and \n both
+
+    def row(cells: list[Any]) -> str:
+        stream.seek(0)
+        stream.truncate()
+        writer.writerow([_cell(cell) for cell in cells])
+        return stream.getvalue().removesuffix("\r\n") + "\n"
+
+    header = False
+    for prediction in predictions:
+        count = min(top_k, len(prediction.classes))
+        if not header:
+            header = True
+            ranks = [
+                f"{name}{rank}" for rank in ["", *(f"_{i}" for i in range(2, count + 1))] for name in ("label", "prob")
+            ]
+            yield row(["path", *extra, *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
+        best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
+        best[0] = prediction.label if prediction.error is None else ""
+        every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
+        yield row([prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""])
+
+
+def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
+    """Return the cells of further columns."""
+    facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
+    if "labels" in names:
+        facts["labels"] = ";".join(prediction.labels) if prediction.error is None else ""
+    return ["" if facts[name] is None else str(facts[name]) for name in names]
+
+
+def _cell(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula."""
+    return (
+        f"'{value}"
+        if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value != "-"
+        else value
+    )
+
+
+def _table_rows(
+    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
+) -> Iterator[str]:
+    further = "".join(f"{name:<{EXTRA_WIDTH[name]}} " for name in extra)
+    yield f"{'file':<40} {further}{'label':<16} {'prob':>6}  others\n"
+    for prediction in predictions:
+        shown = show_path(prediction.path)[1:-1]
+        if prediction.error is not None:
+            yield f"{shown:<40} (not read)\n"
+            continue
+        (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
+        rest = ", ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
+        cells = zip(extra, _extra(prediction, extra), strict=True)
+        further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
+        yield f"{shown:<40} {further}{show_path(prediction.label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+
+
+# ---------------------------------------------------------------- evaluation and info
+
+
+def show_report(report: Report, as_json: bool) -> None:
+    """Print an evaluation: headline and per-class table, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    precision = "" if report.mean_average_precision is None else f"mAP {report.mean_average_precision:.4f}  "
+    calibration = "" if report.ece is None else f"ECE {report.ece:.4f}  "
+    if report.ece != report.ece_uncalibrated:
+        calibration += f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})  "
+    emit(
+        f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
+        f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
+    )
+    columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
+    table = new_table("class", *columns)
+    for name, row in report.per_class.items():
+        cells = ((key, row[key]) for key in columns)
+        numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
+        table.add_row(Text(show_path(name)[1:-1]), *numbers)
+    emit_table(table)
+
+
+def show_explanation(explanation: Explanation, as_json: bool) -> None:
+    """Print what an explanation says in numbers: a line for each modality, or one JSON object."""
+    for note in explanation.notes:
+        say(f"note: {note}")
+    facts = explanation.to_dict()
+    if as_json:
+        emit_json(facts)
+        return
+    emit(f"{show_path(explanation.label)[1:-1]} {explanation.prob:.4f}\n")
+    for name, part in facts["inputs"].items():
+        emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the heat\n")

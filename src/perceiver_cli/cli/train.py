@@ -1,0 +1,347 @@
+"""`train` and `lr-find`, and what they show."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from perceiver_cli.cli import completion
+from perceiver_cli.cli.options import (
+    DATA_HELP,
+    Device,
+    Json,
+    Limit,
+    Quiet,
+    Verbose,
+    check_data,
+    raised_limits,
+    recipe_of,
+    seconds,
+)
+from perceiver_cli.cli.terminal import counting, emit, emit_json, end_by_signal, is_live, is_terminal, say, talk
+from perceiver_cli.errors import counted
+from perceiver_cli.files import check_plot, show_command, show_path
+
+if TYPE_CHECKING:
+    from perceiver_cli.training.events import Evaluated, Event, StepDone
+    from perceiver_cli.training.lr_find import Curve
+
+
+STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
+
+
+# ---------------------------------------------------------------- train
+
+
+def train(
+    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            autocompletion=completion.presets,
+            help="Recipe [default: --init-from's, or a tiny one for what the data holds].",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
+    max_time: Annotated[
+        str | None, typer.Option(help="Length in time, e.g. 300, 5m, 1h30m: the run ends with it.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="As computed.")] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Make activations again instead of keeping them: slower, far less memory."),
+    ] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile, for GPUs.")] = False,
+    workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
+    group_by: Annotated[
+        str | None, typer.Option(help="parent (folder) or a column: what is never in both train and val.")
+    ] = None,
+    max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
+    limit: Limit = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
+    init_from: Annotated[
+        str | None,
+        typer.Option(autocompletion=completion.models, help="Start from the weights of a run or model file."),
+    ] = None,
+    freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
+    log: Annotated[
+        Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
+    ] = "none",
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a model on labelled files. The last line printed is the path of the best model.
+
+    Several modalities make one model: files of one stem in a class folder (cat/017.png, cat/017.wav), a manifest with a
+    column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
+    """
+    from perceiver_cli.config import Flag
+    from perceiver_cli.training.tensorboard import check_tensorboard, logged
+
+    recipe = recipe_of(preset, config)
+    flags = {
+        "--epochs": ("train.epochs", epochs),
+        "--batch-size": ("train.batch_size", batch_size),
+        "--lr": ("train.lr", lr),
+        "--seed": ("train.seed", seed),
+        "--device": ("train.device", device),
+        "--precision": ("train.precision", precision),
+        "--freeze": ("train.freeze", freeze),
+        "--recompute": ("train.recompute", recompute or None),
+        "--compile": ("train.compile", compile_ or None),
+        "--workers": ("data.workers", workers),
+        "--max-bad": ("data.max_bad", max_bad),
+        "--group-by": ("data.group_by", group_by),
+    }
+    overrides: list[str] = list(changes or [])
+    if epochs is not None or steps is not None or max_time is not None:
+        # A length given here replaces every length of the recipe.
+        lengths = {"max_steps": None, "steps": steps, "max_time_s": seconds(max_time)}
+        overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
+    overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
+    overrides += [
+        Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised_limits(limit).items()
+    ]
+    if resume and output is None:
+        output = Path("runs/latest").resolve()
+    check_data(data)
+    if log == "tensorboard":
+        check_tensorboard()
+    from perceiver_cli.training.trainer import Trainer  # torch, after what can be refused without it
+
+    trainer = Trainer(
+        data,
+        output,
+        recipe,
+        overrides=overrides,
+        resume=resume,
+        init_from=init_from,
+        replace=replace,
+        latest=True,
+        started_at=STARTED_AT,
+    )
+    if dry_run:
+        for note in trainer.notes:
+            say(f"note: {note}")
+        show_plan(trainer.dry_run())
+        return
+    events = trainer.fit()
+    follow_training(logged(events, trainer.output) if log == "tensorboard" else events, trainer.stop)
+
+
+def lr_find(
+    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The curve: FILE.png or FILE.svg.")] = Path(
+        "lr-find.png"
+    ),
+    preset: Annotated[str | None, typer.Option(help="Recipe [default: a tiny one for what the data holds].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Of rates from 1e-5 to 1, at most.")] = 100,
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
+    recipe = recipe_of(preset, config)
+    given = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    given |= {"--device": None if device == "auto" else device}
+    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    words += [word for change in changes or [] for word in ("--set", change)]
+    overrides = [*(changes or []), f"train.device={device}"]
+    overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
+    from perceiver_cli.training import lr_find as finder
+    from perceiver_cli.training.trainer import Trainer
+
+    check_plot(output)
+    with counting("training") as progress:
+        curve = finder.find(Trainer(data, None, recipe, overrides=overrides), steps, progress)
+    finder.draw(curve, output)
+    command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
+    show_curve(curve, os.fspath(output), command, json)
+
+
+PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
+
+
+# ---------------------------------------------------------------- training
+
+
+def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
+    """Show a run's events as they come; the last line on stdout is the path of the best model.
+
+    The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
+    second ends it at once.
+    """
+    from perceiver_cli.training.events import Evaluated, Finished, Loaded, Note, Started, StepDone
+
+    received: list[int] = []
+    finished: Finished | None = None
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    with _TrainingDisplay() as display:
+        for event in events:
+            match event:
+                case Started(summary, notes):
+                    display.started(summary, notes)
+                case Loaded(done, total, bad):
+                    display.loaded(done, total, bad)
+                case Note(message):
+                    say(f"note: {message}")
+                case StepDone():
+                    display.stepped(event)
+                case Evaluated():
+                    display.evaluated(event)
+                case Finished():
+                    finished = event
+                case _:
+                    pass
+    if finished is None:
+        say("stopped before the first step")
+        end_by_signal(received[0])
+        return
+    if "val_accuracy" in finished.metrics:
+        best = f"best validation accuracy {finished.metrics['val_accuracy']:.4f} at step {finished.metrics['step']}, "
+    else:
+        best = ""
+    ending = "stopped early and saved" if finished.stopped_early else "done"
+    say(f"{ending}: {best}{counted(finished.step, 'step')} in {_clock(finished.elapsed_s)}")
+    if received:
+        say(f"to go on: perceiver train --resume -o {show_path(finished.model.parent)}")
+        end_by_signal(received[0])
+    emit(f"{finished.model}\n")
+
+
+class _TrainingDisplay:
+    """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
+
+    def __enter__(self) -> _TrainingDisplay:
+        self.live = is_live()
+        self.header_shown = False
+        self.last_line = time.monotonic()
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[facts]}"), console=talk, transient=True, disable=not self.live,
+        )  # fmt: skip
+        self.task = self.progress.add_task("reading", total=None, facts="")
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+
+    def started(self, summary: Mapping[str, Any], notes: Iterable[str]) -> None:
+        """Say what the run is."""
+        for line in plan_lines(summary):
+            say(line)
+        for note in notes:
+            say(f"note: {note}")
+
+    def loaded(self, done: int, total: int, bad: int) -> None:
+        """Show files decoded."""
+        facts = f"{bad} unreadable" if bad else ""
+        self.progress.update(self.task, description="reading", completed=done, total=total, facts=facts)
+        if done == total and not self.live:
+            say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
+
+    def stepped(self, event: StepDone) -> None:
+        """Show a step."""
+        facts = f"loss {event.loss:.3f}  {event.samples_per_s:.0f}/s  epoch {event.epoch:.1f}"
+        self.progress.update(
+            self.task, description="training", completed=event.step, total=event.total_steps, facts=facts
+        )
+        if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
+            self.last_line = time.monotonic()
+            say(f"step {event.step} of {event.total_steps}  {facts}")
+
+    def evaluated(self, event: Evaluated) -> None:
+        """Show a row of the table of evaluations."""
+        if not self.header_shown:
+            self.header_shown = True
+            say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
+        mark = " *" if event.best else ""
+        losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
+        say(f"{event.epoch:8.2f} {event.step:8d} {losses} {_clock(event.elapsed_s):>8}{mark}")
+        self.last_line = time.monotonic()
+
+
+def plan_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the plan of a run as lines for people."""
+    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
+    inputs = ", ".join(
+        f"{name} {' x '.join(map(str, given['shape']))} of {counted(given['channels'], 'channel')}"
+        for name, given in summary["inputs"].items()
+    )
+    steps, limit_s = summary["steps"], summary["max_time_s"]
+    length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(limit_s)}"
+    classes = counted(len(summary["classes"]), "class")
+    return [
+        f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(summary['data'])}",
+        f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
+        f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
+        f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
+        f"{show_path(summary['output'])}",
+    ]
+
+
+def show_plan(summary: Mapping[str, Any]) -> None:
+    """Print a dry run: lines on a terminal, one JSON object otherwise."""
+    if not is_terminal():
+        emit_json(summary)
+        return
+    lines = plan_lines(summary)
+    for name, count in summary["classes"].items():
+        lines.append(f"  {show_path(name)} {count}")
+    lines.append(f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all")
+    emit("\n".join(lines) + "\n")
+
+
+def _figure(value: float) -> str:
+    """Return a number for the table of evaluations; a dash where there is no validation split."""
+    if isnan(value):
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole // 60 % 60
+    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+
+
+def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
+    """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
+    for note in curve.notes:
+        say(f"note: {note}")
+    if as_json:
+        emit_json({**vars(curve), "plot": plot, "command": command})
+        return
+    say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
+    emit(f"{command}\n")

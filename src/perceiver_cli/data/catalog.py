@@ -1,0 +1,449 @@
+"""What a data folder or a manifest holds: examples by split and class, and what was left out and why. No torch.
+
+Nothing is decoded here. The order of examples, the split and the classes depend on names alone, never on the order in
+which a disk lists them; an example of several files is the same whether a manifest or their stem brings them together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, combinations, islice
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.data.examples import Example, Records, chosen, columns_of, named
+from perceiver_cli.data.listing import (
+    CONTENT,
+    MANIFESTS,
+    Row,
+    folders_in,
+    is_manifest,
+    parent,
+    read_manifest,
+    rows_in,
+    suffix_of,
+    tally,
+    walk_files,
+)
+from perceiver_cli.data.pairing import (
+    MOST,
+    PROBES,
+    File,
+    assemble,
+    companions,
+    either,
+    identity,
+    look,
+    sources_of,
+    stem,
+    streams,
+)
+from perceiver_cli.errors import DataError, counted
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess import formats, holds_rows, modality
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.records.byte_arrays import settled_by_rows
+from perceiver_cli.records.format import SPLITS, Header
+from perceiver_cli.records.shards import Shards, open_shards, spooled, tar_files
+
+PARENT = "parent"  # to group by the folder that a file lies in
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why.
+
+    modalities: sorted, those that the examples bring; holds: those that there are, asked for or not. prepared: of
+    records, how their arrays were made. group_by: what examples are grouped by, if by anything.
+    """
+
+    root: str
+    modalities: tuple[str, ...]
+    holds: tuple[str, ...]
+    classes: tuple[str, ...]
+    splits: Mapping[str, Sequence[Example]]
+    bad: Mapping[str, str] = field(default_factory=dict)  # example id -> error, known without decoding
+    notes: tuple[str, ...] = ()
+    multi_label: bool = False  # each example may have several labels, or none
+    prepared: Header | None = None
+    group_by: str | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of id and class of all that a run learns from and is judged by: the splits train and val."""
+        digest = hashlib.sha256()
+        for split in ("train", "val"):
+            for name, labels in named(self.splits.get(split, ())):
+                digest.update(f"{split}\0{name}\0{labels}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()[:16]
+
+    def counts(self, split: str) -> dict[str, int]:
+        """Return the number of examples of each class in a split."""
+        examples = self.splits.get(split, ())
+        if isinstance(examples, Records):
+            return dict(zip(self.classes, examples.tally(len(self.classes)), strict=True))
+        found = Counter(label for _, labels in named(self.splits.get(split, ())) for label in labels)
+        return {name: found[index] for index, name in enumerate(self.classes)}
+
+    def hold_out(self, fraction: float) -> Catalog:
+        """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or of group.
+
+        An example goes by its own hash alone, so that adding files never moves old ones. Two exceptions see to it that
+        every class is learned and judged: of a class that would go whole, the group with the largest hash stays; of
+        one that would stay whole, the group with the smallest goes, if there are two. Test examples are never touched.
+
+        Raises:
+            DataError: there are groups, and none can go because each class has only one.
+        """
+        if "val" in self.splits or fraction == 0 or "train" not in self.splits:
+            return self
+        examples = self.splits["train"]
+        keys, firsts = columns_of(examples, self.group_by)  # several labels: the first one stands for them
+        held = np.isin(keys, _held_out(keys, firsts, fraction))
+        if self.group_by is not None and not held.any():
+            raise DataError(
+                f"{show_path(self.root)}: no class has two groups by {show_path(self.group_by)}, so none can validate",
+                "group by something else, or pass --set data.val_fraction=0 to do without",
+            )
+        return self.split(examples, held, np.ones(len(examples), bool))
+
+    def split(self, examples: Sequence[Example], held: NDArray[np.bool_], known: NDArray[np.bool_]) -> Catalog:
+        """Return the catalog with these examples, where `known`, as train and, where also `held`, as val."""
+        others = {name: found for name, found in self.splits.items() if name not in ("train", "val")}
+        parts = {"train": chosen(examples, known & ~held), "val": chosen(examples, known & held)}
+        return replace(self, splits=others | {name: found for name, found in parts.items() if len(found)})
+
+    def check_groups(self) -> None:
+        """Raise DataError if examples of one group are in two splits."""
+        if self.group_by is None:
+            return
+        keys = {name: columns_of(examples, self.group_by)[0] for name, examples in self.splits.items()}
+        for one, other in combinations(sorted(keys), 2):
+            shared = np.intersect1d(keys[one], keys[other])
+            if len(shared):
+                example = self.splits[one][int(np.flatnonzero(keys[one] == shared[0])[0])]
+                group = example.group or parent(example.id)
+                raise DataError(
+                    f"{show_path(self.root)}: {counted(len(shared), 'group')} by {show_path(self.group_by)} in both "
+                    f"{one} and {other}, such as {show_path(group)}",
+                    "give each to one split",
+                )
+
+
+def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
+    """Return the keys (one a group) that validate; see `Catalog.hold_out`."""
+    limit = int(fraction * 2.0**64)
+    order = np.lexsort((keys, classes))
+    by_class = np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)
+    groups = [np.unique(own).tolist() for own in by_class]
+    count = Counter(chain.from_iterable(groups))  # of classes that a group holds
+    stay = {own[-1] for own in groups if own[-1] < limit}
+    lent: set[int] = set()
+
+    def goes(key: int) -> bool:
+        return (key < limit and key not in stay) or key in lent
+
+    def spare(key: int) -> bool:
+        """Return whether every class in this group has another one to learn from."""
+        holding = (own for own in groups if key in own)
+        return all(any(other != key and not goes(other) for other in own) for own in holding)
+
+    for own in groups:
+        if len(own) > 1 and not any(map(goes, own)):
+            lent.update(islice((key for key in own if count[key] == 1 or spare(key)), 1))
+    return np.array([key for key in count if goes(key)], np.uint64)
+
+
+def merged(catalog: Catalog, splits: Iterable[str]) -> Sequence[Example]:
+    """Return the examples of several splits, sorted by id."""
+    parts = [catalog.splits[split] for split in splits if split in catalog.splits]
+    if len(parts) < 2:
+        return parts[0] if parts else ()
+    if all(isinstance(part, Records) for part in parts):
+        rows = np.concatenate([part.rows for part in parts if isinstance(part, Records)])
+        ids = [name for part in parts for name, _ in named(part)]
+        order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
+        assert isinstance(parts[0], Records)
+        return parts[0].chosen(rows[order])
+    return tuple(sorted(chain.from_iterable(parts), key=lambda e: e.id))
+
+
+# ---------------------------------------------------------------- scanning
+
+
+@dataclass(frozen=True)
+class _Found:
+    """An example whose classes are still names; problem: why it cannot be read, where that is known."""
+
+    id: str
+    sources: Mapping[str, Source]
+    row: Row
+    problem: str | None = None
+
+
+def scan(
+    data: str | os.PathLike[str],
+    classes: Sequence[str] | None = None,
+    reads: Iterable[str] | None = None,
+    group_by: str | None = None,
+) -> Catalog:
+    """Return the catalog of a folder (class folders or metadata, see `rows_in`) or a manifest (see `read_manifest`).
+
+    What a file is, its content says. Without `reads`, examples bring the commonest kind; each other kind of whose files
+    at least half share their stem with those (`cat/017.png`, `cat/017.wav`), as parts of one example; and the sound of
+    videos if at least half of those probed have any. With `reads`, the modalities of a recipe or model, they bring what
+    there is of these. With `classes` (of a model), labels are matched by name; examples of other classes get none.
+    `group_by`, "parent" for the name of the folder that a file lies in or a column of the manifest, says what is never
+    in two splits.
+
+    Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
+
+    Raises:
+        DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
+        IntegrityError: records that are damaged, or a stream that was cut short.
+    """
+    if os.fspath(data) == "-":
+        with os.fdopen(0, "rb", closefd=False) as stdin:
+            return _of_records(spooled(stdin, "stdin"), "-", classes, reads, group_by)
+    if (tars := tar_files(data)) is not None:
+        return _of_records(open_shards(tars), os.fspath(data), classes, reads, group_by)
+    top = Path(data)
+    notes: list[str] = []
+    column = None if group_by == PARENT else group_by
+    if top.is_dir():
+        rows, multi_label = rows_in(top, notes, column)
+    elif is_manifest(top) and top.is_file():
+        rows, multi_label = read_manifest(top, group_by=column)
+    else:
+        what = "neither a folder nor a manifest" if top.exists() else "no such folder"
+        raise DataError(f"{show_path(data)}: {what}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+    if group_by == PARENT:
+        rows = [replace(row, group=parent(next(iter(row.paths.values()), ""))) for row in rows]
+    folder = os.fspath(top if top.is_dir() else top.parent)
+    catalog = of_rows(
+        rows, os.fspath(data), folder, classes, reads, by_stem=top.is_dir(), multi_label=multi_label, notes=notes
+    )
+    ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in catalog.splits.items()}
+    return replace(catalog, splits=ordered, group_by=group_by)
+
+
+def of_rows(
+    rows: Sequence[Row],
+    root: str,
+    folder: str,
+    classes: Sequence[str] | None = None,
+    reads: Iterable[str] | None = None,
+    *,
+    by_stem: bool = False,
+    multi_label: bool = False,
+    notes: Sequence[str] = (),
+) -> Catalog:
+    """Return the catalog of rows whose paths lie in `folder`, in the order given; as `scan` says.
+
+    by_stem: files that share their stem may be parts of one example. root: what to call the data.
+
+    Raises:
+        DataError: no usable files.
+    """
+    wanted, notes = None if reads is None else set(reads), list(notes)
+    given = [row for row in rows if row.paths]
+    if any(CONTENT not in row.paths for row in given):
+        found, holds, brings = _by_column(folder, given, wanted, notes)
+    else:
+        found, holds, brings = _by_content(folder, given, wanted, notes, by_stem)
+    if not holds:
+        raise _nothing_usable(Path(root))
+    found += [
+        _Found(f"row {number}", {}, row, f"{show_path(root)}: row {number} names no file")
+        for number, row in enumerate(rows, start=1)
+        if not row.paths
+    ]
+    for name in sorted(brings) if len(brings) > 1 else ():
+        missing = sum(name not in example.sources for example in found)
+        if missing:
+            notes.append(f"{missing} of {len(found)} examples have no {name}")
+
+    known = {name for example in found if example.row.split == "train" for name in example.row.labels}
+    known = known or {name for example in found for name in example.row.labels}
+    ordered = tuple(classes) if classes is not None else tuple(sorted(known))
+    index = {name: i for i, name in enumerate(ordered)}
+    strangers = Counter(name for example in found for name in example.row.labels if name not in index)
+    if strangers:
+        whose = "the model's classes" if classes is not None else "the training classes"
+        notes.append(f"{counted(strangers.total(), 'file')} of classes not among {whose}: {tally(strangers)}")
+    splits: dict[str, list[Example]] = defaultdict(list)
+    seen: dict[str, Mapping[str, Source]] = {}
+    for example in found:
+        if seen.setdefault(example.id, example.sources) != example.sources:
+            raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
+        labels = tuple(sorted({index[name] for name in example.row.labels if name in index}))
+        splits[example.row.split].append(Example(example.id, example.sources, labels, example.row.group))
+    return Catalog(
+        root,
+        tuple(sorted(brings)),
+        tuple(sorted(holds)),
+        ordered,
+        {split: tuple(examples) for split, examples in splits.items()},
+        {example.id: example.problem for example in found if example.problem is not None},
+        tuple(notes),
+        multi_label,
+    )
+
+
+def _by_column(
+    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+) -> tuple[list[_Found], set[str], set[str]]:
+    """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
+    holds = {name for row in rows for name in row.paths}
+    brings = holds if reads is None else holds & reads
+    found = []
+    for row in rows:
+        sources = {name: Source(os.path.join(folder, row.paths[name])) for name in sorted(brings & row.paths.keys())}
+        if sources:
+            found.append(_Found(identity(row.paths.values()), sources, row))
+    if brings and holds - brings:
+        notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
+    if brings and len(found) < len(rows):
+        notes.append(f"ignored {counted(len(rows) - len(found), 'row')} without {either(brings)}")
+    return found, holds, brings
+
+
+def _by_content(
+    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str], by_stem: bool
+) -> tuple[list[_Found], set[str], set[str]]:
+    """Return the examples of rows that name one file each, what there is, and what of it they bring.
+
+    A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
+    """
+    files = [look(row.paths[CONTENT], folder) for row in rows]
+    holds = {file.kinds[0] for file in files if file.kinds}
+    allowed = companions(files, by_stem=by_stem) if reads is None else reads
+    usable = {kind for file in files if (kind := file.among(allowed)) is not None}
+    brings = set(usable)
+    if "video" in usable:
+        shares = streams([file for file in files if file.among(usable) == "video"])
+        holds |= shares.keys()
+        inside = {name for name, share in shares.items() if share >= (MOST if reads is None else 0)}
+        brings = (usable - {"video"}) | (inside or {"video"})
+        brings = brings if reads is None else brings & reads
+        if "audio" in shares.keys() - brings:
+            notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
+
+    kind_of = {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
+    ignored: Counter[str] = Counter()
+    groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
+    for number, (file, row) in enumerate(zip(files, rows, strict=True)):
+        suffix = suffix_of(file.path)
+        if suffix not in kind_of:
+            ignored[suffix] += 1
+            continue
+        if file.among(usable) is None:
+            expected = kind_of[suffix]
+            error = file.error or f"{file.source.shown}: {file.kinds[0]} by its content, expected {expected}"
+            file = replace(file, kinds=(expected,), error=error)
+        groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
+    if ignored and usable:
+        notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
+
+    found = []
+    for group in groups.values():
+        parts, spare = assemble([file for file, _ in group], usable)
+        problem = next((file.error for file, _ in group if file.error is not None), None)
+        if spare is not None:
+            problem = problem or f"{spare.source.shown}: a second {spare.kinds[0]} file of its stem, expected one"
+        name = identity(file.path for file in parts.values())
+        found.append(_Found(name, sources_of(parts, brings), group[0][1], problem))
+    return found, holds, brings
+
+
+def _of_records(
+    shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None, group_by: str | None
+) -> Catalog:
+    """Return the catalog of records, as `scan` does of the files that they were made from."""
+    if group_by not in (None, PARENT):
+        raise DataError(f"{show_path(root)}: records have no columns to group by", f"expected {PARENT}")
+    holds = set(shards.header.inputs)
+    brings = sorted(holds if reads is None else holds & set(reads))
+    notes = list(shards.notes)
+    order = shards.in_order()
+    splits = shards.columns["splits"][order]
+    per_record = np.diff(shards.columns["label_ends"], prepend=0)
+    trained = np.repeat(shards.columns["splits"] == SPLITS.index("train"), per_record)
+    counts = np.bincount(shards.columns["labels"], minlength=len(shards.names))
+    in_training = np.bincount(shards.columns["labels"][trained], minlength=len(shards.names)) > 0
+    known = {n for n, there in zip(shards.names, in_training.tolist(), strict=True) if there} or set(shards.names)
+    ordered = tuple(classes) if classes is not None else tuple(sorted(known))
+    index = {name: place for place, name in enumerate(ordered)}
+    places = np.array([index.get(name, -1) for name in shards.names], np.int64)
+    strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
+    if strangers:
+        whose = "the model's classes" if classes is not None else "the training classes"
+        notes.append(f"{counted(strangers.total(), 'record')} of classes not among {whose}: {tally(strangers)}")
+    for name in brings if len(brings) > 1 else ():
+        missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
+        if missing:
+            notes.append(f"{missing} of {len(shards)} records have no {name}")
+    return Catalog(
+        root,
+        tuple(brings),
+        tuple(sorted(holds)),
+        ordered,
+        {
+            split: Records(shards, order[splits == number], places, brings)
+            for number, split in enumerate(SPLITS)
+            if (splits == number).any()
+        },
+        {shards.id(row): error for row, error in shards.errors.items()},
+        notes=tuple(notes),
+        multi_label=shards.header.multi_label,
+        prepared=shards.header,
+        group_by=group_by,
+    )
+
+
+def _nothing_usable(top: Path) -> DataError:
+    if not top.is_dir():
+        return DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
+    suffixes: Counter[str] = Counter()
+    folders = len(folders_in(top))
+    for count, path in enumerate(walk_files(top)):
+        suffixes[suffix_of(path)] += 1
+        if count == 10_000:
+            break
+    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
+    found += f" ({tally(suffixes)})" if suffixes else ""
+    return DataError(
+        f"{show_path(top)}: no usable files: found {found}",
+        f"expected class/file or split/class/file with {formats()}",
+    )
+
+
+def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:
+    """Return the specs with every "auto" settled by a sample of the training examples that have the modality.
+
+    Of records it is settled already.
+
+    Raises:
+        DataError: records that were prepared otherwise; names the first option that differs.
+    """
+    if catalog.prepared is not None:
+        found = catalog.prepared.settled(specs)
+        catalog.prepared.check(show_path(catalog.root), found, "this run")
+        return found
+    examples = catalog.splits["train"]
+    ranked = sorted(examples, key=lambda e: e.key)
+    found = dict(specs)
+    for name, spec in specs.items():
+        probes = [e.sources[name] for e in ranked if name in e.sources][:PROBES]
+        if probes and holds_rows(probes[0]):
+            probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
+        found[name] = modality(name).resolve(spec, probes, limits)
+    return found

@@ -1,0 +1,298 @@
+"""From an example to arrays and on to what the model sees of it: files or records, windows of time, views. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.listing import CONTENT
+from perceiver_cli.data.pairing import File, either, sources_of
+from perceiver_cli.data.workers import in_order
+from perceiver_cli.errors import AbsentError, DataError, PerceiverError
+from perceiver_cli.files import show_path
+from perceiver_cli.malloc import keep_freed
+from perceiver_cli.preprocess import candidates, expected, holds_rows, modality
+from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, cut_windows
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.video import VideoSpec
+from perceiver_cli.records.byte_arrays import stored_rows
+from perceiver_cli.records.format import Stored
+
+NOTED = 1 << 16  # files whose length is remembered
+LONG_CLIPS = 8  # clips; of a longer file only the span that is looked at is decoded, and nothing is kept
+DROPOUT_STREAM = 1  # tells the random numbers of withholding a modality from those of augmentation
+
+Row = dict[str, ByteArray]  # of one view of an example, by modality; those that are missing are not in it
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """An example as it is kept: all that does not change from visit to visit.
+
+    arrays: by modality. long: sources of sound and video too long to keep, of which each visit decodes a span.
+    seconds: the length of each modality with a time axis. ready: what records bring already as the model is given it.
+    """
+
+    arrays: Mapping[str, Array]
+    long: Mapping[str, Source]
+    seconds: Mapping[str, float]
+    ready: Mapping[str, ByteArray] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modalities that the example has, sorted."""
+        return tuple(sorted(self.arrays.keys() | self.long.keys() | self.ready.keys()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, of the arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+class Decoder:
+    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget.
+
+    From here on this process keeps memory that is freed (`memory.keep_freed`).
+    """
+
+    def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
+        keep_freed()
+        self.specs = dict(sorted(specs.items()))
+        self.limits = limits
+        self.bad: dict[str, str] = dict(bad or {})  # example id -> error
+        self._decoded: dict[str, Decoded] = {}
+        self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
+        self.timed: dict[str, TimedModality[Any]] = {
+            name: kind for name in self.specs if isinstance(kind := modality(name), TimedModality)
+        }
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The shape of each modality's input."""
+        return {name: modality(name).layout(spec) for name, spec in self.specs.items()}
+
+    @property
+    def num_views(self) -> int:
+        """In how many windows an example is looked at in evaluation."""
+        timed = (spec for spec in self.specs.values() if isinstance(spec, AudioSpec | VideoSpec))
+        return max((spec.eval_windows for spec in timed), default=1)
+
+    def decode(self, example: Example) -> Decoded:
+        """Return the decoded arrays of an example: of the modalities that it has, at least one.
+
+        Raises:
+            DataError: a file is bad, or there is nothing of what is read here.
+        """
+        if example.id in self._decoded:
+            return self._decoded[example.id]
+        sources, seconds = self.sources(example)
+        arrays: dict[str, Array] = {}
+        long: dict[str, Source] = {}
+        ready: dict[str, ByteArray] = {}
+        for name, source in sources.items():
+            if isinstance(source, Stored) and source.header.content != "decoded":
+                ready[name] = source.prepared()
+            elif name in seconds and seconds[name] > LONG_CLIPS * self.timed[name].clip_s(self.specs[name]):
+                long[name] = source
+            else:
+                arrays[name] = self.load(name, source)
+        return Decoded(arrays, long, seconds, ready)
+
+    def load(self, name: str, source: Source, span: Span | None = None) -> Array:
+        """Return the decoded array of one modality, or of a span of it in seconds. Raises DataError."""
+        spec = self.specs[name]
+        if isinstance(source, Stored):
+            return source.array() if span is None else source.part(span, self.timed[name].steps_hz(spec))
+        if span is None:
+            return modality(name).load(source, spec, self.limits)
+        return self.timed[name].load(source, spec, self.limits, span)
+
+    def windows(
+        self, example: Example, window_s: float, hop_s: float
+    ) -> Iterator[tuple[tuple[float, float] | None, Decoded]]:
+        """Yield ((start, end) in seconds, what is decoded of it) of every window of an example, as if it were a file.
+
+        What has no time axis is the same in each; without anything that has, there is one window and no time. Where
+        sound and picture are not of one length, the rest of the longer is without the other.
+
+        Raises:
+            DataError: a file is bad, at once or only after some windows.
+        """
+        sources, seconds = self.sources(example)
+        if any(isinstance(source, Stored) and source.header.content != "decoded" for source in sources.values()):
+            raise DataError(f"{show_path(example.id)}: a prepared clip, which cannot be cut into windows")
+        still = {name: self.load(name, source) for name, source in sources.items() if name not in seconds}
+        if not seconds:
+            yield None, Decoded(still, {}, {})
+            return
+        streams = (self._windows(name, sources[name], window_s, hop_s) for name in seconds)
+        end_s = max(seconds.values())
+        for parts in zip_longest(*streams):
+            moving = {name: part for name, part in zip(seconds, parts, strict=True) if part is not None}
+            start, _ = next(iter(moving.values()))  # of the sound where there is some: frames are coarser
+            end = min(start + window_s, max(end_s, start))
+            arrays = still | {name: array for name, (_, array) in moving.items()}
+            yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
+
+    def _windows(self, name: str, source: Source, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
+        timed, spec = self.timed[name], self.specs[name]
+        if isinstance(source, Stored):
+            return cut_windows([source.array()], timed.steps_hz(spec), window_s, hop_s)
+        return timed.windows(source, spec, self.limits, window_s, hop_s)
+
+    def sources(self, example: Example) -> tuple[dict[str, Source], dict[str, float]]:
+        """Return the source of each modality that an example has, and the seconds of those with a time axis.
+
+        Raises:
+            DataError: a file is bad, or there is nothing of what is read here.
+        """
+        if example.id in self.bad:
+            raise DataError(self.bad[example.id])
+        sources = brought(example, self.specs)
+        seconds: dict[str, float] = {}
+        absent: AbsentError | None = None
+        for name, source in list(sources.items()):
+            if isinstance(source, Stored):
+                if name in self.timed and source.header.content == "decoded":
+                    seconds[name] = source.seconds
+                continue
+            if holds_rows(source):
+                sources[name] = stored_rows(source, name, self.specs[name], self.limits)
+                continue
+            expected(source, name)
+            if name in self.timed:
+                try:
+                    seconds[name] = self._duration_s(name, source)
+                except AbsentError as error:
+                    absent = error
+                    del sources[name]
+        if absent is not None and not sources:
+            raise absent
+        return sources, seconds
+
+    def _duration_s(self, name: str, source: Source) -> float:
+        """Return the seconds of a file, noted for its next visit: to open a container takes 1 ms."""
+        state = source.state()
+        found = self._seconds.get((name, state))
+        if found is None:
+            found = self.timed[name].duration_s(source, self.limits)
+            if state is not None and len(self._seconds) < NOTED:
+                self._seconds[name, state] = found
+        return found
+
+    def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
+        """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
+
+        Stops when the budget is full: the rest is decoded on every visit, and its bad files are found then.
+        """
+        used = sum(decoded.nbytes for decoded in self._decoded.values())
+        todo = [example for example in examples if example.id not in self.bad and example.id not in self._decoded]
+        done = len(examples) - len(todo)
+        for example, outcome in zip(todo, in_order(self._outcome, todo, workers), strict=False):
+            if isinstance(outcome, str):
+                self.bad[example.id] = outcome
+            else:
+                self._decoded[example.id] = outcome
+                used += outcome.nbytes
+            done += 1
+            yield done
+            if used >= budget_bytes:
+                return
+
+    def _outcome(self, example: Example) -> Decoded | str:
+        try:
+            return self.decode(example)
+        except PerceiverError as error:
+            return str(error)
+
+    def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[Row]:
+        """Return what the model sees of an example: with `seeds`, one augmented view; else `num_views` of evaluation.
+
+        Sound and picture share their window: one time in seconds, drawn once from where there are both, is given to
+        both.
+        """
+        names, rng = decoded.names, None
+        if seeds is not None:
+            rng = np.random.default_rng(seeds)
+            dropout = {name: self.specs[name].dropout for name in names}
+            names = kept(dropout, np.random.default_rng([*seeds, DROPOUT_STREAM]))
+        return [
+            {name: self._prepare(name, decoded, rng, start_s) for name in names}
+            for start_s in self.starts(decoded, rng)
+        ]
+
+    def starts(self, decoded: Decoded, rng: np.random.Generator | None = None) -> list[float | None]:
+        """Return the seconds at which each view begins; None leaves it to the modality, which knows its samples."""
+        clips = [self.timed[name].clip_s(self.specs[name]) for name in decoded.seconds]
+        count = 1 if rng is not None else self.num_views
+        if not clips or (count == 1 and len(clips) == 1 and not decoded.long):
+            return [None] * count
+        spare_s = max(0.0, min(decoded.seconds.values()) - max(clips))
+        if rng is not None:
+            return [float(rng.uniform(0, spare_s))]
+        return [spare_s * (view + 0.5 * (count == 1)) / max(1, count - 1) for view in range(count)]
+
+    def clip(self, name: str, decoded: Decoded, start_s: float | None) -> tuple[Array, float]:
+        """Return what the view from `start_s` on is made of, as it was decoded, and the second at which it begins.
+
+        Sound or video shorter than the clip is whole; None is the middle.
+        """
+        spec, seconds = self.specs[name], decoded.seconds[name]
+        clip_s = self.timed[name].clip_s(spec)
+        start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
+        if name in decoded.long:
+            return self.load(name, decoded.long[name], (start_s, clip_s)), start_s
+        rate_hz = self.timed[name].steps_hz(spec)
+        return decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))], start_s
+
+    def _prepare(
+        self, name: str, decoded: Decoded, rng: np.random.Generator | None, start_s: float | None
+    ) -> ByteArray:
+        spec, timed = self.specs[name], self.timed.get(name)
+        if name in decoded.ready:
+            return decoded.ready[name]
+        if timed is None:
+            return modality(name).prepare(decoded.arrays[name], spec, rng)
+        if name in decoded.long:
+            assert start_s is not None
+            span = self.load(name, decoded.long[name], (start_s, timed.clip_s(spec)))
+            return timed.prepare(span, spec, rng, 0.0)
+        return timed.prepare(decoded.arrays[name], spec, rng, start_s)
+
+
+def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, ...]:
+    """Return the modalities of an example that are left when each is withheld with its probability: at least one.
+
+    Where all would go, the one with the highest draw stays.
+    """
+    draws = {name: rng.random() for name in sorted(dropout)}
+    left = tuple(name for name, draw in draws.items() if draw >= dropout[name])
+    return left or (max(draws, key=lambda name: draws[name]),)
+
+
+def brought(example: Example, reads: Iterable[str]) -> dict[str, Source]:
+    """Return the source of each modality of `reads` that an example brings, sorted; at least one.
+
+    Raises:
+        DataError: it brings none of them; says what it is, or that there is nothing.
+    """
+    wanted = set(reads)
+    if CONTENT not in example.sources:
+        found = {name: source for name, source in sorted(example.sources.items()) if name in wanted}
+        if not found:
+            raise DataError(f"{show_path(example.id)}: no {either(wanted)}")
+        return found
+    source = example.sources[CONTENT]
+    kinds = candidates(source)
+    file = File(source.name, source, kinds)
+    nearest = file.among(wanted)
+    if nearest is None:
+        raise DataError(f"{source.shown}: {kinds[0]} by its content, expected {either(wanted)}")
+    return sources_of({nearest: file}, wanted)

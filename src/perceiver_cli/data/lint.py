@@ -1,0 +1,250 @@
+"""What is wrong with a data set, found by decoding all of it once; hashes are kept, never arrays. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.config import tiny_config
+from perceiver_cli.data.catalog import Catalog, merged, resolve_specs, scan
+from perceiver_cli.data.decoder import Decoder
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.workers import in_order
+from perceiver_cli.errors import DataError, PerceiverError
+from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.format import Stored
+
+SILENT_PEAK = 1e-3  # of full scale: -60 dB, the mean taken off
+TINY_POINTS = 64  # of a cloud
+DIGEST_BYTES = 16
+READ_BYTES = 1 << 20
+RATE_HZ = 16_000  # of sound, where no file says
+FAULTS = ("silent", "constant", "tiny")
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Examples of the same content, as (split, id, class names). same_file: their files are the same, byte by byte."""
+
+    examples: tuple[tuple[str, str, tuple[str, ...]], ...]
+    same_file: bool
+
+    @property
+    def across(self) -> bool:
+        """Whether they lie in several splits."""
+        return len({split for split, _, _ in self.examples}) > 1
+
+    @property
+    def conflict(self) -> bool:
+        """Whether they have different labels."""
+        return len({labels for _, _, labels in self.examples}) > 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        rows = [{"path": name, "split": split, "labels": list(labels)} for split, name, labels in self.examples]
+        return {"examples": rows, "same_file": self.same_file, "across": self.across, "conflict": self.conflict}
+
+
+@dataclass(frozen=True)
+class LintReport:
+    """What was found in a data set.
+
+    counts: examples of each class in each split; sizes: of each split, those without a class counted in. unreadable:
+    (split, id, error). copies: groups of one content. faults: (split, id, modality) of sound that is silent, pictures
+    and clouds that are constant, clouds that are tiny.
+    """
+
+    data: str
+    modalities: tuple[str, ...]
+    sizes: Mapping[str, int]
+    counts: Mapping[str, Mapping[str, int]]
+    unreadable: tuple[tuple[str, str, str], ...] = ()
+    copies: tuple[Copies, ...] = ()
+    faults: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def imbalance(self) -> float | None:
+        """How many times the smallest class of train the largest one is; None where there is nothing to compare."""
+        counts = [count for count in self.counts.get("train", {}).values() if count]
+        return max(counts) / min(counts) if len(counts) > 1 else None
+
+    @property
+    def missing(self) -> dict[str, list[str]]:
+        """The classes that a split has no example of, by split."""
+        found = {split: [name for name, count in counts.items() if not count] for split, counts in self.counts.items()}
+        return {split: names for split, names in found.items() if names}
+
+    @property
+    def failed(self) -> bool:
+        """Whether there is what must not be: unreadable files, or the same content in several splits."""
+        return bool(self.unreadable) or any(group.across for group in self.copies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of `lint --json`."""
+        return {
+            "data": self.data,
+            "modalities": list(self.modalities),
+            "splits": {
+                name: {"num_examples": size, "classes": dict(self.counts[name])} for name, size in self.sizes.items()
+            },
+            "failed": self.failed,
+            "unreadable": [{"path": name, "split": split, "error": error} for split, name, error in self.unreadable],
+            "duplicates": [group.to_dict() for group in self.copies],
+            **{
+                kind: [{"path": name, "split": split, "modality": m} for split, name, m in self.faults.get(kind, ())]
+                for kind in FAULTS
+            },
+            "imbalance": self.imbalance,
+            "missing_classes": self.missing,
+            "notes": list(self.notes),
+        }
+
+
+def lint(
+    data: str | os.PathLike[str],
+    raised: Mapping[str, float] | None = None,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LintReport:
+    """Return what is wrong with a folder, a manifest or records, each example decoded once as a tiny preset would.
+
+    raised: limits of what one input may cost. workers: processes; None is one a core. Memory does not grow with the
+    size of what is decoded: 32 bytes of hashes an example.
+
+    Raises:
+        DataError: no such data, or nothing usable in it.
+    """
+    catalog = scan(data)
+    splits = sorted(catalog.splits)
+    ends = list(accumulate(len(catalog.splits[split]) for split in splits))
+    look = _Look(catalog, Limits.model_validate(raised or {}))
+    examples = chain.from_iterable(catalog.splits[split] for split in splits)
+    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
+    unreadable: dict[int, tuple[str, str, str]] = {}
+    faults: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in FAULTS}
+    for number, seen in enumerate(in_order(look, examples, workers)):
+        split = splits[bisect(ends, number)]
+        if seen.error is not None:
+            unreadable[number] = (split, seen.id, seen.error)
+        digests[number] = np.frombuffer(seen.digests, np.uint8).reshape(2, DIGEST_BYTES)
+        for kind, modality in seen.faults:
+            faults[kind].append((split, seen.id, modality))
+        if progress is not None:
+            progress(number + 1, ends[-1])
+    copies = []
+    for same in _same(digests, set(unreadable)):
+        found = []
+        for number in same:
+            place = bisect(ends, number)
+            example = catalog.splits[splits[place]][number - (ends[place - 1] if place else 0)]
+            found.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
+        copies.append(Copies(tuple(found), len(np.unique(digests[same, 1], axis=0)) == 1))
+    return LintReport(
+        os.fspath(data),
+        catalog.modalities,
+        {split: len(catalog.splits[split]) for split in splits},
+        {split: catalog.counts(split) for split in splits},
+        tuple(unreadable.values()),
+        tuple(copies),
+        faults,
+        catalog.notes,
+    )
+
+
+def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:
+    """Yield the places of examples that decode to the same, group by group, in order of the first of each."""
+    halves = np.ascontiguousarray(digests[:, 0]).view(np.uint64)
+    order = np.lexsort((halves[:, 1], halves[:, 0]))  # stable: places rise within a group
+    equal = np.flatnonzero((halves[order][1:] == halves[order][:-1]).all(axis=1))  # to the next in order
+    runs = np.split(equal, np.flatnonzero(np.diff(equal) > 1) + 1)
+    groups = (order[run[0] : run[-1] + 2].tolist() for run in runs if len(run))
+    readable = ([number for number in group if number not in unreadable] for group in groups)
+    yield from sorted(group for group in readable if len(group) > 1)
+
+
+# ---------------------------------------------------------------- one example
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """An example after a look: hashes of what it decodes to and of its files, and what is wrong with it."""
+
+    id: str
+    digests: bytes = bytes(2 * DIGEST_BYTES)
+    faults: tuple[tuple[str, str], ...] = ()  # (kind, modality)
+    error: str | None = None
+
+
+class _Look:
+    """Decodes one example and lets go of it."""
+
+    def __init__(self, catalog: Catalog, limits: Limits) -> None:
+        if catalog.prepared is not None:
+            specs = dict(catalog.prepared.inputs)
+        else:
+            sample = catalog.splits.get("train") or merged(catalog, catalog.splits)
+            specs = tiny_config(catalog.modalities).inputs
+            try:
+                specs = resolve_specs(specs, replace(catalog, splits={"train": sample}), limits)
+            except DataError:  # nothing that can be read to settle them by: what each file says of itself will tell
+                specs = {n: s.model_copy(update={"rate_hz": RATE_HZ}) if n == "audio" else s for n, s in specs.items()}
+        self.decoder = Decoder({name: specs[name] for name in catalog.modalities}, limits, catalog.bad)
+
+    def __call__(self, example: Example) -> _Seen:
+        decoded, files = (hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in range(2))
+        faults = []
+        try:
+            sources, _ = self.decoder.sources(example)
+            for name, source in sources.items():
+                array = self._array(name, source)
+                decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
+                decoded.update(np.ascontiguousarray(array).data)
+                kind = None if _is_prepared(source) else fault(name, array)
+                faults += [] if kind is None else [(kind, name)]
+            for source in {id(s) if isinstance(s, Stored) else s.name: s for s in sources.values()}.values():
+                for part in _content(source, self.decoder.limits):
+                    files.update(part)
+        except PerceiverError as error:
+            return _Seen(example.id, error=str(error))
+        return _Seen(example.id, decoded.digest() + files.digest(), tuple(faults))
+
+    def _array(self, name: str, source: Source) -> Array:
+        if isinstance(source, Stored) and _is_prepared(source):
+            ready = source.prepared()
+            return ready.values if ready.positions is None else ready.positions
+        return self.decoder.load(name, source)
+
+
+def _is_prepared(source: Source) -> bool:
+    return isinstance(source, Stored) and source.header.content != "decoded"
+
+
+def _content(source: Source, limits: Limits) -> Iterator[bytes | memoryview]:
+    if isinstance(source, Stored):
+        yield source.npy
+        return
+    with source.open(limits) as file:
+        while part := file.read(READ_BYTES):
+            yield part
+
+
+def fault(modality: str, array: Array) -> str | None:
+    """Return what is wrong with a decoded array although it can be read: "silent", "constant", "tiny" or nothing."""
+    if modality == "audio":
+        return "silent" if np.abs(array - array.mean()).max() < SILENT_PEAK else None
+    if modality == "points" and len(array) < TINY_POINTS:
+        return "tiny"
+    rows = array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
+    return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None

@@ -1,0 +1,323 @@
+"""What a data folder says of its files: class folders, metadata beside the files, lists of the splits. No torch."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli import preprocess
+from perceiver_cli.errors import DataError, counted
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+
+
+def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[list[Row], bool]:
+    """Return a row for every file of a data folder, paths below it, and whether there may be several labels a file.
+
+    The first of these that there is: metadata.csv or metadata.jsonl with labels, beside the files that its column
+    file_name names, in the folder or in each split's (Hugging Face's imagefolder and audiofolder); class folders,
+    `split/class/file`, `class/split/file` (ModelNet's) or `class/file`; manifests named after splits (train.txt,
+    val.csv). `group_by` is a column. What is passed over goes into `notes`.
+
+    Raises:
+        DataError: manifests that cannot be read, or no column to group by.
+    """
+    unlabelled: ColumnError | None = None
+    try:
+        if lists := metadata_in(top):
+            return _listed(top, lists, notes, group_by)
+    except ColumnError as error:
+        unlabelled = error
+    found = labelled_files(top, notes)
+    if unlabelled is not None:
+        if not found or group_by is not None:
+            raise unlabelled
+        notes.append(f"classes are folders: {unlabelled}")
+    if found:
+        if group_by is not None:
+            raise DataError(
+                f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent"
+            )
+        return found, False
+    lists = split_lists(top)
+    return _listed(top, lists, notes, group_by) if lists else ([], False)
+
+
+@dataclass(frozen=True)
+class _List:
+    """A manifest in a data folder: the split of rows that name none; of metadata the folder that it lies in."""
+
+    path: Path
+    split: str = "train"
+    beside: str | None = None
+
+
+def _listed(top: Path, lists: list[_List], notes: list[str], group_by: str | None) -> tuple[list[Row], bool]:
+    """Return the rows of manifests, and whether there may be several labels a file."""
+    rows: list[Row] = []
+    several = False
+    for given in lists:
+        found, multi_label = read_manifest(given.path, group_by=group_by, split=given.split, beside=given.beside)
+        rows += found
+        several = several or multi_label
+    if lists[0].beside is not None:
+        named = {path for row in rows for path in row.paths.values()} | {str(g.path.relative_to(top)) for g in lists}
+        cut = len(os.path.join(os.fspath(top), ""))
+        rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)
+        if rest:
+            notes.append(f"ignored {counted(rest.total(), 'file')} that no metadata names: {tally(rest)}")
+    return rows, several
+
+
+def metadata_in(top: Path) -> list[_List]:
+    """Return the metadata files of a data folder and of the folders of its splits."""
+    places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
+    lists = [_List(top / place / f"metadata{end}", beside=place) for place in places for end in (".csv", ".jsonl")]
+    return [given for given in lists if given.path.is_file()]
+
+
+def split_lists(top: Path) -> list[_List]:
+    """Return the manifests in a folder that are named after a split."""
+    found = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
+    return [_List(path, split) for path, split in found if split is not None and path.is_file()]
+
+
+def labelled_files(top: Path, notes: list[str]) -> list[Row]:
+    """Return a row for every file below class folders."""
+    cut = len(os.fspath(top / "x")) - 1  # of what is before a name in it: nothing where it is "."
+
+    def rows(folder: Path, split: str, name: str) -> list[Row]:
+        return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]
+
+    folders = folders_in(top)
+    splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
+    found: list[Row] = []
+    if splits:
+        outside = [folder.name for folder in folders if folder not in splits]
+        if outside:
+            notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
+        for split in splits:
+            for label in folders_in(split):
+                found += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
+        return found
+    for label in folders:
+        inside = folders_in(label)
+        if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
+            for split in inside:
+                found += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
+        else:
+            found += rows(label, "train", label.name)
+    return found
+
+
+def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
+    """Yield the paths of all files below a folder, sorted, without hidden ones and without following folder links."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.join(parent, name)
+
+
+def folders_in(parent: Path) -> list[Path]:
+    """Return the folders in a folder, sorted, without hidden ones."""
+    return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def parent(path: str) -> str:
+    """Return the name of the folder that a file lies in."""
+    return os.path.basename(os.path.dirname(path))
+
+
+def suffix_of(path: str) -> str:
+    """Return the suffix of a path in small letters, or "no suffix"."""
+    return os.path.splitext(path)[1].lower() or "no suffix"
+
+
+def tally(counter: Counter[str]) -> str:
+    """Return the commonest names with their counts, for a message."""
+    shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
+    return shown + (", ..." if len(counter) > 5 else "")
+
+
+CONTENT = ""  # in place of a modality's name: the content of the file decides which it belongs to
+SPLIT_NAMES = {
+    "train": "train", "training": "train",
+    "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+PATH_COLUMNS = ("path", "file_name", "file", "filename")
+LABEL_COLUMNS = ("labels", "label")
+BESIDE = "_file_name"  # image_file_name, as Hugging Face's metadata name the files of several modalities
+# What else such columns are called: not read, but named where there is no other.
+LIKE_PATH = (*PATH_COLUMNS, "file_path", "source", "uri")
+LIKE_LABEL = ("label", "labels", "class", "category", "target")
+NEAR = 0.7  # least likeness (difflib's ratio) of a column to be named as the one that was meant
+LINES = ".txt"  # of lines of PATH LABEL, as lists of Kinetics have them
+MAX_MANIFEST_BYTES = 256 << 20
+
+
+class ColumnError(DataError):
+    """A manifest without a column that is needed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a manifest, or a file of a folder.
+
+    paths: as given, by modality, or one under CONTENT; none in a row whose cells are empty. split: "train", "val" or
+    "test". labels: class names. group: what it shares with other rows that belong into one split; "" is itself alone.
+    """
+
+    paths: Mapping[str, str]
+    split: str = "train"
+    labels: tuple[str, ...] = ()
+    group: str = ""
+
+
+def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
+    """Return whether a name ends as a manifest's does; without `labelled`, as one whose rows need no label."""
+    suffix = Path(path).suffix.lower()
+    return suffix in MANIFESTS and (labelled or suffix != LINES)
+
+
+def read_manifest(
+    path: str | os.PathLike[str],
+    *,
+    labelled: bool = True,
+    group_by: str | None = None,
+    split: str = "train",
+    beside: str | None = None,
+) -> tuple[list[Row], bool]:
+    """Return the rows of a manifest, and whether it has a column of several labels.
+
+    Columns are `path`, or one for each modality (`image`, `audio`, ...) in which an empty cell is a missing modality;
+    `label` or `labels`, which is needed only if `labelled` and holds several, separated by ; , or | (in JSONL also a
+    list); and perhaps `split`. Others are not looked at, but for `group_by`, whose cells become the rows' groups. A
+    text file has no columns: each line is a path and, after its last blank, a label.
+
+    split: of rows that name none. beside: for metadata that lies with its files, their folder below that of the data;
+    a row that names no split is then of the folder's that its file lies in, where that is one.
+
+    Raises:
+        DataError: not readable as its suffix says, or a row without a label. ColumnError: other columns; names them and
+        the nearest to what is missing.
+    """
+    shown = show_path(path)
+    suffix = Path(path).suffix.lower()
+    with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
+        text = file.read().decode("utf-8-sig", "surrogateescape")
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        raise DataError(f"{shown}: UTF-16, expected UTF-8")
+    try:
+        rows = MANIFESTS[suffix](text)
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise DataError(f"{shown}: not a {suffix} manifest: {error}") from error
+    columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
+    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    sources = _source_columns(columns)
+    if not sources or (labelled and label_column is None):
+        kinds = ", ".join(sorted(preprocess.names()))
+        raise _wrong_columns(
+            shown,
+            columns,
+            [like for like, found in ((LIKE_PATH, sources), (LIKE_LABEL, label_column or not labelled)) if not found],
+            f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else ""),
+        )
+    if group_by is not None and group_by not in columns:
+        raise _wrong_columns(shown, columns, [(group_by,)], f"{show_path(group_by)} to group by")
+    found_rows = []
+    for number, row in enumerate(rows, start=1):
+        paths = {name: row[column] for name, column in sources.items() if row.get(column)}
+        label, group = row.get(label_column or ""), row.get(group_by or "")
+        if not all(isinstance(given, str) for given in paths.values()):
+            raise DataError(f"{shown}: row {number} has a path that is not text")
+        if labelled and label is None:
+            raise DataError(f"{shown}: row {number} has no {label_column}")
+        default = split
+        if beside is not None:
+            paths = {name: os.path.normpath(os.path.join(beside, given)) for name, given in paths.items()}
+            default = next((folder for given in paths.values() if (folder := top_split(given))), split)
+        named = str(row.get("split") or default).lower()
+        if named not in SPLIT_NAMES:
+            raise DataError(f"{shown}: row {number} has split {show_path(named)}, expected train, val or test")
+        parts = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
+        names = tuple(str(part).strip() for part in parts) if label_column == "labels" else (str(label or ""),)
+        found_rows.append(
+            Row(paths, SPLIT_NAMES[named], tuple(filter(None, names)), "" if group is None else str(group))
+        )
+    return found_rows, label_column == "labels"
+
+
+def top_split(path: str) -> str | None:
+    """Return the split that the first folder of a path is named after, None where it is another name."""
+    return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
+
+
+def _source_columns(columns: list[str]) -> dict[str, str]:
+    """Return the column of each modality, or the one of paths under CONTENT; none where there are both or neither."""
+    kinds = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
+    paths = [name for name in PATH_COLUMNS if name in columns]
+    if kinds and paths:
+        return {}
+    return kinds or ({CONTENT: paths[0]} if paths else {})
+
+
+def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[str]], expected: str) -> ColumnError:
+    """Return the error of columns that are not the expected ones; missing: what each may look like, its name first."""
+    near = []
+    for names in missing:
+        ranked = sorted((difflib.SequenceMatcher(None, c.lower(), n).ratio(), c) for c in columns for n in names)
+        if ranked and ranked[-1][0] >= NEAR:
+            near.append(f"{show_path(ranked[-1][1])} to {show_path(names[0])}")
+    found = ", ".join(map(show_path, columns)) or "none"
+    return ColumnError(
+        f"{shown}: columns are {found}", f"expected {expected}" + (f"; rename {' and '.join(near)}" if near else "")
+    )
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at more than newlines
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("a line that is not an object")
+    return rows
+
+
+def _table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
+    def rows(text: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        for number, row in enumerate(found, start=1):
+            if None in row:  # the reader's place for what is too much
+                raise ValueError(f"row {number} has more cells than there are columns")
+        return found
+
+    return rows
+
+
+def _path_label_lines(text: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        words = line.strip().rsplit(maxsplit=1)
+        if len(words) == 1:
+            raise ValueError(f"line {number} is {show_path(words[0])}, expected PATH LABEL")
+        if words:
+            rows.append({"path": words[0], "label": words[1]})
+    return rows
+
+
+MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".jsonl": _json_lines,
+    LINES: _path_label_lines,
+}

@@ -1,0 +1,224 @@
+"""From examples to batches: reading, missing modalities, order, mixing.
+
+Nothing here depends on how many workers read: the order of examples and their augmentation are pure functions of
+(seed, epoch, example id), so a run that is cut and resumed sees exactly what an uninterrupted one would have seen.
+A file that cannot be read is reported; no other example ever takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from perceiver_cli.data.decoder import Decoder, Row
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.workers import worker_died
+from perceiver_cli.errors import DataError, PerceiverError
+from perceiver_cli.model.encoding import Segment
+from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+
+AHEAD = 2  # batches that a worker reads before they are asked for
+
+# ---------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model is given at once.
+
+    segments: by modality, those that any example has; each example has `num_views` rows, one after another.
+    labels: (B,) class index, -1 where there is none, or (B, classes) of 0 and 1 where examples may have several.
+    examples: in the same order. bad: (position in the task, example, error) of those that could not be read and are
+    therefore missing from the tensors. used: by example, the modalities that there are of it, sorted.
+    """
+
+    segments: Mapping[str, Segment]
+    labels: Tensor
+    examples: tuple[Example, ...]
+    bad: tuple[tuple[int, Example, str], ...] = ()
+    used: tuple[tuple[str, ...], ...] = ()
+    num_views: int = 1
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory (called by the data loader when training on a GPU)."""
+        segments = {name: segment.pin_memory() for name, segment in self.segments.items()}
+        return replace(self, segments=segments, labels=self.labels.pin_memory())
+
+    def own(self) -> Batch:
+        """Return the batch in memory of this process alone."""
+        return replace(self, segments={name: segment.clone() for name, segment in self.segments.items()})
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker turns into one batch: examples, and for training the (seed, epoch) of each augmentation."""
+
+    examples: tuple[Example, ...]
+    seeds: tuple[tuple[int, int], ...] | None = None
+
+
+class Reader(Decoder, Dataset[Batch]):
+    """Turns tasks into batches; workers share what is decoded after the fork."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, InputSpec],
+        limits: Limits,
+        bad: Mapping[str, str] | None = None,
+        multi_label_classes: int = 0,
+    ) -> None:
+        super().__init__(specs, limits, bad)
+        self._shared = SharedMemory()
+        self.multi_label_classes = multi_label_classes  # 0: one label an example
+
+    def __getitem__(self, task: Task) -> Batch:
+        """Return the batch of a task; examples that cannot be read are in `bad` instead."""
+        rows: list[Row] = []
+        good: list[Example] = []
+        bad: list[tuple[int, Example, str]] = []
+        for position, example in enumerate(task.examples):
+            seeds = None if task.seeds is None else (*task.seeds[position], example.key)
+            try:
+                views = self.views(self.decode(example), seeds)
+            except DataError as error:
+                bad.append((position, example, str(error)))
+                continue
+            good.append(example)
+            rows += views
+        views_each = len(rows) // len(good) if good else 1
+        used = tuple(tuple(row) for row in rows[::views_each])
+        shared = None if get_worker_info() is None else self._shared.next()
+        return Batch(collate(rows, shared), self._labels(good), tuple(good), tuple(bad), used, views_each)
+
+    def _labels(self, examples: Sequence[Example]) -> Tensor:
+        if not self.multi_label_classes:
+            return torch.tensor([e.labels[0] if e.labels else -1 for e in examples], dtype=torch.long)
+        labels = torch.zeros(len(examples), self.multi_label_classes)
+        for row, example in enumerate(examples):
+            labels[row, list(example.labels)] = 1.0
+        return labels
+
+    def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
+        """Yield the batch of each task, in order, read ahead by `workers` processes (0: in this one).
+
+        Raises:
+            ResourceError: a worker died, usually for want of memory.
+        """
+        loader: DataLoader[Batch] = DataLoader(
+            self,
+            sampler=tasks,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=AHEAD if workers else None,
+            collate_fn=_unchanged,  # type: ignore[arg-type]  # one task is one batch
+            pin_memory=pin,
+            multiprocessing_context="fork" if workers else None,
+        )
+        try:
+            for batch in loader:
+                yield batch if pin or not workers else batch.own()  # its slot is used again once the next is asked for
+        except (RuntimeError, ConnectionError) as error:
+            if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+                raise worker_died(workers) from error
+            raise
+
+
+class SharedMemory:
+    """What a worker puts its batches into, for the process it works for: as many slots as it has batches under way.
+
+    Slots are used again. Fresh shared pages for a batch of clips take longer to come by than a clip takes to decode.
+    """
+
+    def __init__(self) -> None:
+        self._slots: list[dict[str, torch.UntypedStorage]] = [{} for _ in range(AHEAD + 1)]
+
+    def next(self) -> SharedMemory:
+        """Go on to the next slot."""
+        self._slots.append(self._slots.pop(0))
+        return self
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return a tensor in this slot, whose content is what was there before."""
+        wanted, slot = max(1, prod(shape) * dtype.itemsize), self._slots[0]
+        if name not in slot or slot[name].nbytes() < wanted:
+            slot[name] = torch.UntypedStorage._new_shared(wanted)  # type: ignore[no-untyped-call]
+        return torch.empty(0, dtype=dtype).set_(slot[name], 0, shape)  # type: ignore[call-overload,no-any-return]
+
+
+def collate(rows: Sequence[Row], shared: SharedMemory | None = None) -> dict[str, Segment]:
+    """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
+    segments = {}
+    for name in sorted({name for row in rows for name in row}):
+        found = [row.get(name) for row in rows]
+        first = next(array for array in found if array is not None)
+        values = [np.zeros_like(first.values) if array is None else array.values for array in found]
+        positions = None
+        if first.positions is not None:
+            blank = np.zeros_like(first.positions)
+            places = [blank if array is None or array.positions is None else array.positions for array in found]
+            positions = _stacked(places, f"{name} positions", shared)
+        mask = torch.tensor([[array is not None] for array in found])
+        segments[name] = Segment(_stacked(values, name, shared), positions, None if mask.all() else mask)
+    return segments
+
+
+def _stacked(arrays: Sequence[Array], name: str, shared: SharedMemory | None) -> Tensor:
+    """Return (B, ...) of arrays (...)."""
+    if shared is None:
+        return torch.from_numpy(np.stack(arrays))
+    dtype = torch.from_numpy(np.empty(0, arrays[0].dtype)).dtype
+    stacked = shared.tensor(name, (len(arrays), *arrays[0].shape), dtype)
+    np.stack(arrays, out=stacked.numpy())
+    return stacked
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+# ---------------------------------------------------------------- order
+
+
+def training_tasks(examples: Sequence[Example], batch_size: int, seed: int, start: int, stop: int) -> Iterator[Task]:
+    """Yield the tasks of batches `start` to `stop` of an endless stream of shuffled epochs.
+
+    Batches are always full: one that reaches the end of an epoch goes on into the next, so every example is seen
+    once per epoch whatever the batch size. Batch k depends on nothing but (seed, k) and the ids.
+    """
+    count = len(examples)
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for batch in range(start, stop):
+        chosen: list[Example] = []
+        seeds: list[tuple[int, int]] = []
+        for position in range(batch * batch_size, (batch + 1) * batch_size):
+            if position // count != epoch:
+                epoch = position // count
+                order = np.random.default_rng([seed, epoch]).permutation(count)
+            chosen.append(examples[order[position % count]])
+            seeds.append((seed, epoch))
+        yield Task(tuple(chosen), tuple(seeds))
+
+
+def ordered_tasks(examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
+    """Yield the tasks of an evaluation: examples in the order given, without augmentation."""
+    chunk: list[Example] = []
+    failure = None
+    try:
+        for example in examples:
+            chunk.append(example)
+            if len(chunk) == batch_size:
+                yield Task(tuple(chunk))
+                chunk = []
+    except PerceiverError as error:  # such as a stream that was cut short: what came before it is still answered
+        failure = error
+    if chunk:
+        yield Task(tuple(chunk))
+    if failure is not None:
+        raise failure

@@ -1,0 +1,117 @@
+"""Which files make one example: what a file is by its content, and which of one stem belong together. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from perceiver_cli.errors import DataError
+from perceiver_cli.preprocess import candidates, modality
+from perceiver_cli.preprocess.base import TimedModality
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+
+PROBES = 64  # files of a data set that are looked into
+MOST = 0.5  # least share of a kind's files with a partner for it to join in, and of videos with sound for sound to
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of which the first bytes were looked at.
+
+    path: as given. kinds: the modalities that read such content, the nearest first: a video may be read for its sound.
+    error: why it cannot be read, where that is known.
+    """
+
+    path: str
+    source: Source
+    kinds: tuple[str, ...] = ()
+    error: str | None = None
+
+    def among(self, allowed: Container[str]) -> str | None:
+        """Return the nearest of its kinds that is allowed."""
+        return next((kind for kind in self.kinds if kind in allowed), None)
+
+
+def look(path: str, folder: str | os.PathLike[str] = "") -> File:
+    """Return what a file is by its content; one that cannot be told has an error and no kinds."""
+    source = Source(os.path.join(folder, path))
+    try:
+        return File(path, source, candidates(source))
+    except DataError as error:
+        return File(path, source, error=error.message)
+
+
+def stem(path: str) -> str:
+    """Return a path without its last suffix."""
+    return os.path.splitext(path)[0]
+
+
+def identity(paths: Iterable[str]) -> str:
+    """Return the id of an example of these files: the path of one, the stem that several share, else all paths."""
+    each = sorted(set(paths))
+    stems = {stem(path) for path in each}
+    return each[0] if len(each) == 1 else stems.pop() if len(stems) == 1 else "+".join(each)
+
+
+def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
+    """Return the commonest kind and, `by_stem`, each other of whose files most share their stem with one of those."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for file in files:
+        if file.kinds:
+            paths[file.kinds[0]].append(file.path)
+    ranked = sorted(paths, key=lambda kind: (-len(paths[kind]), kind))
+    chosen = set(ranked[:1])
+    stems = {stem(path) for kind in chosen for path in paths[kind]}
+    for kind in ranked[1:] if by_stem else ():
+        own = {stem(path) for path in paths[kind]}
+        if len(own & stems) >= MOST * len(own):
+            chosen.add(kind)
+            stems |= own
+    return chosen
+
+
+def streams(videos: Sequence[File]) -> dict[str, float]:
+    """Return which share of a sample of videos has picture, and which sound; what none has is left out."""
+    found: Counter[str] = Counter()
+    sample = videos[:: max(1, len(videos) // PROBES)][:PROBES]
+    for file in sample:
+        for name in ("audio", "video"):
+            kind = modality(name)
+            assert isinstance(kind, TimedModality)
+            with suppress(DataError):
+                kind.duration_s(file.source, Limits())
+                found[name] += 1
+    return {name: count / len(sample) for name, count in found.items()}
+
+
+def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, File], File | None]:
+    """Return the file of each allowed modality among files of one stem, and one too many of its kind, if there is.
+
+    A file of its own comes before another's second nature: x.wav before the sound of x.mp4.
+    """
+    parts: dict[str, File] = {}
+    spare = None
+    for file in sorted(files, key=lambda file: file.among(allowed) != file.kinds[0]):
+        kind = file.among(allowed)
+        if kind in parts and kind == file.kinds[0]:
+            spare = file
+        elif kind is not None:
+            parts.setdefault(kind, file)
+    return parts, spare
+
+
+def sources_of(parts: Mapping[str, File], brings: Container[str]) -> dict[str, Source]:
+    """Return the source of each modality to be brought, sorted; a video brings its sound where no other file does."""
+    sources = {kind: file.source for kind, file in parts.items()}
+    if "video" in sources:
+        sources.setdefault("audio", sources["video"])
+    return {name: sources[name] for name in sorted(sources) if name in brings}
+
+
+def either(names: Iterable[str]) -> str:
+    """Return names for a message: audio or video."""
+    return " or ".join(sorted(names))

@@ -1,0 +1,345 @@
+"""What `preprocess` writes: from files to records, in the order given, by several processes; streams and shards."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.config import Config, load_preset, tiny_config
+from perceiver_cli.data.catalog import resolve_specs
+from perceiver_cli.data.decoder import Decoder
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.inputs import of_bytes, of_paths
+from perceiver_cli.data.workers import in_order, in_progress
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.model.checkpoint import read_info
+from perceiver_cli.preprocess import candidates, decode, modality, settled
+from perceiver_cli.preprocess.base import ByteArray
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.records.byte_arrays import safetensors_rows
+from perceiver_cli.records.format import Content, Facts, Header
+from perceiver_cli.records.npy import npy_bytes
+from perceiver_cli.records.shards import open_shards
+from perceiver_cli.records.stream import Writer, pack
+from perceiver_cli.run_folder import find_model
+
+DEFAULT_SHARD_BYTES = 256_000_000
+PLACE_BYTES = 4 << 20  # of shared memory for what one input becomes; taken when it is first written
+_PATTERN = re.compile(r"%0?\d*d")
+Dtype = Literal["float32", "float16"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be prepared, and how.
+
+    header: of the stream. examples: in order, each with its split. folder: what their ids are below. augment: how many
+    variants of each training example; 0: the examples themselves. dtype: of rows with Fourier features.
+    """
+
+    header: Header
+    examples: Sequence[tuple[str, Example]]
+    folder: str
+    limits: Limits
+    bad: Mapping[str, str]
+    notes: tuple[str, ...]
+    seed: int = 0
+    augment: int = 0
+    dtype: Dtype = "float32"
+
+
+def plan(
+    inputs: Sequence[str] | Source,
+    *,
+    model: str | None = None,
+    preset: str | None = None,
+    changes: Sequence[str] = (),
+    raised: Mapping[str, float] | None = None,
+    label_from_parent: bool = False,
+    augment: int = 0,
+    fourier: Dtype | None = None,
+) -> Job:
+    """Return what is to be done with inputs: files, folders and manifests, or the bytes of one.
+
+    They are prepared as a model or a preset does, else as the tiny preset for what they hold, "auto" settled by the
+    training files just as training would. label_from_parent: a file's label is the name of its folder.
+
+    Raises:
+        UsageError: options that contradict each other. DataError: nothing usable.
+    """
+    if model is not None and preset is not None:
+        raise UsageError("--model and --preset are two recipes", "pass one of them")
+    config = None
+    if model is not None:
+        config = read_info(find_model(model)).config
+    elif preset is not None:
+        config = load_preset(preset)
+    reads = None if config is None else config.inputs
+    folder, places = "", dict[str, int]()
+    if isinstance(inputs, Source):
+        catalog = of_bytes(inputs, reads)
+    else:
+        catalog, folder, places = of_paths(inputs, reads, label_from_parent)
+    config = (config or tiny_config(catalog.modalities)).override(list(changes))
+    brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
+    if not brought:
+        holds, wanted = "+".join(catalog.holds), "+".join(sorted(config.inputs))
+        raise DataError(f"{show_path(catalog.root)}: holds {holds}, but {config.name} reads {wanted}")
+    limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
+    held = catalog.hold_out(config.data.val_fraction)
+    if "train" not in held.splits:  # nothing to learn from: what there is settles what is left to the data
+        held = replace(held, splits={"train": tuple(chain(*held.splits.values()))})
+    specs = resolve_specs(brought, held, limits)
+    content: Content = "fourier" if fourier is not None else "prepared" if augment else "decoded"
+    header = Header(specs, catalog.classes, catalog.multi_label, content)
+    if content != "decoded":
+        _check_prepared(header)
+    splits = (held if augment else catalog).splits
+    examples = [(split, example) for split in splits for example in splits[split]]
+    examples.sort(key=lambda pair: min((places.get(s.name, 0) for s in pair[1].sources.values()), default=0))
+    seed, dtype = config.train.seed, fourier or "float32"
+    return Job(header, examples, folder, limits, catalog.bad, catalog.notes, seed, augment, dtype)
+
+
+def _check_prepared(header: Header) -> None:
+    """Raise UsageError for recipes whose inputs cannot be kept as the model is given them."""
+    if Decoder(header.inputs, Limits()).num_views > 1:
+        raise UsageError("a recipe that looks at several windows of an input", "pass --set inputs.NAME.eval_windows=1")
+    for name, spec in header.inputs.items():
+        layout = modality(name).layout(spec)
+        if header.content == "fourier" and (layout.learned_channels or layout.permutation is not None):
+            raise UsageError(f"inputs.{name} has learned positions or permuted rows", "leave out --fourier")
+        if header.content == "fourier" and layout.stem != "none":
+            raise UsageError(f"inputs.{name} has learned layers before its positions", "leave out --fourier")
+
+
+# ---------------------------------------------------------------- making records
+
+
+@dataclass(frozen=True)
+class Done:
+    """What became of one example: its records are written, or the error in their place. count: of those seen."""
+
+    count: int
+    total: int
+    error: str | None = None
+
+
+Npys = dict[str, bytes | memoryview]
+Packed = list[tuple[Facts, Npys]]
+
+
+def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
+    """Yield the records of each example, without their numbers; of one that cannot be read, facts with the error."""
+    decoder = Decoder(job.header.inputs, job.limits, job.bad)
+    if not workers:
+        yield from (_made(job, decoder, given) for given in examples)
+        return
+    # A process that sent arrays as messages would spend as long on that as on decoding. Each input in progress has a
+    # place in shared memory instead, which is used again only when its records are written: `in_order` sees to it.
+    shared = memoryview(mmap.mmap(-1, in_progress(workers) * PLACE_BYTES))
+    numbered = ((number % in_progress(workers), given) for number, given in enumerate(examples))
+    for sent in in_order(partial(_placed, job, decoder, shared), numbered, workers):
+        for _, arrays in sent:
+            for name, npy in arrays.items():
+                arrays[name] = shared[npy] if isinstance(npy, slice) else npy
+        yield sent
+
+
+def _placed(job: Job, decoder: Decoder, shared: memoryview, given: tuple[int, tuple[str, Example]]) -> Any:
+    """Make the records of an example in another process, their arrays in shared memory as far as there is room."""
+    place, example = given
+    outcome: Any = _made(job, decoder, example)
+    at, end = place * PLACE_BYTES, (place + 1) * PLACE_BYTES
+    for _, arrays in outcome:
+        for name, npy in arrays.items():
+            if at + len(npy) <= end:
+                shared[at : at + len(npy)] = npy
+                arrays[name] = slice(at, at := at + len(npy))
+    return outcome
+
+
+def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
+    split, example = given
+    labels = tuple(job.header.classes[label] for label in example.labels)
+    facts = Facts(os.path.join(job.folder, example.id), example.id, split, labels)
+    try:
+        if job.header.content == "decoded":
+            sources, seconds = decoder.sources(example)
+            arrays: Npys = {name: npy_bytes(decoder.load(name, source)) for name, source in sources.items()}
+            return [(replace(facts, seconds=seconds), arrays)]
+        decoded = decoder.decode(example)
+        variants = range(job.augment if split == "train" else 0)
+        views = [decoder.views(decoded, (job.seed, epoch, example.key)) for epoch in variants]
+        rows = [view for each in views or [decoder.views(decoded)] for view in each]
+        return [(facts, {name: _prepared(job, name, part) for name, part in row.items()}) for row in rows]
+    except DataError as error:
+        return [(replace(facts, error=str(error)), {})]
+
+
+def _prepared(job: Job, name: str, part: ByteArray) -> bytes:
+    if job.header.content == "fourier":
+        from perceiver_cli.model.encoding import with_features  # torch, which nothing else here needs
+
+        return npy_bytes(with_features(part, job.header.inputs[name]).astype(job.dtype))
+    return npy_bytes(part.values if part.positions is None else part.positions)
+
+
+# ---------------------------------------------------------------- writing them
+
+
+def write_records(
+    job: Job,
+    output: str,
+    emit: Callable[[bytes], None],
+    workers: int = 0,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    resume: bool = False,
+) -> Iterator[Done]:
+    """Write the records of a job: to FILE.tar, to shards such as 'x-%06d.tar', or for "-" through `emit`.
+
+    A file has its name once it is whole. A shard ends before the record that would make it larger than `shard_bytes`.
+    With `resume`, shards that are there are kept, and the examples in them are not read again.
+
+    Raises:
+        UsageError: another output; shards in the way, or of other data where they are to be resumed.
+        ResourceError: the output cannot be written.
+    """
+    if output != "-" and Path(output).suffix.lower() != ".tar":
+        raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")
+    sharded = _PATTERN.search(output) is not None
+    if resume and not sharded:
+        raise UsageError("--resume is of shards", "pass -o 'NAME-%06d.tar'")
+    shard = skipped = first = 0
+    if sharded:
+        shard, skipped, first = _kept(job, output, resume=resume)
+    total = len(job.examples)
+    with ExitStack() as stack:
+
+        def started() -> Writer:
+            if output == "-":
+                return Writer(emit, job.header)
+            file = stack.enter_context(atomic_write(_named(output, shard) if sharded else output))
+            return Writer(file.write, job.header)
+
+        writer = None if sharded else started()
+        for count, outcome in enumerate(made(job, job.examples[skipped:], workers), start=skipped + 1):
+            error = outcome[0][0].error
+            numbered = enumerate(outcome, start=first)
+            members = b"".join(pack(facts, arrays, number, job.header) for number, (facts, arrays) in numbered)
+            added = len(outcome) if error is None else 0
+            first += added
+            if sharded and writer is not None and writer.num_bytes + len(members) > shard_bytes:
+                writer.close()
+                stack.close()
+                writer, shard = None, shard + 1
+            writer = writer or started()
+            writer.packed(members, added, int(error is not None))
+            yield Done(count, total, error)
+        if writer is not None:
+            writer.close()
+
+
+def _named(pattern: str, number: int) -> str:
+    """Return the name of a shard."""
+    return _PATTERN.sub(lambda found: found[0] % number, pattern)
+
+
+def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
+    """Return how many shards there are, how many of the job's examples they account for, and their records."""
+    paths: list[str] = []
+    while os.path.exists(path := _named(output, len(paths))):
+        paths.append(path)
+    if not paths:
+        return 0, 0, 0
+    if not resume:
+        raise UsageError(f"{show_path(paths[0])}: is there already", "pass --resume to go on, or remove the shards")
+    shards = open_shards(paths)
+    other = UsageError(f"{show_path(paths[0])}: a shard of other data or another recipe", "remove the shards")
+    if shards.header.to_json() != job.header.to_json():
+        raise other
+    place, before = -1, ""
+    ids = (example.id for _, example in job.examples)
+    for row in range(len(shards)):
+        name = shards.given_id(row)
+        if name == before:  # another variant of it
+            continue
+        for given in ids:
+            place += 1
+            if given == name:
+                break
+        else:
+            raise other
+        before = name
+    return len(paths), place + 1, len(shards) - len(shards.errors)
+
+
+# The recipe of the paper for each modality: what `preprocess` follows unless told otherwise.
+PAPER = {"image": "imagenet", "audio": "audioset-audio", "video": "audioset-video", "points": "modelnet40"}
+
+
+def input_recipe(
+    source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
+) -> tuple[InputSpec, Limits]:
+    """Return how to prepare a file: as a model or a preset does, or as the paper does for its modality.
+
+    Raises:
+        UsageError: two recipes given. DataError: a file of another modality than the recipe reads.
+    """
+    if model is not None and preset is not None:
+        raise UsageError("--model and --preset are two recipes", "pass one of them")
+    kind, *others = candidates(source)
+    config: Config
+    if model is not None:
+        config = read_info(find_model(model)).config
+    elif preset is None and kind not in PAPER:
+        raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
+    else:
+        config = load_preset(preset or PAPER[kind])
+    limits = Limits.model_validate({**vars(config.data.limits), **raised})
+    for name in (kind, *others):  # a video may also be read for its sound
+        if name in config.inputs:
+            return settled(config.inputs[name]), limits
+    reads = "+".join(sorted(config.inputs))
+    raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {reads}")
+
+
+def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: str) -> tuple[int, int]:
+    """Write a file's byte array (M, C) to FILE.npy or FILE.safetensors; return (M, C)."""
+
+    rows = np.ascontiguousarray(byte_array(source, spec, limits))
+    if Path(output).suffix.lower() == ".safetensors":
+        data = safetensors_rows(rows, spec.modality, spec)
+    else:
+        stream = io.BytesIO()
+        np.save(stream, rows)
+        data = stream.getvalue()
+    with atomic_write(output) as file:
+        file.write(data)
+    return rows.shape[0], rows.shape[1]
+
+
+def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.float32]:
+    """Return the paper's byte array of one file, (M, C) with Fourier features, as the model would be given it.
+
+    Raises:
+        DataError: unreadable, over a limit, or of another modality than `spec`.
+    """
+    from perceiver_cli.model.encoding import with_features  # torch, after all that can be refused without it
+
+    return with_features(modality(spec.modality).prepare(decode(source, spec, limits), spec, None), spec)

@@ -1,0 +1,105 @@
+"""The split that a run learned by, kept in its folder, so that it stays the same when files are added. No torch.
+
+A split file is JSON lines: first what it is, then the id and the split, "train" or "val", of every example.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.data.catalog import Catalog, merged
+from perceiver_cli.data.examples import named
+from perceiver_cli.errors import IntegrityError, UsageError, counted
+from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.preprocess.source import key_of
+
+SPLIT_FILE = "split.jsonl"
+FORMAT = 1
+SAME = 0.5  # least share of a split's examples that data must hold to be what it was made of
+
+
+@dataclass(frozen=True)
+class SavedSplit:
+    """Which examples a run learned from and which it was judged by.
+
+    keys: made from the ids, sorted. held: of each, whether it is of the validation split. classes: the run's.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    keys: NDArray[np.uint64]
+    held: NDArray[np.bool_]
+
+    def apply(self, catalog: Catalog) -> Catalog | None:
+        """Return the catalog with this training and validation split, or None if it is of other data.
+
+        Examples that the split does not name are left out and noted, and so are those that are gone. Other splits stay
+        as they are.
+        """
+        examples = merged(catalog, ("train", "val"))
+        keys = np.array([key_of(name) for name, _ in named(examples)], np.uint64)
+        # One example may be listed several times, even in both splits: the second here is the second there.
+        number = np.arange(len(keys))
+        first = np.maximum.accumulate(np.where(np.append(True, keys[1:] != keys[:-1])[: len(keys)], number, 0))
+        places = (np.searchsorted(self.keys, keys) + number - first).clip(max=len(self.keys) - 1)
+        known = self.keys[places] == keys
+        found = int(known.sum())
+        if found < SAME * len(self.keys):
+            return None
+        notes = [f"train and val are as saved in {show_path(self.path)}"]
+        if found < len(keys):
+            notes.append(f"left out {counted(len(keys) - found, 'example')} that it does not name")
+        if found < len(self.keys):
+            notes.append(f"{counted(len(self.keys) - found, 'example')} that it names are gone")
+        split = catalog.split(examples, self.held[places], known)
+        return replace(split, notes=(*catalog.notes, "; ".join(notes)))
+
+
+def save_split(path: Path, catalog: Catalog) -> None:
+    """Write the training and validation split of a catalog, whole or not at all. Raises ResourceError."""
+    header = {"format": FORMAT, "classes": list(catalog.classes), "group_by": catalog.group_by}
+    lines = (
+        {"path": name, "split": split} for split in ("train", "val") for name, _ in named(catalog.splits.get(split, ()))
+    )
+    with atomic_write(path) as file:
+        for line in chain([header], lines):
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def read_split(path: str | os.PathLike[str]) -> SavedSplit:
+    """Return the split in a file that `save_split` wrote.
+
+    Raises:
+        UsageError: it cannot be read. IntegrityError: it is something else, or damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.readline())
+            if header["format"] != FORMAT:
+                raise IntegrityError(f"{show_path(path)}: split of format {header['format']}, expected {FORMAT}")
+            classes = tuple(str(name) for name in header["classes"])
+            pairs = np.fromiter(_pairs(file), [("key", np.uint64), ("held", np.bool_)])
+    except OSError as error:
+        raise UsageError(f"{show_path(path)}: cannot read the split: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: not the split of a run: {error}") from error
+    if not len(pairs):
+        raise IntegrityError(f"{show_path(path)}: a split of no examples")
+    pairs = pairs[np.argsort(pairs["key"], kind="stable")]
+    return SavedSplit(Path(path), classes, pairs["key"], pairs["held"])
+
+
+def _pairs(lines: Iterator[bytes]) -> Iterator[tuple[int, bool]]:
+    for line in lines:
+        row = json.loads(line)
+        if row["split"] not in ("train", "val"):
+            raise ValueError(f"split {row['split']!r}")
+        yield key_of(row["path"]), row["split"] == "val"

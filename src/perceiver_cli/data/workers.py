@@ -1,0 +1,81 @@
+"""Work for several processes, results in order."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from perceiver_cli.errors import ResourceError
+
+CHUNK = 16  # inputs per message between processes
+AHEAD = 2  # chunks of each process that may wait for those before them
+
+Given = TypeVar("Given")
+Made = TypeVar("Made")
+
+
+# ---------------------------------------------------------------- several processes
+
+_call: Callable[[Any], Any] | None = None  # of a working process, inherited by the fork
+
+
+def in_progress(workers: int) -> int:
+    """Return how many items `in_order` has given out at most whose results its caller has not passed yet."""
+    return CHUNK * (AHEAD * workers + 1)
+
+
+def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Iterator[Made]:
+    """Yield `call(item)` of each item, in order, made by `workers` processes (0: by this one). Few wait at a time.
+
+    Raises:
+        ResourceError: a process died, usually for want of memory.
+    """
+    global _call
+    if workers == 0:
+        yield from map(call, items)
+        return
+    _call, rest = call, iter(items)
+    waiting: deque[Future[list[Made]]] = deque()
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with_parent) as pool:
+            try:
+                while chunk := list(islice(rest, CHUNK)):
+                    waiting.append(pool.submit(_call_each, chunk))
+                    if len(waiting) > AHEAD * workers:
+                        yield from waiting.popleft().result()
+                while waiting:
+                    yield from waiting.popleft().result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    except BrokenProcessPool as error:
+        raise worker_died(workers) from error
+
+
+def end_with_parent() -> None:
+    """Have a working process end when its parent does, however that ends: it would wait for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _call_each(chunk: Sequence[Any]) -> list[Any]:
+    assert _call is not None
+    return [_call(item) for item in chunk]
+
+
+def worker_died(workers: int) -> ResourceError:
+    """Return the error of a process that ended without a word."""
+    return ResourceError(f"one of {workers} data workers died, most likely for want of memory", "try --workers 0")

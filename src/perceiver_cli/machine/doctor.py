@@ -1,0 +1,144 @@
+"""What is installed, what it can do, and whether it works here: to be read, and pasted into reports of bugs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from perceiver_cli.errors import PerceiverError
+from perceiver_cli.inference.evaluation import evaluate
+from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.machine.speed import machine
+from perceiver_cli.model import kernels
+from perceiver_cli.model.device import choose
+from perceiver_cli.training.events import StepDone
+from perceiver_cli.training.trainer import Trainer
+
+CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh", "pydantic", "typer", "matplotlib")
+# What a missing package takes away, and the extra that brings it.
+OPTIONAL = {
+    "av": ("videos and their sound", "video"),
+    "onnx": ("export to ONNX", "onnx"),
+    "onnxscript": ("export to ONNX", "onnx"),
+    "onnxruntime": ("export to ONNX", "onnx"),
+    "tensorboard": ("train --log tensorboard", "tensorboard"),
+    "huggingface_hub": ("import ORG/NAME", "hub"),
+}
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+SELF_TEST_S = 6.0  # of training; with reading, evaluating and loading about ten
+FALLS_TO = 0.7  # the loss at the end, as a share of that at the beginning, at most
+SAME = 1e-5  # difference of the loss before saving and after loading, at most
+SIDE, FILES = 16, 60  # of made-up pictures; files in each of three classes
+
+
+def examine() -> dict[str, Any]:
+    """Return versions, decoders, devices, kernels and threads; "problems" lists what is wrong, in words."""
+    problems: list[str] = []
+    devices = {name: _device(name, problems) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
+    return {
+        "perceiver": version("perceiver-cli"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in CORE},
+        "optional": {name: _version(name) or _missing(*about) for name, about in OPTIONAL.items()},
+        "decoders": _decoders(),
+        "devices": devices,
+        "threads": {
+            "torch": torch.get_num_threads(),
+            "cores": len(os.sched_getaffinity(0)),
+            **{name: os.environ[name] for name in VARIABLES if name in os.environ},
+        },
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": {"here": shutil.disk_usage(".").free, "temporary": shutil.disk_usage(tempfile.gettempdir()).free},
+        "problems": problems,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _missing(what: str, extra: str) -> str:
+    return f"not installed: no {what} (pip install 'perceiver-cli[{extra}]')"
+
+
+def _decoders() -> dict[str, str]:
+    import soundfile
+    from PIL import features
+
+    found = {name: features.version(name) or "missing" for name in ("jpg", "webp", "libtiff", "zlib")}
+    found["libsndfile"] = soundfile.__libsndfile_version__
+    found["mp3"] = "yes" if "MP3" in soundfile.available_formats() else "missing"
+    if _version("av") is not None:
+        import av
+
+        found["ffmpeg"] = str(av.ffmpeg_version_info)
+    return found
+
+
+def _device(name: str, problems: list[str]) -> dict[str, Any]:
+    """Return what a device is and which attention kernel passes its self-test there."""
+    compute = choose(name)
+    kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
+    if kernel is kernels.PLAIN:
+        problems.append(f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower")
+    facts = machine(compute)
+    return {"name": facts["device_name"], "precision": compute.precision, "kernel": kernel.name}
+
+
+def self_test(device: str = "auto") -> dict[str, Any]:
+    """Return what a short training on made-up pictures gave: the loss fell, and the saved model answers as before.
+
+    Raises:
+        PerceiverError: it did not.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data, run = Path(folder) / "data", Path(folder) / "run"
+        _write_pictures(data)
+        overrides = [f"train.max_time_s={SELF_TEST_S}", f"train.device={device}", "train.lr=0.003"]
+        losses = [e.loss for e in Trainer(data, run, overrides=overrides).fit() if isinstance(e, StepDone)]
+        predictor = Predictor(run, device)
+        before = float(predictor.info.metrics["val_loss"])
+        report = evaluate(predictor, data, "val")
+    edge = max(1, len(losses) // 10)
+    first, last = float(np.mean(losses[:edge])), float(np.mean(losses[-edge:]))
+    found = {
+        "steps": len(losses),
+        "first_loss": first,
+        "last_loss": last,
+        "accuracy": report.accuracy,
+        "difference_after_loading": abs(report.loss - before),
+    }
+    if not last <= FALLS_TO * first:
+        raise PerceiverError(f"self-test: the loss went from {first:.4f} to {last:.4f}, expected a fall", _REPORT)
+    if not abs(report.loss - before) <= SAME * max(1.0, before):
+        raise PerceiverError(f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after", _REPORT)
+    return found
+
+
+_REPORT = f"please report it with what perceiver doctor prints ({sys.platform})"
+
+
+def _write_pictures(folder: Path) -> None:
+    """Write PNG class folders: class k is a bright bar in its own rows of noise."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for place, name in enumerate(("high", "middle", "low")):
+        (folder / name).mkdir(parents=True)
+        for number in range(FILES):
+            pixels = rng.integers(0, 80, (SIDE, SIDE), dtype=np.uint8)
+            pixels[5 * place : 5 * place + 4] += 150
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")

@@ -1,0 +1,277 @@
+"""The same model as others compute it, to be measured beside ours: at the same sizes, on the same made-up input.
+
+Axes: B batch, M inputs, N latents, C input channels, D latent channels, H heads, W width of Q, K and V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_cli.config import ModelConfig
+from perceiver_cli.errors import UsageError
+from perceiver_cli.model.attention import CrossAttend, Dense, Memory, SelfAttend, merge_heads, split_heads
+from perceiver_cli.model.checkpoint import Calibration
+from perceiver_cli.model.cost import cross_width
+from perceiver_cli.model.encoding import ByteArrayEncoding, Segment
+from perceiver_cli.model.export import Graph, describe_inputs, made_up, missing_packages, traced
+from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess.base import Layout
+
+# Peers that are packages, and what they are installed as. "usual" is ours, written as everyone writes it; "onnxruntime"
+# runs ours, as `perceiver export` writes it.
+PACKAGES = {
+    "perceiver-pytorch": "perceiver_pytorch",
+    "transformers": "transformers",
+    "perceiver-io": "perceiver",
+    "onnxruntime": "onnxruntime",
+}
+EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}
+NAMES = ("usual", *PACKAGES)
+CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time: `call` gives logits (B, classes), or what one cross-attend reads (B, N, W).
+
+    differs: what is not the model that was asked for, in words; empty where it is the same function.
+    """
+
+    call: Callable[[], Tensor]
+    parameters: list[nn.Parameter] = field(default_factory=list)
+    differs: str = ""
+
+
+def is_installed(name: str) -> bool:
+    """Return whether a contender can be built here. Raises UsageError for a name that is none."""
+    if name not in NAMES:
+        raise UsageError(f"--against {name}: not a peer", f"expected some of {', '.join(NAMES)}")
+    if name == "onnxruntime":
+        return not missing_packages(".onnx")
+    return name == "usual" or find_spec(PACKAGES[name]) is not None
+
+
+def build(
+    name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool
+) -> Contender:
+    """Return a contender: "ours", "usual (einsum)", "usual (SDPA)" or a package.
+
+    `alone`: what the first cross-attend reads and no more, without the linear layers on latents that follow it. Of
+    the usual way, the byte array is given; of ours, all that stands for it is made.
+
+    Raises:
+        UsageError: a peer that cannot build anything of these sizes.
+    """
+    segments = {layout_name: _random(layout, batch, device) for layout_name, layout in layouts.items()}
+    if name == "ours" or name.startswith("usual"):
+        model = Perceiver(config, layouts, CLASSES).to(device)
+        # A head of zeros would give every other parameter a gradient of zero.
+        nn.init.normal_(model.head.weight, std=0.02)
+        parameters = list(model.parameters())
+        if name == "ours" and alone:
+            return Contender(lambda: _read_alone(model, segments), list(model.cross_attends[0].parameters()))
+        if name == "ours":
+            return Contender(lambda: model(segments), parameters)
+        fused = name == "usual (SDPA)"
+        if alone:
+            with torch.no_grad():
+                rows = model.encoding(segments)  # given: making it is not counted
+            block = model.cross_attends[0]
+            assert isinstance(block, CrossAttend)
+            latents = model.latents.expand(batch, -1, -1)
+            return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
+        return Contender(lambda: usual_forward(model, segments, fused=fused), parameters)
+    if alone:
+        raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
+    if name == "onnxruntime":
+        return _onnxruntime(Perceiver(config, layouts, CLASSES), batch)
+    (layout,) = layouts.values() if len(layouts) == 1 else (None,)
+    if layout is None or not layout.is_grid or layout.learned_channels or layout.stem != "none":
+        raise UsageError(f"--against {name}: measured on one grid with Fourier features only", "use --against usual")
+    values = segments[next(iter(layouts))].values
+    peer, differs = _PEERS[name](config, layout)
+    peer.to(device).eval()
+    logits = _logits(peer, values if name != "transformers" else values.movedim(-1, 1).contiguous())
+    return Contender(logits, list(peer.parameters()), differs)
+
+
+def _logits(peer: nn.Module, values: Tensor) -> Callable[[], Tensor]:
+    def call() -> Tensor:
+        out = peer(values)
+        logits: Tensor = getattr(out, "logits", out)
+        return logits
+
+    return call
+
+
+def _random(layout: Layout, batch: int, device: torch.device) -> Segment:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(batch, *layout.prepared_shape, generator=generator)
+    positions = None
+    if not layout.is_grid:
+        positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
+    return Segment(values, positions).to(device)
+
+
+def _onnxruntime(model: Perceiver, batch: int) -> Contender:
+    nn.init.normal_(model.head.weight, std=0.02)
+    layouts = model.encoding.layouts
+    graph = Graph(model, Calibration(), multi_label=False)
+    data, run, _ = traced(graph, {"inputs": describe_inputs(layouts)}, ".onnx")
+    given = made_up(layouts, batch, 0, np.random.default_rng(0))
+    size = f"a file of {len(data) / 1e6:.2f} MB, on the CPU; its memory is that of exporting"
+    return Contender(lambda: torch.from_numpy(run(given)[0]), [], size)
+
+
+# ---------------------------------------------------------------- the usual way
+
+
+def _read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
+    block = model.cross_attends[0]
+    assert isinstance(block, CrossAttend)
+    return block.read(model.latents.unsqueeze(0), Memory(list(model.encoding.parts(segments).values())))
+
+
+def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
+    """Return (B, N, W), with K and V projected from the whole byte array (B, M, C)."""
+    rows = block.input_norm(byte_array)
+    normalised = block.latent_norm(latents)
+    query, key, value = (
+        split_heads(linear(x), block.heads)
+        for linear, x in ((block.query, normalised), (block.key, rows), (block.value, rows))
+    )
+    scale = query.shape[-1] ** -0.5
+    if fused:
+        return merge_heads(F.scaled_dot_product_attention(query, key, value, scale=scale))
+    scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
+    return merge_heads(torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value))
+
+
+def _usual_self_read(block: SelfAttend, latents: Tensor) -> Tensor:
+    rows = block.norm(latents)
+    query, key, value = (split_heads(linear(rows), block.heads) for linear in (block.query, block.key, block.value))
+    return merge_heads(F.scaled_dot_product_attention(query, key, value))
+
+
+def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
+    out: Tensor = dense.project(F.gelu(dense.widen(dense.norm(latents)), approximate=dense.approximate))
+    return out
+
+
+def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
+    """Return logits (B, classes) of our model, its byte array built and read as every public implementation does."""
+    encoding: ByteArrayEncoding = model.encoding
+    byte_array = encoding(segments)
+    latents = model.latents.expand(len(byte_array), -1, -1)
+    for kind, index in model.config.steps:
+        if kind == "c":
+            block = model.cross_attends[index]
+            assert isinstance(block, CrossAttend)
+            latents = latents + block.output(usual_read(block, latents, byte_array, fused=fused))
+            latents = latents + _usual_dense(block.dense, latents)
+        else:
+            for block in model.latent_transformers[index].children():
+                assert isinstance(block, SelfAttend)
+                latents = latents + block.output(_usual_self_read(block, latents))
+                latents = latents + _usual_dense(block.dense, latents)
+    logits: Tensor = model.head(latents.mean(dim=1) if model.readout is None else model.readout(latents))
+    return logits
+
+
+# ---------------------------------------------------------------- packages
+
+
+def _perceiver_pytorch(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from perceiver_pytorch import Perceiver as Theirs
+
+    rounds, width = sum(kind == "c" for kind, _ in config.steps), cross_width(config, layout.num_channels)
+    blocks = sum(kind == "t" for kind, _ in config.steps) // rounds * config.self_attends_per_block
+    peer = Theirs(
+        num_freq_bands=layout.bands, depth=rounds, max_freq=max(layout.max_resolution),
+        input_channels=layout.channels, input_axis=layout.dims, num_latents=config.num_latents,
+        latent_dim=config.latent_channels, cross_heads=config.num_cross_heads,
+        cross_dim_head=width // config.num_cross_heads, latent_heads=config.num_self_heads,
+        latent_dim_head=config.latent_channels // config.num_self_heads, num_classes=CLASSES,
+        weight_tie_layers=config.num_cross_sets < rounds, self_per_cross_attn=blocks,
+    )  # fmt: skip
+    return peer, "dense blocks are 4 times wide and gated (GEGLU); its latent Transformers 2 to n are shared, 1 is not"
+
+
+def _transformers(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from transformers import PerceiverConfig
+    from transformers.models.perceiver import modeling_perceiver as theirs
+
+    if layout.dims != 2:
+        raise UsageError("--against transformers: its classifier with Fourier features reads images only")
+    rounds = sum(kind == "t" for kind, _ in config.steps)
+    settings = PerceiverConfig(
+        num_latents=config.num_latents, d_latents=config.latent_channels, d_model=layout.num_channels,
+        num_blocks=rounds, num_self_attends_per_block=config.self_attends_per_block,
+        num_self_attention_heads=config.num_self_heads, num_cross_attention_heads=config.num_cross_heads,
+        self_attention_widening_factor=config.widening_factor, cross_attention_widening_factor=config.widening_factor,
+        num_labels=CLASSES,  # type: ignore[call-arg]
+    )  # fmt: skip
+    positions = {
+        "concat_pos": True, "max_resolution": layout.grid, "num_bands": layout.bands, "sine_only": False,
+    }  # fmt: skip
+
+    # As its PerceiverForImageClassificationFourier puts it together, which is for 224 x 224 and 64 bands only.
+    peer = theirs.PerceiverModel(
+        settings,
+        input_preprocessor=theirs.PerceiverImagePreprocessor(
+            settings, prep_type="pixels", spatial_downsample=1, fourier_position_encoding_kwargs=positions
+        ),
+        decoder=theirs.PerceiverClassificationDecoder(  # type: ignore[no-untyped-call]
+            settings, num_channels=config.latent_channels, use_query_residual=True,
+            trainable_position_encoding_kwargs={"num_channels": config.latent_channels, "index_dims": 1},
+        ),
+    )  # fmt: skip
+    crosses = sum(kind == "c" for kind, _ in config.steps)
+    differs = [f"1 cross-attend for {crosses}"] if crosses > 1 else []
+    differs += ["a learned query reads the latents"] if config.head == "mean" else []
+    return peer, ", ".join(differs)
+
+
+def _perceiver_io(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
+    from perceiver.model import core  # its image classifier without the training framework that comes with it
+
+    class Pixels(core.InputAdapter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            positions = core.FourierPositionEncoding(input_shape=layout.grid, num_frequency_bands=layout.bands)
+            super().__init__(layout.channels + positions.num_position_encoding_channels())
+            self.positions = positions
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x.flatten(1, -2), self.positions(len(x))], dim=-1)
+
+    crosses, width = sum(kind == "c" for kind, _ in config.steps), cross_width(config, layout.num_channels)
+    encoder = core.PerceiverEncoder(
+        Pixels(), config.num_latents, config.latent_channels,
+        num_cross_attention_heads=config.num_cross_heads, num_cross_attention_qk_channels=width,
+        num_cross_attention_v_channels=width, num_cross_attention_layers=crosses,
+        first_cross_attention_layer_shared=config.num_cross_sets < min(2, crosses),
+        cross_attention_widening_factor=config.widening_factor, num_self_attention_heads=config.num_self_heads,
+        num_self_attention_layers_per_block=config.self_attends_per_block,
+        num_self_attention_blocks=sum(kind == "t" for kind, _ in config.steps),
+        first_self_attention_block_shared=True, self_attention_widening_factor=config.widening_factor,
+    )  # fmt: skip
+    channels = config.latent_channels
+    decoder = core.PerceiverDecoder(
+        core.ClassificationOutputAdapter(CLASSES, num_output_query_channels=channels),
+        core.TrainableQueryProvider(1, channels), channels, num_cross_attention_heads=1,
+    )  # fmt: skip
+    return core.PerceiverIO(encoder, decoder), "" if config.head == "query" else "a learned query reads the latents"
+
+
+_PEERS: dict[str, Callable[[ModelConfig, Layout], tuple[nn.Module, str]]] = {
+    "perceiver-pytorch": _perceiver_pytorch,
+    "transformers": _transformers,
+    "perceiver-io": _perceiver_io,
+}

@@ -1,0 +1,183 @@
+"""Measurements of records, made up: shards beside JPEGs and WebDataset, the pipe, preprocess, a million of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.loader import Reader, training_tasks
+from perceiver_cli.data.prepare import Job, plan, write_records
+from perceiver_cli.machine.speed import made_up_files
+from perceiver_cli.preprocess.image import ImageSpec
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.format import Facts, Header
+from perceiver_cli.records.npy import npy_bytes, parse_npy
+from perceiver_cli.records.stream import Feed, Writer, pack, read_records
+
+FILES = 256  # JPEGs of 500 x 375, in the size of ImageNet
+BATCH = 32
+RECORDS = 1_000_000  # of 8 x 8 pixels
+PIPE_BYTES = 1 << 20
+MEASURE = (
+    "import json, sys, time\nbegin = time.perf_counter()\n"
+    "from perceiver_cli.catalog import scan\nfound = len(scan(sys.argv[1]).hold_out(0.1).splits['train'])\n"
+    "seconds = time.perf_counter() - begin\nfrom perceiver_cli.memory import peak_bytes\n"
+    "print(json.dumps({'seconds': seconds, 'peak_MiB': peak_bytes() / 2**20, 'training_examples': found}))\n"
+)
+
+
+def throughput(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
+    """Yield samples per second of images as files and as records, MB/s of a pipe, and what a million records cost.
+
+    Reading is to arrays in memory; the loader also crops to 224 x 224, mirrors and makes batches, in this process.
+    Each figure is a median of `rounds`, taken in turn; `ratio` is that of the rounds, over what is named.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        data, shards = Path(folder, "data"), Path(folder, "shards")
+        for label in ("a", "b"):
+            made_up_files(data / label, "image", FILES // 2)
+        recipe = ["inputs.image.flip=0.5", "inputs.image.randaugment_layers=0"]
+        job = plan([str(data)], preset="imagenet", changes=recipe)
+        for _ in write_records(job, str(shards / "x-%06d.tar"), _nothing, shard_bytes=64_000_000):
+            pass
+        files, records = scan(data).splits["train"], scan(shards).splits["train"]
+        reader = Reader(job.header.inputs, Limits())
+        contenders: dict[str, tuple[Callable[[], float], str]] = {
+            "read JPEGs": (lambda: _reading(reader, files, seconds), "read JPEGs"),
+            "read shards, shuffled": (lambda: _reading(reader, records, seconds), "read JPEGs"),
+            "WebDataset, same shards in order": (lambda: _webdataset(shards, seconds), "read shards, shuffled"),
+            "loader, JPEGs": (lambda: _loading(reader, files, seconds), "loader, JPEGs"),
+            "loader, shards": (lambda: _loading(reader, records, seconds), "loader, JPEGs"),
+            "preprocess, 1 worker": (lambda: _preparing(job, 1, seconds), "preprocess, 1 worker"),
+            "preprocess, 2 workers": (lambda: _preparing(job, 2, seconds), "preprocess, 1 worker"),
+        }
+        found: dict[str, list[float]] = {name: [] for name in contenders}
+        pipe = []
+        for _ in range(rounds):
+            for name, (measure, _) in contenders.items():
+                found[name].append(measure())
+            pipe.append(_piping(sorted(shards.glob("*.tar")), seconds))
+        for name, (_, base) in contenders.items():
+            ratios = [rate / other for rate, other in zip(found[name], found[base], strict=True)]
+            yield {"name": name, "samples_per_s": median(found[name]), "ratio": median(ratios), "over": base}
+    yield {"name": "records through a pipe", "MB_per_s": median(pipe)}
+    yield from growth(RECORDS)
+
+
+def _nothing(data: bytes) -> None:
+    """Take bytes and do nothing with them."""
+
+
+def _rate(step: Callable[[int], int], seconds: float) -> float:
+    """Return samples per second of calls that give how many samples they were."""
+    step(0)  # not counted
+    begin, count, calls = time.perf_counter(), 0, 0
+    while time.perf_counter() < begin + seconds:
+        calls += 1
+        count += step(calls)
+    return count / (time.perf_counter() - begin)
+
+
+def _reading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
+    order = np.random.default_rng(0).permutation(len(examples))
+
+    def step(call: int) -> int:
+        np.array(reader.decode(examples[int(order[call % len(order)])]).arrays["image"])  # out of the mapped file
+        return 1
+
+    return _rate(step, seconds)
+
+
+def _loading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
+    batches = reader.batches(training_tasks(examples, BATCH, 0, 0, 1 << 40))
+    return _rate(lambda _: len(next(batches).examples), seconds)
+
+
+def _webdataset(shards: Path, seconds: float) -> float:
+    """Return samples per second of the stock reader, NaN where it is not installed."""
+    try:
+        import webdataset
+    except ImportError:
+        return float("nan")
+    urls = sorted(map(str, shards.glob("*.tar")))
+    samples = iter(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode().repeat())
+    return _rate(lambda _: len([next(samples)["image.npy"]]), seconds)
+
+
+def _preparing(job: Job, workers: int, seconds: float) -> float:
+    """Return files per second of `preprocess` with its records given away."""
+    endless = replace(job, examples=list(job.examples) * 1000)
+    done = write_records(endless, "-", _nothing, workers)
+    rate = _rate(lambda _: sum(1 for _ in islice(done, 64)), seconds)
+    done.close()  # type: ignore[attr-defined]
+    return rate
+
+
+def _piping(tars: Sequence[Path], seconds: float) -> float:
+    """Return MB/s of records from a process that writes them to one that reads and checks them."""
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom perceiver_cli.throughput import pour\n"
+        "pour(list(map(Path, sys.argv[2:])), float(sys.argv[1]))"
+    )
+    command = [sys.executable, "-c", script, str(seconds), *map(str, tars)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=PIPE_BYTES) as writer:
+        assert writer.stdout is not None
+        feed = Feed(writer.stdout, "'pipe'")  # type: ignore[arg-type]
+        begin = None
+        for _, record in read_records(feed, Limits(), feed.take):
+            for npy in record.arrays.values():
+                parse_npy(npy, record.key)
+            if begin is None:
+                begin, before = time.perf_counter(), feed.at
+        assert begin is not None
+        return (feed.at - before) / 1e6 / (time.perf_counter() - begin)
+
+
+def pour(tars: Sequence[Path], seconds: float) -> None:
+    """Write the records of tars to stdout, packed anew, again and again for some seconds."""
+    read = []
+    for tar in tars:
+        with tar.open("rb") as file:
+            feed = Feed(file, str(tar))
+            read += list(read_records(feed, Limits(), feed.take))
+    out = sys.stdout.buffer
+    writer, number, begin = Writer(out.write, read[0][0]), 0, time.perf_counter()
+    while time.perf_counter() < begin + seconds:
+        for header, record in read:
+            writer.packed(pack(record.facts, record.arrays, number, header))
+            number += 1
+    writer.close()
+    out.flush()
+
+
+def growth(count: int) -> Iterator[dict[str, Any]]:
+    """Yield seconds and memory of a process that opens `count` tiny records for training: first, then with an index."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.tar")
+        spec = ImageSpec(size=(8, 8), color="grey", mean=(0.5,), std=(0.25,))
+        header = Header({"image": spec}, tuple("0123456789"))
+        array = npy_bytes(np.arange(64, dtype=np.uint8).reshape(8, 8, 1))
+        with path.open("wb") as file:
+            writer = Writer(file.write, header)
+            for number in range(count):
+                name = f"{number % 10}/{number:07d}.png"
+                facts = Facts(name, name, "train", (str(number % 10),))
+                writer.packed(pack(facts, {"image": array}, number, header))
+            writer.close()
+        for name in ("indexed", "opened"):
+            command = [sys.executable, "-c", MEASURE, str(path)]
+            done = subprocess.run(command, check=True, capture_output=True)
+            yield {"name": f"{count:,} records of 8 x 8 pixels, {name}", **json.loads(done.stdout)}

@@ -1,0 +1,1 @@
+"""The paper's model, its weights on disk and its cost."""

@@ -1,0 +1,332 @@
+"""The two attention blocks: cross-attend (latents read the byte array) and self-attend (latents among themselves).
+
+Axes: B batch, M inputs, N latents, C input channels (c of them values), D latent channels, H heads, W width of Q, K
+and V, n = H N queries, T tiles, m inputs of a tile.
+
+Both blocks are pre-LayerNorm residual: `x = x + attention(norm(x), ...)`, then `x = x + dense(norm(x))` (App. C).
+
+The cross-attend is computed without the byte array wherever that costs less. Three steps, each exact:
+
+1. Fold. With xhat the byte array's rows after LayerNorm without scale and offset (gamma, beta), a score is
+   q . K_m = (scale * gamma * Wk^T q) . xhat_m + a term that is the same for every m and cancels in the softmax. Since
+   weights sum to 1, Wv and LayerNorm's affine are applied after the sum. So keys = values = xhat, which has no
+   parameters: made once for all cross-attends of a forward, and nothing of size M x C is projected.
+2. Separate. A position feature of a grid depends on one axis, so with u = scale * gamma * Wk^T q and r, mu the
+   statistics of LayerNorm: score = u_values . xhat_values + r (f[y] + g[x]) - r mu sum(u_features), where f and g are
+   products of u with one small table per axis. The weighted sum of xhat needs, beside that of its values, only the
+   sums of weight * r along rows and columns.
+3. Tile. In a tile of the grid a place is one one-hot vector per axis, so an input's key is
+   [r onehot_y | r onehot_x | xhat_values | -r mu | 1] and a query [f of the tile's rows | g of its columns | u_values |
+   sum(u_features) | 0]: softmax attention with keys of width 16 + 16 + c + 2 instead of 261, the last of which sums
+   the weights. Tiles, and modalities, are merged by their normalisers. A mask is one more column: 0, or a score that
+   no other reaches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from math import exp, log, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from perceiver_cli.model import kernels
+from perceiver_cli.model.cost import MIN_TILED_INPUTS
+from perceiver_cli.model.encoding import Part
+from perceiver_cli.model.linear import linears, unchanged
+from perceiver_cli.model.tiles import EPS, GridTiles, RowTiles, Tiles
+
+# ---------------------------------------------------------------- what a cross-attend reads
+
+
+class Memory:
+    """What the cross-attends of one forward read, each in the form that costs it least.
+
+    Args:
+        parts: one per modality that is there, of one batch size B.
+        tileable: whether to cut grids into tiles where that costs less; else all rows are made, which can be traced.
+    """
+
+    def __init__(self, parts: Sequence[Part], *, tileable: bool = True) -> None:
+        self.parts, self.tileable = tuple(parts), tileable
+        self.batch = self.parts[0].values.shape[0]
+        self.num_channels = self.parts[0].num_channels
+        self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}  # made once per weight set
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """xhat (B, M, C) of all parts: the byte array after LayerNorm without scale and offset, in float32."""
+        rows = [F.layer_norm(part.rows().float(), (self.num_channels,), eps=EPS) for part in self.parts]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """(B, 1, 1, M) bool of all parts, or None where every row is an input."""
+        if all(part.mask is None for part in self.parts):
+            return None
+        masks = []
+        for part in self.parts:
+            every = torch.ones(self.batch, prod(part.grid), dtype=torch.bool, device=part.values.device)
+            masks.append(every if part.mask is None else part.mask)
+        return torch.cat(masks, dim=1)[:, None, None]
+
+    @cached_property
+    def tiles(self) -> list[Tiles]:
+        """The parts cut into tiles."""
+        return [GridTiles(part) if part.tables else RowTiles(part) for part in self.parts]
+
+    def tiled_width(self) -> float:
+        """Return the mean number of multiply-adds per score when tiled; C where that does not pay."""
+        if not self.tileable:
+            return self.num_channels
+        inputs = [prod(part.grid) for part in self.parts]
+        widths = [GridTiles.width(part) if part.tables else part.num_channels for part in self.parts]
+        if sum(count for count, part in zip(inputs, self.parts, strict=True) if part.tables) < MIN_TILED_INPUTS:
+            return self.num_channels
+        mean = sum(count * width for count, width in zip(inputs, widths, strict=True)) / sum(inputs)
+        return min(mean, self.num_channels)
+
+    def projected(self, block: CrossAttend) -> tuple[Tensor, Tensor]:
+        """Return K and V (B, H, M, W / H) of a cross-attend."""
+        if block not in self._projected:
+            rows = self.rows * block.input_norm.weight + block.input_norm.bias
+            keys, values = linears(rows, unchanged, [block.key, block.value])
+            self._projected[block] = split_heads(keys, block.heads), split_heads(values, block.heads)
+        return self._projected[block]
+
+    def average(self, u: Tensor, *, tiled: bool) -> Tensor:
+        """Return (B, n, C): the mean of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
+        if not tiled:
+            keys = self.rows.unsqueeze(1)  # all heads share them
+            return attend(u.unsqueeze(1).expand(self.batch, -1, -1, -1), keys, keys, 1.0, self.mask)[:, 0]
+        dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
+        kernel = kernels.choose(u.device, dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            means, normalisers = zip(*(tiles.average(u.float(), kernel) for tiles in self.tiles), strict=True)
+            if len(means) == 1:
+                return means[0]  # type: ignore[no-any-return]
+            shares = torch.stack(normalisers).softmax(dim=0).unsqueeze(-1)
+            return (shares * torch.stack(means)).sum(dim=0)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+class Dense(nn.Module):
+    """LayerNorm, linear, GELU, linear: the block after every attention; widening 1 is the paper's (no bottleneck)."""
+
+    def __init__(self, channels: int, widening: int, gelu: str = "tanh") -> None:
+        super().__init__()
+        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.norm = nn.LayerNorm(channels, eps=EPS)
+        self.widen = nn.Linear(channels, channels * widening)
+        self.project = nn.Linear(channels * widening, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, N, D), to be added to `x`."""
+        (wide,) = linears(x, self.norm, [self.widen])
+        (out,) = linears(wide, self.gelu, [self.project])
+        return out
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """Return GELU of any shape."""
+        return F.gelu(x, approximate=self.approximate)
+
+
+class CrossAttend(nn.Module):
+    """Latents (B, N, D) attend to a byte array (B, M, C) (paper 3.1, App. C).
+
+    A key bias shifts all scores of a latent equally, so it changes nothing and gets no gradient in the folded forms
+    (and exactly zero, mathematically, in the projected one).
+
+    With `residual` off the result of the attention takes the latents' place instead of being added to them.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        input_channels: int,
+        width: int,
+        heads: int,
+        widening: int,
+        gelu: str = "tanh",
+        *,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.residual = residual
+        self.latent_norm = nn.LayerNorm(latent_channels, eps=EPS)
+        self.input_norm = nn.LayerNorm(input_channels, eps=EPS)
+        self.query = nn.Linear(latent_channels, width)
+        self.key = nn.Linear(input_channels, width)
+        self.value = nn.Linear(input_channels, width)
+        self.output = nn.Linear(width, latent_channels)
+        self.dense = Dense(latent_channels, widening, gelu)
+
+    def form(self, num_latents: int, tiled_width: float) -> str:
+        """Return "tiled", "folded" or "projected": the form with the fewest multiply-adds per input.
+
+        Tiled and folded: 2 H N scores and sums of the tile's width or of C. Projected: K and V, then scores and sums of
+        all heads together W wide.
+        """
+        width, channels = self.key.weight.shape
+        costs = {
+            "tiled": 2 * self.heads * num_latents * tiled_width,
+            "folded": 2 * self.heads * num_latents * channels,
+            "projected": 2 * channels * width + 2 * num_latents * width,
+        }
+        if tiled_width >= channels:
+            del costs["tiled"]
+        return min(costs, key=lambda form: costs[form])
+
+    def queries(self, latents: Tensor) -> Tensor:
+        """Return the queries (B, H, N, W / H) of latents (B, N, D)."""
+        (queries,) = linears(latents, self.latent_norm, [self.query])
+        return split_heads(queries, self.heads)
+
+    def fold(self, queries: Tensor) -> Tensor:
+        """Return u (B, H N, C): queries (B, H, N, W / H) as they meet xhat."""
+        scale = queries.shape[-1] ** -0.5
+        # (W, C) -> (H, W / H, C): the rows of each head
+        key_rows = self.key.weight.view(self.heads, -1, self.key.in_features)
+        u: Tensor = (queries @ key_rows) * (self.input_norm.weight * scale)
+        return u.flatten(1, 2)
+
+    def read(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
+        """Return (B, N, W): softmax(Q K^T / sqrt(W / H)) V of all heads, before the output's linear layer.
+
+        folded: what `fold` gives for these latents, where that is known already.
+        """
+        form = self.form(latents.shape[1], memory.tiled_width())
+        if form == "projected":
+            queries = self.queries(latents).expand(memory.batch, -1, -1, -1)
+            keys, values = memory.projected(self)
+            return merge_heads(attend(queries, keys, values, queries.shape[-1] ** -0.5, memory.mask))
+        u = self.fold(self.queries(latents)) if folded is None else folded
+        mean = memory.average(u, tiled=form == "tiled").view(memory.batch, self.heads, -1, u.shape[-1])
+        mean = mean * self.input_norm.weight + self.input_norm.bias
+        value_rows = self.value.weight.view(self.heads, -1, u.shape[-1])
+        return merge_heads(mean @ value_rows.mT) + self.value.bias
+
+    def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
+        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
+        (attended,) = linears(self.read(latents, memory, folded), unchanged, [self.output])
+        latents = add(latents, attended) if self.residual else attended
+        return add(latents, self.dense(latents))
+
+
+class SelfAttend(nn.Module):
+    """One block of the latent Transformer on latents (B, N, D): a GPT-2 block without a mask (paper 3.1, App. C)."""
+
+    def __init__(self, channels: int, heads: int, widening: int, gelu: str = "tanh") -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(channels, eps=EPS)
+        self.query = nn.Linear(channels, channels)
+        self.key = nn.Linear(channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.output = nn.Linear(channels, channels)
+        self.dense = Dense(channels, widening, gelu)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the new latents (B, N, D)."""
+        projected = linears(latents, self.norm, [self.query, self.key, self.value])
+        if _is_for_products(projected[0], self.heads):
+            read: Tensor = _HeadSoftmax.apply(self.heads, *projected)  # type: ignore[no-untyped-call]
+        else:
+            query, key, value = (split_heads(x, self.heads) for x in projected)
+            read = merge_heads(attend(query, key, value, query.shape[-1] ** -0.5))
+        (attended,) = linears(read, unchanged, [self.output])
+        latents = add(latents, attended)
+        return add(latents, self.dense(latents))
+
+
+def _is_for_products(x: Tensor, heads: int) -> bool:
+    """Return whether the attention of latents (B, N, D) among themselves is faster as products of ours."""
+    if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
+        return False
+    return kernels.choose(x.device, x.dtype).shifts(x.shape[1] ** 2 * x.shape[2] // heads)
+
+
+class _HeadSoftmax(torch.autograd.Function):
+    """Attention of latents among themselves: read (B, N, D) of the heads of Q, K and V (B, N, D).
+
+    As in `_TileSoftmax` each score takes its level, and in the backward pass its normaliser, from one more column of
+    the queries, and a column of ones in the values sums the weights.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        q, k, v = (F.pad(split_heads(x, heads), (0, 1), value=1.0).flatten(0, 1) for x in (query, key, value))
+        q *= (q.shape[-1] - 1) ** -0.5
+        level = _level(q[..., :-1], k[..., :-1])
+        q[..., -1] = -level
+        each = zip(q.unbind(), k.unbind(), v.mT.unbind(), strict=True)  # (N, W + 1) of a head, or its transpose
+        sums = torch.stack([kernels.product(kernels.exponentials(a, b), c) for a, b, c in each])
+        out = merge_heads((sums[..., :-1] / sums[..., -1:]).view(len(query), heads, *q.shape[1:-1], -1))
+        q[..., -1] = -kernels.FAR - level - sums[..., -1].log()
+        ctx.heads = heads
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out = ctx.saved_tensors
+        delta = split_heads(grad * out, ctx.heads).sum(dim=-1, keepdim=True)
+        grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1).flatten(0, 1)
+        found: list[list[Tensor]] = [[], [], []]
+        for a, b, c, d in zip(q.unbind(), k.unbind(), v.unbind(), grad_out.unbind(), strict=True):
+            weights = kernels.exponentials(a, b)
+            slopes = kernels.product(d, c).mul_(weights)
+            found[0].append(kernels.product(slopes, b.mT))
+            # oneDNN takes three times as long where the first matrix, if it is large, is transposed.
+            found[1].append(kernels.product(a.mT, slopes.mT).mT)
+            found[2].append(kernels.product(d.mT, weights.mT).mT)
+        shape = len(grad), ctx.heads, *q.shape[1:]
+        grads = [merge_heads(torch.stack(x).view(shape)[..., :-1]) for x in found]
+        unshift = exp(kernels.FAR)
+        return None, grads[0].mul_(unshift * (q.shape[-1] - 1) ** -0.5), *(x.mul_(unshift) for x in grads[1:])
+
+
+def _level(q: Tensor, k: Tensor) -> Tensor:
+    """Return (H, N): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly.
+
+    q, k: (H, N, W).
+    """
+    above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1, keepdim=True) + kernels.FAR
+    below = (q @ k.mean(dim=-2).unsqueeze(-1)).squeeze(-1) + log(k.shape[-2])
+    if (above - below).max() > kernels.SPAN:
+        each = zip(q.unbind(), k.unbind(), strict=True)
+        above = torch.stack([kernels.product(a, b).amax(dim=-1) for a, b in each]) + kernels.FAR
+    return above
+
+
+def add(latents: Tensor, update: Tensor) -> Tensor:
+    """Return latents + update, in the place of the update, which nothing else needs, unless autocast made it narrow."""
+    return update.add_(latents) if update.dtype == latents.dtype else latents + update
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Return (B, N, W) as (B, H, N, W / H)."""
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """Return (B, H, N, W / H) as (B, N, W)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Return softmax(scale * Q K^T) V over (B, H, N or M, W) through PyTorch's fused attention."""
+    width = query.shape[-1]
+    pad = -width % 8 if query.is_cuda else 0
+    if pad:
+        # CUDA's fused kernels refuse a width such as the paper's 261 and PyTorch then silently builds all N x M
+        # scores; zero columns change no score.
+        query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)[..., :width]

@@ -1,0 +1,57 @@
+"""From a name (preset, configuration, run, model file) to facts about it, and one file to its byte array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli.config import load_config, load_preset
+from perceiver_cli.errors import UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.model.checkpoint import read_info
+from perceiver_cli.model.cost import estimate
+from perceiver_cli.preprocess import modality, settled
+from perceiver_cli.presets import preset_names
+from perceiver_cli.run_folder import find_model
+
+DEFAULT_CLASSES = 10  # counted for recipes that leave the classes to the data
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return parameters, FLOPs and shapes of a preset, a TOML file, a run folder or a model file.
+
+    Raises:
+        UsageError: nothing of that name.
+    """
+    facts: dict[str, Any] = {}
+    if name in preset_names():
+        config = load_preset(name)
+        num_classes = config.num_classes or DEFAULT_CLASSES
+    elif name.endswith(".toml"):
+        config = load_config(Path(name))
+        num_classes = config.num_classes or DEFAULT_CLASSES
+    elif Path(name).exists():
+        info = read_info(find_model(name))
+        config, num_classes = info.config, len(info.classes)
+        facts = {"class_names": list(info.classes), "step": info.step, "metrics": dict(info.metrics)}
+    else:
+        raise UsageError(f"{show_path(name)}: no such preset or file", f"presets are {', '.join(preset_names())}")
+    layouts = {key: modality(spec.modality).layout(settled(spec)) for key, spec in config.inputs.items()}
+    cost = estimate(config.model, layouts, num_classes)
+    inputs = {
+        key: {"modality": config.inputs[key].modality, "grid": list(layout.grid), "count": layout.num_inputs,
+              "channels": layout.num_channels}
+        for key, layout in layouts.items()
+    }  # fmt: skip
+    return {
+        "name": config.name,
+        "parameters": cost.parameters,
+        "flops": cost.flops,
+        "inputs": inputs,
+        "latents": {"count": config.model.num_latents, "channels": config.model.latent_channels},
+        "classes": num_classes,
+        "schedule": config.model.schedule,
+        "self_attends_per_block": config.model.self_attends_per_block,
+        "training_bytes_per_example": cost.activation_bytes,
+        **facts,
+    }

@@ -1,0 +1,62 @@
+"""Where and in which precision tensors are computed."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from perceiver_cli.errors import UsageError
+from perceiver_cli.malloc import keep_freed
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and a precision ("fp32", "bf16" or "fp16") that it can do."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context in which matrix products run in the chosen precision."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=DTYPES[self.precision])
+
+    @property
+    def default_workers(self) -> int:
+        """Data workers that pay: on a CPU the model needs the cores, on a GPU every core but one may read."""
+        return 0 if self.device.type == "cpu" else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def choose(device: str = "auto", precision: str = "auto") -> Compute:
+    """Return what `find` does; from here on this process keeps memory that is freed (`memory.keep_freed`)."""
+    keep_freed()
+    return find(device, precision)
+
+
+def find(device: str, precision: str) -> Compute:
+    """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
+
+    Raises:
+        UsageError: a device that is not there, or fp16 without a GPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"--device {device}: not a device", "expected auto, cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
+        raise UsageError(f"--device {device}: {torch.cuda.device_count()} GPUs are here", "use --device cpu")
+    if chosen.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {device}: not supported", "expected auto, cpu, cuda or mps")
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and chosen.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU", "use bf16 or fp32")
+    return Compute(chosen, precision)

@@ -1,0 +1,81 @@
+"""Linear layers of something cheap (a LayerNorm, a GELU) that keep its argument for the backward pass, not its result.
+
+A linear layer keeps what it was given, for the gradient of its weight, and a LayerNorm or GELU before it keeps its own
+argument as well. Here the cheap part is made again instead: less than 1 % of a training step, and a third less memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perceiver_cli.model.kernels import product
+
+
+def unchanged(x: Tensor) -> Tensor:
+    """Return x: for layers of something that is there anyway."""
+    return x
+
+
+def linears(x: Tensor, cheap: Callable[[Tensor], Tensor], layers: Sequence[nn.Linear]) -> list[Tensor]:
+    """Return layer(cheap(x)) for each layer.
+
+    Args:
+        x: (..., C).
+        cheap: a function of rows; its parameters get gradients where it is a module.
+        layers: with biases.
+
+    Under autocast and torch.compile, which have ways of their own, it is just that.
+    """
+    if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        y = cheap(x)
+        return [layer(y) for layer in layers]
+    if not torch.is_grad_enabled():
+        y = cheap(x.flatten(0, -2))
+        return [product(y, layer.weight, layer.bias).view(*x.shape[:-1], -1) for layer in layers]
+    own = list(cheap.parameters()) if isinstance(cheap, nn.Module) else []
+    parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+    outs = _Linears.apply(cheap, len(own), x.flatten(0, -2), *own, *parameters)  # type: ignore[no-untyped-call]
+    return [out.view(*x.shape[:-1], -1) for out in outs]
+
+
+class _Linears(torch.autograd.Function):
+    """On rows (R, C): own parameters of `cheap`, `count` of them, then weight and bias of each layer."""
+
+    @staticmethod
+    def forward(ctx: Any, cheap: Callable[[Tensor], Tensor], count: int, x: Tensor, *parameters: Tensor) -> Any:
+        ctx.cheap, ctx.count = cheap, count
+        ctx.save_for_backward(x, *parameters)
+        y = cheap(x)
+        return tuple(product(y, weight, bias) for weight, bias in _pairs(parameters[count:]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        needs_cheap, needs_layers = ctx.needs_input_grad[2 : 3 + ctx.count], ctx.needs_input_grad[3 + ctx.count :]
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(needs_cheap[0])
+            y = ctx.cheap(x)
+        rows = y.detach()
+        of_layers = [
+            (product(grad.mT, rows.mT) if needs_weight else None, grad.sum(dim=0) if needs_bias else None)
+            for grad, (needs_weight, needs_bias) in zip(grads, _pairs(needs_layers), strict=True)
+        ]
+        of_cheap: list[Tensor | None] = [None] * len(needs_cheap)
+        if any(needs_cheap):
+            first, *others = zip(grads, parameters[ctx.count :: 2], strict=True)
+            of_y = product(first[0], first[1].mT)
+            for grad, weight in others:
+                of_y += product(grad, weight.mT)
+            wanted = [p for p, needed in zip([x, *parameters[: ctx.count]], needs_cheap, strict=True) if needed]
+            found = iter(torch.autograd.grad(y, wanted, of_y))
+            of_cheap = [next(found) if needed else None for needed in needs_cheap]
+        return None, None, *of_cheap, *(gradient for pair in of_layers for gradient in pair)
+
+
+def _pairs(flat: Sequence[Any]) -> list[tuple[Any, Any]]:
+    return list(zip(flat[::2], flat[1::2], strict=True))

@@ -1,0 +1,181 @@
+"""The Perceiver of Jaegle et al. 2021: cross-attends and latent Transformers, run by a schedule, then a linear head.
+
+Axes: B batch, M inputs, N latents, C input channels, D latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from perceiver_cli.config import ModelConfig
+from perceiver_cli.errors import UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
+from perceiver_cli.model.cost import cross_width
+from perceiver_cli.model.device import Compute
+from perceiver_cli.model.encoding import ByteArrayEncoding, Part, Segment
+from perceiver_cli.preprocess.base import Layout
+
+LATENT_STD = 0.02
+# A normal distribution cut at two sigma has this standard deviation; Haiku divides by it.
+TRUNCATED_STD = 0.87962566103423978
+
+
+class Perceiver(nn.Module):
+    """Logits from segments of one or several modalities.
+
+    Weight sharing is data: `cross_attends` and `latent_transformers` hold the distinct weight sets, and the schedule
+    (`ModelConfig.steps`) says which runs when. With the default schedule that is Table 7's: 2 cross-attends and 6
+    self-attend blocks, used 8 times.
+
+    Args:
+        config: sizes and schedule.
+        layouts: the shape of each modality's input, by name.
+        num_classes: columns of the logits.
+        seed: of the initial weights, which depend on nothing else.
+    """
+
+    def __init__(self, config: ModelConfig, layouts: Mapping[str, Layout], num_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.encoding = ByteArrayEncoding(layouts, config.modality_channels)
+        latent_channels, input_channels = config.latent_channels, self.encoding.num_channels
+        width = cross_width(config, input_channels)
+        self.latents = nn.Parameter(torch.empty(config.num_latents, latent_channels))
+        self.cross_attends = nn.ModuleList(
+            CrossAttend(
+                latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor, config.gelu
+            )
+            for _ in range(config.num_cross_sets)
+        )
+        self.latent_transformers = nn.ModuleList(
+            nn.Sequential(
+                *(
+                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor, config.gelu)
+                    for _ in range(config.self_attends_per_block)
+                )
+            )
+            for _ in range(config.num_latent_sets)
+        )
+        # Whether the backward pass makes activations of latent Transformers again: a third more time, far less memory.
+        self.recompute = False
+        self._folded: tuple[tuple[object, ...], Tensor] | None = None
+        self.readout = QueryReadout(config) if config.head == "query" else None
+        self.head = nn.Linear(latent_channels, num_classes)
+        initialise(self, seed)
+
+    def forward(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return logits (B, classes) in float32: the mean over latents, then one linear layer (App. C)."""
+        return self.classify(self.encode(segments))
+
+    def classify(self, latents: Tensor) -> Tensor:
+        """Return logits (B, classes) in float32 from the final latents (B, N, D)."""
+        logits: Tensor = self.head(latents.mean(dim=1) if self.readout is None else self.readout(latents))
+        return logits.float()
+
+    def encode(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return the final latents (B, N, D)."""
+        return self.read(Memory(list(self.encoding.parts(segments).values())))
+
+    def read(self, memory: Memory) -> Tensor:
+        """Return the final latents (B, N, D) after the schedule's reading of `memory`."""
+        latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
+        folded = self._first_queries() if memory.tileable and not torch.is_grad_enabled() else None
+        for kind, index in self.config.steps:
+            if kind == "c":
+                latents = self.cross_attends[index](latents, memory, folded)
+                folded = None
+            elif self.recompute and torch.is_grad_enabled():
+                latents = checkpoint(self.latent_transformers[index], latents, use_reentrant=False)
+            else:
+                latents = self.latent_transformers[index](latents)
+        return latents
+
+    def _first_queries(self) -> Tensor:
+        """Return the folded queries of the first cross-attend, which depend on no input: made once per model."""
+        block = self.cross_attends[0]
+        assert isinstance(block, CrossAttend)
+        used = (
+            self.latents,
+            *(p for part in (block.latent_norm, block.query) for p in part.parameters()),
+            block.key.weight,
+            block.input_norm.weight,
+        )
+        kind = self.latents.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        # Training, loading and moving a model each change one of these.
+        state = (precision, *((p.device, p.data_ptr(), p._version) for p in used))
+        if self._folded is None or self._folded[0] != state:
+            self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))
+        return self._folded[1]
+
+
+class QueryReadout(nn.Module):
+    """Perceiver IO's way from latents to one vector: a learned query attends to them, with one head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        channels = config.latent_channels
+        self.query = nn.Parameter(torch.empty(1, channels))
+        self.cross_attend = CrossAttend(channels, channels, channels, 1, 1, config.gelu, residual=config.query_residual)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return (B, D) from latents (B, N, D)."""
+        attended: Tensor = self.cross_attend(self.query.unsqueeze(0), Memory([Part(latents)]))
+        return attended[:, 0]
+
+
+def compile_latents(model: Perceiver, compute: Compute) -> None:
+    """Let torch.compile fuse what lies between the latent Transformers' matrix products; weights keep their names.
+
+    Raises:
+        UsageError: torch.compile does not work here, found on a trifle rather than in the first step.
+    """
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=compute.device))
+    except Exception as error:  # no compiler, no Triton, an unsupported Python: each has errors of its own
+        reason = show_path(str(error).strip().partition("\n")[0])[1:-1]
+        raise UsageError(f"torch.compile does not work here: {reason}", "leave out --compile") from error
+    for transformer in model.latent_transformers:
+        transformer.compile()
+
+
+@torch.no_grad()
+def initialise(model: Perceiver, seed: int) -> None:
+    """Set every parameter from `seed` alone.
+
+    | parameter | distribution | source |
+    |---|---|---|
+    | latents, modality encodings, query | normal, std 0.02, cut at two sigma (Haiku's reading of [-2, 2]) | App. C |
+    | learned positions | the same with `learned_std`, 1.0 unless set | 4.1, App. B |
+    | linear, convolution | LeCun: normal cut at two sigma, variance 1 / fan-in after the cut | official code |
+    | linear biases, LayerNorm offsets | 0 | official code |
+    | LayerNorm and batch norm scales | 1 | official code |
+    | the head's weight | 0 | official code |
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(parameter: Tensor, std: float) -> None:
+        if not parameter.is_meta:
+            nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+    fill(model.latents, LATENT_STD)
+    if model.readout is not None:
+        fill(model.readout.query, LATENT_STD)
+    for encoding in model.encoding.modality_encodings.values():
+        fill(encoding, LATENT_STD)
+    for name, table in model.encoding.learned_positions.items():
+        fill(table, model.encoding.layouts[name].learned_std)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            fill(module.weight, 1 / sqrt(module.weight[0].numel()) / TRUNCATED_STD)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    nn.init.zeros_(model.head.weight)

@@ -1,0 +1,396 @@
+"""From the image classifiers of transformers (`deepmind/vision-perceiver-*`) to a model file of this program.
+
+No second model class: their configuration becomes a `Config`, their tensors take our names, and what a model file can
+do (predict, evaluate, be fine-tuned) then works as with any other. Nothing is trusted: `config.json` is parsed
+defensively, sizes are counted before anything is built, every tensor's name and shape is checked both ways.
+
+Source: modeling_perceiver.py of transformers; where it differs from the official JAX code, `variant` chooses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from perceiver_cli.config import MAX_SCHEDULE_STEPS, Config
+from perceiver_cli.errors import IntegrityError, UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.model.checkpoint import ModelInfo, read_table, save_model
+from perceiver_cli.model.cost import estimate
+from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess import modality
+from perceiver_cli.run_folder import MODEL_FILE
+
+MAX_JSON_BYTES = 4 << 20
+MAX_PARAMETERS = 2_000_000_000
+MAX_INPUTS = 1 << 24
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
+Variant = Literal["dm", "hf"]
+
+# Each architecture as fields of ImageSpec: transformers fixes them in its classes, not in config.json.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "PerceiverForImageClassificationFourier": {"max_resolution": (224, 224)},
+    "PerceiverForImageClassificationLearned": {
+        "positions": "learned", "learned_channels": 256, "learned_std": 0.02, "stem": "linear", "stem_channels": 256,
+    },
+    "PerceiverForImageClassificationConvProcessing": {"max_resolution": (56, 56), "stem_channels": 64},
+}  # fmt: skip
+FOURIER, LEARNED, CONV = ARCHITECTURES
+
+# transformers' name (after "perceiver.") for each of ours, whole or in part; applied to ours from the top down.
+NAMES = (
+    # theirs                                                          ours
+    ("embeddings.latents",                                            "latents"),
+    ("encoder.cross_attention.",                                      "cross_attends.0."),
+    ("encoder.self_attends.",                                         "latent_transformers.0."),
+    ("decoder.decoder.output_position_encodings.position_embeddings", "readout.query"),
+    ("decoder.decoder.decoding_cross_attention.",                     "readout.cross_attend."),
+    ("decoder.decoder.final_layer.",                                  "head."),
+    ("input_preprocessor.position_embeddings.position_embeddings",    "encoding.learned_positions.image"),
+    ("input_preprocessor.convnet.conv.",                              "encoding.stems.image.conv."),
+    ("input_preprocessor.convnet.batchnorm.",                         "encoding.stems.image.norm."),
+    ("input_preprocessor.convnet_1x1.",                               "encoding.stems.image."),
+    # inside an attention block
+    (".layernorm.",                                                   ".dense.norm."),
+    (".mlp.dense1.",                                                  ".dense.widen."),
+    (".mlp.dense2.",                                                  ".dense.project."),
+    (".attention.output.dense.",                                      ".output."),
+    (".attention.self.layernorm1.",                                   ".latent_norm."),
+    (".attention.self.layernorm1.",                                   ".norm."),
+    (".attention.self.layernorm2.",                                   ".input_norm."),
+    (".attention.self.query.",                                        ".query."),
+    (".attention.self.key.",                                          ".key."),
+    (".attention.self.value.",                                        ".value."),
+)  # fmt: skip
+TABLE, STEM = "encoding.learned_positions.image", "encoding.stems.image.weight"
+PROJECTION = "perceiver.input_preprocessor.positions_projection."  # of the table; folded into it
+CLASSES = "perceiver.decoder.decoder.final_layer.weight"
+
+# What config.json leaves out has these values (PerceiverConfig) ...
+DEFAULTS: dict[str, Any] = {
+    "num_latents": 256, "d_latents": 1280, "num_blocks": 1, "num_self_attends_per_block": 26,
+    "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "self_attention_widening_factor": 1,
+    "cross_attention_widening_factor": 1, "image_size": 56, "hidden_act": "gelu",
+}  # fmt: skip
+# ... and a model without one those of the published models, as far as its shapes do not tell.
+PUBLISHED = {"num_blocks": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
+# What our model always does. Anything else in config.json is refused.
+FIXED_MODEL = {
+    "model_type": "perceiver", "hidden_act": "gelu", "qk_channels": None, "v_channels": None,
+    "cross_attention_shape_for_attention": "kv", "use_query_residual": True,
+}  # fmt: skip
+FIXED_PROCESSING = {
+    "do_resize": True, "do_center_crop": True, "resample": 3,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+}  # fmt: skip
+
+FINE_TUNING = {
+    "epochs": 5.0, "batch_size": 32, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05,
+    "schedule": "cosine", "warmup": "5%", "clip_norm": 1.0, "label_smoothing": 0.1,
+}  # fmt: skip
+
+
+def import_model(source: str, output: Path, variant: Variant = "dm") -> ModelInfo:
+    """Write the model of `source` to `output` as a model file of this program; return what the file says of itself.
+
+    Errors as of `read_pretrained`; UsageError where `output` is the file to read, and ResourceError where it cannot be
+    written.
+    """
+    read = os.path.join(source, MODEL_FILE) if os.path.isdir(source) else source
+    if os.path.isfile(read) and output.exists() and output.samefile(read):
+        raise UsageError(f"-o {show_path(output)}: is the file to import", "choose another output")
+    weights, info = read_pretrained(source, variant)
+    save_model(output, weights, info)
+    return info
+
+
+def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Tensor], ModelInfo]:
+    """Return the weights of a transformers Perceiver under our names, and its configuration and classes.
+
+    Args:
+        source: a folder with model.safetensors and config.json; a .safetensors file, with config.json beside it or
+            without; or a name on the Hugging Face hub, whose files are then downloaded.
+        variant: "dm" computes what the weights were trained with in the official code, "hf" what transformers
+            computes. They differ for learned positions (the readout's residual, which the official model does not
+            have) and for the convolution (56 x 56 places, of which transformers' padding leaves 55 x 55). GELU is
+            exact in both, as in transformers; JAX's default is its tanh form, less than 0.0005 apart.
+
+    Raises:
+        UsageError: no such source, or a configuration that this program cannot express.
+        IntegrityError: a damaged file, or tensors that are not those of its configuration.
+    """
+    fetch = _files(source)
+    theirs = _read_json(fetch(CONFIG_FILE))
+    if theirs is not None:
+        _architecture(theirs, None)  # before the weights are fetched
+    processor = _read_json(fetch(PROCESSOR_FILE))
+    path = fetch(MODEL_FILE)
+    assert path is not None
+    table, metadata = read_table(path)
+    if "perceiver" in metadata:
+        raise UsageError(f"{show_path(path)}: already a model of this program", "pass it to -m or --init-from")
+    shapes = {name: tuple(entry["shape"]) for name, entry in table.items()}
+    architecture = _architecture(theirs, shapes)
+    facts = {**DEFAULTS, **theirs} if theirs is not None else _derived(shapes, show_path(path))
+    classes = _classes(theirs or {}, _integer(show_path(path), CLASSES, next(iter(shapes.get(CLASSES, ())), None)))
+    config = _config(architecture, facts, processor, len(classes), variant)
+
+    spec = config.inputs["image"]
+    layouts = {"image": modality("image").layout(spec)}
+    cost = estimate(config.model, layouts, len(classes))
+    if cost.parameters > MAX_PARAMETERS or cost.num_inputs > MAX_INPUTS:
+        asked = f"{cost.parameters:,} parameters and {cost.num_inputs:,} inputs"
+        raise UsageError(f"{CONFIG_FILE}: asks for {asked}", f"at most {MAX_PARAMETERS:,} and {MAX_INPUTS:,} are built")
+    if config.model.cross_channels == "input" and cost.input_channels % config.model.num_cross_heads:
+        heads = config.model.num_cross_heads
+        raise UsageError(f"{CONFIG_FILE}: num_cross_attention_heads {heads} does not divide {cost.input_channels}")
+    with torch.device("meta"):
+        expected = Perceiver(config.model, layouts, len(classes)).state_dict()
+    _check_shapes(path, shapes, expected)
+    weights = _converted(path, expected)
+    metrics = {"imported_from": source, "variant": variant}
+    if theirs is None:
+        metrics["assumed"] = ", ".join(f"{key} {value}" for key, value in PUBLISHED.items())
+    return weights, ModelInfo(config, classes, 0, metrics)
+
+
+# ---------------------------------------------------------------- where the files are
+
+
+def _files(source: str) -> Callable[[str], Path | None]:
+    """Return what gives the path of one of the source's three files, or None for an optional one that is not there."""
+    shown, path = show_path(source), Path(source)
+    convert = "load it with transformers and call save_pretrained(FOLDER), which writes safetensors"
+    if path.suffix.lower() in PICKLES:
+        raise UsageError(f"{shown}: a pickle can run programs, so only safetensors files are opened here", convert)
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long to be one
+        if not (path / MODEL_FILE).is_file():
+            raise UsageError(f"{shown}: no {MODEL_FILE} in it", convert)
+        return lambda name: path / name if (path / name).is_file() else None
+    if os.path.isfile(path):
+        beside = path.parent
+        return lambda name: path if name == MODEL_FILE else beside / name if (beside / name).is_file() else None
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII) and path.suffix != ".safetensors":
+        return lambda name: _download(source, name)
+    raise UsageError(f"{shown}: no such folder or file", "expected a folder, a .safetensors file or a hub's ORG/NAME")
+
+
+def _download(repository: str, name: str) -> Path | None:
+    """Return the path of a hub repository's file in the local cache, downloaded if it is not there yet."""
+    try:
+        import huggingface_hub as hub  # type: ignore[import-not-found, unused-ignore]
+        from huggingface_hub import errors as hub_errors
+    except ImportError as error:
+        message = f"{show_path(repository)}: not here, and the hub needs huggingface_hub"
+        raise UsageError(message, "pip install 'perceiver-cli[hub]'") from error
+    try:
+        return Path(hub.hf_hub_download(repository, name))
+    except Exception as error:  # of HTTP, of the file system or of the hub: all the same to the user
+        absent = isinstance(error, hub_errors.EntryNotFoundError)
+        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # that one says nothing of the hub
+            if name == PROCESSOR_FILE:
+                return None
+            raise UsageError(f"{show_path(repository)}: has no {name} on the hub") from error
+        reason = show_path(" ".join(str(error).split())).strip("'") or type(error).__name__
+        raise UsageError(f"{show_path(repository)}: cannot get {name} from the hub: {reason}") from error
+
+
+def _read_json(path: Path | None) -> dict[str, Any] | None:
+    """Return a JSON object from a small file, or None where there is no file."""
+    if path is None:
+        return None
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise UsageError(f"{show_path(path)}: larger than {MAX_JSON_BYTES} bytes")
+        tables = json.loads(data)
+    except OSError as error:
+        raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{show_path(path)}: not JSON: {error}") from error
+    if not isinstance(tables, dict):
+        raise UsageError(f"{show_path(path)}: expected a JSON object, found {_shown(tables)}")
+    return tables
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | None) -> str:
+    """Return the architecture that config.json names and, once `shapes` are known, the tensors confirm."""
+    named = None if theirs is None else theirs.get("architectures")
+    claimed = named[0] if isinstance(named, list) and named else None
+    if named is not None and claimed not in tuple(ARCHITECTURES):
+        known = ", ".join(ARCHITECTURES)
+        raise UsageError(f"{CONFIG_FILE}: architecture {_shown(claimed or named)} is not read here", f"known: {known}")
+    if shapes is None:
+        return str(claimed)
+    parts = {name.split(".")[2] for name in shapes if name.startswith("perceiver.input_preprocessor.")}
+    found = LEARNED if "convnet_1x1" in parts else CONV if "convnet" in parts else FOURIER
+    if claimed not in (None, found):
+        raise IntegrityError(f"{CONFIG_FILE} says {claimed}, but the tensors are those of {found}")
+    return found
+
+
+def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any]:
+    """Return what config.json would say, from the tensors' shapes; what they do not tell, as published."""
+    try:
+        num_latents, channels = shapes["perceiver.embeddings.latents"]
+        widening = shapes["perceiver.encoder.cross_attention.mlp.dense1.weight"][0] // channels
+        places = shapes.get("perceiver.input_preprocessor.position_embeddings.position_embeddings", (224**2,))[0]
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UsageError(f"{shown}: not the tensors of a Perceiver classifier of transformers") from error
+    layers = len({name.split(".")[3] for name in shapes if name.startswith("perceiver.encoder.self_attends.")})
+    sizes = {"num_latents": num_latents, "d_latents": channels, "num_self_attends_per_block": layers}
+    widenings = {f"{kind}_attention_widening_factor": widening for kind in ("self", "cross")}
+    return {**DEFAULTS, **PUBLISHED, **sizes, **widenings, "image_size": math.isqrt(places)}
+
+
+def _config(
+    architecture: str, facts: Mapping[str, Any], processor: Mapping[str, Any] | None, num_classes: int, variant: Variant
+) -> Config:
+    """Return our configuration of a model of transformers; raises UsageError for what cannot be expressed."""
+    _refuse_others(CONFIG_FILE, facts, FIXED_MODEL)
+    count = {key: _integer(CONFIG_FILE, key, facts[key]) for key in DEFAULTS if key not in ("hidden_act", "image_size")}
+    if count["self_attention_widening_factor"] != count["cross_attention_widening_factor"]:
+        raise UsageError(f"{CONFIG_FILE}: two widening factors, of self- and cross-attention, cannot be expressed here")
+    if count["num_blocks"] >= MAX_SCHEDULE_STEPS:
+        raise UsageError(f"{CONFIG_FILE}: num_blocks {count['num_blocks']}, fewer than {MAX_SCHEDULE_STEPS} are run")
+    image = {**ARCHITECTURES[architecture], **_processing(processor or {})}
+    if architecture == LEARNED:
+        side = _integer(CONFIG_FILE, "image_size", facts["image_size"])
+        if processor is not None and image["size"] != [side, side]:
+            found = " x ".join(map(str, image["size"]))
+            raise UsageError(f"{PROCESSOR_FILE}: images of {found}, but positions are learned for {side} x {side}")
+        image["size"] = [side, side]
+    elif architecture == CONV:
+        image["stem"] = "conv-same" if variant == "dm" else "conv-valid"
+    model = {
+        "num_latents": count["num_latents"],
+        "latent_channels": count["d_latents"],
+        "schedule": f"c0 (t0)x{count['num_blocks']}",
+        "self_attends_per_block": count["num_self_attends_per_block"],
+        "num_cross_heads": count["num_cross_attention_heads"],
+        "num_self_heads": count["num_self_attention_heads"],
+        "cross_channels": "input",
+        "widening_factor": count["cross_attention_widening_factor"],
+        "gelu": "erf",
+        "head": "query",
+        "query_residual": not (architecture == LEARNED and variant == "dm"),
+    }
+    name = {FOURIER: "imported-fourier", LEARNED: "imported-learned", CONV: "imported-conv"}[architecture]
+    augmentation = {"crop_area": (0.35, 1.0), "flip": 0.5}
+    tables = {"name": name, "num_classes": num_classes, "model": model, "inputs": {"image": {**image, **augmentation}}}
+    return Config.parse({**tables, "train": FINE_TUNING}, "as imported")
+
+
+def _processing(processor: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what preprocessor_config.json says as fields of ImageSpec; unset, as PerceiverImageProcessor has it."""
+    _refuse_others(PROCESSOR_FILE, processor, FIXED_PROCESSING)
+    sides: dict[str, list[int]] = {}
+    for key, default in (("size", 224), ("crop_size", 256)):
+        given = processor.get(key, default)
+        pair = [given.get("height"), given.get("width")] if isinstance(given, dict) else [given, given]
+        sides[key] = [_integer(PROCESSOR_FILE, key, side) for side in pair]
+    (height, width), (crop_height, crop_width) = sides["size"], sides["crop_size"]
+    if height != width or crop_height != crop_width or height > crop_height:
+        raise UsageError(f"{PROCESSOR_FILE}: size and crop_size must be squares, the first inside the second")
+    image: dict[str, Any] = {"size": sides["size"], "eval_crop": height / crop_height}
+    given = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return {**image, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _classes(theirs: Mapping[str, Any], count: int) -> tuple[str, ...]:
+    """Return the class names in order, numbers where there are none; a name used twice gets its number behind it."""
+    labels = theirs.get("id2label")
+    if labels is None:
+        return tuple(map(str, range(count)))
+    if not isinstance(labels, dict) or not all(isinstance(name, str) and name for name in labels.values()):
+        raise UsageError(f"{CONFIG_FILE}: id2label must be a table of names")
+    if set(labels) != set(map(str, range(count))):
+        raise UsageError(f"{CONFIG_FILE}: id2label has {len(labels)} names, expected one for each of 0 to {count - 1}")
+    names: dict[str, None] = {}
+    for index in range(count):  # ImageNet has two classes named "crane"
+        name = labels[str(index)]
+        names[f"{name} ({index})" if name in names else name] = None
+    if len(names) != count or len(json.dumps(list(names))) > MAX_JSON_BYTES:
+        raise UsageError(f"{CONFIG_FILE}: id2label names classes alike or at too great length")
+    return tuple(names)
+
+
+def _refuse_others(origin: str, table: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+    for key, wanted in fixed.items():
+        found = table.get(key)
+        if found is not None and found != wanted:
+            raise UsageError(f"{origin}: {key} {_shown(found)} cannot be expressed here, {wanted!r} can")
+
+
+def _integer(origin: str, key: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 20:
+        raise UsageError(f"{origin}: {key} must be a whole number from 1 to {1 << 20}, found {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """Return a short printable form of a value from a stranger's file."""
+    plain = value is None or isinstance(value, str | int | float)
+    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------- tensors
+
+
+def _their_name(ours: str) -> str:
+    """Return transformers' name of one of our tensors, by `NAMES`."""
+    for theirs, part in NAMES:
+        ours = ours.replace(part, theirs)
+    return f"perceiver.{ours}"
+
+
+def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+    """Raise IntegrityError with the first tensors that are missing, not expected or of another shape."""
+    wanted = {_their_name(name): tuple(tensor.shape) for name, tensor in expected.items()}
+    if STEM in expected:
+        wanted[_their_name(STEM)] += (1, 1)  # a convolution of one pixel is a linear layer
+    if TABLE in expected:
+        channels = expected[TABLE].shape[1]
+        wanted |= {f"{PROJECTION}weight": (channels, channels), f"{PROJECTION}bias": (channels,)}
+    wrong = [f"missing {name}" for name in wanted if name not in found]
+    wrong += [f"not expected {show_path(name)}" for name in found if name not in wanted]
+    both = [name for name in wanted if name in found and found[name] != wanted[name]]
+    wrong += [f"{name}: expected {wanted[name]}, found {found[name]}" for name in both]
+    if wrong:
+        raise IntegrityError(f"{show_path(path)}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
+
+
+def _converted(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the file's tensors under our names, in the shapes and types of `expected`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{show_path(path)}: damaged: {error}") from error
+    weights = {}
+    for ours, like in expected.items():
+        tensor = tensors[_their_name(ours)]
+        whole = tensor.is_floating_point() == like.is_floating_point()
+        if ours == TABLE:
+            # Their projection of the table is linear and the same for every image: table W^T + b is a table again.
+            weight, bias = (tensors[PROJECTION + part].double() for part in ("weight", "bias"))
+            tensor = tensor.double() @ weight.T + bias
+        weights[ours] = tensor.reshape(like.shape).to(like.dtype).contiguous()
+        if not whole or not weights[ours].isfinite().all():
+            raise IntegrityError(f"{show_path(path)}: {_their_name(ours)}: expected finite numbers of {like.dtype}")
+    return weights

@@ -1,0 +1,360 @@
+"""A grid of inputs as tiles, and softmax attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil, log, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from perceiver_cli.model import kernels
+from perceiver_cli.model.encoding import Part
+from perceiver_cli.model.kernels import NEVER
+
+EPS = 1e-5  # LayerNorm's, as in Haiku
+TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
+SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
+STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
+PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
+ROW_TILE = 512  # rows of a tile that has no places
+
+
+# ---------------------------------------------------------------- tiles
+
+
+class Tiles:
+    """A part cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
+
+    A query is for each axis of the tile the scores along it, then what all tiles share (B, n, s), whose last is 0.
+
+    counts: number of tiles along each axis; sides: of a tile, along each axis that has scores of its own; masked:
+    whether what is shared begins with a mask; reach: the largest length of the rest of what meets the shared part of a
+    query, but for the ones, and the largest number that meets the scores along an axis.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        counts: tuple[int, ...],
+        sides: tuple[int, ...],
+        inputs: int,
+        key_width: int,
+        masked: bool,
+        reach: tuple[Tensor, Tensor],
+    ) -> None:
+        self.batch, self.counts, self.sides, self.inputs, self.key_width = batch, counts, sides, inputs, key_width
+        self.masked, self.reach = masked, reach
+        self.differentiable = False  # whether a gradient flows to the keys: a learned stem, place or modality encoding
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        """Return (B, n, C), the mean of xhat, and (B, n), the log of the normaliser, for queries u (B or 1, n, C)."""
+        raise NotImplementedError
+
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u (B or 1, n, C) as what all tiles share (B, n, s) and the scores along each axis: see `spread`."""
+        raise NotImplementedError
+
+    def untiled(self, x: Tensor) -> Tensor:
+        """Return x (B, T, m, ...) in the order of the byte array's rows, (B, M, ...)."""
+        raise NotImplementedError
+
+    def shift(self, shared: Tensor, along: Tensor) -> Tensor | None:
+        """Return (B, n): more than every score by `kernels.FAR`; None if that may be far more than the normaliser."""
+        above = shared[..., self.masked : -1].norm(dim=-1) * self.reach[0]
+        for scores in self._by_tile(along):
+            above += scores.abs().amax(dim=(-2, -1)) * self.reach[1]
+        # The log of the mean of exponentials is no less than the mean of their logs.
+        keys = self.keys(0, 1).mean(dim=-2, keepdim=True)
+        means = (self.spread(shared, along, 0, 1).view(*keys.shape[:2], -1, self.key_width) * keys).sum(dim=-1)
+        shift, below = above + kernels.FAR, means.amax(dim=1) + log(self.inputs)
+        return shift if (shift - below).max() <= kernels.SPAN else None
+
+    def products(self, u: Tensor) -> Iterator[Tensor]:
+        """Yield u . xhat (B, T, n, m) for u (B or 1, n, C), a block of tiles at a time, in their order.
+
+        Together they would be (B, n, M): what is wanted of them is summed over n, or is of few u.
+        """
+        shared, along = self.queries(u)
+        each = 4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.inputs
+        step = max(1, PRODUCT_BYTES // each)
+        for first in range(0, self.counts[0], step):
+            last = min(first + step, self.counts[0])
+            q = self.spread(shared, along, first, last)
+            scores = q @ self.keys(first, last).flatten(0, 1).mT  # (B T, n, m)
+            yield scores.view(self.batch, -1, *scores.shape[1:])
+
+    def keys(self, first: int, last: int) -> Tensor:
+        """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""
+        raise NotImplementedError
+
+    def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
+        """Yield examples and a range along the first axis of tiles, so that tile queries fit in SLAB_BYTES."""
+        budget = SLAB_BYTES.get(queries.device.type, 2 << 20)
+        each = 4 * prod(self.counts[1:]) * queries.shape[1] * self.key_width
+        rows = min(self.counts[0], max(1, budget // each))
+        examples = max(1, budget // (each * rows))
+        for start in range(0, self.batch, examples):
+            for first in range(0, self.counts[0], rows):
+                yield slice(start, start + examples), first, min(first + rows, self.counts[0])
+
+    def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
+        """Return (B T, n, w): for each tile of a slab the scores along its own sides, and what all share.
+
+        shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
+        """
+        counts = (last - first, *self.counts[1:])
+        dims, (batch, queries) = len(counts), shared.shape[:2]
+        parts = []
+        for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
+            scores = scores.transpose(1, 2)
+            if axis == 0:
+                scores = scores[:, first:last]
+            places = [1] * dims
+            places[axis] = counts[axis]
+            parts.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+        parts.append(shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1))
+        return torch.cat(parts, dim=-1).flatten(0, dims)
+
+    def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
+        """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
+        counts = (last - first, *self.counts[1:])
+        spread = spread.view(len(shared), *counts, *spread.shape[1:])
+        fewest = spread.flatten(1, len(counts))
+        tile_axes = tuple(range(1, len(counts) + 1))
+        start = 0
+        for axis, scores in enumerate(self._by_tile(along)):
+            others = [other for other in tile_axes if other != axis + 1 and spread.shape[other] > 1]
+            # All columns: those of one axis alone are no faster.
+            own = (spread.sum(dim=others, keepdim=True) if others else spread).flatten(1, len(counts))
+            target = scores[:, :, first:last] if axis == 0 else scores
+            target += own[..., start : start + self.sides[axis]].transpose(1, 2)
+            start += self.sides[axis]
+            fewest = min(fewest, own, key=lambda sums: sums.shape[1])
+        shared += fewest[..., start:].sum(dim=1)
+
+    def _by_tile(self, along: Tensor) -> Iterator[Tensor]:
+        """Yield a view (B, n, count, side) for each axis with scores of its own."""
+        start = 0
+        for count, side in zip(self.counts, self.sides, strict=False):
+            yield along[..., start : start + count * side].view(*along.shape[:2], count, side)
+            start += count * side
+
+
+class GridTiles(Tiles):
+    """A grid, whose keys hold one-hot places instead of position features (steps 2 and 3 above)."""
+
+    def __init__(self, part: Part) -> None:
+        batch, grid, channels = len(part.values), part.grid, part.values.shape[-1]
+        counts, sides = self._cut(grid)
+        self.grid = grid
+        padded = tuple(count * side for count, side in zip(counts, sides, strict=True))
+        self.channels = channels
+        masked = part.mask is not None or padded != grid
+        pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
+        self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
+        # Statistics take float64, a slice of the grid at a time.
+        step = max(1, STATISTICS_BYTES // (8 * batch * prod(part.values.shape[2:])))
+        first, *rest = part.tables
+        rows = [slice(start, start + step) for start in range(0, grid[0], step)]
+        columns = torch.cat([_normalised(part.values[:, r], [first[r], *rest]) for r in rows], dim=1)
+        reach = columns.detach()[..., :-1].norm(dim=-1).max(), columns.detach()[..., -1].max()
+        super().__init__(batch, counts, sides, prod(sides), channels + 2 + masked + sum(sides), masked, reach)
+        if masked:
+            bias = columns.new_zeros(*columns.shape[:-1], 1)
+            if part.mask is not None:
+                bias.masked_fill_(~part.mask.view(batch, *grid, 1), NEVER)
+            columns = torch.cat([bias, columns], dim=-1)
+            ends = [(0, long - short) for long, short in zip(padded, grid, strict=True)]
+            columns = F.pad(columns, [0, 0, *(end for pair in reversed(ends) for end in pair)])
+            for axis, side in enumerate(grid):
+                columns[..., 0].narrow(axis + 1, side, padded[axis] - side).fill_(NEVER)
+        split = [size for pair in zip(counts, sides, strict=True) for size in pair]
+        dims = len(grid)
+        order = (0, *range(1, 2 * dims + 1, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
+        columns = columns.view(batch, *split, -1).permute(order)
+        # (B, T, m, [mask,] values, -r mu, r)
+        self.columns = columns.reshape(batch, prod(counts), self.inputs, -1)
+        self.differentiable = self.columns.requires_grad
+        places = torch.cartesian_prod(*(torch.arange(side, device=columns.device) for side in sides))
+        places = places.view(self.inputs, dims)
+        self.one_hot = torch.cat(
+            [F.one_hot(place, side) for place, side in zip(places.unbind(-1), sides, strict=True)], dim=-1
+        ).to(columns.dtype)  # (m, sum of sides)
+
+    @staticmethod
+    def _cut(grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the number of tiles along each axis and their sides: equal, and with as little to spare as can be."""
+        counts = tuple(ceil(side / TILE_SIDES.get(len(grid), 1)) for side in grid)
+        return counts, tuple(ceil(side / count) for side, count in zip(grid, counts, strict=True))
+
+    @staticmethod
+    def width(part: Part) -> int:
+        """Return the width of a tile's keys."""
+        return part.values.shape[-1] + 2 + sum(GridTiles._cut(part.grid)[1])
+
+    def keys(self, first: int, last: int) -> Tensor:
+        rest = prod(self.counts[1:])
+        columns = self.columns[:, first * rest : last * rest]
+        ones = columns.new_ones(1).expand(*columns.shape[:-1], 1)
+        return torch.cat([columns[..., -1:] * self.one_hot, columns[..., :-1], ones], dim=-1)
+
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        on_values, on_features = torch.split(u, [self.channels, u.shape[-1] - self.channels], dim=-1)
+        shared = F.pad(torch.cat([on_values, on_features.sum(dim=-1, keepdim=True)], dim=-1), (0, 1))
+        if self.masked:
+            shared = F.pad(shared, (1, 0), value=1.0)
+        along = on_features @ self.tables.T
+        return shared.expand(self.batch, -1, -1), along.expand(self.batch, -1, -1)
+
+    def untiled(self, x: Tensor) -> Tensor:
+        dims, rest = len(self.grid), x.shape[3:]
+        x = x.view(self.batch, *self.counts, *self.sides, *rest)
+        pairs = [place for axis in range(1, dims + 1) for place in (axis, dims + axis)]
+        x = x.permute(0, *pairs, *range(2 * dims + 1, x.dim()))
+        x = x.reshape(self.batch, *(c * side for c, side in zip(self.counts, self.sides, strict=True)), *rest)
+        inside = (slice(None), *(slice(side) for side in self.grid))
+        return x[inside].flatten(1, dims)
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        shared, along, normaliser = _softmax_over(self, kernel, *self.queries(u))
+        values, means, _ = torch.split(shared[..., self.masked :], [self.channels, 1, 1], dim=-1)
+        return torch.cat([values, along @ self.tables + means], dim=-1), normaliser
+
+
+class RowTiles(Tiles):
+    """Rows that are there: point sets, learned positions; for those beside a grid. Tiles only bound the memory."""
+
+    def __init__(self, part: Part) -> None:
+        batch, count, channels = part.values.shape
+        tiles = ceil(count / ROW_TILE)
+        side = ceil(count / tiles)
+        self.count = count
+        rows = F.layer_norm(part.values.float(), (channels,), eps=EPS)
+        reach = rows.detach().norm(dim=-1).max(), rows.new_zeros(())
+        super().__init__(batch, (tiles,), (), side, channels + 2, True, reach)
+        bias = rows.new_zeros(batch, count, 1)
+        if part.mask is not None:
+            bias.masked_fill_(~part.mask.unsqueeze(-1), NEVER)
+        spare = tiles * side - count
+        bias, rows = F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))
+        self._keys = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(batch, tiles, side, channels + 2)
+        self.differentiable = rows.requires_grad
+
+    def keys(self, first: int, last: int) -> Tensor:
+        return self._keys[:, first:last]
+
+    def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        shared = F.pad(F.pad(u, (1, 0), value=1.0), (0, 1)).expand(self.batch, -1, -1)
+        return shared, shared[..., :0]
+
+    def untiled(self, x: Tensor) -> Tensor:
+        return x.flatten(1, 2)[:, : self.count]
+
+    def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
+        shared, _, normaliser = _softmax_over(self, kernel, *self.queries(u))
+        return shared[..., 1:-1], normaliser
+
+
+def _normalised(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
+    """Return (B, *grid, c + 2) float32: xhat of the values, -r mu and r, with LayerNorm's statistics of whole rows.
+
+    tables: of `Part`, for the places of the values.
+    """
+    sums, squares = _wide(tables[0]).sum(dim=-1), _wide(tables[0]).square().sum(dim=-1)
+    for table in tables[1:]:
+        sums = sums.unsqueeze(-1) + _wide(table).sum(dim=-1)  # (side_0 .. side_i)
+        squares = squares.unsqueeze(-1) + _wide(table).square().sum(dim=-1)
+    wide = _wide(values)
+    features = tables[0].shape[-1]
+    total = values.shape[-1] + features
+    mean = (wide.sum(dim=-1) + sums) / total
+    centred = wide - mean.unsqueeze(-1)
+    spread = squares - 2 * mean * sums + features * mean.square()
+    rate = ((centred.square().sum(dim=-1) + spread) / total + EPS).rsqrt()
+    ending = torch.stack([-mean * rate, rate], dim=-1)
+    return torch.cat([centred * rate.unsqueeze(-1), ending], dim=-1).float()
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.device.type == "mps" else x.double()  # MPS has no float64
+
+
+def _softmax_over(tiles: Tiles, kernel: kernels.Kernel, shared: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `_TileSoftmax` gives; keys travel as a tensor only where they have gradients."""
+    keys = tiles.keys(0, tiles.counts[0]) if tiles.differentiable and torch.is_grad_enabled() else None
+    result: tuple[Tensor, Tensor, Tensor] = _TileSoftmax.apply(tiles, kernel, keys, shared, along)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _TileSoftmax(torch.autograd.Function):
+    """One softmax over all keys of all tiles, without any (n, M) tensor.
+
+    forward: queries as `shared` (B, n, s) and `along` (B, n, sum of counts * sides); gives the weighted sums of keys in
+    the same two shapes (for the one-hot columns those are sums of weights along rows and columns) and the log of the
+    normaliser (B, n).
+    backward: weights are made again, tile by tile, from the total normaliser, as ring attention does for devices. With
+    p the weights, dp = grad . key and delta the sum of p dp: the gradient of a score is p (dp - delta + d normaliser).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shared_sum, along_sum = shared.new_zeros(shared.shape), along.new_zeros(along.shape)
+        shifts = kernel.shifts(shared.shape[1] * tiles.inputs * tiles.key_width)
+        shift = tiles.shift(shared, along) if shifts else None
+        top = shared.new_full(shared.shape[:2], -torch.inf) if shift is None else shift
+        for some, first, last in tiles.slabs(shared):
+            q = tiles.spread(shared[some], along[some], first, last).to(kernel.dtype)
+            k, before = _narrow(tiles.keys(first, last)[some], kernel.dtype), top[some]
+            each = len(k) // len(before)
+            sums, level = kernel.forward(q, k, None if shift is None else before.repeat_interleave(each, dim=0))
+            merged = shared_sum[some], along_sum[some]
+            if shift is None:  # else all are of one level
+                level = level.float().view(len(before), each, -1)  # (B, T, n)
+                after = torch.maximum(before, level.amax(dim=1))
+                sums = sums.float()
+                sums[..., -1] = 1  # in half precision it is only nearly so
+                sums *= (level - after.unsqueeze(1)).exp().view(-1, level.shape[-1], 1)
+                for x in merged:
+                    x *= (before - after).exp().unsqueeze(-1)
+                top[some] = after
+            tiles.gather(sums, *merged, first, last)
+        # Without a number, where no input is one.
+        weights = shared_sum[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
+        total = (shared_sum[..., -1].log() + top).clamp_(min=NEVER)
+        shared_sum, along_sum = shared_sum / weights, along_sum / weights
+        ctx.tiles, ctx.kernel = tiles, kernel
+        ctx.save_for_backward(keys, shared, along, shared_sum, along_sum, total)
+        return shared_sum, along_sum, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_shared: Tensor, grad_along: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        tiles, kernel = ctx.tiles, ctx.kernel
+        keys, shared, along, shared_sum, along_sum, total = ctx.saved_tensors
+        delta = (grad_shared * shared_sum).sum(-1) + (grad_along * along_sum).sum(-1) - grad_total
+        q_shared, q_along = torch.zeros_like(shared_sum), torch.zeros_like(along_sum)
+        grad_keys = None if keys is None else torch.empty_like(keys)
+        with torch.autocast(shared.device.type, enabled=False):
+            for some, first, last in tiles.slabs(shared):
+                q = tiles.spread(shared[some], along[some], first, last).to(kernel.dtype)
+                grad = tiles.spread(grad_shared[some], grad_along[some], first, last).to(kernel.dtype)
+                k = _narrow(tiles.keys(first, last)[some], kernel.dtype)
+                each = len(k) // len(total[some])
+                lse, less = (x[some].repeat_interleave(each, dim=0) for x in (total, delta))
+                grad_q, grad_k = kernel.backward(q, k, grad, lse, less, grad_keys is not None)
+                tiles.gather(grad_q.float(), q_shared[some], q_along[some], first, last)
+                if grad_keys is not None and grad_k is not None:
+                    rest = prod(tiles.counts[1:])
+                    grad_keys[some, first * rest : last * rest] = grad_k.view(-1, each, *grad_k.shape[1:])
+        return None, None, grad_keys, q_shared, q_along
+
+
+def _narrow(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return keys (B, T, m, w) as (B T, m, w) in a kernel's precision, whose smallest number may be above NEVER."""
+    keys = keys.flatten(0, 1)
+    return keys.clamp(min=torch.finfo(dtype).min / 2).to(dtype) if dtype == torch.float16 else keys.to(dtype)

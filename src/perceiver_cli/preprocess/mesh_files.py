@@ -1,0 +1,353 @@
+"""Files of meshes and clouds: what they declare, checked, and their points."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.base import Array, check_decoded
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.preprocess.spec import Limits
+
+Floats = NDArray[np.float64]
+Mesh = tuple[Floats, NDArray[np.int64]]  # vertices (V, 3) and triangles (F, 3); F is 0 for a point cloud
+# Of a PLY header, with NumPy's types: (name, type, type of a list's length or "") and (name, rows, properties).
+Property = tuple[str, str, str]
+Element = tuple[str, int, list[Property]]
+MAX_HEADER_BYTES = 1 << 16  # of PLY
+MAX_PROPERTIES = 1000
+MAX_JSON_BYTES = 8 << 20  # of GLB
+MAX_NODES, MAX_DEPTH = 10_000, 128
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
+PLY_CORNERS = ("vertex_indices", "vertex_index")
+GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
+GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
+OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
+
+
+# ---------------------------------------------------------------- which format, and what holds for all
+
+
+def mesh_format(head: bytes, name: str) -> str | None:
+    """Return the format of a file that begins with `head`, or None; names decide only for binary STL and XYZ."""
+    if head.startswith((b"ply\n", b"ply\r")):
+        return "ply"
+    if head[:4] == b"glTF":
+        return "glb"
+    if head[:6] == b"\x93NUMPY":
+        return "npy"
+    if re.match(rb"(ST)?C?N?OFF\s", head):
+        return "off"
+    ending = name.lower().rpartition(".")[2]
+    if ending == "stl" or (head[:5] == b"solid" and b"facet" in head):
+        return "stl"
+    if any(byte < 9 for byte in head):
+        return None
+    text = head.decode("ascii", "replace")
+    if len(head) == HEAD_BYTES:
+        text = text.rpartition("\n")[0]  # the last line may be cut
+    lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    if lines and all(line[0] in OBJ_WORDS for line in lines[:3]):
+        return "obj"
+    certain = 1 if ending in ("xyz", "txt", "pts") else len(lines)  # lines that must be numbers
+    return "xyz" if lines and all(_is_numeric(" ".join(line)) for line in lines[:certain]) else None
+
+
+def _is_numeric(line: str) -> bool:
+    words = line.replace(",", " ").split()
+    return len(words) >= 3 and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
+
+
+@contextmanager
+def quietly(source: Source) -> Iterator[None]:
+    """Turn whatever a reader raises into a DataError, and keep its warnings and logs off the terminal."""
+    try:
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore")
+            # NumPy only warns where it stops inside a text of numbers.
+            warnings.filterwarnings("error", "string or file could not be read")
+            yield
+    except DataError:
+        raise
+    except Exception as error:  # trimesh alone raises more than nine kinds
+        reason = show_path(f"{type(error).__name__}: {error}")[1:-1]
+        raise DataError(f"{source.shown}: cannot read the points: {reason}") from error
+
+
+def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
+    for unit, count, allowed in (("vertices", vertices, limits.vertices), ("faces", faces, limits.faces)):
+        if count > allowed:
+            raise LimitError(source.shown, count, unit, unit, allowed)
+
+
+def _check_claim(source: Source, needed: int, found: int) -> None:
+    """Refuse a header whose contents take at least `needed` bytes where the file holds `found`."""
+    if needed > found:
+        raise DataError(f"{source.shown}: declared at least {needed} bytes of data, found {found}")
+
+
+def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
+    """Return (F, 3) of polygons, each cut into a fan; their corners lie one after the other, `sizes` of each."""
+    fans = np.maximum(sizes - 2, 0)
+    first = np.repeat(np.cumsum(sizes) - sizes, fans)
+    step = np.arange(len(first)) - np.repeat(np.cumsum(fans) - fans, fans)
+    return np.asarray(corners[np.stack([first, first + step + 1, first + step + 2], axis=1)])
+
+
+NO_FACES = np.empty((0, 3), np.int64)
+
+
+# ---------------------------------------------------------------- formats read here
+
+
+def _stl(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read an STL. Binary files often begin with "solid" too, so only the size tells the two kinds apart."""
+    count = struct.unpack("<I", data[80:84])[0] if len(data) >= 84 else -1
+    if len(data) == 84 + 50 * count:
+        check_counts(source, 3 * count, count, limits)
+        record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
+        vertices = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3).astype(np.float64)
+    elif data[:5] == b"solid" and b"facet" in data[:HEAD_BYTES]:
+        check_counts(source, data.count(b"vertex"), data.count(b"endfacet"), limits)
+        if data.count(b"endsolid") < 1 or data.count(b"vertex") != 3 * data.count(b"endfacet"):
+            raise DataError(f"{source.shown}: ends inside a facet, or a facet is no triangle")
+        rows = re.findall(rb"vertex[ \t]+([^\r\n]+)", data)
+        vertices = _numbers(rows)
+    else:
+        raise DataError(f"{source.shown}: declared {count} triangles in {84 + 50 * count} bytes, found {len(data)}")
+    return vertices, np.arange(len(vertices)).reshape(-1, 3)
+
+
+def _obj(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read the vertices and faces of an OBJ; objects, groups, materials, normals and textures are passed over."""
+    data = data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ")
+    check_counts(source, data.count(b"\nv "), data.count(b"\nf "), limits)
+    rows = re.findall(rb"(?m)^[ \t]*([vf])[ \t]+([^\r\n#]*)", data)
+    is_vertex = np.array([kind == b"v" for kind, _ in rows], bool)
+    vertices = _numbers([row for kind, row in rows if kind == b"v"])
+    faces = [row for kind, row in rows if kind == b"f"]
+    if not faces:
+        return vertices, NO_FACES
+    sizes = np.array([len(row.split()) for row in faces])
+    index = np.fromstring(re.sub(rb"/\S*", b"", b" ".join(faces)), np.int64, sep=" ")
+    # Numbers count from 1; negative ones go back from the vertex before the face.
+    before = np.repeat(np.cumsum(is_vertex)[~is_vertex], sizes)
+    return vertices, _triangles(np.where(index < 0, before + index, index - 1), sizes)
+
+
+def _numbers(lines: Any) -> Floats:
+    """Return the first three numbers of every line, (N, 3)."""
+    return np.loadtxt(lines, np.float64, usecols=(0, 1, 2), ndmin=2).reshape(-1, 3)
+
+
+def _xyz(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read lines of three or more numbers, apart by blanks or commas; the first three are the position."""
+    check_counts(source, data.count(b"\n"), 0, limits)
+    return _numbers(io.BytesIO(data.replace(b",", b" "))), NO_FACES
+
+
+def _npy(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read an (N, 3 or more) array of numbers; objects, which NumPy would unpickle, are refused."""
+    file = io.BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, column_major, dtype = read_header(file)
+    if dtype.kind not in "fiu":
+        raise DataError(f"{source.shown}: an array of {dtype.name}, expected numbers")
+    if len(shape) != 2 or shape[1] < 3 or min(shape) < 0 or (shape[0] == 3 and shape[1] > 3):
+        raise DataError(f"{source.shown}: an array of shape {shape}, expected (points, 3)")
+    check_counts(source, shape[0], 0, limits)
+    declared, found = prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if declared != found:
+        raise DataError(f"{source.shown}: declared {declared} bytes of numbers, found {found}")
+    array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if column_major else "C")
+    return array[:, :3].astype(np.float64), NO_FACES
+
+
+# ---------------------------------------------------------------- formats read by trimesh
+
+
+def _trimesh(source: Source, data: bytes, file_type: str) -> Any:
+    """Return the trimesh.Scene in `data`: nothing merged, no other file opened."""
+    logging.getLogger("trimesh").setLevel(logging.CRITICAL + 1)
+    import trimesh
+
+    class Refuse(trimesh.resolvers.Resolver):  # type: ignore[misc]
+        def __init__(self) -> None:
+            pass
+
+        def get(self, key: str) -> bytes:
+            raise DataError(f"{source.shown}: external reference refused: {show_path(key)}")
+
+        def keys(self) -> list[str]:
+            return []
+
+        write = namespaced = get
+
+    # The resolver is given explicitly: with None, trimesh makes one that opens files.
+    return trimesh.load_scene(
+        io.BytesIO(data), file_type=file_type, resolver=Refuse(), process=False, skip_materials=True
+    )
+
+
+def _in_scene(scene: Any) -> Mesh:
+    """Return everything in a trimesh.Scene as one: each geometry as often as a node shows it, where it puts it."""
+    vertices, faces, total = [np.empty((0, 3))], [NO_FACES], 0
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        geometry = scene.geometry[name]
+        points = np.asarray(geometry.vertices, np.float64).reshape(-1, 3)
+        vertices.append(points @ transform[:3, :3].T + transform[:3, 3])
+        faces.append(np.asarray(getattr(geometry, "faces", NO_FACES), np.int64).reshape(-1, 3) + total)
+        total += len(points)
+    return np.concatenate(vertices), np.concatenate(faces)
+
+
+def _ply(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read a PLY after its header: what all elements take at least must be there."""
+    end = data.find(b"end_header", 0, MAX_HEADER_BYTES)
+    body = data.find(b"\n", end) + 1
+    if end < 0 or body == 0:
+        raise DataError(f"{source.shown}: no end of the PLY header in {min(len(data), MAX_HEADER_BYTES)} bytes")
+    lines = [line.split() for line in data[:end].decode("ascii", "replace").splitlines()]
+    kind = next(line[1] for line in lines if line[:1] == ["format"])
+    order = ">" if kind == "binary_big_endian" else "<"
+    elements: list[Element] = []
+    for line in lines:
+        if line[:1] == ["element"]:
+            elements.append((line[1], int(line[2]), []))
+        elif line[:1] == ["property"]:
+            size = order + PLY_TYPES[line[2]] if line[1] == "list" else ""
+            elements[-1][2].append((line[-1], order + PLY_TYPES[line[-2]], size))
+    properties = sum(len(element[2]) for element in elements)
+    if properties > MAX_PROPERTIES or any(count < 0 for _, count, _ in elements):
+        raise DataError(f"{source.shown}: {properties} properties, or a negative count, in the PLY header")
+    counts = {name: count for name, count, _ in elements}
+    least = {name: sum(np.dtype(size or kind).itemsize for _, kind, size in row) for name, _, row in elements}
+    if kind == "ascii":
+        least = {name: 2 * len(row) for name, _, row in elements}
+    _check_claim(source, sum(counts[name] * least[name] for name in counts), len(data) - body + 1)
+    check_counts(source, counts.get("vertex", 0), counts.get("face", 0), limits)
+    if kind != "ascii":
+        return _binary_ply(data, body, elements)
+    found = sum(1 for line in data[body:].splitlines() if line.strip())
+    if sum(counts.values()) > found:
+        raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {found}")
+    return _in_scene(_trimesh(source, data, "ply"))
+
+
+def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
+    """Read the body of a binary PLY from offset `at`. (trimesh reads none with triangles beside quadrilaterals.)"""
+    vertices, faces = np.empty((0, 3)), NO_FACES
+    for name, count, row in elements:
+        columns, at = _ply_columns(data, at, count, row)
+        if name == "vertex":
+            vertices = np.stack([np.asarray(columns[axis], np.float64).reshape(-1) for axis in "xyz"], axis=1)
+        for key in PLY_CORNERS:
+            if name == "face" and count and key in columns:
+                corners = list(columns[key])
+                faces = _triangles(np.concatenate(corners).astype(np.int64), np.array([len(face) for face in corners]))
+    return vertices, faces
+
+
+def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple[dict[str, Any], int]:
+    """Return {property: one array or list a row} of a binary element, and the offset of the next element."""
+    fields: list[Any] = []
+    for key, kind, size in row:  # in most files all lists are as long as in the first row
+        first = np.frombuffer(data, size, 1, at + np.dtype(fields).itemsize)[0] if size and count else 0
+        fields += [(f"{key} size", size), (key, kind, (int(first),))] if size else [(key, kind)]
+    record = np.dtype(fields)
+    if at + count * record.itemsize <= len(data):
+        table = np.frombuffer(data, record, count, at)
+        if all((table[f"{key} size"] == table[f"{key} size"][:1]).all() for key, _, size in row if size):
+            return {key: table[key] for key, _, _ in row}, at + count * record.itemsize
+    columns: dict[str, Any] = {key: [] for key, _, _ in row}
+    for _ in range(count):
+        for key, kind, size in row:
+            length = 1
+            if size:
+                length = int(np.frombuffer(data, size, 1, at)[0])
+                at += np.dtype(size).itemsize
+            if not 0 <= length * np.dtype(kind).itemsize <= len(data) - at:
+                raise ValueError("the PLY ends inside its data")
+            columns[key].append(np.frombuffer(data, kind, length, at))
+            at += length * np.dtype(kind).itemsize
+    return columns, at
+
+
+def _off(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read an OFF after its counts: a vertex takes at least 6 bytes of text, a face 2."""
+    counts = re.match(rb"\w*OFF(?:\s|#[^\n]*\n)+(\d{1,18})[ \t]+(\d{1,18})", data)
+    if counts is None:
+        raise DataError(f"{source.shown}: no counts of vertices and faces after OFF")
+    vertices, faces = int(counts[1]), int(counts[2])
+    _check_claim(source, 6 * vertices + 2 * faces, len(data) - counts.end() + 1)
+    check_counts(source, vertices, faces, limits)
+    return _in_scene(_trimesh(source, data, "off"))
+
+
+def _glb(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Read a GLB after its chunks and its JSON were found to stay inside the file and the limits."""
+    if len(data) < 20:
+        raise DataError(f"{source.shown}: ends inside the GLB header")
+    length, json_bytes = struct.unpack("<8x2I", data[:16])
+    _check_claim(source, max(length, 20 + json_bytes), len(data))
+    if json_bytes > MAX_JSON_BYTES:
+        raise DataError(f"{source.shown}: {json_bytes} bytes of JSON in a GLB, expected <= {MAX_JSON_BYTES}")
+    _check_gltf(source, json.loads(data[20 : 20 + json_bytes]), len(data) - 20 - json_bytes, limits)
+    return _in_scene(_trimesh(source, data, "glb"))
+
+
+def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits: Limits) -> None:
+    """Refuse a glTF tree that refers to other files, claims more than there is, or unfolds past the limits."""
+    if any("uri" in buffer for buffer in tree.get("buffers", [])):
+        raise DataError(f"{source.shown}: external reference refused", "expected a GLB with all its data inside")
+    views, accessors, nodes = tree.get("bufferViews", []), tree.get("accessors", []), tree.get("nodes", [])
+    claims = [view["byteLength"] for view in views] + [accessor["count"] for accessor in accessors]
+    if len(nodes) > MAX_NODES:
+        raise DataError(f"{source.shown}: {len(nodes)} nodes, expected <= {MAX_NODES}")
+    children = [child for node in nodes for child in node.get("children", [])]
+    if len(children) != len(set(children)):  # else a few nodes unfold into millions
+        raise DataError(f"{source.shown}: a node with two parents")
+    level, depth = sorted(set(range(len(nodes))) - set(children)), 0
+    while level := [child for node in level for child in nodes[node].get("children", [])]:
+        if (depth := depth + 1) > MAX_DEPTH:  # each transform is the product of all above it
+            raise DataError(f"{source.shown}: nodes more than {MAX_DEPTH} deep")
+    if any(not isinstance(size, int) or size < 0 for size in claims):
+        raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
+    for view in views:
+        _check_claim(source, view["byteLength"], binary_bytes)
+    check_decoded(source, sum(view["byteLength"] for view in views), 1, limits)  # each is copied
+    total = 0
+    for accessor in accessors:
+        needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
+        if accessor["count"] > max(limits.vertices, 3 * limits.faces):
+            raise LimitError(source.shown, accessor["count"], "vertices", "vertices", limits.vertices)
+        if "bufferView" in accessor:
+            _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
+        total += needed
+    check_decoded(source, total, 1, limits)
+    sizes = []
+    for mesh in tree.get("meshes", []):
+        shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
+        corners = sum(accessors[position if index is None else index]["count"] for position, index in shapes)
+        sizes.append((sum(accessors[position]["count"] for position, _ in shapes), corners))
+    # A mesh may be shown by many nodes, and an accessor used by many meshes.
+    for shown in (sizes, [sizes[node["mesh"]] for node in nodes if "mesh" in node]):
+        check_counts(source, sum(size[0] for size in shown), sum(size[1] for size in shown) // 3, limits)
+
+
+READERS = {"stl": _stl, "obj": _obj, "xyz": _xyz, "npy": _npy, "ply": _ply, "off": _off, "glb": _glb}

@@ -1,0 +1,147 @@
+"""Boxes, crops and sizes of pictures and frames."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+from PIL.Image import Resampling
+
+from perceiver_cli.errors import UsageError
+from perceiver_cli.preprocess.base import Array
+
+CROP_TRIES = 10
+
+
+class CropOptions(Protocol):
+    """The options that pictures and frames share: colour statistics, the crop of evaluation, the Inception crop."""
+
+    @property
+    def modality(self) -> str: ...
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    eval_crop: float
+    crop_area: tuple[float, float]
+    crop_aspect: tuple[float, float]
+
+
+def flatten(image: Image.Image) -> Image.Image:
+    """Return the image in mode L or RGB: any mode of Pillow brought to 8 bits, and laid on white.
+
+    16 bits are divided by 257. 32-bit integers and floats say nothing of their range: it is taken as 0..1, 0..255 or
+    0..65535, the first that holds all values, else as the image's own minimum..maximum.
+    """
+    mode, clear = image.mode, image.info.get("transparency")
+    if mode[0] in "IF":
+        values = np.asarray(image)
+        # PNG and PPM have no more than 16 bits, even where Pillow gives them mode I.
+        sixteen = mode.startswith("I;16") or image.format in ("PNG", "PPM")
+        grey = _to_8_bits(values, 65535 if sixteen else None)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey)
+    if clear is not None and mode in ("1", "L", "RGB"):
+        image = image.convert("RGBA" if mode == "RGB" else "LA")
+    elif mode in ("P", "PA", "RGBa"):
+        image = image.convert("RGBA")
+    elif mode == "La":
+        image = image.convert("LA")
+    flat = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    if image.mode not in ("LA", "RGBA"):
+        return image.convert(flat)
+    white = Image.new(flat, image.size, "white")
+    white.paste(image.convert(flat), mask=image.getchannel("A"))
+    return white
+
+
+def _to_8_bits(values: Array, top: int | None) -> Array:
+    """Return uint8 from numbers in 0..top; without `top`, from a range guessed as `flatten` says."""
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("pixels that are not finite numbers")
+    if top is None:
+        top = next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
+    start, span = (0.0, float(top)) if top is not None else (low, high - low or 1.0)
+    return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
+
+
+def per_channel(spec: CropOptions, key: str, colors: int) -> tuple[float, ...]:
+    """Return the spec's "mean" or "std", one number a colour, in units of the uint8 values. Raises UsageError."""
+    numbers: tuple[float, ...] = getattr(spec, key)
+    if colors == 1 and len(numbers) == 3:
+        numbers = (sum(numbers) / 3,)
+    if len(numbers) not in (1, colors):
+        raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
+    return tuple(number * 255 for number in (numbers if len(numbers) == colors else numbers * colors))
+
+
+def check_crops(spec: CropOptions) -> None:
+    """Raise UsageError where a range of the Inception crop does not rise."""
+    for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
+        if not 0 < low <= high <= top:
+            raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
+
+
+# ---------------------------------------------------------------- geometry
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+
+
+def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
+    """Return the centre `eval_crop` of the largest box that has the target's aspect ratio, in whole pixels.
+
+    Rounded down as by transformers' image processor, so that published weights see the pixels that they were
+    evaluated on.
+    """
+    height, width = raw.shape[:2]
+    crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
+    crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.random.Generator) -> Box:
+    """Return the Inception crop, in whole pixels: a random area, aspect ratio (log-uniform) and place.
+
+    `crop_aspect` is relative to the target's aspect ratio: of the crop itself where the target is square.
+    """
+    height, width = raw.shape[:2]
+    target = size[1] / size[0]
+    low, high = spec.crop_aspect[0] * target, spec.crop_aspect[1] * target
+    for _ in range(CROP_TRIES):
+        at_area, at_aspect, at_x, at_y = rng.random(4).tolist()
+        area = height * width * (spec.crop_area[0] + at_area * (spec.crop_area[1] - spec.crop_area[0]))
+        aspect = low * (high / low) ** at_aspect
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = int(at_x * (width - crop_width + 1)), int(at_y * (height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    # Nothing fitted: the largest centred box of an allowed aspect ratio.
+    crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
+    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
+    """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes.
+
+    Cropped first, so that no pixel beyond the box reaches the result. With `reducing_gap` large boxes are first
+    averaged down to that many times `size`: faster, and near enough for training.
+    """
+    left, top, right, bottom = box
+    part = values[top:bottom, left:right]
+    if part.shape[:2] == size:
+        return part
+    return to_array(to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
+
+
+def to_image(values: Array) -> Image.Image:
+    return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
+
+
+def to_array(image: Image.Image) -> Array:
+    return np.array(image).reshape(image.height, image.width, -1)  # a copy, so that it is writable

@@ -1,0 +1,87 @@
+"""RandAugment (Cubuk et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+from PIL.Image import Resampling, Transform
+
+from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.pixels import to_array, to_image
+
+# ---------------------------------------------------------------- RandAugment
+
+# The operations and constants of RandAugment (Cubuk et al. 2020) in the official Perceiver code. Each takes the image
+# and a level in 0..1. Lengths there are pixels of an ImageNet crop; here they shrink with the shorter side.
+TRANSLATE_PIXELS, CUTOUT_PIXELS, PER_SIDE = 100, 40, 224
+Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+
+
+def randaugment(values: Array, layers: int, magnitude: int, rng: np.random.Generator) -> Array:
+    """Return (H, W, c) uint8 values after `layers` random operations of strength `magnitude` in 0..10."""
+    image = to_image(values)
+    operations = tuple(RANDAUGMENT.values())
+    for _ in range(layers):
+        image = operations[rng.integers(len(operations))](image, magnitude / 10, rng)
+    return to_array(image)
+
+
+def _sign(rng: np.random.Generator) -> int:
+    return 1 if rng.random() < 0.5 else -1
+
+
+def _gray(image: Image.Image) -> Any:
+    return 128 if image.mode == "L" else (128, 128, 128)
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Transform.AFFINE, matrix, Resampling.NEAREST, fillcolor=_gray(image))
+
+
+def _pixels(image: Image.Image, length: float) -> int:
+    return round(length * min(image.size) / PER_SIDE)
+
+
+def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+    half = _pixels(image, CUTOUT_PIXELS * level)
+    x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
+    image = image.copy()
+    image.paste(_gray(image), (x - half, y - half, x + half, y + half))
+    return image
+
+
+def _solarize_add(image: Image.Image, level: float) -> Image.Image:
+    table = [min(255, value + int(110 * level)) if value < 128 else value for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
+    return lambda image, level, rng: kind(image).enhance(1.8 * level + 0.1)
+
+
+def _translation(image: Image.Image, level: float, rng: np.random.Generator) -> int:
+    return _sign(rng) * _pixels(image, TRANSLATE_PIXELS * level)
+
+
+RANDAUGMENT: dict[str, Operation] = {
+    "AutoContrast": lambda image, level, rng: ImageOps.autocontrast(image),
+    "Equalize": lambda image, level, rng: ImageOps.equalize(image),
+    "Invert": lambda image, level, rng: ImageOps.invert(image),
+    "Rotate": lambda image, level, rng: image.rotate(30 * level * _sign(rng), fillcolor=_gray(image)),
+    # At least one bit: with none, which the official code gives below magnitude 3, the image would be black.
+    "Posterize": lambda image, level, rng: ImageOps.posterize(image, max(1, int(4 * level))),
+    "Solarize": lambda image, level, rng: ImageOps.solarize(image, int(256 * level)),
+    "Color": _enhance(ImageEnhance.Color),
+    "Contrast": _enhance(ImageEnhance.Contrast),
+    "Brightness": _enhance(ImageEnhance.Brightness),
+    "Sharpness": _enhance(ImageEnhance.Sharpness),
+    "ShearX": lambda image, level, rng: _affine(image, 1, 0.3 * level * _sign(rng), 0, 0, 1, 0),
+    "ShearY": lambda image, level, rng: _affine(image, 1, 0, 0, 0.3 * level * _sign(rng), 1, 0),
+    "TranslateX": lambda image, level, rng: _affine(image, 1, 0, _translation(image, level, rng), 0, 1, 0),
+    "TranslateY": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _translation(image, level, rng)),
+    "Cutout": _cutout,
+    "SolarizeAdd": lambda image, level, rng: _solarize_add(image, level),
+}

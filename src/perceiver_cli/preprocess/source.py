@@ -1,0 +1,108 @@
+"""One encoded input: a file, or bytes from a pipe."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.spec import Limits
+
+
+def key_of(name: str) -> int:
+    """Return a number made from an id alone, for seeds and splits."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
+
+
+RECEIVED_BYTES = 1 << 20  # from a pipe at a time
+HEAD_BYTES = 4096  # enough for every signature that detection looks at
+
+
+@dataclass(frozen=True)
+class Source:
+    """One encoded input: a file, or bytes that arrived on a pipe. Nothing is read until asked."""
+
+    name: str
+    data: bytes | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name, safe to print."""
+        return show_path(self.name)
+
+    def state(self) -> tuple[str, int, int] | None:
+        """Return what changes when the file does: name, bytes, time; None where there is no such file."""
+        try:
+            status = os.stat(self.name) if self.data is None else None
+        except (OSError, ValueError):
+            return None
+        return None if status is None else (self.name, status.st_size, status.st_mtime_ns)
+
+    def head(self) -> bytes:
+        """Return the first `HEAD_BYTES` bytes, for detection by content.
+
+        Raises:
+            DataError: missing, not a regular file, unreadable or empty.
+        """
+        if self.data is not None:
+            head = self.data[:HEAD_BYTES]
+        else:
+            handle = self._open_handle()
+            try:
+                head = os.read(handle, HEAD_BYTES)
+            except OSError as error:
+                raise DataError(f"{self.shown}: cannot read: {error.strerror}") from error
+            finally:
+                os.close(handle)
+        if not head:
+            raise DataError(f"{self.shown}: the file is empty")
+        return head
+
+    def open(self, limits: Limits) -> BinaryIO:
+        """Return a seekable binary file object over the input.
+
+        Raises:
+            LimitError: larger than `limits.file_bytes`, known from its size alone.
+            DataError: missing, not a regular file, unreadable or empty.
+        """
+        file: BinaryIO = io.BytesIO(self.data) if self.data is not None else os.fdopen(self._open_handle(), "rb")
+        size = len(self.data) if self.data is not None else os.fstat(file.fileno()).st_size
+        if size == 0 or size > limits.file_bytes:
+            file.close()
+            if size == 0:
+                raise DataError(f"{self.shown}: the file is empty")
+            raise LimitError(self.shown, size, "bytes", "file_bytes", limits.file_bytes)
+        return file
+
+    def read(self, limits: Limits) -> bytes:
+        """Return all bytes of the input, under the same checks as `open`."""
+        if self.data is not None and len(self.data) <= limits.file_bytes:
+            return self.data
+        with self.open(limits) as file:
+            return file.read()
+
+    def _open_handle(self) -> int:
+        try:
+            # Non-blocking, so that a FIFO named like an image cannot hang the reader.
+            handle = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise DataError(f"{self.shown}: cannot read: {reason}") from error
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise DataError(f"{self.shown}: not a regular file")
+        return handle
+
+
+def received(file: BinaryIO, limits: Limits, begun: bytes = b"") -> bytes:
+    """Return `begun` and what else a pipe brings: all, or so much that it is over `limits.file_bytes`."""
+    parts, total = [begun], len(begun)
+    while total <= limits.file_bytes and (part := file.read(RECEIVED_BYTES)):
+        parts.append(part)
+        total += len(part)
+    return b"".join(parts)

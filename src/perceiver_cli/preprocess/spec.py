@@ -1,0 +1,74 @@
+"""The base of every input table: its options and the limits of one input."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1, le=1 << 20)]
+
+
+def _pair(value: Any) -> Any:
+    return [value, value] if isinstance(value, int) else value
+
+
+Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]  # one number stands for both sides
+Range = tuple[float, float]
+
+
+class Table(BaseModel):
+    """One table of the TOML file: fixed once made, and strict about keys and numbers."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+# ---------------------------------------------------------------- inputs
+
+
+class InputSpec(Table):
+    """How one modality becomes a byte array. Subclasses register themselves by the default of `modality`.
+
+    A modality outside this package subclasses it beside its `Modality` (see examples/custom_modality.py).
+    """
+
+    kinds: ClassVar[dict[str, type[InputSpec]]] = {}
+    modality: str
+    # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
+    bands: Annotated[int, Field(ge=0, le=4096)] = 64
+    # The paper's mu per axis, in samples over [-1, 1]; unset, the number of inputs along the axis.
+    max_resolution: tuple[Positive, ...] | None = None
+    # Inputs merged into one along each axis; their values become channels.
+    patch: tuple[Size, ...] = (1,)
+    # Fourier features, or a learned vector for each place of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
+    positions: Literal["fourier", "learned"] = "fourier"
+    learned_channels: Size = 128
+    learned_std: Positive = 1.0
+    # A seed: rows of the byte array in one random order, the same for every input, features and all (paper 4.1).
+    permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
+    # Share of training examples from which this modality is withheld where there is another (paper 4.2: video 0.3).
+    dropout: Fraction = 0.0
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        InputSpec.kinds[cls.model_fields["modality"].default] = cls
+
+
+# ---------------------------------------------------------------- data and training
+
+
+class Limits(Table):
+    """What one input may cost before it is refused; each is raised by `--limit NAME=VALUE`."""
+
+    file_bytes: int = 2 << 30
+    image_pixels: int = 89_478_485
+    audio_seconds: float = 3600.0
+    audio_channels: int = 64
+    video_seconds: float = 3600.0
+    video_pixels: int = 33_177_600  # of a frame: 8K
+    video_side: int = 8192  # pixels, of a frame
+    vertices: int = 10_000_000
+    faces: int = 20_000_000
+    decoded_bytes: int = 1 << 30

@@ -1,0 +1,1 @@
+"""Prepared examples as a tar, in a pipe and on disk."""

@@ -1,0 +1,67 @@
+"""Byte arrays in files: the paper's M x C as .npy or .safetensors."""
+
+from __future__ import annotations
+
+import json
+
+from perceiver_cli.errors import DataError, IntegrityError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.rows import METADATA, is_safetensors
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.records.format import HEAD_BYTES, Header, Stored
+from perceiver_cli.records.npy import npy_bytes, parse_npy
+
+
+def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> Stored:
+    """Return the byte array in a file, .npy or .safetensors, as a record of one modality brings it.
+
+    Raises:
+        DataError: damaged, or prepared otherwise than `spec` says, as far as the file tells.
+    """
+    layout = modality(name).layout(spec)
+    if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
+        raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",
+                        "pass the file that it was made from")  # fmt: skip
+    npy, found = _rows_in(source, limits)
+    if found is not None:
+        found.check(source.shown, {name: spec}, "the model")
+    shape = parse_npy(npy, source.shown).shape
+    if shape != (layout.num_inputs, layout.num_channels):
+        sizes, wanted = " x ".join(map(str, shape)), f"{layout.num_inputs} x {layout.num_channels}"
+        raise DataError(f"{source.shown}: a byte array of {sizes}, expected {wanted} of {name}")
+    return Stored(source.name, npy, header=Header({name: spec}, content="fourier"), modality=name)
+
+
+def settled_by_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> InputSpec:
+    """Return a spec with the value that a byte array was made with for every "auto", if it says. Raises DataError."""
+    _, header = _rows_in(source, limits)
+    return spec if header is None else header.settled({name: spec})[name]
+
+
+def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:
+    """Return a byte array (M, C) float32 as .safetensors that says how it was prepared."""
+    from safetensors.numpy import save
+
+    header = Header({name: spec}, content="fourier").to_json().decode().strip()
+    data: bytes = save({name: rows}, metadata={METADATA: header})
+    return data
+
+
+def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
+    """Return the byte array in a file, in the format of NPY, and how it was prepared, of an .npy None."""
+    data = source.read(limits)
+    if not is_safetensors(data[:HEAD_BYTES]):
+        return data, None
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        (rows,) = load(data).values()
+        length = int.from_bytes(data[:8], "little")
+        said = json.loads(data[8 : 8 + length])["__metadata__"][METADATA].encode()
+        return npy_bytes(rows), Header.parse(said, "its metadata")
+    except (SafetensorError, IntegrityError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise DataError(f"{source.shown}: a damaged byte array: {show_path(str(error))[1:-1]}") from error

@@ -1,0 +1,300 @@
+"""What a record says: the header of a stream, the facts of an example, its arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+
+from perceiver_cli.config import Config
+from perceiver_cli.errors import DataError, IntegrityError, PerceiverError
+from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.records.npy import parse_npy
+
+FORMAT = 1
+# Without a dot, and wrapped in underscores: WebDataset and Hugging Face pass over members of such names.
+HEAD_BYTES = 512  # that tell what a stream is
+MAX_VALUE = 1e10  # beyond, squares come near the end of float32
+SPLITS = ("train", "val", "test")
+
+Content = Literal["decoded", "prepared", "fourier"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a stream says of all its records.
+
+    inputs: by modality, how they were prepared; nothing in it is "auto". classes: names, in the order of KEY.cls.
+    content: decoded: arrays as files decode to, from which training draws its crops; prepared: what the model is given,
+    augmented or not; fourier: the same as rows (M, C) with Fourier features.
+    """
+
+    inputs: Mapping[str, InputSpec]
+    classes: tuple[str, ...] = ()
+    multi_label: bool = False
+    content: Content = "decoded"
+
+    @cached_property
+    def class_index(self) -> dict[str, int]:
+        """The place of each class."""
+        return {name: place for place, name in enumerate(self.classes)}
+
+    @cached_property
+    def preparation(self) -> dict[str, dict[str, Any]]:
+        """By modality, the options that the arrays depend on: those that decoding looks at, or all where it went on."""
+        return {name: self._of(spec) for name, spec in sorted(self.inputs.items())}
+
+    def _of(self, spec: InputSpec) -> dict[str, Any]:
+        options = spec.model_dump(mode="json")
+        decides = modality(spec.modality).decides if self.content == "decoded" else None
+        return {key: options[key] for key in sorted(options) if decides is None or key in decides}
+
+    @cached_property
+    def hash(self) -> str:
+        """Of content and preparation: equal where arrays are comparable."""
+        facts = json.dumps([FORMAT, self.content, self.preparation], sort_keys=True)
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def settled(self, specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
+        """Return specs in which every "auto" has the stream's value."""
+        found = {}
+        for name, spec in specs.items():
+            if name in self.inputs:
+                autos = [key for key in type(spec).model_fields if getattr(spec, key) == "auto"]
+                spec = spec.model_copy(update={key: getattr(self.inputs[name], key) for key in autos})
+            found[name] = modality(name).resolve(spec, [], Limits())
+        return found
+
+    def check(self, shown: str, specs: Mapping[str, InputSpec], whose: str) -> None:
+        """Raise DataError unless the arrays are what `specs` would give; names the first option that differs."""
+        for name in sorted(specs.keys() & self.inputs.keys()):
+            theirs, ours = self.preparation[name], self._of(specs[name])
+            for key in theirs:
+                if theirs[key] != ours[key]:
+                    raise DataError(
+                        f"{shown}: prepared with inputs.{name}.{key} = {json.dumps(theirs[key])}, but {whose} has "
+                        f"{json.dumps(ours[key])}",
+                        "prepare it as the model does: perceiver preprocess -m MODEL",
+                    )
+
+    def to_json(self) -> bytes:
+        """Return the header member."""
+        arrays = {}
+        for name, spec in self.inputs.items():
+            if self.content == "decoded":
+                dtype, shape = modality(name).loaded(spec)
+                arrays[name] = {"dtype": dtype, "shape": [side if side is None else int(side) for side in shape]}
+        facts = {
+            "format": FORMAT,
+            "content": self.content,
+            "hash": self.hash,
+            "inputs": {name: spec.model_dump(mode="json") for name, spec in sorted(self.inputs.items())},
+            "arrays": arrays,
+            "classes": list(self.classes),
+            "multi_label": self.multi_label,
+        }
+        return json.dumps(facts).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes, shown: str) -> Header:
+        """Return the header in a member. Raises IntegrityError."""
+        facts = parse_json(data, f"{shown}: the header")
+        if facts.get("format") != FORMAT:
+            raise IntegrityError(f"{shown}: records of format {facts.get('format')!r:.20}, expected {FORMAT}")
+        names, content = facts.get("classes"), facts.get("content")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise IntegrityError(f"{shown}: the header has no list of classes")
+        if content not in ("decoded", "prepared", "fourier"):
+            raise IntegrityError(f"{shown}: records of content {content!r:.20}, expected decoded, prepared or fourier")
+        try:
+            inputs = Config.parse({"inputs": facts.get("inputs")}, f"{shown}: the header").inputs
+            for name, spec in inputs.items():
+                modality(name).layout(spec)
+        except PerceiverError as error:
+            raise IntegrityError(str(error)) from error
+        return cls(inputs, tuple(names), facts.get("multi_label") is True, content)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a record beside its arrays.
+
+    path: of the input, as it was given. id: what splits and seeds are drawn from; within a data folder, the path below
+    it. labels: class names. seconds: by modality with a time axis, the length of the input. error: why there are no
+    arrays, of an input that could not be read.
+    """
+
+    path: str
+    id: str
+    split: str = "train"
+    labels: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_json(self, multi_label: bool) -> bytes:
+        """Return the member KEY.json, or ERROR."""
+        facts: dict[str, Any] = {"path": self.path, "id": self.id, "split": self.split}
+        if multi_label:
+            facts["labels"] = list(self.labels)
+        elif self.labels:
+            facts["label"] = self.labels[0]
+        if self.seconds:
+            facts["seconds"] = dict(self.seconds)
+        if self.error is not None:
+            facts["error"] = self.error
+        return json.dumps(facts).encode() + b"\n"
+
+    @classmethod
+    def parse(cls, data: bytes, shown: str) -> Facts:
+        """Return the facts in a member. Raises IntegrityError."""
+        facts = parse_json(data, shown)
+        path, label = facts.get("path"), facts.get("label")
+        labels = [label] if label is not None else facts.get("labels", [])
+        identity, split, seconds = facts.get("id", path), facts.get("split", "train"), facts.get("seconds", {})
+        if not isinstance(path, str) or not isinstance(identity, str) or split not in SPLITS:
+            raise IntegrityError(f"{shown}: expected path, id and split of a record")
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise IntegrityError(f"{shown}: labels that are not names")
+        if not isinstance(seconds, dict) or not all(isinstance(s, float | int) and s >= 0 for s in seconds.values()):
+            raise IntegrityError(f"{shown}: seconds that are not lengths")
+        error = facts.get("error")
+        if not isinstance(error, str | None):
+            raise IntegrityError(f"{shown}: an error that is not text")
+        return cls(path, identity, split, tuple(labels), seconds, error)
+
+
+@dataclass(frozen=True)
+class Record(Generic[T]):
+    """One example of a stream: its key, its facts, and by modality an array in the format of NPY, or where it lies.
+
+    An input that could not be read has an error in its facts, no key and no arrays.
+    """
+
+    key: str
+    facts: Facts
+    arrays: Mapping[str, T]
+
+
+def parse_json(data: bytes, shown: str) -> dict[str, Any]:
+    try:
+        facts = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{shown}: not JSON") from error
+    if not isinstance(facts, dict):
+        raise IntegrityError(f"{shown}: not a JSON object")
+    return facts
+
+
+# ---------------------------------------------------------------- arrays
+
+
+@dataclass(frozen=True)
+class Unread(Source):
+    """What a stream brings of an input that could not be read when it was prepared: the error that it had then."""
+
+    error: str = field(kw_only=True)
+
+    def head(self) -> bytes:
+        """Raise DataError."""
+        raise DataError(self.error)
+
+
+@dataclass(frozen=True)
+class Stored(Source):
+    """What a record brings of one modality, in place of a file: an array that needs no decoding.
+
+    name: of the input. data: the array in the format of NPY. seconds: the length of the input, of sound and video.
+    """
+
+    header: Header = field(kw_only=True)
+    modality: str = field(kw_only=True)
+    seconds: float = field(default=0.0, kw_only=True)
+
+    @property
+    def npy(self) -> bytes | memoryview:
+        """The array, in the format of NPY."""
+        assert self.data is not None
+        return self.data
+
+    def array(self) -> Array:
+        """Return what decoding the input gave; it cannot be written to.
+
+        Raises:
+            DataError: not such an array, empty or not finite.
+        """
+        return self._sane(self._decoded())
+
+    def _decoded(self) -> Array:
+        dtype, shape = modality(self.modality).loaded(self.header.inputs[self.modality])
+        array = self._parsed()
+        self._expect(array, (dtype,), shape)
+        return array
+
+    def part(self, span: Span, steps_hz: float) -> Array:
+        """Return a span of seconds of the array, as `TimedModality.load` cuts it. Raises DataError."""
+        first = max(0, round(span[0] * steps_hz))
+        return self._sane(self._decoded()[first : first + max(1, round(span[1] * steps_hz))])
+
+    def prepared(self) -> ByteArray:
+        """Return what the model is given, from a record that holds that.
+
+        Raises:
+            DataError: not such an array, or not finite.
+        """
+        spec = self.header.inputs[self.modality]
+        layout, dtype = modality(self.modality).layout(spec), np.dtype(modality(self.modality).loaded(spec)[0])
+        array = self._parsed()
+        if self.header.content == "fourier":
+            self._expect(array, ("float32", "float16"), (layout.num_inputs, layout.num_channels))
+            return from_rows(self._sane(array).astype(np.float32, copy=False), layout, dtype)
+        if layout.is_grid:
+            self._expect(array, (dtype.name,), layout.prepared_shape)
+            return ByteArray(self._sane(array))
+        self._expect(array, ("float32",), (layout.num_inputs, layout.dims))
+        return ByteArray(np.empty((len(array), 0), np.float32), self._sane(array))
+
+    def _parsed(self) -> Array:
+        return parse_npy(self.npy, f"{self.shown}: {self.modality}")
+
+    def _expect(self, array: Array, dtypes: Sequence[str], shape: tuple[int | None, ...]) -> None:
+        fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
+        if array.dtype.name not in dtypes or not fits:
+            sides = ", ".join("n" if side is None else str(side) for side in shape)
+            raise DataError(
+                f"{self.shown}: {self.modality} of {array.dtype} {array.shape}, expected {dtypes[0]} ({sides})"
+            )
+
+    def _sane(self, array: Array) -> Array:
+        check_contract(self, array, "values")
+        if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
+            raise DataError(f"{self.shown}: {self.modality} of values above {MAX_VALUE:g}")
+        return array
+
+
+def from_rows(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
+    """Return the byte array that rows (M, C) with Fourier features were made from; values come back in `dtype`."""
+    if not layout.is_grid:
+        return ByteArray(rows[:, :0], rows[:, : layout.dims])
+    values = rows[:, : layout.channels] * np.array(layout.std, np.float32) + np.array(layout.mean, np.float32)
+    if dtype.kind in "ui":
+        values = np.rint(values).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
+    return ByteArray(values.astype(dtype).reshape(layout.prepared_shape))
+
+
+def header_check(shown: str, first: Header, second: Header) -> None:
+    """Raise DataError unless the records of two streams can be read as those of one."""
+    if first.content != second.content or first.inputs.keys() != second.inputs.keys():
+        kinds = [f"{'+'.join(header.inputs)} {header.content}" for header in (first, second)]
+        raise DataError(f"{shown}: records of {kinds[0]}, then of {kinds[1]}", "prepare both alike")
+    second.check(shown, first.inputs, "what came before")
+    if first.multi_label != second.multi_label:
+        raise DataError(f"{shown}: records of several labels and records of one", "prepare both alike")

@@ -1,0 +1,64 @@
+"""Arrays in the format of NPY, parsed without pickle."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from perceiver_cli.errors import DataError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.base import Array
+
+MAX_NPY_HEADER = 4096
+
+
+def npy_bytes(array: Array) -> bytes:
+    """Return an array in the format of NPY, version 1.0, C order."""
+    return _npy_header(array.dtype.newbyteorder("<").str, array.shape) + array.tobytes()
+
+
+@lru_cache(maxsize=256)
+def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def parse_npy(data: bytes | memoryview, shown: str) -> Array:
+    """Return the array in bytes of the format of NPY, which it shares. Numbers only: nothing is ever unpickled.
+
+    Raises:
+        DataError: another format or version, objects, another order or size than declared.
+    """
+    view = memoryview(data)
+    length = int.from_bytes(view[8:10], "little")
+    if bytes(view[:8]) != b"\x93NUMPY\x01\x00" or length > MAX_NPY_HEADER:
+        raise DataError(f"{shown}: not an array in NPY format 1.0")
+    head = _parse_npy_header(bytes(view[: 10 + length]))
+    if isinstance(head, str):
+        raise DataError(f"{shown}: {head}")
+    dtype, shape = head
+    body = view[10 + length :]
+    if len(body) != prod(shape) * dtype.itemsize:
+        raise DataError(f"{shown}: an array of {dtype} {shape} in {len(body)} bytes")
+    return np.frombuffer(body, dtype).reshape(shape)
+
+
+@lru_cache(maxsize=256)
+def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | str:
+    """Return dtype and shape, or what is wrong."""
+    stream = io.BytesIO(head)
+    stream.seek(8)
+    try:
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except Exception as error:  # a stranger's text goes through a parser of Python literals
+        return f"a damaged NPY header: {show_path(str(error))[1:-1]}"
+    if dtype.kind not in "uif" or dtype.itemsize > 8 or dtype.byteorder == ">":
+        return f"an array of {show_path(str(dtype))[1:-1]}, expected numbers"
+    if fortran or len(shape) > 8 or min(shape, default=1) < 0:
+        return f"an array of shape {shape}" + (" in Fortran order" if fortran else "")
+    return dtype, shape

@@ -1,0 +1,355 @@
+"""Records on disk, read at random: each tar is indexed once and memory-mapped; a pipe is spooled first. No torch.
+
+The index is columns of NumPy arrays, some fifty bytes a record, kept beside the tar as TAR.index (in the user's cache
+folder where it cannot be written there) and good for as long as the tar has its size and time of change.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import mmap
+import os
+import sys
+import tempfile
+from array import array
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.errors import DataError, IntegrityError, ResourceError
+from perceiver_cli.files import atomic_write, cannot_write, show_path
+from perceiver_cli.preprocess.source import key_of
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, header_check
+from perceiver_cli.records.stream import Feed, is_tar, read_records
+
+INDEX_FORMAT = 2
+UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # of what is mapped, nothing is allocated
+READ_BYTES = 1 << 20  # at a time
+Columns = dict[str, NDArray[Any]]
+
+_tokens = itertools.count()
+_open: WeakValueDictionary[int, Tar] = WeakValueDictionary()
+
+
+class Tar:
+    """One tar of records, mapped into memory. Data workers, which are forked, find it again by its token."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self.path, self.token = path, next(_tokens)
+        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._bytes = memoryview(self._map)
+        _open[self.token] = self
+
+    def part(self, at: int, size: int) -> memoryview:
+        """Return bytes of the tar, still on disk. Raises DataError if it has become too short for them."""
+        if self._map.size() < at + size:  # the system would end the process that reads there
+            raise DataError(f"{show_path(self.path)}: became shorter while it was read, found {self._map.size()} bytes")
+        return self._bytes[at : at + size]
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return _opened, (self.token,)
+
+
+def _opened(token: int) -> Tar:
+    return _open[token]
+
+
+@dataclass(frozen=True)
+class Place(Stored):
+    """One modality of a record on disk: where its array lies."""
+
+    tar: Tar = field(kw_only=True)
+    at: int = field(kw_only=True)
+    size: int = field(kw_only=True)
+
+    @property
+    def npy(self) -> memoryview:
+        """The array in the format of NPY, still on disk."""
+        return self.tar.part(self.at, self.size)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Records of one or more tars, as columns; each row is a record.
+
+    tars, header: what they lie in, and how all of them were prepared. names: of labels. columns: id_ends into ids
+    (bytes); keys (numbers made from the ids), splits (places in SPLITS), files (places in tars), label_ends into labels
+    (places in names); and of each modality at_, size_ (-1 where it is missing) and seconds_. errors: by row, of inputs
+    that could not be read.
+    """
+
+    tars: tuple[Tar, ...]
+    header: Header
+    names: tuple[str, ...]
+    columns: Columns
+    errors: Mapping[int, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.columns["keys"])
+
+    def given_id(self, row: int) -> str:
+        """Return the id of a record, as it says."""
+        ends = self.columns["id_ends"]
+        start = int(ends[row - 1]) if row else 0
+        return self.columns["ids"][start : int(ends[row])].tobytes().decode("utf-8", "surrogatepass")
+
+    def id(self, row: int) -> str:
+        """Return the id of a record; of records that say the same one, later ones have a number added."""
+        name = self.given_id(row)
+        return f"{name}~{self.copies[row]}" if row in self.copies else name
+
+    @cached_property
+    def copies(self) -> dict[int, int]:
+        """The rows whose id an earlier row has, and how many earlier ones have it."""
+        keys = self.columns["keys"]
+        order = np.argsort(keys, kind="stable")
+        same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
+        found: dict[int, int] = {}
+        for place in same.tolist():
+            found[int(order[place])] = found.get(int(order[place - 1]), 0) + 1
+        return found
+
+    def label_indices(self, row: int) -> Sequence[int]:
+        """Return the labels of a record, as places in `names`."""
+        ends = self.columns["label_ends"]
+        return self.columns["labels"][int(ends[row - 1]) if row else 0 : int(ends[row])].tolist()  # type: ignore[no-any-return]
+
+    def places(self, row: int, name: str, modalities: Sequence[str]) -> dict[str, Stored]:
+        """Return where the arrays of a record lie, of those modalities that it has."""
+        columns, tar = self.columns, self.tars[int(self.columns["files"][row])]
+        return {
+            m: Place(
+                name, header=self.header, modality=m, seconds=float(columns[f"seconds_{m}"][row]),
+                tar=tar, at=int(columns[f"at_{m}"][row]), size=int(columns[f"size_{m}"][row]),
+            )
+            for m in modalities
+            if columns[f"size_{m}"][row] >= 0
+        }  # fmt: skip
+
+    def in_order(self) -> NDArray[np.int64]:
+        """Return the rows sorted by id."""
+        if all(one < two for one, two in pairwise(map(self.id, range(len(self))))):  # as they are written
+            return np.arange(len(self))
+        return np.array(sorted(range(len(self)), key=self.id), np.int64)
+
+
+def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
+    """Return the tars that a path stands for: a tar, a folder that holds tars, a pattern; None where it is neither.
+
+    Raises:
+        DataError: a pattern that nothing matches.
+    """
+    path = os.fspath(data)
+    if os.path.isdir(path):
+        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) or None
+    if os.path.isfile(path):
+        with suppress(OSError), open(path, "rb") as file:
+            return [path] if is_tar(file.read(HEAD_BYTES)) else None
+    if not os.path.exists(path) and glob.has_magic(path):
+        found = sorted(glob.glob(path))
+        if not found:
+            raise DataError(f"{show_path(path)}: no file matches this pattern", "expected tars of records")
+        return found
+    return None
+
+
+def open_shards(paths: Sequence[str]) -> Shards:
+    """Return the records of tars on disk.
+
+    Raises:
+        DataError: not such tars, or not prepared alike. IntegrityError: cut short or damaged.
+    """
+    parts = []
+    for path in paths:
+        try:
+            with open(path, "rb", READ_BYTES) as file:
+                parts.append(_indexed(file, path))
+        except OSError as error:
+            raise DataError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+    return _joined(parts)
+
+
+def spooled(file: BinaryIO, name: str) -> Shards:
+    """Return the records of a stream that is copied to disk, where it stays until they are let go of.
+
+    Raises:
+        DataError: no such stream. IntegrityError: cut short or damaged. ResourceError: the disk is full.
+    """
+    shown = show_path(name)
+    head = file.read(HEAD_BYTES)
+    if not is_tar(head):
+        what = "not records" if head else "nothing in it"
+        raise DataError(f"{shown}: {what}", "expected a stream as `perceiver preprocess` writes it")
+    try:
+        with tempfile.NamedTemporaryFile(prefix="perceiver-", suffix=".tar") as copy:
+            copied = copy.write(head)
+            while data := file.read(READ_BYTES):
+                copied += copy.write(data)
+            copy.flush()
+            copy.seek(0)
+            shards = _joined([_scanned(Tar(copy, name), copy, shown)])  # type: ignore[arg-type]
+            where = f"{shown}: {copied / 1e6:,.1f} MB of records, spooled to {show_path(copy.name)} until this ends"
+    except OSError as error:
+        raise cannot_write(Path(tempfile.gettempdir()), error) from error
+    return replace(shards, notes=(where,))
+
+
+# ---------------------------------------------------------------- the index
+
+
+Part = tuple[Tar, Header, tuple[str, ...], Columns, dict[int, str]]
+
+
+def _indexed(file: BinaryIO, path: str) -> Part:
+    """Return a tar with its index: the one that was kept if it is of this very file, else a new one, which is kept."""
+    found = os.fstat(file.fileno())
+    if found.st_size == 0:
+        raise DataError(f"{show_path(path)}: the file is empty")
+    tar = Tar(file, path)
+    identity = {"format": INDEX_FORMAT, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    places = [Path(f"{path}.index"), _cache_folder() / f"{key_of(os.path.abspath(path)):016x}.index"]
+    for place in places:
+        kept = _read_index(place, identity)
+        if kept is not None:
+            return (tar, *kept)
+    part = _scanned(tar, file, show_path(path))
+    for place in places:
+        with suppress(ResourceError):
+            _write_index(place, identity, part)
+            break
+    return part
+
+
+def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
+    """Return a tar with a new index: its members are gone through, their arrays passed over."""
+    feed = Feed(file, shown)
+    names: dict[str, int] = {}
+    ids, id_ends, keys, splits = bytearray(), array("q"), array("Q"), array("B")
+    labels, label_ends = array("i"), array("q")
+    errors: dict[int, str] = {}
+    first: Header | None = None
+    places: dict[str, tuple[array[int], array[int], array[float]]] = {}
+    for header, record in read_records(feed, UNLIMITED, feed.skip):
+        if first is None:
+            first = header
+            places = {name: (array("q"), array("q"), array("d")) for name in sorted(header.inputs)}
+        facts = record.facts
+        if facts.error is not None:
+            errors[len(keys)] = facts.error
+        ids += facts.id.encode("utf-8", "surrogatepass")
+        id_ends.append(len(ids))
+        keys.append(key_of(facts.id))
+        splits.append(SPLITS.index(facts.split))
+        labels.extend(names.setdefault(sys.intern(name), len(names)) for name in facts.labels)
+        label_ends.append(len(labels))
+        for name, (at, size, seconds) in places.items():
+            place = record.arrays.get(name, (0, -1))
+            at.append(place[0])
+            size.append(place[1])
+            seconds.append(facts.seconds.get(name, 0.0))
+    if first is None:
+        raise DataError(f"{shown}: no records in it")
+    columns: Columns = {
+        "ids": np.frombuffer(bytes(ids), np.uint8), "id_ends": np.array(id_ends), "keys": np.array(keys),
+        "splits": np.array(splits), "labels": np.array(labels, np.int32), "label_ends": np.array(label_ends),
+    }  # fmt: skip
+    for name, (at, size, seconds) in places.items():
+        columns |= {f"at_{name}": np.array(at), f"size_{name}": np.array(size), f"seconds_{name}": np.array(seconds)}
+    return tar, first, tuple(names), columns, errors
+
+
+def _joined(parts: Sequence[Part]) -> Shards:
+    """Return the rows of several tars one after another, labels by name."""
+    tars, headers, _, tables, _ = zip(*parts, strict=True)
+    for tar, header in zip(tars, headers, strict=True):
+        header_check(show_path(tar.path), headers[0], header)
+    names = tuple(dict.fromkeys(name for _, _, own, _, _ in parts for name in own))
+    index = {name: place for place, name in enumerate(names)}
+    joined: dict[str, list[NDArray[Any]]] = {key: [] for key in tables[0]}
+    files, num_rows, num_ids, num_labels = [], 0, 0, 0
+    errors: dict[int, str] = {}
+    for number, (_, _, own, table, bad) in enumerate(parts):
+        labels = np.array([index[name] for name in own], np.int32)[table["labels"]]
+        ends = {"id_ends": table["id_ends"] + num_ids, "label_ends": table["label_ends"] + num_labels}
+        for key, column in {**table, **ends, "labels": labels}.items():
+            joined[key].append(column)
+        files.append(np.full(len(table["keys"]), number, np.int32))
+        errors |= {num_rows + row: error for row, error in bad.items()}
+        num_rows += len(files[-1])
+        num_ids, num_labels = num_ids + len(table["ids"]), num_labels + len(labels)
+    columns = {key: each[0] if len(each) == 1 else np.concatenate(each) for key, each in joined.items()}
+    return Shards(tars, headers[0], names, {**columns, "files": np.concatenate(files)}, errors)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "perceiver"
+
+
+def _write_index(place: Path, identity: dict[str, int], part: Part) -> None:
+    from safetensors.numpy import save
+
+    _, header, names, columns, errors = part
+    facts = {**identity, "header": header.to_json().decode(), "names": list(names), "errors": list(errors.items())}
+    with atomic_write(place) as file:
+        file.write(save(columns, {"index": json.dumps(facts)}))
+
+
+def _read_index(
+    place: Path, identity: dict[str, int]
+) -> tuple[Header, tuple[str, ...], Columns, dict[int, str]] | None:
+    """Return what was kept, None where there is nothing, of another file or state of it, or not whole."""
+    if not place.is_file():
+        return None
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(place, "numpy") as file:
+            facts = json.loads(file.metadata()["index"])
+            if any(facts[key] != value for key, value in identity.items()):
+                return None
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
+        header = Header.parse(facts["header"].encode(), show_path(place))
+        names = tuple(map(str, facts["names"]))
+        errors = {int(row): str(error) for row, error in facts["errors"]}
+        fits = _sound(columns, header, len(names), identity["size"])
+        if not fits or not all(0 <= row < len(columns["keys"]) for row in errors):
+            return None
+        return header, names, columns, errors
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, IntegrityError):
+        return None
+
+
+def _sound(columns: Columns, header: Header, num_names: int, num_bytes: int) -> bool:
+    """Return whether columns fit together and point into the file."""
+    rows = len(columns["keys"])
+    kinds = {"ids": "u1", "id_ends": "i8", "keys": "u8", "splits": "u1", "labels": "i4", "label_ends": "i8"}
+    for name in header.inputs:
+        kinds |= {f"at_{name}": "i8", f"size_{name}": "i8", f"seconds_{name}": "f8"}
+    if columns.keys() != kinds.keys() or any(columns[key].dtype != np.dtype(kind) for key, kind in kinds.items()):
+        return False
+    if any(columns[key].shape != (rows,) for key in kinds if key not in ("ids", "labels")):
+        return False
+    ends = [(columns[f"{key}_ends"], columns[f"{key}s"]) for key in ("id", "label")]
+    rising = all((np.diff(end, prepend=0) >= 0).all() and int(end[-1]) == len(flat) for end, flat in ends)
+    at = [columns[f"at_{name}"] for name in header.inputs]
+    size = [columns[f"size_{name}"] for name in header.inputs]
+    inside = all(
+        (a >= 0).all() and (s >= -1).all() and (s <= num_bytes).all() and (a <= num_bytes - s).all()
+        for a, s in zip(at, size, strict=True)
+    )
+    known = columns["labels"]
+    return bool(
+        rising and inside and (columns["splits"] < len(SPLITS)).all() and ((known >= 0) & (known < num_names)).all()
+    )

@@ -1,0 +1,308 @@
+"""Records as a tar stream: what `preprocess` writes, and the reader that notices when it was cut short. No torch.
+
+A record is one example in adjacent members named as WebDataset does: `KEY.json` (path, id, label, split), `KEY.cls`
+(class index) and `KEY.<modality>.npy`, one for each modality that the example has. The first member says how the arrays
+were prepared, the last one how many records there are; an input that could not be read has a member of its own in its
+place, which other tools pass over; streams may follow each other (`cat a.tar b.tar`). Nothing of it depends on the time
+or the machine: the same examples give the same bytes.
+
+Everything that is read is checked before memory is taken for it; no member is ever unpacked to a file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, Generic
+from zlib import adler32
+
+from perceiver_cli.errors import DataError, IntegrityError, LimitError, UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.format import Facts, Header, Record, T, header_check, parse_json
+
+HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver__/end"
+BLOCK = 512
+ZEROS = bytes(BLOCK)
+MAX_NAME = 100  # bytes, of a member in USTAR
+MAX_JSON_BYTES = 1 << 20  # of a record's facts
+MAX_HEADER_BYTES = 64 << 20  # class names are in it
+COMPRESSED = {b"\x1f\x8b": "zcat", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zXZ\0": "xz -dc", b"BZh": "bzcat"}
+
+
+# ---------------------------------------------------------------- writing
+
+
+class Writer:
+    """Writes a stream through a function: the header at once, then records, then the end.
+
+    Attributes:
+        num_records, num_errors, num_bytes: written so far.
+    """
+
+    def __init__(self, write: Callable[[bytes], object], header: Header) -> None:
+        self.write = write
+        self.num_records = self.num_errors = self.num_bytes = 0
+        self._put(HEADER, header.to_json())
+
+    def packed(self, members: bytes, records: int = 1, errors: int = 0) -> None:
+        """Write what `pack` made; keys rise."""
+        self.num_records += records
+        self.num_errors += errors
+        self.num_bytes += len(members)
+        self.write(members)
+
+    def close(self) -> None:
+        """Write the end, which says that nothing is missing."""
+        counts = {"records": self.num_records, "errors": self.num_errors}
+        self._put(END, json.dumps(counts).encode() + b"\n")
+        self.write(2 * ZEROS)
+
+    def _put(self, name: str, content: bytes) -> None:
+        data = tar_members([(name, content)])
+        self.num_bytes += len(data)
+        self.write(data)
+
+
+def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, header: Header) -> bytes:
+    """Return the members of one record; arrays are in the format of NPY, the number becomes its key."""
+    if facts.error is not None:
+        return tar_members([(ERROR, facts.to_json(header.multi_label))])
+    key = f"{number:08d}"
+    members: list[tuple[str, bytes | memoryview]] = [(f"{key}.json", facts.to_json(header.multi_label))]
+    if not header.multi_label and facts.labels and facts.labels[0] in header.class_index:
+        members.append((f"{key}.cls", b"%d" % header.class_index[facts.labels[0]]))
+    return tar_members([*members, *((f"{key}.{name}.npy", array) for name, array in arrays.items())])
+
+
+def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
+    """Return members as POSIX ustar: no owner, no time, so that the same content gives the same bytes."""
+    data: list[bytes | memoryview] = []
+    for name, content in members:
+        data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
+    return b"".join(data)
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    encoded = name.encode("ascii")
+    if len(encoded) > MAX_NAME or size >= 8**11:
+        raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
+    before = encoded.ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % size + b"%011o\0" % 0
+    after = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
+    return before + b"%06o\0 " % (sum(before) + sum(after) + 8 * 0x20) + after
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Feed:
+    """The bytes of a stream in order.
+
+    Attributes:
+        at: how many were taken or passed over. shown: the name of the stream, safe to print.
+    """
+
+    def __init__(self, file: BinaryIO, shown: str, begun: bytes = b"") -> None:
+        self.file, self.shown, self.at = file, shown, 0
+        self._begun = begun  # taken from the file before
+        self._seekable = file.seekable()
+
+    def take(self, count: int) -> bytes:
+        """Return the next `count` bytes, fewer at the end."""
+        begun, self._begun = self._begun[:count], self._begun[count:]
+        data = self.file.read(count - len(begun))
+        if begun:
+            data = begun + data
+        self.at += len(data)
+        return data
+
+    def skip(self, count: int) -> tuple[int, int]:
+        """Pass over `count` bytes; return where they lie and how many they are."""
+        place = self.at
+        if self._seekable:
+            self.file.seek(count, io.SEEK_CUR)
+        else:
+            left = count
+            while left and (data := self.file.read(min(left, 1 << 20))):
+                left -= len(data)
+        self.at += count
+        return place, count
+
+
+def is_tar(head: bytes) -> bool:
+    """Return whether bytes begin like a tar, or like one that is compressed."""
+    return head[257:262] == b"ustar" or compression(head) is not None
+
+
+def compression(head: bytes) -> str | None:
+    """Return the command that unpacks what begins with these bytes, None where it is not compressed."""
+    return next((command for magic, command in COMPRESSED.items() if head.startswith(magic)), None)
+
+
+def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
+    """Yield the header and each record of a stream, or of several that follow each other; errors are not counted.
+
+    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place.
+
+    Raises:
+        DataError: no such stream at all. LimitError: a larger array than `limits`, before it is read.
+        IntegrityError: cut short, or damaged; says after how many records.
+    """
+    total = 0
+    header: Header | None = None
+    while (found := _next_header(feed, header, total)) is not None:
+        header, count, errors = found, 0, 0
+        pending: _Pending[T] | None = None
+        before = ""  # the key of the last record
+        while True:
+            name, size = _member(feed, total)
+            key, _, rest = name.partition(".")
+            if pending is not None and key != pending.key:
+                yield header, pending.record(feed, total)
+                before, pending, total, count = pending.key, None, total + 1, count + 1
+            if name == END:
+                _check_end(_content(feed, size, MAX_JSON_BYTES, name, total), count, errors, feed, total)
+                break
+            if name == ERROR:
+                yield header, _failed(feed, size, total)
+                errors += 1
+                continue
+            if pending is None:
+                if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or key <= before:
+                    raise _damaged(feed, total, f"a member {show_path(name)}, expected keys that rise, then {END}")
+                pending = _Pending(key)
+            pending.add(feed, name, rest, size, header, limits, take, total)
+
+
+@dataclass
+class _Pending(Generic[T]):
+    """A record whose members are being read."""
+
+    key: str
+    facts: bytes | None = None
+    label: bytes | None = None
+    arrays: dict[str, T] = field(default_factory=dict)
+
+    def add(
+        self, feed: Feed, name: str, rest: str, size: int, header: Header, limits: Limits,
+        take: Callable[[int], T], total: int,
+    ) -> None:  # fmt: skip
+        """Read one member."""
+        kind, _, suffix = rest.rpartition(".")
+        if rest == "json" and self.facts is None:
+            self.facts = _content(feed, size, MAX_JSON_BYTES, name, total)
+        elif rest == "cls" and self.label is None:
+            self.label = _content(feed, size, BLOCK, name, total)
+        elif suffix == "npy" and kind in header.inputs and kind not in self.arrays:
+            if size > limits.decoded_bytes:
+                raise LimitError(f"{feed.shown}: {name}", size, "bytes", "decoded_bytes", limits.decoded_bytes)
+            before, padding = feed.at, -size % BLOCK
+            self.arrays[kind] = take(size)
+            feed.take(padding)
+            if feed.at - before < size + padding:
+                raise _cut(feed, total)
+        else:
+            expected = ", ".join(f"{kind}.npy" for kind in header.inputs)
+            raise _damaged(feed, total, f"a member {show_path(name)}, expected one each of json, cls, {expected}")
+
+    def record(self, feed: Feed, total: int) -> Record[T]:
+        if self.facts is None:
+            raise _damaged(feed, total, f"no {self.key}.json")
+        return Record(self.key, Facts.parse(self.facts, f"{feed.shown}: {self.key}.json"), self.arrays)
+
+
+def _next_header(feed: Feed, before: Header | None, total: int) -> Header | None:
+    """Return the header of the next stream, None at the end; blocks of zeros lie between and after streams."""
+    block = ZEROS
+    while block == ZEROS:
+        block = feed.take(BLOCK)
+    if len(block) == 0 and before is not None:
+        return None
+    if before is None:
+        command = compression(block)
+        if command is not None:
+            raise DataError(f"{feed.shown}: compressed", f"unpack it on the way: {command} FILE | perceiver ... -")
+        if block[257:262] != b"ustar":
+            what = "nothing in it" if not block else "not a tar"
+            raise DataError(f"{feed.shown}: {what}", "expected records as `perceiver preprocess` writes them")
+    if not block.startswith(HEADER.encode() + b"\0"):
+        name = show_path(block[:MAX_NAME].rstrip(b"\0").decode("ascii", "replace"))
+        raise DataError(
+            f"{feed.shown}: a tar that begins with {name}, not with {HEADER}",
+            "expected records as `perceiver preprocess` writes them",
+        )
+    name, size = _parse_member(feed, block, total)
+    header = Header.parse(_content(feed, size, MAX_HEADER_BYTES, name, total), feed.shown)
+    if before is not None:
+        header_check(feed.shown, before, header)
+    return header
+
+
+def _member(feed: Feed, total: int) -> tuple[str, int]:
+    """Return name and size of the next member, which must be there."""
+    block = feed.take(BLOCK)
+    if len(block) < BLOCK or block == ZEROS:
+        raise _cut(feed, total)
+    return _parse_member(feed, block, total)
+
+
+_SIZE = re.compile(rb"[0-7]{1,11}[ \0]")
+
+
+def _parse_member(feed: Feed, block: bytes, total: int) -> tuple[str, int]:
+    """Return name and size of a member by its header block: a regular file, its name in ASCII, its checksum right."""
+    if len(block) < BLOCK:
+        raise _cut(feed, total)
+    field_ = block[148:156]
+    try:
+        declared = int(field_.strip(b" \0"), 8)
+    except ValueError:
+        declared = -1
+    # The low half of Adler-32 is one more than the sum of the bytes: a hundred times as fast as adding them up.
+    found = adler32(block) % 65536 - 1 - sum(field_) + 8 * 0x20
+    size = _SIZE.match(block, 124, 136)
+    if (declared - found) % 65521 or block[257:262] != b"ustar" or size is None:
+        raise _damaged(feed, total, "a damaged tar header")
+    name = block[:100].rstrip(b"\0").decode("ascii", "replace")
+    if block[156:157] not in (b"0", b"\0") or block[345:346] != b"\0":
+        raise _damaged(feed, total, f"{show_path(name)} of tar type {block[156:157]!r:.10}, expected regular files")
+    return name, int(size[0][:-1], 8)
+
+
+def _content(feed: Feed, size: int, most: int, name: str, total: int) -> bytes:
+    """Return the content of a small member."""
+    if size > most:
+        raise _damaged(feed, total, f"{show_path(name)} of {size} bytes, expected {most} at most")
+    padded = size + -size % BLOCK
+    data = feed.take(padded)
+    if len(data) < padded:
+        raise _cut(feed, total)
+    return data[:size]
+
+
+def _failed(feed: Feed, size: int, total: int) -> Record[Any]:
+    """Return the record of an input that could not be read."""
+    facts = Facts.parse(_content(feed, size, MAX_JSON_BYTES, ERROR, total), f"{feed.shown}: {ERROR}")
+    if facts.error is None:
+        raise _damaged(feed, total, f"{ERROR} without an error in it")
+    return Record("", facts, {})
+
+
+def _check_end(data: bytes, count: int, errors: int, feed: Feed, total: int) -> None:
+    counts = parse_json(data, f"{feed.shown}: {END}")
+    for kind, found in (("records", count), ("errors", errors)):
+        if counts.get(kind) != found:
+            raise _damaged(feed, total, f"{found} {kind}, where its end says {counts.get(kind)!r:.20}")
+
+
+def _cut(feed: Feed, total: int) -> IntegrityError:
+    return IntegrityError(
+        f"{feed.shown}: the stream was cut short after {total} records", "what wrote it did not finish: see its error"
+    )
+
+
+def _damaged(feed: Feed, total: int, what: str) -> IntegrityError:
+    return IntegrityError(f"{feed.shown}: {what} (after {total} records, byte {feed.at})")

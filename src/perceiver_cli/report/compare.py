@@ -1,0 +1,176 @@
+"""Several runs side by side: how good on validation, how sure that is, what they cost, and what was set differently.
+
+All of it is read from the run folders; no model is built, so torch is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from perceiver_cli.config import Config
+from perceiver_cli.data.splits import SPLIT_FILE, read_split
+from perceiver_cli.errors import UsageError
+from perceiver_cli.files import atomic_write, check_plot, show_path
+from perceiver_cli.inference.statistics import Interval, of_share
+from perceiver_cli.model.checkpoint import read_info
+from perceiver_cli.model.describe import describe
+from perceiver_cli.run_folder import MODEL_FILE, find_model, read_log
+
+NAME_LENGTH = 40  # of a run in the plot
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run.
+
+    accuracy, mAP, loss, steps: of the model that was kept, on the run's validation split. interval_95: of the accuracy;
+    None where the model was moved away from that split. seconds: until the last evaluation, None without a log. curve:
+    (seconds, accuracy) of every evaluation.
+    """
+
+    run: str
+    preset: str
+    accuracy: float | None
+    interval_95: Interval | None
+    mAP: float | None
+    loss: float | None
+    num_examples: int | None
+    seconds: float | None
+    steps: int
+    parameters: int
+    fingerprint: str
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs in the order given, and by option the value of each where they differ."""
+
+    runs: tuple[RunFacts, ...]
+    differences: Mapping[str, tuple[Any, ...]]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of `compare --json`."""
+        differences = {key: list(values) for key, values in self.differences.items()}
+        return {"runs": [asdict(run) for run in self.runs], "differences": differences, "notes": list(self.notes)}
+
+
+def compare(runs: Sequence[str]) -> Comparison:
+    """Return run folders, or model files, side by side.
+
+    Raises:
+        UsageError: fewer than two, or no model there. IntegrityError: a damaged model file, log or split.
+    """
+    if len(runs) < 2:
+        raise UsageError(f"{len(runs)} run to compare", "pass two or more: perceiver compare runs/a runs/b")
+    rows, configs = [], []
+    for run in runs:
+        path = find_model(run)
+        info = read_info(path)
+        whole = path.name == MODEL_FILE  # else a model file by itself, whatever lies beside it
+        log = read_log(path.parent) if whole else []
+        split = path.parent / SPLIT_FILE
+        count = int(read_split(split).held.sum()) if whole and split.is_file() else 0
+        accuracy = _number(info.metrics, "val_accuracy")
+        timed = [(seconds, record) for record in log if (seconds := _number(record, "elapsed_s")) is not None]
+        right = None if accuracy is None or not count else round(accuracy * count)
+        rows.append(
+            RunFacts(
+                run=run,
+                preset=info.config.name,
+                accuracy=accuracy,
+                interval_95=None if right is None or not 0 <= right <= count else of_share(right, count),
+                mAP=_number(info.metrics, "val_mAP"),
+                loss=_number(info.metrics, "val_loss"),
+                num_examples=count or None,
+                seconds=timed[-1][0] if timed else None,
+                steps=info.step,
+                parameters=describe(str(path))["parameters"],
+                fingerprint=info.data_fingerprint,
+                curve=tuple(
+                    (seconds, share) for seconds, record in timed
+                    if (share := _number(record, "val_accuracy")) is not None
+                ),
+            )
+        )  # fmt: skip
+        configs.append(info.config)
+    return Comparison(tuple(rows), _differences(configs), tuple(_notes(rows)))
+
+
+def _differences(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
+    """Return by option the value of each configuration, where they differ; an input that only some have is named."""
+    tables = [dict(_flat(config.to_dict())) for config in configs]
+    columns: dict[str, tuple[Any, ...]] = {"inputs": tuple("+".join(sorted(config.inputs)) for config in configs)}
+    columns |= {key: tuple(table[key] for table in tables) for key in tables[0] if all(key in t for t in tables[1:])}
+    del columns["name"]
+    return {key: values for key, values in columns.items() if any(value != values[0] for value in values)}
+
+
+def _notes(rows: Sequence[RunFacts]) -> Iterator[str]:
+    same = len({row.fingerprint for row in rows}) == 1
+    if not same:
+        yield "the runs are of different data: their accuracies are not of the same examples"
+    for row in rows:
+        if row.accuracy is None:
+            yield f"{show_path(row.run)}: was not evaluated while it was trained"
+        elif row.interval_95 is None:
+            yield f"{show_path(row.run)}: without the run's split it is not known how many examples its accuracy is of"
+    known = [row for row in rows if row.accuracy is not None and row.interval_95 is not None]
+    if same and len(known) > 1:
+        best, second = sorted(known, key=lambda row: row.accuracy or 0.0, reverse=True)[:2]
+        assert best.interval_95 is not None
+        assert second.interval_95 is not None
+        if second.interval_95[1] >= best.interval_95[0]:
+            yield "the intervals of the best two overlap: which of them is better may be chance"
+
+
+def _number(record: Mapping[str, Any], key: str) -> float | None:
+    """Return a finite number of what a file holds, None for all else."""
+    value = record.get(key)
+    return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else None
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Write a plot as PNG or SVG: accuracy over seconds of each run, and the accuracies with their intervals.
+
+    Raises:
+        ResourceError: it cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    runs = comparison.runs
+    figure = Figure(figsize=(9.5, max(3.2, 1.2 + 0.35 * len(runs))), layout="constrained")
+    FigureCanvasAgg(figure)
+    over_time, kept = figure.subplots(1, 2)
+    for place, run in enumerate(runs):
+        colour = f"C{place % 10}"
+        if run.curve:
+            over_time.plot(*zip(*run.curve, strict=True), marker="o", markersize=3, color=colour)
+        if run.accuracy is not None:
+            low, high = run.interval_95 or (run.accuracy, run.accuracy)
+            kept.plot((low, high), (place, place), color=colour, linewidth=2, alpha=0.5)
+            kept.plot(run.accuracy, place, marker="o", color=colour)
+    names = (show_path(run.run)[1:-1].replace("$", r"\$") for run in runs)
+    kept.set_yticks(
+        range(len(runs)), [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
+    )
+    kept.tick_params(axis="y", labelsize=8)
+    kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="of the model kept, with 95 % interval")
+    over_time.set(xlabel="seconds of training", ylabel="validation accuracy")
+    for axes in (over_time, kept):
+        axes.grid(alpha=0.3)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=check_plot(path), dpi=120)

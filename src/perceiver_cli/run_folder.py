@@ -1,0 +1,136 @@
+"""Run folders: numbered, claimed by one process at a time, found again as the latest; and their log of metrics."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
+from perceiver_cli.files import cannot_write, show_path, write_text
+
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = ".lock"
+MAX_LOG_BYTES = 64 << 20
+
+
+@contextmanager
+def claim(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
+    """Make a run folder and hold it for this process, before any time is spent; what it holds stays as it is.
+
+    Raises:
+        UsageError: it already holds a run, and neither `resume` nor `replace` is set.
+        ResourceError: it cannot be written, or another process holds it.
+    """
+    exists = (run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()
+    if exists and not resume and not replace:
+        raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / LOCK_FILE).open("w")
+    except OSError as error:
+        raise cannot_write(run, error) from error
+    with lock:
+        try:
+            # A POSIX lock, unlike flock's, is not inherited by data workers, which outlive a killed run by seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ResourceError(f"{show_path(run)}: in use by another training run") from error
+        try:
+            yield
+        finally:
+            if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # it never began: leave no empty folder
+                (run / LOCK_FILE).unlink()
+                with suppress(OSError):
+                    run.rmdir()
+
+
+def begin(run: Path, config_toml: str, *, fresh: bool) -> None:
+    """Write a run's config.toml; with `fresh`, drop what an earlier run left behind."""
+    if fresh:
+        for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
+            old.unlink(missing_ok=True)
+        write_text(run / METRICS_FILE, "")
+    write_text(run / "config.toml", config_toml)
+
+
+class MetricsLog:
+    """metrics.jsonl: a line per evaluation. A resumed run first drops the lines after its starting step."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = run / METRICS_FILE
+        kept = [record for record in read_log(run) if record["step"] <= step]
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one line."""
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """Return the evaluations in a run's log, oldest first; none without one. A line that was cut short is left out.
+
+    Raises:
+        IntegrityError: it holds something else.
+    """
+    path = run / METRICS_FILE
+    try:
+        with path.open("rb") as file:
+            lines = file.read(MAX_LOG_BYTES).split(b"\n")
+        records = [json.loads(line) for line in lines if line.endswith(b"}")]
+        if not all(isinstance(record["step"], int) for record in records):
+            raise ValueError("a step is no whole number")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: not the log of a run: {error}") from error
+    return records
+
+
+def next_run(name: str) -> Path:
+    """Return the first free folder runs/<name>-<n>."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def mark_latest(run: Path) -> None:
+    """Point runs/latest in the current folder at a run, so that other commands find it without -m."""
+    runs = Path("runs")
+    try:
+        runs.mkdir(exist_ok=True)
+        temporary = runs / f".latest-{os.getpid()}"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(run, runs))
+        os.replace(temporary, runs / "latest")
+    except OSError as error:
+        raise cannot_write(runs / "latest", error) from error
+
+
+MODEL_FILE = "model.safetensors"
+STATE_FOLDER = "last"
+
+
+def find_model(given: str | None) -> Path:
+    """Return the model file to use: of the run folder or file given, else $PERCEIVER_MODEL, else runs/latest.
+
+    Raises:
+        UsageError: there is none; names where it was looked for.
+    """
+    wanted = given or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
+    path = Path(wanted)
+    file = path / MODEL_FILE if path.is_dir() else path
+    if not file.is_file():
+        if given is None and "PERCEIVER_MODEL" not in os.environ:
+            raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
+        raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
+    return file

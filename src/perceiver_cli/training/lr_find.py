@@ -1,0 +1,101 @@
+"""The learning rate range test (Smith 2017): the loss while the rate grows from step to step, and what it suggests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite, sqrt
+
+from perceiver_cli.errors import DivergedError
+from perceiver_cli.files import atomic_write, check_plot
+from perceiver_cli.training.trainer import Trainer
+
+RATES = (1e-5, 1.0)  # first and last
+SMOOTHING = 0.9  # of the moving average of the loss
+WORSE = 1.5  # times the lowest loss: the end
+LEAST_STEPS = 10
+
+
+@dataclass(frozen=True)
+class Curve:
+    """rates, losses and smoothed losses by step; the suggested rate; notes on how far it can be trusted."""
+
+    rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed: tuple[float, ...]
+    suggestion: float
+    notes: tuple[str, ...] = ()
+
+
+def find(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
+    """Return the losses of up to `steps` optimiser steps of a run, the rate of each a constant times the one before.
+
+    It ends early where the loss has grown well beyond its lowest. Nothing is written.
+
+    Raises:
+        DivergedError: the loss is not finite from the beginning.
+    """
+    run = trainer.new_run()
+    accumulate = trainer.config.train.accumulate
+    batches = trainer.reader.batches(run.tasks(steps * accumulate), trainer.config.data.workers or 0)
+    low, high = RATES
+    rates: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    average = 0.0
+    for step in range(steps):
+        rate = low * (high / low) ** (step / max(1, steps - 1))
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        loss = float(run.update(batches))
+        if not isfinite(loss):
+            break
+        average = SMOOTHING * average + (1 - SMOOTHING) * loss
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(average / (1 - SMOOTHING ** (step + 1)))
+        progress(step + 1, steps)
+        if step >= LEAST_STEPS and smoothed[-1] > WORSE * min(smoothed):
+            break
+    return suggest(rates, losses, smoothed)
+
+
+def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> Curve:
+    """Return the curve with its suggestion, by the smoothed loss.
+
+    That is halfway (geometrically) between the rate at which it has first done half of its fall, where it is steep, and
+    the one at which it is lowest, beyond which it is unstable.
+    """
+    if len(rates) < LEAST_STEPS:
+        raise DivergedError(
+            f"the loss is not finite after {len(rates)} steps of a learning rate up to {rates[-1] if rates else 0:.2g}",
+            "look at the data and its scale",
+        )
+    best = min(range(len(smoothed)), key=lambda i: smoothed[i])
+    half = next(i for i, loss in enumerate(smoothed) if loss <= (smoothed[0] + smoothed[best]) / 2)
+    suggestion = sqrt(rates[half] * rates[best])
+    notes = []
+    if best == len(rates) - 1:
+        notes.append("the loss was still falling at the highest rate: it may well be higher, or take more --steps")
+    if best < LEAST_STEPS:
+        notes.append("the loss never fell: the suggestion means nothing")
+    return Curve(tuple(rates), tuple(losses), tuple(smoothed), float(f"{suggestion:.2g}"), tuple(notes))
+
+
+def draw(curve: Curve, path: str | os.PathLike[str]) -> None:
+    """Write the curve as PNG or SVG. Raises ResourceError where it cannot be written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(curve.rates, curve.losses, color="#1b6ca8", alpha=0.3, linewidth=1)
+    axes.plot(curve.rates, curve.smoothed, color="#1b6ca8", label="loss, smoothed")
+    axes.axvline(curve.suggestion, color="#c8553d", linestyle="--", label=f"suggested {curve.suggestion:g}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=check_plot(path), dpi=120)

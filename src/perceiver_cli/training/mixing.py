@@ -1,0 +1,52 @@
+"""MixUp and CutMix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from perceiver_cli.data.loader import Batch
+from perceiver_cli.model.encoding import Segment
+
+# ---------------------------------------------------------------- mixing
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A batch in which each example is mixed with another: labels of both, and the share of the first (0..1)."""
+
+    segments: Mapping[str, Segment]
+    labels: Tensor
+    other_labels: Tensor
+    share: float
+
+
+def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> Mixed:
+    """Return a batch mixed with itself in reverse order: MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019).
+
+    `mixup` and `cutmix` are the parameters of the Beta distribution that the share is drawn from, 0 for never; with
+    both set, one of the two is drawn for the batch. CutMix pastes a box along the first two axes of a grid.
+    """
+    cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
+    share = float(rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup))
+    box = (rng.random(), rng.random(), (1 - share) ** 0.5)  # centre and side, in shares of each axis
+    segments = {}
+    for name, segment in batch.segments.items():
+        values, other = segment.values, segment.values.flip(0)
+        if not cut:
+            segments[name] = Segment(share * values.float() + (1 - share) * other.float(), segment.positions)
+            continue
+        spans = []
+        for axis, center in enumerate(box[:2], start=1):
+            length = values.shape[axis]
+            first, last = (round(length * min(1.0, max(0.0, center + half * box[2]))) for half in (-0.5, 0.5))
+            spans.append(slice(first, last))
+        values = values.clone()
+        values[:, spans[0], spans[1]] = other[:, spans[0], spans[1]]
+        segments[name] = Segment(values, segment.positions)
+        pasted = (spans[0].stop - spans[0].start) * (spans[1].stop - spans[1].start)
+        share = 1 - pasted / (values.shape[1] * values.shape[2])  # as it came out at the borders
+    return Mixed(segments, batch.labels, batch.labels.flip(0), share)

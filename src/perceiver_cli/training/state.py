@@ -1,0 +1,120 @@
+"""The state of a run on disk: whole, checksummed, and the one before it kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
+from perceiver_cli.files import show_path, write_text
+from perceiver_cli.model.checkpoint import FORMAT, load_model, read_header, read_tensors, write_tensors
+from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.run_folder import STATE_FOLDER, find_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
+    """Copy into `model` every weight of a trained one that fits by name and shape; return notes on what did not.
+
+    Rows of the head are matched by class name.
+
+    Raises:
+        UsageError: no model there, or nothing of it fits.
+    """
+    donor, info = load_model(find_model(os.fspath(source)))
+    theirs, ours = donor.state_dict(), model.state_dict()
+    taken = [name for name in ours if name in theirs and theirs[name].shape == ours[name].shape and "head." not in name]
+    if not taken:
+        raise UsageError(f"--init-from {show_path(source)}: no weight of {info.config.name} fits this model")
+    rows = [(i, info.classes.index(name)) for i, name in enumerate(classes) if name in info.classes]
+    with torch.no_grad():
+        for name in taken:
+            ours[name].copy_(theirs[name])
+        if ours["head.weight"].shape[1] == theirs["head.weight"].shape[1]:
+            for mine, other in rows:
+                ours["head.weight"][mine] = theirs["head.weight"][other]
+                ours["head.bias"][mine] = theirs["head.bias"][other]
+    fresh = sum(1 for name in ours if name not in taken and "head." not in name)
+    return [
+        f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
+        f"{len(rows)} of {counted(len(classes), 'class')} known to it"
+    ]
+
+
+MANIFEST = "MANIFEST.json"
+
+
+# ---------------------------------------------------------------- training state
+
+
+def save_state(run: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Commit a training state to `run`/last and drop all but the one before it; returns the file.
+
+    `state` must be JSON and have "step". A crash at any moment leaves the previous state committed.
+    """
+    folder = run / STATE_FOLDER
+    file = folder / f"step-{state['step']:08d}.safetensors"
+    digest = write_tensors(file, tensors, {"kind": "training state", "format": FORMAT, **state})
+    kept = [entry for entry in _manifest(folder) if entry["file"] != file.name][:1]
+    entries = [{"file": file.name, "size": file.stat().st_size, "sha256": digest, "step": state["step"]}, *kept]
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": entries}, indent=1) + "\n")
+    current = {entry["file"] for entry in entries}
+    for old in folder.iterdir():
+        if old.name not in current and old.name != MANIFEST and (old.suffix == ".safetensors" or old.suffix == ".tmp"):
+            old.unlink(missing_ok=True)
+    return file
+
+
+def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
+    """Return tensors and state of the newest whole training state of a run, and a note on each damaged newer one.
+
+    Raises:
+        UsageError: there is none. IntegrityError: none that is whole.
+    """
+    folder = run / STATE_FOLDER
+    notes: list[str] = []
+    for entry in _manifest(folder):
+        path = folder / str(entry["file"])
+        try:
+            found = _sha256(path)
+            if found != entry["sha256"]:
+                raise IntegrityError(
+                    f"{show_path(path)}: sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}"
+                )
+            header = read_header(path)
+            return read_tensors(path, header), header.fields, notes
+        except PerceiverError as error:
+            notes.append(str(error))
+    if notes:
+        raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(notes)}")
+    raise UsageError(f"{show_path(run)}: no training state to resume", "start it without --resume")
+
+
+def _manifest(folder: Path) -> list[dict[str, Any]]:
+    path = folder / MANIFEST
+    if not path.exists():
+        return []
+    try:
+        entries = json.loads(path.read_bytes())["states"]
+        good = all(Path(str(e["file"])).name == e["file"] and len(e["sha256"]) == 64 for e in entries)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: damaged manifest: {error}") from error
+    if not good:
+        raise IntegrityError(f"{show_path(path)}: damaged manifest")
+    return list(entries)
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise IntegrityError(f"{show_path(path)}: cannot read: {error.strerror}") from error

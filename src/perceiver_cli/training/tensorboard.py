@@ -1,0 +1,50 @@
+"""What a run says of itself, as TensorBoard's event files (extra `[tensorboard]`; TensorFlow is not needed)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli.errors import UsageError
+from perceiver_cli.training.events import Evaluated, Event, StepDone
+
+FOLDER = "tensorboard"
+
+
+def check_tensorboard() -> None:
+    """Raise UsageError where the package is missing."""
+    if find_spec("tensorboard") is None:
+        raise UsageError("--log tensorboard needs the package tensorboard", "pip install 'perceiver-cli[tensorboard]'")
+
+
+def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
+    """Yield a run's events and write their figures below its folder: `tensorboard --logdir RUN` shows them.
+
+    A resumed run goes on in the same plots: what was logged after its first step is taken back.
+    """
+    writer: Any = None
+    try:
+        for event in events:
+            if isinstance(event, StepDone):
+                if writer is None:
+                    from torch.utils.tensorboard import SummaryWriter
+
+                    writer = SummaryWriter(run / FOLDER, purge_step=event.step)
+                figures = {"train/loss": event.loss, "train/lr": event.lr, "train/samples_per_s": event.samples_per_s}
+                _write(writer, figures, event.step)
+            elif isinstance(event, Evaluated):
+                figures = {"val/accuracy": event.accuracy, "val/loss": event.loss, "train/mean_loss": event.train_loss}
+                _write(writer, figures, event.step)
+            yield event
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _write(writer: Any, figures: dict[str, float], step: int) -> None:
+    for name, value in figures.items():
+        if not isnan(value):  # there is no validation split, or nothing was seen since the last look
+            writer.add_scalar(name, value, step)

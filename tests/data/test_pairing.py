@@ -1,0 +1,217 @@
+"""Which files make one example: by stem, by manifest, as a video; what is missing, doubled or of another kind."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.decoder import brought
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.inputs import unlabelled
+from perceiver_cli.data.listing import CONTENT
+from perceiver_cli.data.loader import Reader
+from perceiver_cli.data.pairing import identity
+from perceiver_cli.errors import DataError
+from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.image import ImageSpec
+from perceiver_cli.preprocess.points import PointsSpec
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+from tests.conftest import RATE_HZ, write_clip, write_images, write_pairs
+
+
+def manifest_of(root: Path, columns: dict[str, str]) -> Path:
+    """Write root/m.csv with a column for each modality of the files that are there; returns it."""
+    lines = [",".join([*columns, "label", "split"])]
+    for stem in sorted({path.with_suffix("") for suffix in columns.values() for path in root.rglob(f"*{suffix}")}):
+        cells = [stem.with_suffix(suffix) for suffix in columns.values()]
+        parts = [str(path.relative_to(root)) if path.exists() else "" for path in cells]
+        lines.append(",".join([*parts, stem.parent.name, stem.parent.parent.name]))
+    (root / "m.csv").write_text("\n".join(lines) + "\n")
+    return root / "m.csv"
+
+
+# ---------------------------------------------------------------- pairs
+
+
+def test_files_of_one_stem_are_one_example(pairs: Path) -> None:
+    catalog = scan(pairs)
+    assert catalog.modalities == catalog.holds == ("audio", "image")
+    assert {split: len(found) for split, found in catalog.splits.items()} == {"train": 96, "test": 32}
+    example = catalog.splits["test"][0]
+    assert example.id == "test/bottom-high/000"
+    assert [Path(source.name).name for source in example.sources.values()] == ["000.wav", "000.png"]
+
+
+def test_a_manifest_of_the_same_pairs_gives_the_same_examples(pairs: Path, tmp_path: Path) -> None:
+    """Also where pictures or sounds are missing, or a file is damaged."""
+    root = shutil.copytree(pairs, tmp_path / "data")
+    (root / "train" / "top-low" / "003.wav").unlink()
+    (root / "train" / "top-low" / "004.png").unlink()
+    (root / "train" / "top-low" / "005.png").write_bytes(b"")
+    by_stem = scan(root)
+    by_row = scan(manifest_of(root, {"image": ".png", "audio": ".wav"}))
+    assert by_stem.splits == by_row.splits
+    assert by_stem.fingerprint == by_row.fingerprint
+    assert by_stem.bad == {"train/top-low/005": f"'{root}/train/top-low/005.png': the file is empty"}
+    assert (
+        set(by_stem.notes)
+        == set(by_row.notes)
+        == {
+            "1 of 128 examples have no audio",
+            "1 of 128 examples have no image",
+        }
+    )
+    ids = {example.id for example in by_stem.splits["train"]}
+    assert {"train/top-low/003.png", "train/top-low/004.wav", "train/top-low/005"} <= ids
+
+
+def test_a_second_kind_joins_in_where_most_of_it_has_a_partner(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 6, "b": 6})
+    for name in ("000", "001", "other"):
+        soundfile.write(tmp_path / "a" / f"{name}.wav", np.zeros(800, np.float32), RATE_HZ)
+    assert scan(tmp_path).modalities == ("audio", "image")
+    for name in ("more", "still"):
+        soundfile.write(tmp_path / "a" / f"{name}.wav", np.zeros(800, np.float32), RATE_HZ)
+    catalog = scan(tmp_path)
+    assert catalog.modalities == ("image",)
+    assert len(catalog.splits["train"]) == 12
+    assert catalog.notes == ("ignored 5 files besides image: '.wav' 5",)
+    assert scan(tmp_path, reads=["audio", "image"]).modalities == ("audio", "image")  # asked for, they are there
+
+
+def test_a_recipe_of_one_modality_takes_its_part_of_pairs(pairs: Path) -> None:
+    catalog = scan(pairs, reads=["audio"])
+    assert (catalog.modalities, catalog.holds) == (("audio",), ("audio", "image"))
+    assert catalog.splits["test"][0].id == "test/bottom-high/000.wav"
+    assert catalog.notes == ("ignored 128 files besides audio: '.png' 128",)
+
+
+def test_two_files_of_a_kind_are_no_pair(pairs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(pairs, tmp_path / "data")
+    folder = root / "train" / "top-low"
+    shutil.copy(folder / "000.png", folder / "000.gif.png")  # another stem
+    shutil.copy(folder / "000.png", folder / "001.PnG")
+    catalog = scan(root)
+    assert list(catalog.bad) == ["train/top-low/001"]
+    assert "a second image file of its stem, expected one" in catalog.bad["train/top-low/001"]
+
+
+def test_a_wrong_type_in_a_column_is_named_when_it_is_read(pairs: Path) -> None:
+    example = Example("x", {"image": Source(str(pairs / "test" / "top-low" / "000.wav"))})
+    with pytest.raises(DataError, match=r"000\.wav': audio by its content, expected image"):
+        Reader({"image": ImageSpec()}, Limits()).decode(example)
+
+
+def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_out(tmp_path: Path) -> None:
+    write_pairs(tmp_path, 1)
+    (tmp_path / "m.csv").write_text("image,audio,label\ntop-low/000.png,,a\n,top-low/000.wav,b\n,,b\n")
+    catalog = scan(tmp_path / "m.csv")
+    assert catalog.bad == {"row 3": f"'{tmp_path}/m.csv': row 3 names no file"}
+    assert len(catalog.splits["train"]) == 3
+    catalog = scan(tmp_path / "m.csv", reads=["audio"])
+    assert [example.id for example in catalog.splits["train"]] == ["row 3", "top-low/000.wav"]
+    assert catalog.notes == ("columns that are not read: image", "ignored 1 row without audio")
+
+
+def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("image,audio,label\na.png,a.wav,x\na.jpg,a.wav,y\n")
+    with pytest.raises(DataError, match="two examples of the stem 'a'; rename the files"):
+        scan(tmp_path / "m.csv")
+
+
+@given(st.lists(st.sampled_from(["a.png", "a.wav", "b/a.off", "a", "c.mp4"]), min_size=1))
+def test_identity(paths: list[str]) -> None:
+    assert identity(paths) == identity(paths[::-1])
+    assert identity([paths[0]] * 3) == paths[0]
+
+
+def test_identity_of_stems() -> None:
+    assert identity(["a/1.png", "a/1.wav"]) == "a/1"
+    assert identity(["x/1.png", "y/1.wav"]) == "x/1.png+y/1.wav"
+
+
+# ---------------------------------------------------------------- videos
+
+
+def test_a_video_brings_its_sound(clips: Path, tmp_path: Path) -> None:
+    clips = shutil.copytree(clips, tmp_path / "data")
+    catalog = scan(clips)
+    assert catalog.modalities == ("audio", "video")
+    example = catalog.splits["test"][0]
+    assert example.id == "test/bottom-high/000.mp4"
+    assert example.sources["audio"] == example.sources["video"]
+    columns = {"video": ".mp4"}
+    assert scan(manifest_of(clips, columns)).modalities == ("video",)  # a column is what it says
+    (clips / "m.csv").write_text((clips / "m.csv").read_text().replace("video,", "path,"))
+    by_row = scan(clips / "m.csv")
+    assert by_row.splits == catalog.splits
+
+
+def test_sound_that_few_videos_have_is_left_out_unless_asked_for(tmp_path: Path) -> None:
+    for i in range(6):
+        write_clip(tmp_path / ("a" if i % 2 else "b") / f"{i}.mp4", 0, 300 if i < 2 else None)
+    catalog = scan(tmp_path)
+    assert (catalog.modalities, catalog.holds) == (("video",), ("audio", "video"))
+    assert catalog.notes == ("33% of the videos have sound, which is not read",)
+    assert scan(tmp_path, reads=["audio", "video"]).modalities == ("audio", "video")
+    sounds = scan(tmp_path, reads=["audio"])
+    assert sounds.modalities == ("audio",)
+    assert len(sounds.splits["train"]) == 6
+
+
+def test_a_sound_file_comes_before_the_sound_of_the_video(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_clip(tmp_path / name / "x.mp4", 0, 300)
+        soundfile.write(tmp_path / name / "x.wav", np.zeros(800, np.float32), RATE_HZ)
+    example = scan(tmp_path).splits["train"][0]
+    assert [Path(source.name).name for source in example.sources.values()] == ["x.wav", "x.mp4"]
+    assert example.id == "a/x"
+
+
+# ---------------------------------------------------------------- what is to be predicted
+
+
+def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(pairs / "test" / "top-low", tmp_path / "in")
+    (root / "000.txt").write_text("about it\n")
+    (root / "notes.txt").write_text("about them\n")
+    shutil.copy(root / "001.png", root / "001.jpeg")
+    one = {"image": ImageSpec()}
+    both = one | {"audio": AudioSpec()}
+    found = list(unlabelled(str(root), both, Limits()))
+    ids = [Path(example.id).name for example in found]
+    assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8)), "notes.txt"]
+    assert list(found[0].sources) == ["audio", "image"]
+    assert len(list(unlabelled(str(root), one, Limits()))) == 19  # a model of one modality: every file
+    (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\nin/001.wav,\n,\n")
+    rows = list(unlabelled(str(tmp_path / "m.csv"), both, Limits()))
+    assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
+    assert rows[0].sources["image"].name == str(root / "003.png")
+    (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
+    (cloud,) = unlabelled(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
+    assert list(cloud.sources) == [CONTENT]
+    (plain,) = unlabelled(str(root / "000.png"), one, Limits())
+    assert plain.sources == {CONTENT: Source(str(root / "000.png"))}
+
+
+def test_what_an_example_brings(pairs: Path, tmp_path: Path) -> None:
+    clip = Source(str(write_clip(tmp_path / "c.mp4", 0, 300)))
+    for reads, names in (
+        (["video"], ["video"]),
+        (["audio"], ["audio"]),
+        (["video", "audio", "image"], ["audio", "video"]),
+    ):
+        assert list(brought(Example("c", {CONTENT: clip}), reads)) == names
+    assert list(brought(Example("c", {"video": clip}), ["audio", "video"])) == ["video"]
+    with pytest.raises(DataError, match="video by its content, expected image or points"):
+        brought(Example("c", {CONTENT: clip}), ["image", "points"])
+    with pytest.raises(DataError, match="'row 7': no audio or image"):
+        brought(Example("row 7", {}), ["image", "audio"])

@@ -1,0 +1,192 @@
+"""Reports: figures by hand, splits, classes by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import average_precision_score
+
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.inference.evaluation import Report, average_precision, evaluate
+from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.report.html import save_report
+from perceiver_cli.training.trainer import Trainer
+from tests.conftest import SMALL, write_images
+
+
+@pytest.fixture(scope="module")
+def predictor(trained: Path) -> Predictor:
+    return Predictor(trained)
+
+
+def test_figures_are_those_of_the_predictions(predictor: Predictor, bars: Path) -> None:
+    report = evaluate(predictor, bars)
+    assert (report.split, report.num_examples) == ("test", 30)
+    records = {record["path"]: record for record in report.records}
+    right, losses = 0, []
+    for prediction in predictor.predict(sorted((bars / "test").rglob("*.png"))):
+        path = Path(prediction.path)
+        record = records[str(path.relative_to(bars))]
+        true = predictor.classes.index(path.parent.name)
+        losses.append(-np.log(prediction.probs[true]))
+        right += prediction.label == path.parent.name
+        assert record["prediction"] == prediction.label
+        assert record["correct"] == (prediction.label == path.parent.name)
+    assert report.accuracy == pytest.approx(right / 30)
+    assert report.accuracy > 0.9
+    assert report.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert report.top5 == 1.0
+
+
+def test_per_class_rows_by_hand() -> None:
+    report = Report(("a", "b", "c"), 0.5, 1.0, 0.1, ((3, 1, 0), (2, 2, 0), (0, 0, 0)), 8)
+    rows = report.per_class
+    assert rows["a"] == {"count": 4, "correct": 3, "accuracy": 0.75, "precision": 0.6, "f1": 6 / 9}
+    assert rows["b"]["precision"] == pytest.approx(2 / 3)
+    assert rows["c"] == {"count": 0, "correct": 0, "accuracy": None, "precision": None, "f1": None}
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_which_split(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    assert evaluate(predictor, bars, "train").num_examples == 105
+    held = evaluate(predictor, bars, "val")  # what this run held out of this very data
+    assert held.num_examples == 15
+    with pytest.raises(UsageError, match="no dev split; there are test, train, val, all"):
+        evaluate(predictor, bars, "dev")
+    other = write_images(tmp_path / "other", {"left": 3, "right": 3})
+    report = evaluate(predictor, other)  # data the run never saw: all of it
+    assert (report.split, report.num_examples) == ("all", 6)
+
+
+def test_classes_are_matched_by_name_and_differences_said(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    shutil.copytree(bars / "test" / "right", tmp_path / "test" / "right")
+    shutil.copytree(bars / "test" / "left", tmp_path / "test" / "unknown")
+    report = evaluate(predictor, tmp_path)
+    assert report.num_examples == 10
+    assert report.accuracy > 0.8  # "right" is found by its name, though it is the first folder here
+    assert report.strangers == 10
+    assert any("'left', 'middle'" in note for note in report.notes)
+    assert any("'unknown' 10" in note for note in report.notes)
+
+
+def test_bad_files_are_counted(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    shutil.copytree(bars / "test", tmp_path / "test")
+    (tmp_path / "test" / "left" / "000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    report = evaluate(predictor, tmp_path)
+    assert (report.num_examples, len(report.bad)) == (29, 1)
+
+
+def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
+    report = evaluate(predictor, bars)
+    save_report(report, tmp_path / "out")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["accuracy"] == report.accuracy
+    assert np.sum(metrics["confusion"]) == 30
+    lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
+    assert len(lines) == 30
+    assert {"path", "label", "prediction", "prob", "correct", "loss"} == set(json.loads(lines[0]))
+    with Image.open(tmp_path / "out" / "confusion.png") as image:
+        assert min(image.size) > 300
+
+
+def test_class_names_are_data_in_the_picture(tmp_path: Path) -> None:
+    save_report(Report(("$x^", "a\nb"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), 2, split="test"), tmp_path)
+    assert (tmp_path / "confusion.png").stat().st_size > 1000
+
+
+def test_another_modality_names_both(predictor: Predictor, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.off").write_text("OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n")
+    with pytest.raises(DataError, match=r"holds points, but .*model\.safetensors' reads image"):
+        evaluate(predictor, tmp_path)
+
+
+# ---------------------------------------------------------------- several modalities
+
+
+def test_a_model_of_several_is_measured_with_some_withheld_or_missing(
+    paired: Path, pairs: Path, tmp_path: Path
+) -> None:
+    both = evaluate(Predictor(paired), pairs)
+    assert both.accuracy > 0.9
+    assert both.to_dict()["modalities"] == ["audio", "image"]
+    assert {tuple(record["used"]) for record in both.records} == {("audio", "image")}
+    withheld = evaluate(Predictor(paired, use=["image"]), pairs)
+    assert withheld.split == "test"
+    assert 0.2 < withheld.accuracy < 0.8  # the row is seen, the tone is guessed
+    assert "answered from image alone, the model reads audio+image" in withheld.notes
+    root = tmp_path / "pictures"
+    for path in (pairs / "test").rglob("*.png"):
+        (root / "test" / path.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / "test" / path.parent.name)
+    missing = evaluate(Predictor(paired), root)
+    assert (missing.accuracy, missing.modalities, missing.notes) == (withheld.accuracy, ("image",), withheld.notes)
+    with pytest.raises(DataError, match=r"holds image, but .*model\.safetensors' reads audio"):
+        evaluate(Predictor(paired, use=["audio"]), root)
+
+
+def test_the_validation_split_of_a_run_is_found_again_whatever_is_used(paired: Path, pairs: Path) -> None:
+    assert evaluate(Predictor(paired), pairs, "val").num_examples == 12
+    assert evaluate(Predictor(paired, use=["audio"]), pairs, "val").num_examples == 12
+
+
+# ---------------------------------------------------------------- several labels
+
+
+def test_average_precision_is_scikit_learns_and_not_transposed() -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.random((40, 6)) < 0.3
+    targets[:, 4] = False
+    scores = rng.random((40, 6)) + 0.5 * targets
+    found = average_precision(torch.tensor(scores), torch.tensor(targets, dtype=torch.float64))
+    present = [0, 1, 2, 3, 5]
+    expected = [average_precision_score(targets[:, k], scores[:, k]) for k in present]
+    assert found[4] is None
+    np.testing.assert_allclose([found[k] for k in present], expected, atol=1e-6)
+    report = Report(tuple("abcdef"), 0, 0, 0, None, 40, found)
+    right = average_precision_score(targets[:, present], scores[:, present], average="macro")
+    wrong = average_precision_score(
+        targets.T[:, targets.any(axis=1)], scores.T[:, targets.any(axis=1)], average="macro"
+    )
+    assert report.mean_average_precision == pytest.approx(right, abs=1e-6)
+    assert abs(right - wrong) > 0.05  # the trap of the paper's first version would show
+
+
+def test_training_with_several_labels(tmp_path: Path) -> None:
+    """Bars in two rows at once: each label has its own row, and the model finds both."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "x").mkdir()
+    lines = ["path,labels,split"]
+    for i in range(160):
+        pixels = rng.integers(0, 60, (12, 12), dtype=np.uint8)
+        labels = [
+            name
+            for k, name in enumerate(("top", "middle", "low"))
+            if rng.random() < 0.4 and not pixels[5 * k].fill(255)
+        ]
+        Image.fromarray(pixels).save(tmp_path / "x" / f"{i:03d}.png")
+        lines.append(f"x/{i:03d}.png,{';'.join(labels)},{'test' if i % 4 == 0 else 'train'}")
+    (tmp_path / "m.csv").write_text("\n".join(lines) + "\n")
+    overrides = [*SMALL, "train.epochs=30", "train.lr=0.01", "train.label_smoothing=0"]
+    list(Trainer(tmp_path / "m.csv", tmp_path / "run", overrides=overrides).fit())
+    predictor = Predictor(tmp_path / "run")
+    report = evaluate(predictor, tmp_path / "m.csv")
+    facts = report.to_dict()
+    assert (report.split, report.num_examples) == ("test", 40)
+    assert facts["mAP"] > 0.95
+    assert set(facts["per_class"]["top"]) == {"average_precision"}
+    save_report(report, tmp_path / "report")
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json", "predictions.jsonl"}
+    both = next(r["path"] for r in report.records if set(r["labels"]) == {"low", "top"})
+    (prediction,) = predictor.predict([tmp_path / both])
+    assert {name for name, prob in zip(predictor.classes, prediction.probs, strict=True) if prob > 0.5} == {
+        "low",
+        "top",
+    }

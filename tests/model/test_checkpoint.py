@@ -1,0 +1,190 @@
+"""Model files and training states: whole, checked, refused with words."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import struct
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from perceiver_cli.errors import IntegrityError, PerceiverError, ResourceError, UsageError
+from perceiver_cli.model.checkpoint import load_model, read_info, save_model
+from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, find_model
+from perceiver_cli.training.state import MANIFEST, load_state, save_state
+
+
+def test_a_model_file_is_all_that_is_needed(trained: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "model.safetensors"
+    shutil.copy(trained / MODEL_FILE, alone)
+    model, info = load_model(alone)
+    assert info.classes == ("left", "middle", "right")
+    assert info.config.inputs["image"].modality == "image"
+    assert info.config.data.path is None  # where the data lay does not travel
+    assert info.metrics["val_accuracy"] > 0.9
+    assert not model.training
+    assert set(load_file(alone)) == set(model.state_dict())
+
+
+def test_no_pickle_anywhere(trained: Path) -> None:
+    for path in trained.rglob("*"):
+        if path.is_file() and path.suffix == ".safetensors":
+            data = path.read_bytes()
+            assert json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        else:
+            assert path.is_dir() or path.suffix in (".json", ".jsonl", ".toml", ".md") or path.name == ".lock"
+
+
+def test_every_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
+    data = (trained / MODEL_FILE).read_bytes()
+    target = tmp_path / MODEL_FILE
+    rng = random.Random(0)
+    for _ in range(200):
+        broken = bytearray(data)
+        broken[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        target.write_bytes(broken)
+        with pytest.raises(PerceiverError) as caught:
+            load_model(target)
+        assert MODEL_FILE in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 100, 5000, -1])
+def test_cut_files_are_refused(trained: Path, tmp_path: Path, size: int) -> None:
+    (tmp_path / MODEL_FILE).write_bytes((trained / MODEL_FILE).read_bytes()[:size])
+    with pytest.raises(IntegrityError):
+        load_model(tmp_path / MODEL_FILE)
+
+
+def _with_header(header: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(header)) + header + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<Q", 1 << 63) + b"{}",
+        struct.pack("<Q", (1 << 64) - 1) + b"{}",
+        _with_header(b"[" * 100_000),
+        _with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', b"\0" * 4),
+        _with_header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"\0" * 4),
+        _with_header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"\0" * 4),
+        _with_header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
+        _with_header(b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        _with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"\0" * 8),
+        _with_header(b'{"a":1e999}'),
+        _with_header(b'{"__metadata__":{"perceiver":"{\\"format\\":1,\\"format\\":1}"}}'),
+    ],
+)
+def test_hostile_headers_are_refused_before_anything_is_allocated(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(data)
+    with pytest.raises(IntegrityError):
+        read_info(tmp_path / "x.safetensors")
+
+
+def test_files_of_others_and_other_versions_are_named(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({"a": torch.zeros(1)}, other)
+    with pytest.raises(UsageError, match="not a model of this program"):
+        read_info(other)
+    data = (trained / MODEL_FILE).read_bytes()
+    newer = tmp_path / "newer.safetensors"
+    newer.write_bytes(data.replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    with pytest.raises(IntegrityError, match=r"format 9, this program reads 1; upgrade"):
+        read_info(newer)
+
+
+def test_tensors_that_do_not_fit_are_named(trained: Path, tmp_path: Path) -> None:
+    model, info = load_model(trained / MODEL_FILE)
+    config = info.config.override(["model.num_latents=9"])
+    changed = tmp_path / MODEL_FILE
+    save_model(changed, model.state_dict(), replace(info, config=config))
+    with pytest.raises(IntegrityError, match=r"1 tensors do not fit.*latents: expected \(9, 16\), found \(8, 16\)"):
+        load_model(changed)
+
+
+def test_where_a_model_is_looked_for(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PERCEIVER_MODEL", raising=False)
+    with pytest.raises(UsageError, match="no runs/latest here"):
+        find_model(None)
+    with pytest.raises(UsageError, match="no model file"):
+        find_model("nowhere")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "latest").symlink_to(trained)
+    assert find_model(None) == Path("runs/latest") / MODEL_FILE
+    monkeypatch.setenv("PERCEIVER_MODEL", str(trained / MODEL_FILE))
+    assert find_model(None) == trained / MODEL_FILE
+    assert find_model("runs/latest") == Path("runs/latest") / MODEL_FILE
+
+
+# ---------------------------------------------------------------- training state
+
+
+def states(run: Path, *steps: int) -> None:
+    for step in steps:
+        save_state(run, {"w": torch.full((100,), float(step))}, {"step": step})
+
+
+def test_the_newest_state_and_the_one_before_are_kept(tmp_path: Path) -> None:
+    states(tmp_path, 1, 2, 10, 9)
+    tensors, state, notes = load_state(tmp_path)
+    assert (state["step"], float(tensors["w"][0]), notes) == (9, 9.0, [])
+    names = sorted(path.name for path in (tmp_path / STATE_FOLDER).iterdir())
+    assert names == [MANIFEST, "step-00000009.safetensors", "step-00000010.safetensors"]
+
+
+def test_a_damaged_state_falls_back_and_says_so(tmp_path: Path) -> None:
+    states(tmp_path, 1, 2)
+    newest = tmp_path / STATE_FOLDER / "step-00000002.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-5] ^= 1
+    newest.write_bytes(data)
+    _, state, notes = load_state(tmp_path)
+    assert state["step"] == 1
+    assert "step-00000002" in notes[0]
+    assert "sha256" in notes[0]
+    (tmp_path / STATE_FOLDER / "step-00000001.safetensors").unlink()
+    with pytest.raises(IntegrityError, match="no whole training state"):
+        load_state(tmp_path)
+
+
+def test_a_manifest_cannot_point_elsewhere(tmp_path: Path) -> None:
+    states(tmp_path, 1)
+    manifest = tmp_path / STATE_FOLDER / MANIFEST
+    manifest.write_text(manifest.read_text().replace("step-00000001", "../../etc/passwd"))
+    with pytest.raises(IntegrityError, match="damaged manifest"):
+        load_state(tmp_path)
+
+
+def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail at each call that touches the disk in turn: the committed state is always one of the two, whole."""
+    import os
+
+    states(tmp_path, 1)
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        for fail_at in range(4):
+            calls = 0
+
+            def flaky(*arguments: object, _fail_at: int = fail_at, _original: object = original) -> object:
+                nonlocal calls
+                calls += 1
+                if calls == _fail_at + 1:
+                    raise OSError(28, "No space left on device")
+                return _original(*arguments)  # type: ignore[operator]
+
+            monkeypatch.setattr(os, name, flaky)
+            with contextlib.suppress(ResourceError):
+                states(tmp_path, 2)
+            monkeypatch.setattr(os, name, original)
+            tensors, state, _ = load_state(tmp_path)
+            assert float(tensors["w"][0]) == state["step"]
+    states(tmp_path, 3)
+    assert not [path for path in (tmp_path / STATE_FOLDER).iterdir() if path.name.endswith(".tmp")]
