@@ -21,11 +21,13 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
     A file name is data from a stranger. This is the only way one may reach a terminal or a log.
     """
-    text = _escaped(os.fspath(path))
-    if len(text) > MAX_SHOWN:
-        half = MAX_SHOWN // 2
-        text = f"{text[:half]}...{text[-half:]}"
-    return f"'{text}'"
+    return f"'{show_text(path)}'"
+
+
+def show_text(text: str | os.PathLike[str]) -> str:
+    """Return `text` escaped and cut as `show_path` does, without quotes: for a cell of a table or a title."""
+    escaped, half = _escaped(os.fspath(text)), MAX_SHOWN // 2
+    return escaped if len(escaped) <= MAX_SHOWN else f"{escaped[:half]}...{escaped[-half:]}"
 
 
 def show_command(words: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ from perceiver_cli.cli.options import (
 from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, talk
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, show_text
 
 if TYPE_CHECKING:
     from perceiver_cli.data.lint import Copies, LintReport
@@ -168,7 +168,7 @@ def show_lint(report: LintReport, as_json: bool) -> None:
         return
     table = new_table("class", *report.sizes)
     for name in next(iter(report.counts.values())):
-        table.add_row(Text(show_path(name)[1:-1]), *(str(report.counts[split][name]) for split in report.sizes))
+        table.add_row(Text(show_text(name)), *(str(report.counts[split][name]) for split in report.sizes))
     table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
     emit_table(table)
     if report.imbalance is not None and report.imbalance > 1:
@@ -197,7 +197,7 @@ def _group(group: Copies) -> str:
     """Return a group of examples of one content as a line."""
     rows = []
     for split, name, labels in group.examples:
-        said = f" ({', '.join(show_path(label)[1:-1] for label in labels)})" if group.conflict else ""
+        said = f" ({', '.join(show_text(label) for label in labels)})" if group.conflict else ""
         rows.append(f"{split}: {show_path(name)}{said}")
     return _some(rows, " = ") + ("" if group.same_file else ", in files that differ")
 

@@ -13,7 +13,7 @@ from perceiver_cli.cli import completion, terminal
 from perceiver_cli.cli.options import Device, Json, Precision, Workers
 from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, new_table, say
 from perceiver_cli.errors import UsageError, counted
-from perceiver_cli.files import check_plot, show_path
+from perceiver_cli.files import check_plot, show_path, show_text
 
 if TYPE_CHECKING:
     from perceiver_cli.report.compare import Comparison
@@ -197,14 +197,14 @@ def show_comparison(comparison: Comparison, as_json: bool) -> None:
         return
     precise = any(run.mAP is not None for run in comparison.runs)
     columns = ["accuracy", "interval", *(["mAP"] if precise else []), "loss", "examples", "seconds", "parameters"]
-    table = new_table("name", *columns, *(show_path(key)[1:-1] for key in comparison.differences))
+    table = new_table("name", *columns, *(show_text(key) for key in comparison.differences))
     for place, run in enumerate(comparison.runs):
         interval = "-" if run.interval_95 is None else "{:.3f}-{:.3f}".format(*run.interval_95)
         measured = [_cell_of(run.accuracy, ".4f"), interval, *([_cell_of(run.mAP, ".4f")] if precise else [])]
         costs = [_cell_of(run.loss, ".4f"), _cell_of(run.num_examples, ","), _cell_of(run.seconds, ".0f")]
         settings = [values[place] for values in comparison.differences.values()]
-        words = [Text("-" if value is None else show_path(str(value))[1:-1]) for value in settings]
-        table.add_row(Text(show_path(run.run)[1:-1]), *measured, *costs, f"{run.parameters:,}", *words)
+        words = [Text("-" if value is None else show_text(str(value))) for value in settings]
+        table.add_row(Text(show_text(run.run)), *measured, *costs, f"{run.parameters:,}", *words)
     emit_table(table)
 
 

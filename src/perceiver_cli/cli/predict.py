@@ -33,7 +33,7 @@ from perceiver_cli.cli.options import (
 )
 from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, is_terminal, new_table, say
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, show_text
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
@@ -277,15 +277,15 @@ def _table_rows(
     further = "".join(f"{name:<{EXTRA_WIDTH[name]}} " for name in extra)
     yield f"{'file':<40} {further}{'label':<16} {'prob':>6}  others\n"
     for prediction in predictions:
-        shown = show_path(prediction.path)[1:-1]
+        shown = show_text(prediction.path)
         if prediction.error is not None:
             yield f"{shown:<40} (not read)\n"
             continue
         (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
-        rest = ", ".join(f"{show_path(name)[1:-1]} {p:.3f}" for name, p in others)
+        rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
         cells = zip(extra, _extra(prediction, extra), strict=True)
         further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
-        yield f"{shown:<40} {further}{show_path(prediction.label)[1:-1]:<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+        yield f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 # ---------------------------------------------------------------- evaluation and info
@@ -309,7 +309,7 @@ def show_report(report: Report, as_json: bool) -> None:
     for name, row in report.per_class.items():
         cells = ((key, row[key]) for key in columns)
         numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
-        table.add_row(Text(show_path(name)[1:-1]), *numbers)
+        table.add_row(Text(show_text(name)), *numbers)
     emit_table(table)
 
 
@@ -321,6 +321,6 @@ def show_explanation(explanation: Explanation, as_json: bool) -> None:
     if as_json:
         emit_json(facts)
         return
-    emit(f"{show_path(explanation.label)[1:-1]} {explanation.prob:.4f}\n")
+    emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
     for name, part in facts["inputs"].items():
         emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the heat\n")

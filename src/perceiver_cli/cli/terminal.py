@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
-from perceiver_cli.files import printable, show_path
+from perceiver_cli.files import printable, show_text
 
 
 class _Talk(Console):
@@ -245,9 +245,9 @@ def flat_items(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str
         elif isinstance(value, int):
             yield prefix + name, f"{value:,}"
         elif isinstance(value, list | tuple):
-            yield prefix + name, " ".join(show_path(v)[1:-1] if isinstance(v, str) else str(v) for v in value)
+            yield prefix + name, " ".join(show_text(v) if isinstance(v, str) else str(v) for v in value)
         elif value is not None:
-            yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_path(str(value))[1:-1]
+            yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_text(str(value))
 
 
 def refuse_terminal(what: str) -> None:

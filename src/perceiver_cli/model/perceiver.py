@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_text
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.model.cost import cross_width
 from perceiver_cli.model.device import Compute
@@ -139,7 +139,7 @@ def compile_latents(model: Perceiver, compute: Compute) -> None:
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=compute.device))
     except Exception as error:  # no compiler, no Triton, an unsupported Python: each has errors of its own
-        reason = show_path(str(error).strip().partition("\n")[0])[1:-1]
+        reason = show_text(str(error).strip().partition("\n")[0])
         raise UsageError(f"torch.compile does not work here: {reason}", "leave out --compile") from error
     for transformer in model.latent_transformers:
         transformer.compile()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError, UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_text
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -96,7 +96,7 @@ def as_data_errors(source: Source) -> Iterator[None]:
         raise
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the file: {show_path(str(reason))[1:-1]}") from error
+        raise DataError(f"{source.shown}: cannot decode the file: {show_text(str(reason))}") from error
 
 
 def _refuse(url: str, *_: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError, LimitError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, show_text
 from perceiver_cli.preprocess.base import Array, check_decoded
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
@@ -83,7 +83,7 @@ def quietly(source: Source) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # trimesh alone raises more than nine kinds
-        reason = show_path(f"{type(error).__name__}: {error}")[1:-1]
+        reason = show_text(f"{type(error).__name__}: {error}")
         raise DataError(f"{source.shown}: cannot read the points: {reason}") from error
 
 

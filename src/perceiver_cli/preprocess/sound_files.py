@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError, LimitError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import container
 from perceiver_cli.preprocess.base import Array, check_contract
 from perceiver_cli.preprocess.source import Source
@@ -99,7 +99,7 @@ def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
         raise
     except Exception as error:
         reason = getattr(error, "error_string", None) or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the sound: {show_path(str(reason))[1:-1]}") from error
+        raise DataError(f"{source.shown}: cannot decode the sound: {show_text(str(reason))}") from error
 
 
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:

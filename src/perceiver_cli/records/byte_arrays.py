@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from perceiver_cli.errors import DataError, IntegrityError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.rows import METADATA, is_safetensors
@@ -64,4 +64,4 @@ def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
         said = json.loads(data[8 : 8 + length])["__metadata__"][METADATA].encode()
         return npy_bytes(rows), Header.parse(said, "its metadata")
     except (SafetensorError, IntegrityError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{source.shown}: a damaged byte array: {show_path(str(error))[1:-1]}") from error
+        raise DataError(f"{source.shown}: a damaged byte array: {show_text(str(error))}") from error

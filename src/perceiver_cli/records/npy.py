@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_text
 from perceiver_cli.preprocess.base import Array
 
 MAX_NPY_HEADER = 4096
@@ -56,9 +56,9 @@ def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | st
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
     except Exception as error:  # a stranger's text goes through a parser of Python literals
-        return f"a damaged NPY header: {show_path(str(error))[1:-1]}"
+        return f"a damaged NPY header: {show_text(str(error))}"
     if dtype.kind not in "uif" or dtype.itemsize > 8 or dtype.byteorder == ">":
-        return f"an array of {show_path(str(dtype))[1:-1]}, expected numbers"
+        return f"an array of {show_text(str(dtype))}, expected numbers"
     if fortran or len(shape) > 8 or min(shape, default=1) < 0:
         return f"an array of shape {shape}" + (" in Fortran order" if fortran else "")
     return dtype, shape

@@ -13,7 +13,7 @@ from typing import Any
 from perceiver_cli.config import Config
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import atomic_write, check_plot, show_path
+from perceiver_cli.files import atomic_write, check_plot, show_path, show_text
 from perceiver_cli.inference.statistics import Interval, of_share
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.describe import describe
@@ -163,7 +163,7 @@ def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
             low, high = run.interval_95 or (run.accuracy, run.accuracy)
             kept.plot((low, high), (place, place), color=colour, linewidth=2, alpha=0.5)
             kept.plot(run.accuracy, place, marker="o", color=colour)
-    names = (show_path(run.run)[1:-1].replace("$", r"\$") for run in runs)
+    names = (show_text(run.run).replace("$", r"\$") for run in runs)
     kept.set_yticks(
         range(len(runs)), [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
     )

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.files import atomic_write, show_path, show_text
 from perceiver_cli.inference.explain import MAPS, Explanation, Heat, Shown
 from perceiver_cli.report import pictures
 
@@ -43,12 +43,12 @@ def save(explanation: Explanation, path: Path) -> None:
 
 def to_picture(explanation: Explanation) -> pictures.Picture:
     """Return a page: each modality as it is, with attention, with heat; sound below pictures; then the score maps."""
-    label = show_path(explanation.label)[1:-1]
+    label = show_text(explanation.label)
     head = f"{label}: {explanation.prob:.3f}"
     if explanation.label != explanation.predicted:
-        head += f" (predicted: {show_path(explanation.predicted)[1:-1]} {explanation.predicted_prob:.3f})"
+        head += f" (predicted: {show_text(explanation.predicted)} {explanation.predicted_prob:.3f})"
     width = 3 * pictures.SIDE + 2 * pictures.GAP
-    parts = [pictures.line(head, width, large=True), pictures.line(show_path(explanation.path)[1:-1], width)]
+    parts = [pictures.line(head, width, large=True), pictures.line(show_text(explanation.path), width)]
     parts += [pictures.line(note, width) for note in explanation.notes]
     for name, shown in sorted(explanation.shown.items(), key=lambda item: item[0] == "audio"):
         parts.append(_medium(name, shown, label, several=len(explanation.shown) > 1))

@@ -32,7 +32,7 @@ from PIL import Image
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.errors import DataError, IntegrityError, counted
-from perceiver_cli.files import MAX_SHOWN, atomic_write, printable, show_command, show_path, write_text
+from perceiver_cli.files import MAX_SHOWN, atomic_write, printable, show_command, show_text, write_text
 from perceiver_cli.inference import statistics
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
@@ -427,7 +427,7 @@ def _plot_confusion(report: Report) -> Any:
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     # A class name is data: a dollar sign in it must not start mathematics.
-    names = [show_path(name)[1:-1].replace("$", r"\$") for name in report.classes]
+    names = [show_text(name).replace("$", r"\$") for name in report.classes]
     if len(names) <= 60:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
         axes.set_yticks(range(len(names)), names, fontsize=8)

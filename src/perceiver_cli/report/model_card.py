@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from perceiver_cli.files import show_path, write_text
+from perceiver_cli.files import show_text, write_text
 from perceiver_cli.model.checkpoint import ModelInfo
 from perceiver_cli.run_folder import MODEL_FILE
 
@@ -98,7 +98,7 @@ def table(head: tuple[str, str], rows: Any) -> list[str]:
 
 def plain(text: str) -> str:
     """Return text that Markdown shows as it is: one line, no link, image, HTML, code or table cell of its own."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$^@:]|(?<=www)\.)", r"\\\1", show_path(text)[1:-1])
+    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$^@:]|(?<=www)\.)", r"\\\1", show_text(text))
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
