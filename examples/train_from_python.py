@@ -25,7 +25,7 @@ def main(data: str, run: str, *overrides: str) -> None:
     wrong = [record["path"] for record in report.records if not record["correct"]]
     print(f"wrong: {wrong[:3]}")
     examples = trainer.catalog.splits.get("test", trainer.val_examples)[:3]
-    for prediction in predictor.predict(next(iter(example.sources.values())) for example in examples):
+    for prediction in predictor.predict(examples):
         print(prediction.label, round(prediction.prob, 3))
 
 

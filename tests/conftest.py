@@ -13,6 +13,11 @@ import pytest
 import soundfile
 from PIL import Image
 
+from perceiver_cli.data.inputs import opened
+from perceiver_cli.preprocess import look
+from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.training.events import Finished
 from perceiver_cli.training.trainer import Trainer
 
@@ -38,6 +43,16 @@ def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int =
             pixels[(2 + 3 * k) % side] = 255
             Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+def detect(source: Source) -> str:
+    """Return the modality that a source belongs to by its content."""
+    return look(source).kinds[0]
+
+
+def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
+    """Return what a source decodes to."""
+    return opened(source, spec, limits).array()
 
 
 RATE_HZ = 8_000

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.listing import CONTENT, read_manifest
+from perceiver_cli.data.listing import read_manifest
 from perceiver_cli.errors import DataError
 from tests.conftest import write_images
 
@@ -43,14 +43,14 @@ def test_a_column_for_each_modality(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image,audio,author,label\na.png,b.wav,me,x\na.png,,me,x\n,,me,y\n")
     (tmp_path / "m.jsonl").write_text('{"label": "x", "points": "c.off"}\n{"label": "y", "video": "d.mp4"}\n')
     rows, several = read_manifest(tmp_path / "m.csv")
-    assert [row.paths for row in rows] == [{"image": "a.png", "audio": "b.wav"}, {"image": "a.png"}, {}]
+    assert [row.columns for row in rows] == [{"image": "a.png", "audio": "b.wav"}, {"image": "a.png"}, {}]
     assert not several
-    assert [row.paths for row in read_manifest(tmp_path / "m.jsonl")[0]] == [{"points": "c.off"}, {"video": "d.mp4"}]
+    assert [row.columns for row in read_manifest(tmp_path / "m.jsonl")[0]] == [{"points": "c.off"}, {"video": "d.mp4"}]
 
 
 def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path\na.png\n")
-    assert read_manifest(tmp_path / "m.csv", labelled=False)[0][0].paths == {CONTENT: "a.png"}
+    assert read_manifest(tmp_path / "m.csv", labelled=False)[0][0].path == "a.png"
     with pytest.raises(DataError, match="columns are 'path'; expected path or some of"):
         read_manifest(tmp_path / "m.csv")
 
@@ -162,10 +162,10 @@ def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -
 
 def test_metadata_of_several_modalities(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image_file_name,audio_file_name,label\na.png,b.wav,x\n")
-    assert read_manifest(tmp_path / "m.csv")[0][0].paths == {"image": "a.png", "audio": "b.wav"}
+    assert read_manifest(tmp_path / "m.csv")[0][0].columns == {"image": "a.png", "audio": "b.wav"}
 
 
 def test_json_lines_end_at_newlines_only(tmp_path: Path) -> None:
     row = json.dumps({"path": "a\u2028b.png", "label": "x"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_text(row + "\n", encoding="utf-8")
-    assert read_manifest(tmp_path / "m.jsonl")[0][0].paths == {CONTENT: "a\u2028b.png"}
+    assert read_manifest(tmp_path / "m.jsonl")[0][0].path == "a\u2028b.png"

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import kept
-from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import CONTENT
+from perceiver_cli.data.examples import Example, ExampleTuple
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
 from perceiver_cli.data.splits import read_split, save_split
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
@@ -153,7 +152,7 @@ def made_up(counts: dict[str, int], groups: int = 0) -> Catalog:
         for label, (name, count) in enumerate(counts.items())
         for i in range(count)
     ]
-    return Catalog("", (), (), tuple(counts), {"train": tuple(found)}, group_by="who" if groups else None)
+    return Catalog("", (), (), tuple(counts), {"train": ExampleTuple(found)}, group_by="who" if groups else None)
 
 
 def test_hold_out_is_disjoint_and_of_every_class_that_has_two() -> None:
@@ -226,7 +225,7 @@ def test_a_saved_split_outlives_new_files(tmp_path: Path) -> None:
 
 def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
     (one, two, three) = (Example(f"{i}.png", {}, (i % 2,)) for i in range(3))
-    both = Catalog("", (), (), ("a", "b"), {"train": (one, one, two), "val": (two, three)})
+    both = Catalog("", (), (), ("a", "b"), {"train": ExampleTuple([one, one, two]), "val": ExampleTuple([two, three])})
     save_split(tmp_path / "split.jsonl", both)
     again = read_split(tmp_path / "split.jsonl").apply(both)
     assert again is not None
@@ -255,7 +254,7 @@ def test_damaged_splits_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 def test_hostile_ids_survive_a_saved_split(tmp_path: Path) -> None:
     names = ["\udcff.png", "a\nb.png", "\x1b[31m.png", "\u202e.png", '".png']
-    catalog = Catalog("", (), (), ("a",), {"train": tuple(Example(name, {}, (0,)) for name in sorted(names))})
+    catalog = Catalog("", (), (), ("a",), {"train": ExampleTuple(Example(name, {}, (0,)) for name in sorted(names))})
     save_split(tmp_path / "split.jsonl", catalog)
     lines = (tmp_path / "split.jsonl").read_bytes().splitlines()[1:]
     assert {os.fsencode(json.loads(line)["path"]) for line in lines} == {os.fsencode(name) for name in names}
@@ -459,7 +458,7 @@ def test_long_files_are_read_in_spans_to_the_same_bits(tmp_path: Path, seconds: 
 
 def test_a_file_that_is_replaced_is_looked_at_again(tmp_path: Path) -> None:
     path = tmp_path / "again.wav"
-    example = Example("again", {CONTENT: Source(str(path))})
+    example = Example("again", {"audio": Source(str(path))})
     reader = Reader({"audio": SOUND}, Limits())
     for seconds in (1, 2):
         soundfile.write(path, np.zeros(seconds * RATE_HZ, dtype=np.float32), RATE_HZ)
@@ -470,7 +469,7 @@ def test_views_of_evaluation_are_spread_over_the_file(tmp_path: Path) -> None:
     ramp = np.linspace(0, 0.9, RATE_HZ, dtype=np.float32)
     soundfile.write(tmp_path / "ramp.wav", ramp, RATE_HZ, subtype="FLOAT")
     reader = Reader({"audio": SOUND.model_copy(update={"eval_windows": 4})}, Limits())
-    decoded = reader.decode(Example("ramp", {CONTENT: Source(str(tmp_path / "ramp.wav"))}))
+    decoded = reader.decode(Example("ramp", {"audio": Source(str(tmp_path / "ramp.wav"))}))
     starts = [row["audio"].values.ravel()[0] for row in reader.views(decoded)]
     np.testing.assert_allclose(starts, [0, 0.225, 0.45, 0.675], atol=1e-3)
     (row,) = reader.views(decoded, (0, 0, 1))  # training sees one
@@ -479,7 +478,7 @@ def test_views_of_evaluation_are_spread_over_the_file(tmp_path: Path) -> None:
 
 def test_windows_of_a_file_are_as_files_of_their_own(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
-    example = Example("c", {CONTENT: Source(str(path))})
+    example = Example("c", {"audio": Source(str(path)), "video": Source(str(path))})
     reader = Reader({"audio": SOUND, "video": PICTURES, "image": SPEC}, Limits())
     found = list(reader.windows(example, 1.0, 0.5))
     spans = [span for span, _ in found]
@@ -487,7 +486,7 @@ def test_windows_of_a_file_are_as_files_of_their_own(tmp_path: Path) -> None:
     assert all(decoded.names == ("audio", "video") for _, decoded in found[:4])
     assert [len(decoded.arrays["video"]) for _, decoded in found[:4]] == [8] * 4
     picture = write_images(tmp_path, {"x": 1}) / "x" / "000.png"
-    ((span, decoded),) = reader.windows(Example("p", {CONTENT: Source(str(picture))}), 1.0, 0.5)
+    ((span, decoded),) = reader.windows(Example("p", {"image": Source(str(picture))}), 1.0, 0.5)
     assert (span, decoded.names) == (None, ("image",))
     still = Example("both", {"image": Source(str(picture)), "audio": Source(str(path))})
     assert [decoded.names for _, decoded in reader.windows(still, 1.0, 1.0)][:3] == [("audio", "image")] * 3

@@ -12,18 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.decoder import brought
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.inputs import unlabelled
-from perceiver_cli.data.listing import CONTENT
+from perceiver_cli.data.inputs import brought, examples_of
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.pairing import identity
 from perceiver_cli.errors import DataError
+from perceiver_cli.preprocess import look
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.preprocess.video import VideoSpec
 from tests.conftest import RATE_HZ, write_clip, write_images, write_pairs
 
 
@@ -186,20 +186,20 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     shutil.copy(root / "001.png", root / "001.jpeg")
     one = {"image": ImageSpec()}
     both = one | {"audio": AudioSpec()}
-    found = list(unlabelled(str(root), both, Limits()))
+    found = list(examples_of(str(root), both, Limits()))
     ids = [Path(example.id).name for example in found]
     assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8)), "notes.txt"]
     assert list(found[0].sources) == ["audio", "image"]
-    assert len(list(unlabelled(str(root), one, Limits()))) == 19  # a model of one modality: every file
+    assert len(list(examples_of(str(root), one, Limits()))) == 19  # a model of one modality: every file
     (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\nin/001.wav,\n,\n")
-    rows = list(unlabelled(str(tmp_path / "m.csv"), both, Limits()))
+    rows = list(examples_of(str(tmp_path / "m.csv"), both, Limits()))
     assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
     assert rows[0].sources["image"].name == str(root / "003.png")
     (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
-    (cloud,) = unlabelled(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
-    assert list(cloud.sources) == [CONTENT]
-    (plain,) = unlabelled(str(root / "000.png"), one, Limits())
-    assert plain.sources == {CONTENT: Source(str(root / "000.png"))}
+    (cloud,) = examples_of(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
+    assert list(cloud.sources) == ["points"]
+    (plain,) = examples_of(str(root / "000.png"), one, Limits())
+    assert plain.sources == {"image": look(Source(str(root / "000.png")))}
 
 
 def test_what_an_example_brings(pairs: Path, tmp_path: Path) -> None:
@@ -209,9 +209,10 @@ def test_what_an_example_brings(pairs: Path, tmp_path: Path) -> None:
         (["audio"], ["audio"]),
         (["video", "audio", "image"], ["audio", "video"]),
     ):
-        assert list(brought(Example("c", {CONTENT: clip}), reads)) == names
+        (example,) = examples_of(clip, dict.fromkeys(reads, VideoSpec()), Limits())
+        assert list(brought(example, reads)) == names
     assert list(brought(Example("c", {"video": clip}), ["audio", "video"])) == ["video"]
     with pytest.raises(DataError, match="video by its content, expected image or points"):
-        brought(Example("c", {CONTENT: clip}), ["image", "points"])
+        brought(*examples_of(clip, {"image": ImageSpec(), "points": PointsSpec()}, Limits()), ["image", "points"])
     with pytest.raises(DataError, match="'row 7': no audio or image"):
         brought(Example("row 7", {}), ["image", "audio"])

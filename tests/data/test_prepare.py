@@ -384,7 +384,7 @@ def test_a_spooled_stream_leaves_nothing_behind(bars: Path, tmp_path: Path, monk
     assert "spooled to '" in shards.notes[0]
     assert str(tmp_path) in shards.notes[0]
     assert os.listdir(tmp_path) == []
-    places = shards.places(3, "x", ["image"])
+    places = shards.stored(3, "x", ["image"])
     assert places["image"].array().shape == (12, 12, 1)
     with pytest.raises(DataError, match="'stdin': not records"):
         spooled(io.BytesIO(b"RIFF" + bytes(2000)), "stdin")
@@ -425,7 +425,8 @@ def test_a_tar_that_becomes_shorter_while_it_is_read_is_a_data_error(bars: Path,
     catalog = scan(path)
     reader = Reader({"image": catalog.prepared.inputs["image"]}, Limits())  # type: ignore[union-attr]
     examples = catalog.splits["train"]
-    places = {example.id: example.sources["image"].at for example in examples}  # type: ignore[attr-defined]
+    shards = examples.shards  # type: ignore[attr-defined]
+    places = {shards.id(row): int(shards.columns["at_image"][row]) for row in range(len(shards))}
     cut = sorted(places.values())[len(places) // 2]
     os.truncate(path, cut)
     for example in examples:

@@ -19,7 +19,7 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.inference import explain
 from perceiver_cli.model.attention import CrossAttend, SelfAttend, split_heads
 from perceiver_cli.model.encoding import ByteArrayEncoding
-from perceiver_cli.preprocess import audio, decode
+from perceiver_cli.preprocess import audio
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.preprocess.image import ImageSpec
@@ -28,7 +28,7 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.video import VideoSpec
 from perceiver_cli.report import pictures
-from tests.conftest import Perceive
+from tests.conftest import Perceive, decode
 
 SMALL = {"num_latents": 8, "latent_channels": 32, "num_self_heads": 2, "self_attends_per_block": 1}
 Segments = dict[str, Segment]

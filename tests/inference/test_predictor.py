@@ -13,14 +13,11 @@ import soundfile
 import torch
 
 from perceiver_cli.config import load_preset
-from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import CONTENT
 from perceiver_cli.data.loader import collate
 from perceiver_cli.errors import UsageError
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows, answer, summed_up
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.source import Source
 from tests.conftest import RATE_HZ, TONES_HZ, tone_of, write_clip
 
 
@@ -219,7 +216,7 @@ def test_views_are_averaged_as_probabilities(filmed: Path, tmp_path: Path) -> No
     reader = predictor.reader
     reader.specs = {name: spec.model_copy(update={"eval_windows": 3}) for name, spec in reader.specs.items()}
     (mean,) = predictor.predict([path])
-    rows = reader.views(reader.decode(Example("c", {CONTENT: Source(str(path))})))
+    rows = reader.views(reader.decode(*predictor.examples(path)))
     each = [answer(predictor.model, collate([row]), 1, predictor.compute, False).logits.softmax(dim=-1) for row in rows]
     assert len(each) == 3
     np.testing.assert_allclose(mean.probs, torch.cat(each).mean(dim=0), rtol=1e-5)

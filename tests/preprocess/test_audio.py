@@ -15,12 +15,12 @@ import pytest
 import soundfile
 
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
-from perceiver_cli.preprocess import decode, detect
 from perceiver_cli.preprocess.audio import MODALITY as AUDIO
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from tests.conftest import decode, detect
 
 RATE = 16_000
 LIMITS = Limits()

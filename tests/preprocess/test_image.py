@@ -20,12 +20,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess import detect
 from perceiver_cli.preprocess import image as module
 from perceiver_cli.preprocess.image import MODALITY, ImageSpec
 from perceiver_cli.preprocess.randaugment import RANDAUGMENT
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from tests.conftest import detect
 
 LIMITS = Limits()
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 255], [0, 0, 0], [200, 100, 50]]], np.uint8)

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess import detect
 from perceiver_cli.preprocess.points import MODALITY as POINTS
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from tests.conftest import detect
 
 trimesh = pytest.importorskip("trimesh")  # also here, so that no timing or memory below counts the import
 

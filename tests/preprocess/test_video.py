@@ -20,12 +20,13 @@ import pytest
 from PIL import Image
 
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
-from perceiver_cli.preprocess import container, decode, detect, modality
+from perceiver_cli.preprocess import container, modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.video import MODALITY as VIDEO
 from perceiver_cli.preprocess.video import VideoSpec
+from tests.conftest import decode, detect
 
 LIMITS = Limits()
 HEIGHT, WIDTH, RATE = 48, 64, 25

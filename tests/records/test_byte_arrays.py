@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.prepare import input_recipe, write_byte_array
+from perceiver_cli.data.prepare import byte_array, input_recipe, write_byte_array
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.preprocess import candidates, decode
+from perceiver_cli.preprocess import look
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.training.trainer import Trainer
@@ -78,12 +78,12 @@ def test_what_does_not_fit_is_refused_in_words(
     write_byte_array(Source(str(next(bars.rglob("*.png")))), spec, limits, str(tmp_path / "big.safetensors"))
     assert "prepared with inputs.image." in error(tmp_path / "big.safetensors")
     with pytest.raises(DataError, match="a byte array, which is not decoded"):
-        decode(Source(str(file)), spec, Limits())
+        byte_array(Source(str(file)), spec, Limits())
 
 
 def test_a_table_of_few_columns_is_a_cloud(tmp_path: Path) -> None:
     np.save(tmp_path / "cloud.npy", np.zeros((50, 6), np.float32))
-    assert candidates(Source(str(tmp_path / "cloud.npy"))) == ("points",)
+    assert look(Source(str(tmp_path / "cloud.npy"))).kinds == ("points",)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

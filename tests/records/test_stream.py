@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def test_bytes_of_strangers_never_end_in_another_error() -> None:
         try:
             for record in read(bytes(changed)):
                 for name, npy in record.arrays.items():
-                    Stored("x", npy, header=SPOKEN, modality=name).array()
+                    Stored("x", SPOKEN, name, 0.0, partial(bytes, npy)).array()
         except PerceiverError:
             pass
 
@@ -271,7 +272,7 @@ CLAIM = npy_bytes(np.zeros(4, np.float32)).replace(b"(4,), }", b"(10**12,)"[:7])
 def test_arrays_are_held_to_what_decoding_gives(modality: str, data: bytes, message: str) -> None:
     header = Header({**SPOKEN.inputs, "points": PointsSpec()})
     with pytest.raises(DataError, match=message):
-        Stored("a", data, header=header, modality=modality).array()
+        Stored("a", header, modality, 0.0, partial(bytes, data)).array()
 
 
 def test_a_recipe_that_decodes_otherwise_is_refused_by_name() -> None:

@@ -108,7 +108,7 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
         _piped_stdin()
 
     def found() -> Iterator[Any]:
-        from perceiver_cli.inference.predictor import Pipe
+        from perceiver_cli.data.inputs import Pipe
 
         for given in inputs:
             stdin = given == "-"

@@ -10,7 +10,8 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, combinations, islice
 from pathlib import Path
@@ -18,20 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.data.examples import Example, Records, chosen, columns_of, named
-from perceiver_cli.data.listing import (
-    CONTENT,
-    MANIFESTS,
-    Row,
-    folders_in,
-    is_manifest,
-    parent,
-    read_manifest,
-    rows_in,
-    suffix_of,
-    tally,
-    walk_files,
-)
+from perceiver_cli.data.examples import Example, Examples, ExampleTuple, Records
+from perceiver_cli.data.listing import Listing, Row, folders_in, listed, parent, suffix_of, tally, walk_files
 from perceiver_cli.data.pairing import (
     MOST,
     PROBES,
@@ -39,20 +28,20 @@ from perceiver_cli.data.pairing import (
     assemble,
     companions,
     either,
+    file_at,
     identity,
-    look,
     sources_of,
     stem,
     streams,
 )
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import formats, holds_rows, modality
+from perceiver_cli.preprocess import formats, look, modality, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows
 from perceiver_cli.records.format import SPLITS, Header
-from perceiver_cli.records.shards import Shards, open_shards, spooled, tar_files
+from perceiver_cli.records.shards import Shards, open_shards, spooled
 
 PARENT = "parent"  # to group by the folder that a file lies in
 
@@ -69,8 +58,7 @@ class Catalog:
     modalities: tuple[str, ...]
     holds: tuple[str, ...]
     classes: tuple[str, ...]
-    splits: Mapping[str, Sequence[Example]]
-    bad: Mapping[str, str] = field(default_factory=dict)  # example id -> error, known without decoding
+    splits: Mapping[str, Examples]
     notes: tuple[str, ...] = ()
     multi_label: bool = False  # each example may have several labels, or none
     prepared: Header | None = None
@@ -81,17 +69,29 @@ class Catalog:
         """A hash of id and class of all that a run learns from and is judged by: the splits train and val."""
         digest = hashlib.sha256()
         for split in ("train", "val"):
-            for name, labels in named(self.splits.get(split, ())):
+            for name, labels in self.examples(split).named():
                 digest.update(f"{split}\0{name}\0{labels}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()[:16]
 
+    @cached_property
+    def bad(self) -> dict[str, str]:
+        """By id why an example cannot be read, of those of which that is known without decoding."""
+        return {name: error for examples in self.splits.values() for name, error in examples.errors().items()}
+
+    def examples(self, split: str) -> Examples:
+        """Return the examples of a split; none where there is no such split."""
+        return self.splits.get(split, ExampleTuple())
+
+    def merged(self, splits: Iterable[str]) -> Examples:
+        """Return the examples of several splits, sorted by id."""
+        present = [self.splits[split] for split in splits if split in self.splits]
+        if not present:
+            return ExampleTuple()
+        return present[0] if len(present) == 1 else present[0].merged(present[1:])
+
     def counts(self, split: str) -> dict[str, int]:
         """Return the number of examples of each class in a split."""
-        examples = self.splits.get(split, ())
-        if isinstance(examples, Records):
-            return dict(zip(self.classes, examples.tally(len(self.classes)), strict=True))
-        found = Counter(label for _, labels in named(self.splits.get(split, ())) for label in labels)
-        return {name: found[index] for index, name in enumerate(self.classes)}
+        return dict(zip(self.classes, self.examples(split).counts(len(self.classes)), strict=True))
 
     def hold_out(self, fraction: float) -> Catalog:
         """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or of group.
@@ -106,7 +106,7 @@ class Catalog:
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
         examples = self.splits["train"]
-        keys, firsts = columns_of(examples, self.group_by)  # several labels: the first one stands for them
+        keys, firsts = examples.columns(grouped=self.group_by is not None)  # of several labels the first counts
         held = np.isin(keys, _held_out(keys, firsts, fraction))
         if self.group_by is not None and not held.any():
             raise DataError(
@@ -115,17 +115,17 @@ class Catalog:
             )
         return self.split(examples, held, np.ones(len(examples), bool))
 
-    def split(self, examples: Sequence[Example], held: NDArray[np.bool_], known: NDArray[np.bool_]) -> Catalog:
+    def split(self, examples: Examples, held: NDArray[np.bool_], known: NDArray[np.bool_]) -> Catalog:
         """Return the catalog with these examples, where `known`, as train and, where also `held`, as val."""
-        others = {name: found for name, found in self.splits.items() if name not in ("train", "val")}
-        parts = {"train": chosen(examples, known & ~held), "val": chosen(examples, known & held)}
-        return replace(self, splits=others | {name: found for name, found in parts.items() if len(found)})
+        others = {name: examples for name, examples in self.splits.items() if name not in ("train", "val")}
+        divided = {"train": examples.where(known & ~held), "val": examples.where(known & held)}
+        return replace(self, splits=others | {name: examples for name, examples in divided.items() if len(examples)})
 
     def check_groups(self) -> None:
         """Raise DataError if examples of one group are in two splits."""
         if self.group_by is None:
             return
-        keys = {name: columns_of(examples, self.group_by)[0] for name, examples in self.splits.items()}
+        keys = {name: examples.columns(grouped=True)[0] for name, examples in self.splits.items()}
         for one, other in combinations(sorted(keys), 2):
             shared = np.intersect1d(keys[one], keys[other])
             if len(shared):
@@ -162,31 +162,7 @@ def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: fl
     return np.array([key for key in count if goes(key)], np.uint64)
 
 
-def merged(catalog: Catalog, splits: Iterable[str]) -> Sequence[Example]:
-    """Return the examples of several splits, sorted by id."""
-    parts = [catalog.splits[split] for split in splits if split in catalog.splits]
-    if len(parts) < 2:
-        return parts[0] if parts else ()
-    if all(isinstance(part, Records) for part in parts):
-        rows = np.concatenate([part.rows for part in parts if isinstance(part, Records)])
-        ids = [name for part in parts for name, _ in named(part)]
-        order = np.array(sorted(range(len(ids)), key=ids.__getitem__), np.int64)
-        assert isinstance(parts[0], Records)
-        return parts[0].chosen(rows[order])
-    return tuple(sorted(chain.from_iterable(parts), key=lambda e: e.id))
-
-
 # ---------------------------------------------------------------- scanning
-
-
-@dataclass(frozen=True)
-class _Found:
-    """An example whose classes are still names; problem: why it cannot be read, where that is known."""
-
-    id: str
-    sources: Mapping[str, Source]
-    row: Row
-    problem: str | None = None
 
 
 def scan(
@@ -210,122 +186,116 @@ def scan(
         DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
         IntegrityError: records that are damaged, or a stream that was cut short.
     """
-    if os.fspath(data) == "-":
+    name = os.fspath(data)
+    if name == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
             return _of_records(spooled(stdin, "stdin"), "-", classes, reads, group_by)
-    if (tars := tar_files(data)) is not None:
-        return _of_records(open_shards(tars), os.fspath(data), classes, reads, group_by)
-    top = Path(data)
-    notes: list[str] = []
-    column = None if group_by == PARENT else group_by
-    if top.is_dir():
-        rows, multi_label = rows_in(top, notes, column)
-    elif is_manifest(top) and top.is_file():
-        rows, multi_label = read_manifest(top, group_by=column)
-    else:
-        what = "neither a folder nor a manifest" if top.exists() else "no such folder"
-        raise DataError(f"{show_path(data)}: {what}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+    listing = listed(name, group_by=None if group_by == PARENT else group_by)
+    if listing.tars:
+        return _of_records(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:
-        rows = [replace(row, group=parent(next(iter(row.paths.values()), ""))) for row in rows]
-    folder = os.fspath(top if top.is_dir() else top.parent)
-    catalog = of_rows(
-        rows, os.fspath(data), folder, classes, reads, by_stem=top.is_dir(), multi_label=multi_label, notes=notes
-    )
-    ordered = {split: tuple(sorted(examples, key=lambda e: e.id)) for split, examples in catalog.splits.items()}
+        rows = [replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows]
+        listing = replace(listing, rows=rows)
+    folder = listing.folder or os.path.dirname(name)
+    catalog = of_listing(replace(listing, folder=folder), name, classes, reads)
+    ordered = {split: examples.merged([]) for split, examples in catalog.splits.items()}
     return replace(catalog, splits=ordered, group_by=group_by)
 
 
-def of_rows(
-    rows: Sequence[Row],
+def of_listing(
+    listing: Listing,
     root: str,
-    folder: str,
     classes: Sequence[str] | None = None,
     reads: Iterable[str] | None = None,
-    *,
-    by_stem: bool = False,
-    multi_label: bool = False,
-    notes: Sequence[str] = (),
 ) -> Catalog:
-    """Return the catalog of rows whose paths lie in `folder`, in the order given; as `scan` says.
-
-    by_stem: files that share their stem may be parts of one example. root: what to call the data.
+    """Return the catalog of the rows of a listing, in their order; as `scan` says. root: what to call the data.
 
     Raises:
         DataError: no usable files.
     """
-    wanted, notes = None if reads is None else set(reads), list(notes)
-    given = [row for row in rows if row.paths]
-    if any(CONTENT not in row.paths for row in given):
-        found, holds, brings = _by_column(folder, given, wanted, notes)
+    wanted, notes, rows = None if reads is None else set(reads), list(listing.notes), list(listing.rows)
+    full = [row for row in rows if row.paths]
+    if any(row.columns for row in full):
+        examples, holds, brings = _by_column(listing.folder, full, wanted, notes)
     else:
-        found, holds, brings = _by_content(folder, given, wanted, notes, by_stem)
+        examples, holds, brings = _by_content(listing, full, wanted, notes)
     if not holds:
         raise _nothing_usable(Path(root))
-    found += [
-        _Found(f"row {number}", {}, row, f"{show_path(root)}: row {number} names no file")
-        for number, row in enumerate(rows, start=1)
-        if not row.paths
-    ]
+    for number, row in enumerate(rows, start=1):
+        if not row.paths:
+            error = f"{show_path(root)}: row {number} names no file"
+            examples.append((Example(f"row {number}", {}, error=error), row))
     for name in sorted(brings) if len(brings) > 1 else ():
-        missing = sum(name not in example.sources for example in found)
+        missing = sum(name not in example.sources for example, _ in examples)
         if missing:
-            notes.append(f"{missing} of {len(found)} examples have no {name}")
-
-    known = {name for example in found if example.row.split == "train" for name in example.row.labels}
-    known = known or {name for example in found for name in example.row.labels}
+            notes.append(f"{missing} of {len(examples)} examples have no {name}")
+    known = {name for _, row in examples if row.split == "train" for name in row.labels}
+    known = known or {name for _, row in examples for name in row.labels}
     ordered = tuple(classes) if classes is not None else tuple(sorted(known))
-    index = {name: i for i, name in enumerate(ordered)}
-    strangers = Counter(name for example in found for name in example.row.labels if name not in index)
+    _note_strangers(Counter(name for _, row in examples for name in row.labels), ordered, classes, "file", notes)
+    splits = _in_splits(root, examples, {name: place for place, name in enumerate(ordered)})
+    return Catalog(
+        root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), listing.multi_label
+    )
+
+
+def _in_splits(
+    root: str, examples: Iterable[tuple[Example, Row]], class_index: Mapping[str, int]
+) -> dict[str, Examples]:
+    """Return the examples of each split, labelled. Raises DataError if two different ones have the same id."""
+    splits: dict[str, list[Example]] = defaultdict(list)
+    sources: dict[str, Mapping[str, object]] = {}
+    for example, row in examples:
+        if sources.setdefault(example.id, example.sources) != example.sources:
+            raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
+        labels = tuple(sorted({class_index[name] for name in row.labels if name in class_index}))
+        splits[row.split].append(replace(example, labels=labels, group=row.group))
+    return {split: ExampleTuple(own) for split, own in splits.items()}
+
+
+def _note_strangers(
+    counts: Counter[str], ordered: Sequence[str], classes: Sequence[str] | None, noun: str, notes: list[str]
+) -> None:
+    """Note how many examples are of classes that are not learned or not known to the model."""
+    known = set(ordered)
+    strangers = Counter({name: count for name, count in counts.items() if name not in known})
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{counted(strangers.total(), 'file')} of classes not among {whose}: {tally(strangers)}")
-    splits: dict[str, list[Example]] = defaultdict(list)
-    seen: dict[str, Mapping[str, Source]] = {}
-    for example in found:
-        if seen.setdefault(example.id, example.sources) != example.sources:
-            raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
-        labels = tuple(sorted({index[name] for name in example.row.labels if name in index}))
-        splits[example.row.split].append(Example(example.id, example.sources, labels, example.row.group))
-    return Catalog(
-        root,
-        tuple(sorted(brings)),
-        tuple(sorted(holds)),
-        ordered,
-        {split: tuple(examples) for split, examples in splits.items()},
-        {example.id: example.problem for example in found if example.problem is not None},
-        tuple(notes),
-        multi_label,
-    )
+        notes.append(f"{counted(strangers.total(), noun)} of classes not among {whose}: {tally(strangers)}")
+
+
+Labelled = list[tuple[Example, Row]]  # examples without labels yet, and the row that has them
 
 
 def _by_column(
     folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
-) -> tuple[list[_Found], set[str], set[str]]:
+) -> tuple[Labelled, set[str], set[str]]:
     """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
-    holds = {name for row in rows for name in row.paths}
+    holds = {name for row in rows for name in row.columns}
     brings = holds if reads is None else holds & reads
-    found = []
+    examples = []
     for row in rows:
-        sources = {name: Source(os.path.join(folder, row.paths[name])) for name in sorted(brings & row.paths.keys())}
-        if sources:
-            found.append(_Found(identity(row.paths.values()), sources, row))
+        names = sorted(brings & row.columns.keys())
+        if names:
+            sources = {name: Source(os.path.join(folder, row.columns[name])) for name in names}
+            examples.append((Example(identity(row.paths), sources), row))
     if brings and holds - brings:
         notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
-    if brings and len(found) < len(rows):
-        notes.append(f"ignored {counted(len(rows) - len(found), 'row')} without {either(brings)}")
-    return found, holds, brings
+    if brings and len(examples) < len(rows):
+        notes.append(f"ignored {counted(len(rows) - len(examples), 'row')} without {either(brings)}")
+    return examples, holds, brings
 
 
 def _by_content(
-    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str], by_stem: bool
-) -> tuple[list[_Found], set[str], set[str]]:
+    listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+) -> tuple[Labelled, set[str], set[str]]:
     """Return the examples of rows that name one file each, what there is, and what of it they bring.
 
     A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
     """
-    files = [look(row.paths[CONTENT], folder) for row in rows]
+    files = [row.file or file_at(row.path, listing.folder) for row in rows]
     holds = {file.kinds[0] for file in files if file.kinds}
-    allowed = companions(files, by_stem=by_stem) if reads is None else reads
+    allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
     brings = set(usable)
     if "video" in usable:
@@ -347,21 +317,22 @@ def _by_content(
             continue
         if file.among(usable) is None:
             expected = kind_of[suffix]
-            error = file.error or f"{file.source.shown}: {file.kinds[0]} by its content, expected {expected}"
-            file = replace(file, kinds=(expected,), error=error)
-        groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
+            error = file.error or other_kind(file.source, expected)
+            file = File(file.path, replace(file.source, kinds=(expected,)), error)
+        groups[stem(file.path) if listing.by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
         notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
+    return [_of_group(group, usable, brings) for group in groups.values()], holds, brings
 
-    found = []
-    for group in groups.values():
-        parts, spare = assemble([file for file, _ in group], usable)
-        problem = next((file.error for file, _ in group if file.error is not None), None)
-        if spare is not None:
-            problem = problem or f"{spare.source.shown}: a second {spare.kinds[0]} file of its stem, expected one"
-        name = identity(file.path for file in parts.values())
-        found.append(_Found(name, sources_of(parts, brings), group[0][1], problem))
-    return found, holds, brings
+
+def _of_group(group: Sequence[tuple[File, Row]], usable: set[str], brings: set[str]) -> tuple[Example, Row]:
+    """Return the example that files of one stem make, and the row that labels it."""
+    by_kind, spare = assemble([file for file, _ in group], usable)
+    error = next((file.error.message for file, _ in group if file.error is not None), None)
+    if spare is not None:
+        error = error or f"{spare.source.shown}: a second {spare.kinds[0]} file of its stem, expected one"
+    name = identity(file.path for file in by_kind.values())
+    return Example(name, sources_of(by_kind, brings), error=error), group[0][1]
 
 
 def _of_records(
@@ -383,10 +354,8 @@ def _of_records(
     ordered = tuple(classes) if classes is not None else tuple(sorted(known))
     index = {name: place for place, name in enumerate(ordered)}
     places = np.array([index.get(name, -1) for name in shards.names], np.int64)
-    strangers = Counter({n: int(c) for n, c, place in zip(shards.names, counts, places, strict=True) if place < 0})
-    if strangers:
-        whose = "the model's classes" if classes is not None else "the training classes"
-        notes.append(f"{counted(strangers.total(), 'record')} of classes not among {whose}: {tally(strangers)}")
+    labelled = Counter(dict(zip(shards.names, counts.tolist(), strict=True)))
+    _note_strangers(labelled, ordered, classes, "record", notes)
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
         if missing:
@@ -401,7 +370,6 @@ def _of_records(
             for number, split in enumerate(SPLITS)
             if (splits == number).any()
         },
-        {shards.id(row): error for row, error in shards.errors.items()},
         notes=tuple(notes),
         multi_label=shards.header.multi_label,
         prepared=shards.header,
@@ -435,15 +403,21 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
         DataError: records that were prepared otherwise; names the first option that differs.
     """
     if catalog.prepared is not None:
-        found = catalog.prepared.settled(specs)
-        catalog.prepared.check(show_path(catalog.root), found, "this run")
-        return found
-    examples = catalog.splits["train"]
-    ranked = sorted(examples, key=lambda e: e.key)
-    found = dict(specs)
+        settled = catalog.prepared.settled(specs)
+        catalog.prepared.check(show_path(catalog.root), settled, "this run")
+        return settled
+    ranked = sorted(catalog.splits["train"], key=lambda example: example.key)
+    settled = dict(specs)
     for name, spec in specs.items():
-        probes = [e.sources[name] for e in ranked if name in e.sources][:PROBES]
-        if probes and holds_rows(probes[0]):
+        brought = (example.sources.get(name) for example in ranked)
+        probes = list(islice((source for source in brought if isinstance(source, Source)), PROBES))
+        if probes and _is_byte_array(probes[0]):
             probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
-        found[name] = modality(name).resolve(spec, probes, limits)
-    return found
+        settled[name] = modality(name).resolve(spec, probes, limits)
+    return settled
+
+
+def _is_byte_array(source: Source) -> bool:
+    with suppress(DataError):
+        return look(source).holds_rows
+    return False

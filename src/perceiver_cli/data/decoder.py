@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import CONTENT
-from perceiver_cli.data.pairing import File, either, sources_of
+from perceiver_cli.data.inputs import Encoded, Input, brought, opened
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError
 from perceiver_cli.files import show_path
 from perceiver_cli.malloc import keep_freed
-from perceiver_cli.preprocess import candidates, expected, holds_rows, modality
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.audio import AudioSpec
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, cut_windows
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, TimedModality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.preprocess.video import VideoSpec
-from perceiver_cli.records.byte_arrays import stored_rows
 from perceiver_cli.records.format import Stored
 
 NOTED = 1 << 16  # files whose length is remembered
@@ -36,12 +35,12 @@ Row = dict[str, ByteArray]  # of one view of an example, by modality; those that
 class Decoded:
     """An example as it is kept: all that does not change from visit to visit.
 
-    arrays: by modality. long: sources of sound and video too long to keep, of which each visit decodes a span.
+    arrays: by modality. long: sound and video too long to keep, of which each visit decodes a span.
     seconds: the length of each modality with a time axis. ready: what records bring already as the model is given it.
     """
 
     arrays: Mapping[str, Array]
-    long: Mapping[str, Source]
+    long: Mapping[str, Input]
     seconds: Mapping[str, float]
     ready: Mapping[str, ByteArray] = field(default_factory=dict)
 
@@ -92,27 +91,21 @@ class Decoder:
         """
         if example.id in self._decoded:
             return self._decoded[example.id]
-        sources, seconds = self.sources(example)
         arrays: dict[str, Array] = {}
-        long: dict[str, Source] = {}
+        long: dict[str, Input] = {}
         ready: dict[str, ByteArray] = {}
-        for name, source in sources.items():
-            if isinstance(source, Stored) and source.header.content != "decoded":
-                ready[name] = source.prepared()
-            elif name in seconds and seconds[name] > LONG_CLIPS * self.timed[name].clip_s(self.specs[name]):
-                long[name] = source
+        inputs = self.inputs(example)
+        for name, given in inputs.items():
+            if given.is_prepared:
+                ready[name] = given.prepared()
+            elif (given.seconds or 0) > LONG_CLIPS * self._clip_s(name):
+                long[name] = given
             else:
-                arrays[name] = self.load(name, source)
-        return Decoded(arrays, long, seconds, ready)
+                arrays[name] = given.array()
+        return Decoded(arrays, long, seconds_of(inputs), ready)
 
-    def load(self, name: str, source: Source, span: Span | None = None) -> Array:
-        """Return the decoded array of one modality, or of a span of it in seconds. Raises DataError."""
-        spec = self.specs[name]
-        if isinstance(source, Stored):
-            return source.array() if span is None else source.part(span, self.timed[name].steps_hz(spec))
-        if span is None:
-            return modality(name).load(source, spec, self.limits)
-        return self.timed[name].load(source, spec, self.limits, span)
+    def _clip_s(self, name: str) -> float:
+        return self.timed[name].clip_s(self.specs[name]) if name in self.timed else inf
 
     def windows(
         self, example: Example, window_s: float, hop_s: float
@@ -125,67 +118,54 @@ class Decoder:
         Raises:
             DataError: a file is bad, at once or only after some windows.
         """
-        sources, seconds = self.sources(example)
-        if any(isinstance(source, Stored) and source.header.content != "decoded" for source in sources.values()):
+        inputs = self.inputs(example)
+        if any(given.is_prepared for given in inputs.values()):
             raise DataError(f"{show_path(example.id)}: a prepared clip, which cannot be cut into windows")
-        still = {name: self.load(name, source) for name, source in sources.items() if name not in seconds}
+        seconds = seconds_of(inputs)
+        still = {name: given.array() for name, given in inputs.items() if name not in seconds}
         if not seconds:
             yield None, Decoded(still, {}, {})
             return
-        streams = (self._windows(name, sources[name], window_s, hop_s) for name in seconds)
+        streams = (inputs[name].windows(window_s, hop_s) for name in seconds)
         end_s = max(seconds.values())
-        for parts in zip_longest(*streams):
-            moving = {name: part for name, part in zip(seconds, parts, strict=True) if part is not None}
+        for at_once in zip_longest(*streams):
+            moving = {name: window for name, window in zip(seconds, at_once, strict=True) if window is not None}
             start, _ = next(iter(moving.values()))  # of the sound where there is some: frames are coarser
             end = min(start + window_s, max(end_s, start))
             arrays = still | {name: array for name, (_, array) in moving.items()}
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
 
-    def _windows(self, name: str, source: Source, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
-        timed, spec = self.timed[name], self.specs[name]
-        if isinstance(source, Stored):
-            return cut_windows([source.array()], timed.steps_hz(spec), window_s, hop_s)
-        return timed.windows(source, spec, self.limits, window_s, hop_s)
-
-    def sources(self, example: Example) -> tuple[dict[str, Source], dict[str, float]]:
-        """Return the source of each modality that an example has, and the seconds of those with a time axis.
+    def inputs(self, example: Example) -> dict[str, Input]:
+        """Return what an example brings of each modality that it has; nothing is decoded yet.
 
         Raises:
             DataError: a file is bad, or there is nothing of what is read here.
         """
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
-        sources = brought(example, self.specs)
-        seconds: dict[str, float] = {}
+        inputs: dict[str, Input] = {}
         absent: AbsentError | None = None
-        for name, source in list(sources.items()):
-            if isinstance(source, Stored):
-                if name in self.timed and source.header.content == "decoded":
-                    seconds[name] = source.seconds
-                continue
-            if holds_rows(source):
-                sources[name] = stored_rows(source, name, self.specs[name], self.limits)
-                continue
-            expected(source, name)
-            if name in self.timed:
-                try:
-                    seconds[name] = self._duration_s(name, source)
-                except AbsentError as error:
-                    absent = error
-                    del sources[name]
-        if absent is not None and not sources:
+        for name, source in brought(example, self.specs).items():
+            try:
+                inputs[name] = self._opened(name, source)
+            except AbsentError as error:
+                absent = error
+        if absent is not None and not inputs:
             raise absent
-        return sources, seconds
+        return inputs
 
-    def _duration_s(self, name: str, source: Source) -> float:
-        """Return the seconds of a file, noted for its next visit: to open a container takes 1 ms."""
-        state = source.state()
-        found = self._seconds.get((name, state))
-        if found is None:
-            found = self.timed[name].duration_s(source, self.limits)
+    def _opened(self, name: str, source: Source | Stored) -> Input:
+        """Return one input. The seconds of a file are noted for its next visit: to open a container takes 1 ms."""
+        given = opened(source, self.specs[name], self.limits)
+        if name not in self.timed or not isinstance(given, Encoded):
+            return given
+        state = given.source.state()
+        seconds = self._seconds.get((name, state))
+        if seconds is None:
+            seconds = self.timed[name].duration_s(given.source, self.limits)
             if state is not None and len(self._seconds) < NOTED:
-                self._seconds[name, state] = found
-        return found
+                self._seconds[name, state] = seconds
+        return replace(given, seconds=seconds)
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
@@ -248,7 +228,7 @@ class Decoder:
         clip_s = self.timed[name].clip_s(spec)
         start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
         if name in decoded.long:
-            return self.load(name, decoded.long[name], (start_s, clip_s)), start_s
+            return decoded.long[name].array((start_s, clip_s)), start_s
         rate_hz = self.timed[name].steps_hz(spec)
         return decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))], start_s
 
@@ -262,7 +242,7 @@ class Decoder:
             return modality(name).prepare(decoded.arrays[name], spec, rng)
         if name in decoded.long:
             assert start_s is not None
-            span = self.load(name, decoded.long[name], (start_s, timed.clip_s(spec)))
+            span = decoded.long[name].array((start_s, timed.clip_s(spec)))
             return timed.prepare(span, spec, rng, 0.0)
         return timed.prepare(decoded.arrays[name], spec, rng, start_s)
 
@@ -277,22 +257,6 @@ def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, .
     return left or (max(draws, key=lambda name: draws[name]),)
 
 
-def brought(example: Example, reads: Iterable[str]) -> dict[str, Source]:
-    """Return the source of each modality of `reads` that an example brings, sorted; at least one.
-
-    Raises:
-        DataError: it brings none of them; says what it is, or that there is nothing.
-    """
-    wanted = set(reads)
-    if CONTENT not in example.sources:
-        found = {name: source for name, source in sorted(example.sources.items()) if name in wanted}
-        if not found:
-            raise DataError(f"{show_path(example.id)}: no {either(wanted)}")
-        return found
-    source = example.sources[CONTENT]
-    kinds = candidates(source)
-    file = File(source.name, source, kinds)
-    nearest = file.among(wanted)
-    if nearest is None:
-        raise DataError(f"{source.shown}: {kinds[0]} by its content, expected {either(wanted)}")
-    return sources_of({nearest: file}, wanted)
+def seconds_of(inputs: Mapping[str, Input]) -> dict[str, float]:
+    """Return the length of each input that has a time axis."""
+    return {name: given.seconds for name, given in inputs.items() if given.seconds is not None}

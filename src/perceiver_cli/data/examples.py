@@ -1,17 +1,21 @@
-"""One example, and records as examples."""
+"""One example not yet read, and many: as a tuple, or as rows of records that take no memory until asked for."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import overload
+from itertools import chain
+from typing import Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.listing import parent
 from perceiver_cli.preprocess.source import Source, key_of
+from perceiver_cli.records.format import Stored
 from perceiver_cli.records.shards import Shards
 
 
@@ -19,15 +23,16 @@ from perceiver_cli.records.shards import Shards
 class Example:
     """One input, not yet read.
 
-    id: its path below the data folder, or the stem that its files share; sources: by modality, any of which may be
-    missing, or one under CONTENT; labels: class indices, one unless the data says several, none where the class is not
-    known; group: what it shares with others of its split, "" for nothing.
+    id: its path below the data folder, or the stem that its files share. sources: by modality, any of which may be
+    missing. labels: class indices, one unless the data says several, none where the class is not known. group: what it
+    shares with others of its split, "" for nothing. error: why it cannot be read, where that is known.
     """
 
     id: str
-    sources: Mapping[str, Source]
+    sources: Mapping[str, Source | Stored]
     labels: tuple[int, ...] = ()
     group: str = ""
+    error: str | None = None
 
     @cached_property
     def key(self) -> int:
@@ -35,16 +40,77 @@ class Example:
         return key_of(self.id)
 
 
-class Records(Sequence[Example]):
+class Examples(Sequence[Example]):
+    """Examples of one split, in order. What is asked of all of them is answered without making each."""
+
+    @abstractmethod
+    def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield id and labels of each example."""
+
+    @abstractmethod
+    def counts(self, num_classes: int) -> list[int]:
+        """Return the number of examples of each class."""
+
+    @abstractmethod
+    def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the key (`grouped`: of its group) and the first label of each example, -1 for none."""
+
+    @abstractmethod
+    def where(self, mask: NDArray[np.bool_]) -> Self:
+        """Return the examples at which the mask is set."""
+
+    @abstractmethod
+    def merged(self, others: Sequence[Self]) -> Self:
+        """Return these and others, sorted by id."""
+
+    @abstractmethod
+    def errors(self) -> dict[str, str]:
+        """Return by id why an example cannot be read, of those of which that is known."""
+
+
+class ExampleTuple(tuple[Example, ...], Examples):
+    """Examples that are all made."""
+
+    __slots__ = ()
+
+    def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield id and labels of each example."""
+        return ((example.id, example.labels) for example in self)
+
+    def counts(self, num_classes: int) -> list[int]:
+        """Return the number of examples of each class."""
+        counter = Counter(chain.from_iterable(example.labels for example in self))
+        return [counter[label] for label in range(num_classes)]
+
+    def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the key (`grouped`: of its group) and the first label of each example, -1 for none."""
+        keys = [key_of(example.group) if example.group else example.key for example in self]
+        labels = [example.labels[0] if example.labels else -1 for example in self]
+        return np.array(keys, np.uint64), np.array(labels, np.int64)
+
+    def where(self, mask: NDArray[np.bool_]) -> ExampleTuple:
+        """Return the examples at which the mask is set."""
+        return ExampleTuple(example for example, chosen in zip(self, mask.tolist(), strict=True) if chosen)
+
+    def merged(self, others: Sequence[Examples]) -> ExampleTuple:
+        """Return these and others, sorted by id."""
+        return ExampleTuple(sorted(chain(self, *others), key=lambda example: example.id))
+
+    def errors(self) -> dict[str, str]:
+        """Return by id why an example cannot be read, of those of which that is known."""
+        return {example.id: example.error for example in self if example.error is not None}
+
+
+class Records(Examples):
     """Rows of shards as examples, each made when it is asked for: a million of them take no memory.
 
-    places: by name of a label in the shards, the class that it is, -1 for none.
+    label_classes: by place of a label in the shards' names, the class that it is, -1 for none.
     """
 
     def __init__(
-        self, shards: Shards, rows: NDArray[np.int64], places: NDArray[np.int64], modalities: Sequence[str]
+        self, shards: Shards, rows: NDArray[np.int64], label_classes: NDArray[np.int64], modalities: Sequence[str]
     ) -> None:
-        self.shards, self.rows, self.places, self.modalities = shards, rows, places, modalities
+        self.shards, self.rows, self.label_classes, self.modalities = shards, rows, label_classes, modalities
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,65 +121,55 @@ class Records(Sequence[Example]):
     def __getitem__(self, place: slice) -> Records: ...
     def __getitem__(self, place: int | slice) -> Example | Records:
         if isinstance(place, slice):
-            return self.chosen(self.rows[place])
+            return self._of(self.rows[place])
         row = int(self.rows[place])
-        name = self.shards.id(row)
-        return Example(name, self.shards.places(row, name, self.modalities), self._labels(row))
+        name, error = self.shards.id(row), self.shards.errors.get(row)
+        return Example(name, self.shards.stored(row, name, self.modalities), self._labels(row), error=error)
 
-    def chosen(self, rows: NDArray[np.int64]) -> Records:
-        """Return other rows of the same shards."""
-        return Records(self.shards, rows, self.places, self.modalities)
+    def _of(self, rows: NDArray[np.int64]) -> Records:
+        return Records(self.shards, rows, self.label_classes, self.modalities)
+
+    def _labels(self, row: int) -> tuple[int, ...]:
+        classes = {int(self.label_classes[place]) for place in self.shards.label_indices(row)}
+        return tuple(sorted(classes - {-1}))
 
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield id and labels of each example."""
         return ((self.shards.id(row), self._labels(row)) for row in self.rows.tolist())
 
-    def _labels(self, row: int) -> tuple[int, ...]:
-        found = {int(self.places[place]) for place in self.shards.label_indices(row)}
-        return tuple(sorted(found - {-1}))
-
-    def tally(self, num_classes: int) -> list[int]:
+    def counts(self, num_classes: int) -> list[int]:
         """Return the number of examples of each class."""
         chosen = np.zeros(len(self.shards), bool)
         chosen[self.rows] = True
         flat = np.repeat(chosen, np.diff(self.shards.columns["label_ends"], prepend=0))
-        found: list[int] = np.bincount(
-            self.places[self.shards.columns["labels"][flat]] + 1, minlength=num_classes + 1
-        ).tolist()
-        return found[1:]
+        classes = self.label_classes[self.shards.columns["labels"][flat]]
+        counts: list[int] = np.bincount(classes + 1, minlength=num_classes + 1).tolist()
+        return counts[1:]
 
-    def columns(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return the key and the first label of each example, -1 for none."""
+    def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Return the key (`grouped`: of the folder in its id) and the first label of each example, -1 for none."""
         firsts = np.full(len(self.shards), -1)
         ends = self.shards.columns["label_ends"]
         counts = np.diff(ends, prepend=0)
         one = counts == 1
-        firsts[one] = self.places[self.shards.columns["labels"][ends[one] - 1]]
+        firsts[one] = self.label_classes[self.shards.columns["labels"][ends[one] - 1]]
         for row in np.flatnonzero(counts > 1).tolist():
             firsts[row] = next(iter(self._labels(row)), -1)
-        return self.shards.columns["keys"][self.rows], firsts[self.rows]
+        keys = self.shards.columns["keys"][self.rows]
+        if grouped:
+            keys = np.array([key_of(parent(name) or name) for name, _ in self.named()], np.uint64)
+        return keys, firsts[self.rows]
 
+    def where(self, mask: NDArray[np.bool_]) -> Records:
+        """Return the examples at which the mask is set."""
+        return self._of(self.rows[mask])
 
-def named(examples: Sequence[Example]) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield id and labels of each example."""
-    return examples.named() if isinstance(examples, Records) else ((e.id, e.labels) for e in examples)
+    def merged(self, others: Sequence[Records]) -> Records:
+        """Return these and others of the same shards, sorted by id."""
+        rows = np.concatenate([self.rows, *(other.rows for other in others)])
+        return self._of(np.array(sorted(rows.tolist(), key=self.shards.id), np.int64))
 
-
-def columns_of(
-    examples: Sequence[Example], group_by: str | None = None
-) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Return the key (with groups, of its group) and the first label of each example, -1 for none."""
-    if isinstance(examples, Records):
-        keys, labels = examples.columns()
-        if group_by is not None:
-            keys = np.array([key_of(parent(name) or name) for name, _ in examples.named()], np.uint64)
-        return keys, labels
-    firsts = [example.labels[0] if example.labels else -1 for example in examples]
-    found = [key_of(example.group) if example.group else example.key for example in examples]
-    return np.array(found, np.uint64), np.array(firsts, np.int64)
-
-
-def chosen(examples: Sequence[Example], mask: NDArray[np.bool_]) -> Sequence[Example]:
-    if isinstance(examples, Records):
-        return examples.chosen(examples.rows[mask])
-    return tuple(example for example, chosen in zip(examples, mask.tolist(), strict=True) if chosen)
+    def errors(self) -> dict[str, str]:
+        """Return by id why an example cannot be read, of those of which that is known."""
+        rows = set(self.rows.tolist()) if self.shards.errors else set()
+        return {self.shards.id(row): error for row, error in self.shards.errors.items() if row in rows}

@@ -1,109 +1,220 @@
-"""From the paths that were named to examples."""
+"""From what was named to examples, and from an example's sources to inputs that can be decoded. No torch.
+
+An `Input` is what an example brings of one modality. An encoded file, an array of a record and a byte array in a file
+give it in the same few methods, so that nothing above asks which of them it has.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
-from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
-from perceiver_cli.data.catalog import Catalog, of_rows
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import CONTENT, Row, is_manifest, read_manifest, rows_in, walk_files
-from perceiver_cli.data.pairing import File, assemble, either, identity, look, sources_of, stem, streams
+from perceiver_cli.data.listing import Listing, listed
+from perceiver_cli.data.pairing import File, assemble, either, file_at, identity, looked_at, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import candidates
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess import look, modality, other_kind, timed_modality
+from perceiver_cli.preprocess.base import Array, ByteArray, Span, TimedModality
+from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from perceiver_cli.records.format import Stored, Unread
-from perceiver_cli.records.shards import UNLIMITED, tar_files
-from perceiver_cli.records.stream import Feed, read_records
+from perceiver_cli.records.byte_arrays import stored_rows
+from perceiver_cli.records.format import HEAD_BYTES, Stored
+from perceiver_cli.records.shards import UNLIMITED
+from perceiver_cli.records.stream import Feed, is_tar, read_records
+
+READ_BYTES = 1 << 20  # of a file at a time
 
 
-def of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
-    """Return the catalog of one input, whose bytes are at hand."""
-    file = File(source.name, source, candidates(source))
-    kind = file.kinds[0]
-    inside = set(streams([file])) if kind == "video" and reads is None else set()
-    wanted = set(reads) if reads is not None else inside or {kind}
-    nearest = file.among(wanted)
-    if nearest is None:
-        raise DataError(f"{source.shown}: {kind} by its content, expected {either(wanted)}")
-    sources = sources_of({nearest: file}, wanted)
-    example = Example(source.name, sources)
-    return Catalog(source.name, tuple(sources), file.kinds, (), {"train": (example,)})
+class Input(Protocol):
+    """What an example brings of one modality.
+
+    origin: what the bytes of `content` belong to. is_prepared: whether it is what the model is given already, crops and
+    augmentation done. seconds: the length on its time axis, None without one.
+    """
+
+    @property
+    def origin(self) -> str: ...
+    @property
+    def is_prepared(self) -> bool: ...
+    @property
+    def seconds(self) -> float | None: ...
+
+    def array(self, span: Span | None = None) -> Array:
+        """Return the decoded array, or that of a span of seconds. Raises DataError."""
+
+    def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
+        """Yield (start in seconds, decoded array) of each window; see `TimedModality.windows`."""
+
+    def prepared(self) -> ByteArray:
+        """Return what the model is given, of an input that `is_prepared`. Raises DataError."""
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """Yield the bytes that it is stored in."""
 
 
-def of_paths(
-    paths: Sequence[str], reads: Mapping[str, InputSpec] | None, label_from_parent: bool
-) -> tuple[Catalog, str, dict[str, int]]:
-    """Return the catalog of files, folders and manifests, the folder of its ids, and the place of each file."""
-    notes: list[str] = []
-    rows: list[Row] = []
-    several = False
-    folder = ""
-    for path in paths:
-        listed = is_manifest(path) and os.path.isfile(path) and not look(path).kinds  # a cloud may be a table
-        found, base = [Row({CONTENT: path})], ""
-        if listed:
-            found, multi_label = read_manifest(path, labelled=False)
-            base, several = os.path.dirname(path), several or multi_label
-        elif os.path.isdir(path):
-            base = path
-            found, multi_label = rows_in(Path(path), notes) if not label_from_parent else ([], False)
-            several = several or multi_label
-            found = found or [Row({CONTENT: os.path.relpath(file, path)}) for file in walk_files(path)]
-        if label_from_parent:
-            found = [replace(row, labels=(_parent(base, row),)) for row in found]
-        if len(paths) == 1:
-            rows, folder = found, base
-        else:  # each below its own folder: only whole paths tell their files apart
-            rows += [replace(row, paths={k: os.path.join(base, p) for k, p in row.paths.items()}) for row in found]
-    root = paths[0] if len(paths) == 1 else f"{len(paths)} inputs"
-    by_stem = not any(map(is_manifest, paths))
-    catalog = of_rows(rows, root, folder, reads=reads, by_stem=by_stem, multi_label=several, notes=notes)
-    places = {os.path.join(folder, p): place for place, row in enumerate(rows) for p in row.paths.values()}
-    return catalog, folder, places
+@dataclass(frozen=True)
+class Encoded:
+    """An encoded file, or its bytes, as an Input: decoded when it is asked for."""
+
+    source: Source
+    spec: InputSpec
+    limits: Limits
+    seconds: float | None = None
+
+    @property
+    def is_prepared(self) -> bool:
+        """False: crops and augmentation are still to come."""
+        return False
+
+    @property
+    def origin(self) -> str:
+        """The name of the file."""
+        return self.source.name
+
+    def array(self, span: Span | None = None) -> Array:
+        """Return the decoded array, or that of a span of seconds. Raises DataError."""
+        if span is None:
+            return modality(self.spec.modality).load(self.source, self.spec, self.limits)
+        return self._timed.load(self.source, self.spec, self.limits, span)
+
+    def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
+        """Yield (start in seconds, decoded array) of each window; see `TimedModality.windows`."""
+        return self._timed.windows(self.source, self.spec, self.limits, window_s, hop_s)
+
+    def prepared(self) -> ByteArray:
+        """Raise TypeError: a file is never prepared."""
+        raise TypeError(f"{self.source.shown}: an encoded file is not prepared")
+
+    def content(self) -> Iterator[bytes]:
+        """Yield the bytes of the file."""
+        with self.source.open(self.limits) as file:
+            while block := file.read(READ_BYTES):
+                yield block
+
+    @property
+    def _timed(self) -> TimedModality[Any]:
+        timed = timed_modality(self.spec.modality)
+        assert timed is not None, self.spec.modality
+        return timed
 
 
-def _parent(base: str, row: Row) -> str:
-    """Return the name of the folder that the first file of a row lies in."""
-    return os.path.basename(os.path.dirname(os.path.abspath(os.path.join(base, next(iter(row.paths.values()), "")))))
-
-
-# ---------------------------------------------------------------- what is to be predicted
-
-
-def unlabelled(path: str, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
-    """Yield the examples that a path stands for: of a manifest one for each row, of a folder one for each file below.
-
-    For a model that reads several modalities, files in a folder that share their stem, each of another of these, make
-    one example. A tar, or a folder or pattern of tars, stands for the records in it.
+def opened(source: Source | Stored, spec: InputSpec, limits: Limits, seconds: float | None = None) -> Input:
+    """Return a source as an Input of the modality that `spec` is for. seconds: its length, where it has a time axis.
 
     Raises:
-        DataError: not a manifest, though its name ends as one's does; records that were not prepared as `reads` says.
+        DataError: unreadable, of another modality by its content, or a byte array that was prepared otherwise.
+    """
+    if isinstance(source, Stored):
+        return source
+    source = look(source)
+    if source.holds_rows:
+        return stored_rows(source, spec.modality, spec, limits)
+    if spec.modality not in source.kinds:
+        raise other_kind(source, spec.modality)
+    return Encoded(source, spec, limits, seconds)
+
+
+# ---------------------------------------------------------------- from what was named to examples
+
+
+@dataclass(frozen=True)
+class Pipe:
+    """What arrives on a pipe: a stream of records, or the bytes of one file, which the name is for."""
+
+    name: str
+    file: BinaryIO
+
+
+Part = str | os.PathLike[str] | bytes | Source
+Named = Part | Mapping[str, Part] | Pipe | Example  # several parts: by modality
+
+
+def source_of(part: Part) -> Source:
+    """Return a path or bytes as a Source."""
+    if isinstance(part, Source):
+        return part
+    return Source("-", part) if isinstance(part, bytes) else Source(os.fspath(part))
+
+
+def examples_of(
+    named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str] | None = None
+) -> Iterator[Example]:
+    """Yield the examples that are to be predicted, without labels.
+
+    named: a path or bytes, a mapping of these by modality, a pipe, or an example. A folder stands for the files below
+    it (those of one stem, each of another modality, make one example of a model of several modalities), a manifest for
+    its rows, a tar, or a folder or pattern of tars, for its records. reads: the inputs of the model. use: those of them
+    to answer from, all if unset. An input that cannot be read is an example with an error.
+
+    Raises:
+        DataError: a manifest that cannot be read, or records that were not prepared as `reads` says.
         IntegrityError: records that are damaged or cut short.
     """
-    if (tars := tar_files(path)) is not None:
-        for tar in tars:
-            with Source(tar).open(UNLIMITED) as file:
-                yield from of_stream(Feed(file, show_path(tar)), reads, limits)
-    # A cloud may be a table of numbers, too.
-    elif is_manifest(path, labelled=False) and os.path.isfile(path) and not look(path).kinds:
-        rows, _ = read_manifest(path, labelled=False)
-        for number, row in enumerate(rows, start=1):
-            sources = {name: Source(os.path.join(os.path.dirname(path), given)) for name, given in row.paths.items()}
-            yield Example(identity(row.paths.values()) if sources else f"row {number}", sources)
-    elif os.path.isdir(path):
-        yield from _below(path, set(reads))
+    if isinstance(named, Example):
+        yield named
+    elif isinstance(named, Mapping):
+        sources = {name: source_of(part) for name, part in named.items()}
+        yield Example(identity(source.name for source in sources.values()), sources)
+    elif isinstance(named, Pipe):
+        head = named.file.read(HEAD_BYTES)
+        if is_tar(head):
+            yield from _of_stream(Feed(named.file, show_path("stdin"), head), reads, limits)
+        else:
+            yield from examples_of(Source(named.name, received(named.file, limits, head)), reads, limits, use)
+    elif isinstance(named, bytes | Source):
+        yield _of_file(looked_at(source_of(named)), [*reads] if use is None else use)
     else:
-        yield Example(path, {CONTENT: Source(path)})
+        listing = listed(named, labels="ignored")
+        for tar in listing.tars:
+            with Source(tar).open(UNLIMITED) as file:
+                yield from _of_stream(Feed(file, show_path(tar)), reads, limits)
+        yield from _of_listing(listing, [*reads], [*reads] if use is None else use)
 
 
-def of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
+def _of_file(file: File, use: Collection[str]) -> Example:
+    """Return the example of one file, with an error where nothing of it is used."""
+    if file.error is not None:
+        return Example(file.path, {}, error=str(file.error))
+    nearest = file.among(use)
+    if nearest is None:
+        return Example(file.path, {}, error=str(other_kind(file.source, either(use))))
+    return Example(file.path, sources_of({nearest: file}, use))
+
+
+def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
+    """Yield the examples of a listing; in a folder, files of one stem are looked at together."""
+    by_stem = listing.by_stem and len(reads) > 1
+    for _, rows in groupby(enumerate(listing.rows, start=1), key=lambda pair: os.path.dirname(pair[1].path)):
+        groups: dict[str | int, list[File]] = defaultdict(list)
+        for number, row in rows:
+            if row.path:
+                file = row.file or file_at(row.path, listing.folder)
+                # A file of a folder is called by its whole path, one of a manifest as the manifest does.
+                file = replace(file, path=file.source.name) if listing.by_stem else file
+                groups[stem(file.path) if by_stem else number].append(file)
+            else:
+                sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
+                yield Example(identity(row.paths) if sources else f"row {number}", sources)
+        for files in groups.values():
+            yield from _of_stem(files, reads, use)
+
+
+def _of_stem(files: Sequence[File], reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
+    """Yield one example if each file is of another modality, else an example for each file."""
+    by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
+    if len(by_kind) > 1 and spare is None:
+        yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
+    else:
+        yield from (_of_file(file, use) for file in files)
+
+
+def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
     """Yield the examples of a stream of records as they arrive; no more than one is held.
 
     Raises:
@@ -114,26 +225,27 @@ def of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Ite
         if header is not checked:
             header.check(feed.shown, reads, "the model")
             checked = header
-        name, seconds, error = record.facts.path, record.facts.seconds, record.facts.error
-        if error is not None:
-            yield Example(name, {CONTENT: Unread(name, error=error)})
-            continue
-        yield Example(
-            name,
-            {m: Stored(name, npy, header=header, modality=m, seconds=seconds.get(m, 0.0))
-             for m, npy in record.arrays.items()},
-        )  # fmt: skip
+        facts = record.facts
+        stored = {
+            name: Stored(facts.path, header, name, facts.seconds.get(name, 0.0), partial(bytes, npy))
+            for name, npy in record.arrays.items()
+        }
+        yield Example(facts.path, stored, error=facts.error)
 
 
-def _below(folder: str, reads: set[str]) -> Iterator[Example]:
-    for _, paths in groupby(walk_files(folder), key=os.path.dirname):
-        groups: dict[str, list[str]] = defaultdict(list)
-        for path in paths:
-            groups[stem(path) if len(reads) > 1 else path].append(path)
-        for group in groups.values():
-            files = [file for path in group if (file := look(path)).among(reads)] if len(group) > 1 else []
-            parts, spare = assemble(files, reads)
-            if len(parts) > 1 and spare is None:
-                yield Example(identity(file.path for file in parts.values()), sources_of(parts, reads))
-            else:
-                yield from (Example(path, {CONTENT: Source(path)}) for path in group)
+def brought(example: Example, reads: Iterable[str]) -> dict[str, Source | Stored]:
+    """Return the source of each modality of `reads` that an example brings, sorted; at least one.
+
+    Raises:
+        DataError: it cannot be read, or brings none of them; says what it is, or that there is nothing.
+    """
+    if example.error is not None:
+        raise DataError(example.error)
+    wanted = set(reads)
+    sources = {name: source for name, source in sorted(example.sources.items()) if name in wanted}
+    if not sources:
+        for source in example.sources.values():
+            if isinstance(source, Source) and source.kinds and len(example.sources) == 1:
+                raise other_kind(source, either(wanted))
+        raise DataError(f"{show_path(example.id)}: no {either(wanted)}")
+    return sources

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import tiny_config
-from perceiver_cli.data.catalog import Catalog, merged, resolve_specs, scan
+from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
+from perceiver_cli.data.inputs import Input
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.preprocess.base import Array
-from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.records.format import Stored
 
 SILENT_PEAK = 1e-3  # of full scale: -60 dB, the mean taken off
 TINY_POINTS = 64  # of a cloud
@@ -194,7 +193,7 @@ class _Look:
         if catalog.prepared is not None:
             specs = dict(catalog.prepared.inputs)
         else:
-            sample = catalog.splits.get("train") or merged(catalog, catalog.splits)
+            sample = catalog.splits.get("train") or catalog.merged(catalog.splits)
             specs = tiny_config(catalog.modalities).inputs
             try:
                 specs = resolve_specs(specs, replace(catalog, splits={"train": sample}), limits)
@@ -206,38 +205,27 @@ class _Look:
         decoded, files = (hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in range(2))
         faults = []
         try:
-            sources, _ = self.decoder.sources(example)
-            for name, source in sources.items():
-                array = self._array(name, source)
+            inputs = self.decoder.inputs(example)
+            for name, given in inputs.items():
+                array = _values(given)
                 decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
                 decoded.update(np.ascontiguousarray(array).data)
-                kind = None if _is_prepared(source) else fault(name, array)
+                kind = None if given.is_prepared else fault(name, array)
                 faults += [] if kind is None else [(kind, name)]
-            for source in {id(s) if isinstance(s, Stored) else s.name: s for s in sources.values()}.values():
-                for part in _content(source, self.decoder.limits):
-                    files.update(part)
+            for given in {given.origin: given for given in inputs.values()}.values():
+                for block in given.content():
+                    files.update(block)
         except PerceiverError as error:
             return _Seen(example.id, error=str(error))
         return _Seen(example.id, decoded.digest() + files.digest(), tuple(faults))
 
-    def _array(self, name: str, source: Source) -> Array:
-        if isinstance(source, Stored) and _is_prepared(source):
-            ready = source.prepared()
-            return ready.values if ready.positions is None else ready.positions
-        return self.decoder.load(name, source)
 
-
-def _is_prepared(source: Source) -> bool:
-    return isinstance(source, Stored) and source.header.content != "decoded"
-
-
-def _content(source: Source, limits: Limits) -> Iterator[bytes | memoryview]:
-    if isinstance(source, Stored):
-        yield source.npy
-        return
-    with source.open(limits) as file:
-        while part := file.read(READ_BYTES):
-            yield part
+def _values(given: Input) -> Array:
+    """Return what is compared of an input: what it decodes to, or what the model is given of a prepared one."""
+    if not given.is_prepared:
+        return given.array()
+    ready = given.prepared()
+    return ready.values if ready.positions is None else ready.positions
 
 
 def fault(modality: str, array: Array) -> str | None:

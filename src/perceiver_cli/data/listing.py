@@ -10,15 +10,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from perceiver_cli import preprocess
+from perceiver_cli.data.pairing import File, file_at
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.shards import tar_files
 
 
 def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[list[Row], bool]:
@@ -71,7 +73,7 @@ def _listed(top: Path, lists: list[_List], notes: list[str], group_by: str | Non
         rows += found
         several = several or multi_label
     if lists[0].beside is not None:
-        named = {path for row in rows for path in row.paths.values()} | {str(g.path.relative_to(top)) for g in lists}
+        named = {path for row in rows for path in row.paths} | {str(g.path.relative_to(top)) for g in lists}
         cut = len(os.path.join(os.fspath(top), ""))
         rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)
         if rest:
@@ -97,7 +99,7 @@ def labelled_files(top: Path, notes: list[str]) -> list[Row]:
     cut = len(os.fspath(top / "x")) - 1  # of what is before a name in it: nothing where it is "."
 
     def rows(folder: Path, split: str, name: str) -> list[Row]:
-        return [Row({CONTENT: path[cut:]}, split, (name,)) for path in walk_files(folder)]
+        return [Row(path[cut:], split=split, labels=(name,)) for path in walk_files(folder)]
 
     folders = folders_in(top)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
@@ -150,7 +152,6 @@ def tally(counter: Counter[str]) -> str:
     return shown + (", ..." if len(counter) > 5 else "")
 
 
-CONTENT = ""  # in place of a modality's name: the content of the file decides which it belongs to
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -175,14 +176,27 @@ class ColumnError(DataError):
 class Row:
     """A row of a manifest, or a file of a folder.
 
-    paths: as given, by modality, or one under CONTENT; none in a row whose cells are empty. split: "train", "val" or
-    "test". labels: class names. group: what it shares with other rows that belong into one split; "" is itself alone.
+    path: of its one file, whose content says what it is; or columns: a path by modality. A row whose cells are empty
+    has neither. split: "train", "val" or "test". labels: class names. group: what it shares with other rows that belong
+    into one split; "" is itself alone. file: its one file, where it was looked at.
     """
 
-    paths: Mapping[str, str]
+    path: str = ""
+    columns: Mapping[str, str] = field(default_factory=dict)
     split: str = "train"
     labels: tuple[str, ...] = ()
     group: str = ""
+    file: File | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all its files, as they were named."""
+        return (self.path,) if self.path else tuple(self.columns.values())
+
+    def below(self, folder: str) -> Row:
+        """Return the row with paths that begin with a folder."""
+        columns = {name: os.path.join(folder, path) for name, path in self.columns.items()}
+        return replace(self, path=self.path and os.path.join(folder, self.path), columns=columns)
 
 
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
@@ -225,38 +239,54 @@ def read_manifest(
         raise DataError(f"{shown}: not a {suffix} manifest: {error}") from error
     columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    sources = _source_columns(columns)
-    if not sources or (labelled and label_column is None):
+    path_column, modality_columns = _path_columns(columns)
+    if not (path_column or modality_columns) or (labelled and label_column is None):
         kinds = ", ".join(sorted(preprocess.names()))
-        raise _wrong_columns(
-            shown,
-            columns,
-            [like for like, found in ((LIKE_PATH, sources), (LIKE_LABEL, label_column or not labelled)) if not found],
-            f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else ""),
-        )
+        missing: list[Sequence[str]] = [LIKE_PATH] if not (path_column or modality_columns) else []
+        missing += [LIKE_LABEL] if labelled and label_column is None else []
+        expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else "")
+        raise _wrong_columns(shown, columns, missing, expected)
     if group_by is not None and group_by not in columns:
         raise _wrong_columns(shown, columns, [(group_by,)], f"{show_path(group_by)} to group by")
-    found_rows = []
-    for number, row in enumerate(rows, start=1):
-        paths = {name: row[column] for name, column in sources.items() if row.get(column)}
-        label, group = row.get(label_column or ""), row.get(group_by or "")
-        if not all(isinstance(given, str) for given in paths.values()):
-            raise DataError(f"{shown}: row {number} has a path that is not text")
-        if labelled and label is None:
-            raise DataError(f"{shown}: row {number} has no {label_column}")
-        default = split
-        if beside is not None:
-            paths = {name: os.path.normpath(os.path.join(beside, given)) for name, given in paths.items()}
-            default = next((folder for given in paths.values() if (folder := top_split(given))), split)
-        named = str(row.get("split") or default).lower()
-        if named not in SPLIT_NAMES:
-            raise DataError(f"{shown}: row {number} has split {show_path(named)}, expected train, val or test")
-        parts = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
-        names = tuple(str(part).strip() for part in parts) if label_column == "labels" else (str(label or ""),)
-        found_rows.append(
-            Row(paths, SPLIT_NAMES[named], tuple(filter(None, names)), "" if group is None else str(group))
-        )
-    return found_rows, label_column == "labels"
+    chosen = _Columns(path_column, modality_columns, label_column or "", group_by or "")
+    read = [
+        _row(f"{shown}: row {number}", cells, chosen, labelled, split, beside)
+        for number, cells in enumerate(rows, start=1)
+    ]
+    return read, label_column == "labels"
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns that are read: of the path or one by modality, of the label and the group; "" is none."""
+
+    path: str
+    by_modality: Mapping[str, str]
+    label: str
+    group: str
+
+
+def _row(
+    shown: str, cells: Mapping[str, Any], columns: _Columns, labelled: bool, split: str, beside: str | None
+) -> Row:
+    """Return one row of a manifest; see `read_manifest`."""
+    columns_read = {"": columns.path, **columns.by_modality}
+    paths: dict[str, str] = {name: path for name, column in columns_read.items() if (path := cells.get(column))}
+    label, group = cells.get(columns.label), cells.get(columns.group)
+    if not all(isinstance(path, str) for path in paths.values()):
+        raise DataError(f"{shown} has a path that is not text")
+    if labelled and label is None:
+        raise DataError(f"{shown} has no {columns.label}")
+    if beside is not None:
+        paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
+        split = next((folder for path in paths.values() if (folder := top_split(path))), split)
+    split = str(cells.get("split") or split).lower()
+    if split not in SPLIT_NAMES:
+        raise DataError(f"{shown} has split {show_path(split)}, expected train, val or test")
+    several = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
+    labels = [str(each).strip() for each in several] if columns.label == "labels" else [str(label or "")]
+    path = paths.pop("", "")
+    return Row(path, paths, SPLIT_NAMES[split], tuple(filter(None, labels)), "" if group is None else str(group))
 
 
 def top_split(path: str) -> str | None:
@@ -264,13 +294,11 @@ def top_split(path: str) -> str | None:
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
 
 
-def _source_columns(columns: list[str]) -> dict[str, str]:
-    """Return the column of each modality, or the one of paths under CONTENT; none where there are both or neither."""
-    kinds = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
-    paths = [name for name in PATH_COLUMNS if name in columns]
-    if kinds and paths:
-        return {}
-    return kinds or ({CONTENT: paths[0]} if paths else {})
+def _path_columns(columns: list[str]) -> tuple[str, dict[str, str]]:
+    """Return the column of paths, or that of each modality; neither where there are both."""
+    by_modality = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
+    path = next((name for name in PATH_COLUMNS if name in columns), "")
+    return ("", {}) if path and by_modality else (path, by_modality)
 
 
 def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[str]], expected: str) -> ColumnError:
@@ -321,3 +349,54 @@ MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
     ".jsonl": _json_lines,
     LINES: _path_label_lines,
 }
+
+
+# ---------------------------------------------------------------- what a path stands for
+
+Labels = Literal["needed", "optional", "ignored"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a path stands for: rows of files, or tars of records.
+
+    folder: what the paths of rows are below. by_stem: files that share their stem may be one example. multi_label: an
+    example may have several labels. notes: what was passed over.
+    """
+
+    rows: Iterable[Row] = ()
+    tars: tuple[str, ...] = ()
+    folder: str = ""
+    by_stem: bool = True
+    multi_label: bool = False
+    notes: tuple[str, ...] = ()
+
+
+def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: str | None = None) -> Listing:
+    """Return what a path stands for: a folder, a manifest, tars of records, or one file. The one way to expand a path.
+
+    labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": those where there are any,
+    else all files of a folder, records excepted; "ignored": every file of a folder, in the order of its names.
+    group_by: a column of the manifest.
+
+    Raises:
+        DataError: a pattern without a match, a manifest that cannot be read, or, with labels, no folder or manifest.
+    """
+    name = os.fspath(path)
+    file = None if labels == "needed" or os.path.isdir(name) else file_at(name)
+    if labels != "optional" and not (file and file.kinds) and (tars := tar_files(name)) is not None:
+        return Listing(tars=tuple(tars))
+    if os.path.isdir(name):
+        notes: list[str] = []
+        rows, multi_label = rows_in(Path(name), notes, group_by) if labels != "ignored" else ([], False)
+        cut = len(os.path.join(name, ""))
+        every = (Row(each[cut:]) for each in walk_files(name)) if labels != "needed" else ()
+        return Listing(rows or every, folder=name, multi_label=multi_label, notes=tuple(notes))
+    # A cloud of points may be a table of numbers, too.
+    if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name) and not (file and file.kinds):
+        rows, multi_label = read_manifest(name, labelled=labels == "needed", group_by=group_by)
+        return Listing(rows, folder=os.path.dirname(name), by_stem=False, multi_label=multi_label)
+    if file is not None:
+        return Listing([Row(name, file=file)])
+    what = "neither a folder nor a manifest" if os.path.exists(name) else "no such folder"
+    raise DataError(f"{show_path(path)}: {what}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")

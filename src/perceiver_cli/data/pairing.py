@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import candidates, modality
-from perceiver_cli.preprocess.base import TimedModality
+from perceiver_cli.preprocess import look, timed_modality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -22,27 +21,35 @@ MOST = 0.5  # least share of a kind's files with a partner for it to join in, an
 class File:
     """A file of which the first bytes were looked at.
 
-    path: as given. kinds: the modalities that read such content, the nearest first: a video may be read for its sound.
-    error: why it cannot be read, where that is known.
+    path: as it was named. error: why it cannot be read, where that is known.
     """
 
     path: str
     source: Source
-    kinds: tuple[str, ...] = ()
-    error: str | None = None
+    error: DataError | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The modalities that read such content, the nearest first: a video may be read for its sound."""
+        return self.source.kinds
 
     def among(self, allowed: Container[str]) -> str | None:
         """Return the nearest of its kinds that is allowed."""
         return next((kind for kind in self.kinds if kind in allowed), None)
 
 
-def look(path: str, folder: str | os.PathLike[str] = "") -> File:
-    """Return what a file is by its content; one that cannot be told has an error and no kinds."""
-    source = Source(os.path.join(folder, path))
+def looked_at(source: Source, path: str | None = None) -> File:
+    """Return what a source is by its content; one that cannot be told has an error and no kinds."""
+    path = source.name if path is None else path
     try:
-        return File(path, source, candidates(source))
+        return File(path, look(source))
     except DataError as error:
-        return File(path, source, error=error.message)
+        return File(path, source, error)
+
+
+def file_at(path: str, folder: str | os.PathLike[str] = "") -> File:
+    """Return what the file at a path below a folder is by its content."""
+    return looked_at(Source(os.path.join(folder, path)), path)
 
 
 def stem(path: str) -> str:
@@ -76,16 +83,16 @@ def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
 
 def streams(videos: Sequence[File]) -> dict[str, float]:
     """Return which share of a sample of videos has picture, and which sound; what none has is left out."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     sample = videos[:: max(1, len(videos) // PROBES)][:PROBES]
     for file in sample:
         for name in ("audio", "video"):
-            kind = modality(name)
-            assert isinstance(kind, TimedModality)
+            timed = timed_modality(name)
+            assert timed is not None
             with suppress(DataError):
-                kind.duration_s(file.source, Limits())
-                found[name] += 1
-    return {name: count / len(sample) for name, count in found.items()}
+                timed.duration_s(file.source, Limits())
+                counts[name] += 1
+    return {name: count / len(sample) for name, count in counts.items()}
 
 
 def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, File], File | None]:

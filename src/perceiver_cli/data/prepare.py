@@ -18,15 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import Config, load_preset, tiny_config
-from perceiver_cli.data.catalog import resolve_specs
-from perceiver_cli.data.decoder import Decoder
-from perceiver_cli.data.examples import Example
-from perceiver_cli.data.inputs import of_bytes, of_paths
+from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
+from perceiver_cli.data.decoder import Decoder, seconds_of
+from perceiver_cli.data.examples import Example, ExampleTuple
+from perceiver_cli.data.inputs import opened
+from perceiver_cli.data.listing import Listing, Row, listed
+from perceiver_cli.data.pairing import File, either, sources_of, streams
 from perceiver_cli.data.workers import in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
-from perceiver_cli.preprocess import candidates, decode, modality, settled
+from perceiver_cli.preprocess import look, modality, other_kind, settled
 from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
@@ -55,7 +57,6 @@ class Job:
     examples: Sequence[tuple[str, Example]]
     folder: str
     limits: Limits
-    bad: Mapping[str, str]
     notes: tuple[str, ...]
     seed: int = 0
     augment: int = 0
@@ -89,11 +90,12 @@ def plan(
     elif preset is not None:
         config = load_preset(preset)
     reads = None if config is None else config.inputs
-    folder, places = "", dict[str, int]()
     if isinstance(inputs, Source):
-        catalog = of_bytes(inputs, reads)
+        catalog, folder, order = _of_bytes(inputs, reads), "", dict[str, int]()
     else:
-        catalog, folder, places = of_paths(inputs, reads, label_from_parent)
+        listing, root = _listing_of(inputs, label_from_parent)
+        catalog, folder = of_listing(listing, root, reads=reads), listing.folder
+        order = {os.path.join(folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
     config = (config or tiny_config(catalog.modalities)).override(list(changes))
     brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
     if not brought:
@@ -102,7 +104,7 @@ def plan(
     limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
     held = catalog.hold_out(config.data.val_fraction)
     if "train" not in held.splits:  # nothing to learn from: what there is settles what is left to the data
-        held = replace(held, splits={"train": tuple(chain(*held.splits.values()))})
+        held = replace(held, splits={"train": ExampleTuple(chain(*held.splits.values()))})
     specs = resolve_specs(brought, held, limits)
     content: Content = "fourier" if fourier is not None else "prepared" if augment else "decoded"
     header = Header(specs, catalog.classes, catalog.multi_label, content)
@@ -110,9 +112,46 @@ def plan(
         _check_prepared(header)
     splits = (held if augment else catalog).splits
     examples = [(split, example) for split in splits for example in splits[split]]
-    examples.sort(key=lambda pair: min((places.get(s.name, 0) for s in pair[1].sources.values()), default=0))
+    examples.sort(key=lambda pair: min((order.get(s.name, 0) for s in pair[1].sources.values()), default=0))
     seed, dtype = config.train.seed, fourier or "float32"
-    return Job(header, examples, folder, limits, catalog.bad, catalog.notes, seed, augment, dtype)
+    return Job(header, examples, folder, limits, catalog.notes, seed, augment, dtype)
+
+
+def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
+    """Return the catalog of one input, whose bytes are at hand."""
+    file = File(source.name, look(source))
+    kind = file.kinds[0]
+    inside = set(streams([file])) if kind == "video" and reads is None else set()
+    wanted = set(reads) if reads is not None else inside or {kind}
+    nearest = file.among(wanted)
+    if nearest is None:
+        raise other_kind(file.source, either(wanted))
+    sources = sources_of({nearest: file}, wanted)
+    return Catalog(
+        source.name, tuple(sources), file.kinds, (), {"train": ExampleTuple([Example(source.name, sources)])}
+    )
+
+
+def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing, str]:
+    """Return the rows of files, folders and manifests together, and what to call them."""
+    listings = [listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional") for path in paths]
+    if label_from_parent:
+        listings = [
+            replace(each, rows=[replace(row, labels=(_parent(each.folder, row),)) for row in each.rows])
+            for each in listings
+        ]
+    if len(paths) == 1:
+        return replace(listings[0], rows=list(listings[0].rows)), paths[0]
+    # Each below its own folder: only whole paths tell their files apart.
+    rows = [row.below(each.folder) for each in listings for row in each.rows]
+    several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
+    by_stem = all(each.by_stem for each in listings)
+    return Listing(rows, by_stem=by_stem, multi_label=several, notes=notes), f"{len(paths)} inputs"
+
+
+def _parent(folder: str, row: Row) -> str:
+    """Return the name of the folder that the first file of a row lies in."""
+    return os.path.basename(os.path.dirname(os.path.abspath(os.path.join(folder, next(iter(row.paths), "")))))
 
 
 def _check_prepared(header: Header) -> None:
@@ -145,7 +184,7 @@ Packed = list[tuple[Facts, Npys]]
 
 def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
     """Yield the records of each example, without their numbers; of one that cannot be read, facts with the error."""
-    decoder = Decoder(job.header.inputs, job.limits, job.bad)
+    decoder = Decoder(job.header.inputs, job.limits)
     if not workers:
         yield from (_made(job, decoder, given) for given in examples)
         return
@@ -179,9 +218,9 @@ def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
     facts = Facts(os.path.join(job.folder, example.id), example.id, split, labels)
     try:
         if job.header.content == "decoded":
-            sources, seconds = decoder.sources(example)
-            arrays: Npys = {name: npy_bytes(decoder.load(name, source)) for name, source in sources.items()}
-            return [(replace(facts, seconds=seconds), arrays)]
+            inputs = decoder.inputs(example)
+            arrays: Npys = {name: npy_bytes(each.array()) for name, each in inputs.items()}
+            return [(replace(facts, seconds=seconds_of(inputs)), arrays)]
         decoded = decoder.decode(example)
         variants = range(job.augment if split == "train" else 0)
         views = [decoder.views(decoded, (job.seed, epoch, example.key)) for epoch in variants]
@@ -303,7 +342,7 @@ def input_recipe(
     """
     if model is not None and preset is not None:
         raise UsageError("--model and --preset are two recipes", "pass one of them")
-    kind, *others = candidates(source)
+    kind, *others = look(source).kinds
     config: Config
     if model is not None:
         config = read_info(find_model(model)).config
@@ -342,4 +381,7 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
     """
     from perceiver_cli.model.encoding import with_features  # torch, after all that can be refused without it
 
-    return with_features(modality(spec.modality).prepare(decode(source, spec, limits), spec, None), spec)
+    if look(source).holds_rows:
+        raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
+    array = opened(source, spec, limits).array()
+    return with_features(modality(spec.modality).prepare(array, spec, None), spec)

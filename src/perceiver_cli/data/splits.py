@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.data.catalog import Catalog, merged
-from perceiver_cli.data.examples import named
+from perceiver_cli.data.catalog import Catalog
 from perceiver_cli.errors import IntegrityError, UsageError, counted
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.preprocess.source import key_of
@@ -44,8 +43,8 @@ class SavedSplit:
         Examples that the split does not name are left out and noted, and so are those that are gone. Other splits stay
         as they are.
         """
-        examples = merged(catalog, ("train", "val"))
-        keys = np.array([key_of(name) for name, _ in named(examples)], np.uint64)
+        examples = catalog.merged(("train", "val"))
+        keys = np.array([key_of(name) for name, _ in examples.named()], np.uint64)
         # One example may be listed several times, even in both splits: the second here is the second there.
         number = np.arange(len(keys))
         first = np.maximum.accumulate(np.where(np.append(True, keys[1:] != keys[:-1])[: len(keys)], number, 0))
@@ -67,7 +66,7 @@ def save_split(path: Path, catalog: Catalog) -> None:
     """Write the training and validation split of a catalog, whole or not at all. Raises ResourceError."""
     header = {"format": FORMAT, "classes": list(catalog.classes), "group_by": catalog.group_by}
     lines = (
-        {"path": name, "split": split} for split in ("train", "val") for name, _ in named(catalog.splits.get(split, ()))
+        {"path": name, "split": split} for split in ("train", "val") for name, _ in catalog.examples(split).named()
     )
     with atomic_write(path) as file:
         for line in chain([header], lines):

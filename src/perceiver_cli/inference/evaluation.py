@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_cli.data.catalog import Catalog, merged, scan
+from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, ordered_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
@@ -427,7 +427,7 @@ def choose_split(catalog: Catalog, split: str | None) -> tuple[str, Sequence[Exa
     if split is None:
         split = next((name for name in ("test", "val") if name in catalog.splits), "all")
     if split == "all":
-        return split, merged(catalog, catalog.splits)
+        return split, catalog.merged(catalog.splits)
     if split not in catalog.splits:
         raise UsageError(
             f"{show_path(catalog.root)}: no {split} split", f"there are {', '.join(sorted(catalog.splits))}, all"

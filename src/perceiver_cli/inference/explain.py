@@ -32,17 +32,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.data.decoder import Decoded, Row
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.inputs import Named, Part, Pipe, source_of
 from perceiver_cli.data.loader import Reader, collate
-from perceiver_cli.data.pairing import File, assemble, sources_of
+from perceiver_cli.data.pairing import assemble, looked_at, sources_of
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
-from perceiver_cli.inference.predictor import Input, Part, Pipe, Predictor, source_of
+from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.malloc import give_back_freed, keep_freed
 from perceiver_cli.model import kernels
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
-from perceiver_cli.preprocess import candidates
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec
@@ -115,7 +116,7 @@ class Explanation:
 # ---------------------------------------------------------------- from an input to an explanation
 
 
-def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | None = None) -> Explanation:
+def explain(predictor: Predictor, given: Named | Sequence[Part], label: str | None = None) -> Explanation:
     """Return the Explanation of one input for a class, the most probable one unless it is given.
 
     Several files are the parts of one input, each of another modality, told by their content.
@@ -125,19 +126,17 @@ def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | No
     Raises:
         UsageError: no such class, or not one input. DataError: an input that cannot be read.
     """
-    if not isinstance(given, str | bytes | os.PathLike | Source | Mapping | Pipe):
+    if not isinstance(given, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
         given = given[0] if len(given) == 1 else _together(given, predictor)
     examples = list(islice(predictor.examples(given), 2))
     if len(examples) != 1:
         found = "several inputs" if examples else "no inputs"
         raise UsageError(f"{show_path(str(given))}: {found}", "explain one file at a time, or one of each modality")
     (example,) = examples
-    if isinstance(given, Pipe):  # it has been read
-        (given,) = example.sources.values()
     reader, model = predictor.reader, predictor.model
     decoded = reader.decode(example)
     views = reader.views(decoded)
-    (prediction,) = predictor.predict([given])
+    (prediction,) = predictor.predict([example])
     label = prediction.label if label is None else label
     if label not in predictor.classes:
         known = ", ".join(show_path(name) for name in predictor.classes[:20])
@@ -175,7 +174,10 @@ def explain(predictor: Predictor, given: Input | Sequence[Part], label: str | No
 def _together(given: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
     """Return the source of each modality that several files bring together."""
     sources = [source_of(part) for part in given]
-    files = [File(source.name, source, candidates(source)) for source in sources]
+    files = [looked_at(source) for source in sources]
+    for file in files:
+        if file.error is not None:
+            raise file.error
     parts, _ = assemble(files, predictor.modalities)
     if len(parts) < len(files):
         spare = next(file for file in files if not any(file is part for part in parts.values()))

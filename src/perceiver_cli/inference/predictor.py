@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from math import inf, log
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,10 +17,8 @@ from torch import Tensor
 
 from perceiver_cli.data.decoder import Row
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.inputs import of_stream, unlabelled
-from perceiver_cli.data.listing import CONTENT
+from perceiver_cli.data.inputs import Named, Pipe, examples_of
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
-from perceiver_cli.data.pairing import identity
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, load_model
@@ -28,23 +26,10 @@ from perceiver_cli.model.cost import estimate
 from perceiver_cli.model.device import Compute, choose
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
-from perceiver_cli.preprocess.source import Source, received
+from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.records.format import HEAD_BYTES
-from perceiver_cli.records.stream import Feed, is_tar
 from perceiver_cli.run_folder import find_model
 
-
-@dataclass(frozen=True)
-class Pipe:
-    """What arrives on a pipe: a stream of records, or the bytes of one file, which the name is for."""
-
-    name: str
-    file: BinaryIO
-
-
-Part = str | os.PathLike[str] | bytes | Source
-Input = Part | Mapping[str, Part] | Pipe  # several parts: by modality
 FORWARD_BYTES = 256 << 20  # of activations on a CPU, where larger batches are no faster; on a GPU half of what is free
 UNKNOWN = "unknown"  # what is answered where no class is probable enough
 MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # answers come in batches: a reader of a pipe waits for one
@@ -191,7 +176,7 @@ class Predictor:
 
     def predict(
         self,
-        inputs: Input | Iterable[Input],
+        inputs: Named | Iterable[Named],
         batch_size: int | None = None,
         workers: int = 0,
         windows: Windows | None = None,
@@ -213,9 +198,9 @@ class Predictor:
             IntegrityError: records that are damaged or cut short, after those before are answered.
             UsageError: windows for a model without a time axis.
         """
-        if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe):
+        if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
             inputs = [inputs]
-        examples = (example for given in inputs for example in self.examples(given))
+        examples = (example for named in inputs for example in self.examples(named))
         if batch_size is None:
             one = windows is not None and self.compute.device.type == "cpu"
             batch_size = 1 if one else self.batch_that_fits
@@ -239,24 +224,9 @@ class Predictor:
     def _tasks(self, examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
         return ordered_tasks(examples, max(1, batch_size // self.reader.num_views))
 
-    def examples(self, given: Input) -> Iterator[Example]:
+    def examples(self, named: Named) -> Iterator[Example]:
         """Yield the examples that an input stands for, as `predict` says."""
-        if isinstance(given, Mapping):
-            parts = {name: source_of(part) for name, part in given.items()}
-            yield Example(identity(part.name for part in parts.values()), parts)
-        elif isinstance(given, Pipe):
-            head = given.file.read(HEAD_BYTES)
-            if is_tar(head):
-                yield from of_stream(
-                    Feed(given.file, show_path("stdin"), head), self.info.config.inputs, self.reader.limits
-                )
-            else:
-                yield from self.examples(Source(given.name, received(given.file, self.reader.limits, head)))
-        elif isinstance(given, bytes | Source):
-            source = source_of(given)
-            yield Example(source.name, {CONTENT: source})
-        else:
-            yield from unlabelled(os.fspath(given), self.info.config.inputs, self.reader.limits)
+        return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs)
 
     def _said(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return what a prediction says that it used: nothing where there is no choice."""
@@ -381,10 +351,3 @@ def answer(
     if multi_label:
         return Answers(logits.sigmoid().mean(dim=1).logit(eps=NEVER), embeddings)
     return Answers(logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views), embeddings)
-
-
-def source_of(given: Part) -> Source:
-    """Return a path or bytes as a Source."""
-    if isinstance(given, Source):
-        return given
-    return Source("-", given) if isinstance(given, bytes) else Source(os.fspath(given))

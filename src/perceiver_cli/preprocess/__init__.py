@@ -6,12 +6,13 @@ A modality is one file of this folder: its options, its reader, and `register` a
 from __future__ import annotations
 
 import pkgutil
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
 
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.preprocess.base import Array, Modality
+from perceiver_cli.preprocess.base import Modality, TimedModality
 from perceiver_cli.preprocess.rows import kinds_in
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
@@ -57,6 +58,12 @@ def modality(name: str) -> Modality[Any]:
     return _registered[name]
 
 
+def timed_modality(name: str) -> TimedModality[Any] | None:
+    """Return the modality of that name if it has a time axis. Raises UsageError where there is none."""
+    wanted = modality(name)
+    return wanted if isinstance(wanted, TimedModality) else None
+
+
 def spec_type(name: str) -> type[InputSpec] | None:
     """Return the class of a modality's options, or None where there is no such modality."""
     if name not in InputSpec.kinds and name in _files():
@@ -69,54 +76,25 @@ def settled(spec: InputSpec) -> InputSpec:
     return modality(spec.modality).resolve(spec, [], Limits())  # type: ignore[no-any-return]
 
 
-def candidates(source: Source) -> tuple[str, ...]:
-    """Return the names of the modalities that read content such as a source's, judged by its first bytes; not empty.
+def look(source: Source) -> Source:
+    """Return the source with its kinds, judged by its first bytes. A source is looked at once.
 
     Raises:
         DataError: empty, unreadable, or of no known format.
     """
-    head = source.head()
-    every = names()
-    found = kinds_in(head, every) or tuple(name for name in every if modality(name).sniff(head, source.name))
-    if not found:
+    if source.kinds:
+        return source
+    head, every = source.head(), names()
+    rows = kinds_in(head, every)
+    kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
+    if not kinds:
         raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
-    return found
+    return replace(source, kinds=kinds, holds_rows=bool(rows))
 
 
-def holds_rows(source: Source) -> bool:
-    """Return whether a source is a byte array, one input as rows with Fourier features; not if it is unreadable."""
-    try:
-        return bool(kinds_in(source.head(), names()))
-    except DataError:
-        return False
-
-
-def detect(source: Source) -> str:
-    """Return the name of the modality that a source belongs to: the first of `candidates`."""
-    return candidates(source)[0]
-
-
-def expected(source: Source, name: str) -> Modality[Any]:
-    """Return the modality of that name, if it reads content such as the source's.
-
-    Raises:
-        DataError: unreadable, or of another modality by its content; names both.
-    """
-    wanted = modality(name)
-    if holds_rows(source):
-        raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
-    if not wanted.sniff(source.head(), source.name):
-        raise DataError(f"{source.shown}: {detect(source)} by its content, expected {name}")
-    return wanted
-
-
-def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:
-    """Return the decoded array of a source, as `spec`'s modality loads it.
-
-    Raises:
-        DataError: unreadable, over a limit, or of another modality by its content; names both.
-    """
-    return expected(source, spec.modality).load(source, spec, limits)
+def other_kind(source: Source, expected: str) -> DataError:
+    """Return the error of a source that is of another modality than expected."""
+    return DataError(f"{source.shown}: {source.kinds[0]} by its content, expected {expected}")
 
 
 def formats() -> str:

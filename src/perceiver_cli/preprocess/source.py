@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 from perceiver_cli.errors import DataError, LimitError
@@ -25,10 +25,16 @@ HEAD_BYTES = 4096  # enough for every signature that detection looks at
 
 @dataclass(frozen=True)
 class Source:
-    """One encoded input: a file, or bytes that arrived on a pipe. Nothing is read until asked."""
+    """One encoded input: a file, or bytes that arrived on a pipe. Nothing is read until asked.
+
+    kinds: the modalities that read such content, the nearest first; empty until `preprocess.look` was at it.
+    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features.
+    """
 
     name: str
     data: bytes | None = None
+    kinds: tuple[str, ...] = field(default=(), compare=False)
+    holds_rows: bool = field(default=False, compare=False)
 
     @property
     def shown(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 from perceiver_cli.errors import DataError, IntegrityError
 from perceiver_cli.files import show_text
@@ -32,7 +33,7 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
     if shape != (layout.num_inputs, layout.num_channels):
         sizes, wanted = " x ".join(map(str, shape)), f"{layout.num_inputs} x {layout.num_channels}"
         raise DataError(f"{source.shown}: a byte array of {sizes}, expected {wanted} of {name}")
-    return Stored(source.name, npy, header=Header({name: spec}, content="fourier"), modality=name)
+    return Stored(source.name, Header({name: spec}, content="fourier"), name, 0.0, partial(bytes, npy))
 
 
 def settled_by_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> InputSpec:

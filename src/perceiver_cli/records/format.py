@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, Literal, TypeVar
@@ -13,8 +13,9 @@ import numpy as np
 
 from perceiver_cli.config import Config
 from perceiver_cli.errors import DataError, IntegrityError, PerceiverError
-from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess import modality, timed_modality
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract, cut_windows
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.npy import parse_npy
@@ -198,51 +199,66 @@ def parse_json(data: bytes, shown: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Unread(Source):
-    """What a stream brings of an input that could not be read when it was prepared: the error that it had then."""
+class Stored:
+    """One modality of a record: an array that needs no decoding. Used like an encoded file (data/inputs.py).
 
-    error: str = field(kw_only=True)
-
-    def head(self) -> bytes:
-        """Raise DataError."""
-        raise DataError(self.error)
-
-
-@dataclass(frozen=True)
-class Stored(Source):
-    """What a record brings of one modality, in place of a file: an array that needs no decoding.
-
-    name: of the input. data: the array in the format of NPY. seconds: the length of the input, of sound and video.
+    name: of the input. length_s: of the input, of sound and video. read: returns the array in the format of NPY.
     """
 
-    header: Header = field(kw_only=True)
-    modality: str = field(kw_only=True)
-    seconds: float = field(default=0.0, kw_only=True)
+    name: str
+    header: Header
+    modality: str
+    length_s: float
+    read: Callable[[], bytes | memoryview]
 
     @property
-    def npy(self) -> bytes | memoryview:
-        """The array, in the format of NPY."""
-        assert self.data is not None
-        return self.data
+    def shown(self) -> str:
+        """The name, safe to print."""
+        return show_path(self.name)
 
-    def array(self) -> Array:
-        """Return what decoding the input gave; it cannot be written to.
+    @property
+    def origin(self) -> str:
+        """What the bytes of `content` belong to."""
+        return f"{self.name}\0{self.modality}"
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the array is what the model is given, crops and augmentation done."""
+        return self.header.content != "decoded"
+
+    @property
+    def seconds(self) -> float | None:
+        """The length on the time axis; None without one, or where a clip was already cut."""
+        return None if self.is_prepared or timed_modality(self.modality) is None else self.length_s
+
+    def content(self) -> Iterator[bytes | memoryview]:
+        """Yield the bytes of the array as they are stored."""
+        yield self.read()
+
+    def array(self, span: Span | None = None) -> Array:
+        """Return what decoding the input gave, or a span of seconds of it; it cannot be written to.
 
         Raises:
             DataError: not such an array, empty or not finite.
         """
-        return self._sane(self._decoded())
-
-    def _decoded(self) -> Array:
-        dtype, shape = modality(self.modality).loaded(self.header.inputs[self.modality])
+        spec = self.header.inputs[self.modality]
+        dtype, shape = modality(self.modality).loaded(spec)
         array = self._parsed()
         self._expect(array, (dtype,), shape)
-        return array
+        if span is not None:
+            first = max(0, round(span[0] * self._steps_hz))
+            array = array[first : first + max(1, round(span[1] * self._steps_hz))]
+        return self._sane(array)
 
-    def part(self, span: Span, steps_hz: float) -> Array:
-        """Return a span of seconds of the array, as `TimedModality.load` cuts it. Raises DataError."""
-        first = max(0, round(span[0] * steps_hz))
-        return self._sane(self._decoded()[first : first + max(1, round(span[1] * steps_hz))])
+    def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
+        """Yield (start in seconds, array) of each window, as `TimedModality.windows` does of a file."""
+        return cut_windows([self.array()], self._steps_hz, window_s, hop_s)
+
+    @property
+    def _steps_hz(self) -> float:
+        timed = timed_modality(self.modality)
+        assert timed is not None, self.modality
+        return timed.steps_hz(self.header.inputs[self.modality])
 
     def prepared(self) -> ByteArray:
         """Return what the model is given, from a record that holds that.
@@ -263,7 +279,7 @@ class Stored(Source):
         return ByteArray(np.empty((len(array), 0), np.float32), self._sane(array))
 
     def _parsed(self) -> Array:
-        return parse_npy(self.npy, f"{self.shown}: {self.modality}")
+        return parse_npy(self.read(), f"{self.shown}: {self.modality}")
 
     def _expect(self, array: Array, dtypes: Sequence[str], shape: tuple[int | None, ...]) -> None:
         fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
@@ -274,7 +290,7 @@ class Stored(Source):
             )
 
     def _sane(self, array: Array) -> Array:
-        check_contract(self, array, "values")
+        check_contract(Source(self.name), array, "values")
         if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
             raise DataError(f"{self.shown}: {self.modality} of values above {MAX_VALUE:g}")
         return array

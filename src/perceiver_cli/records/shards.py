@@ -17,7 +17,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,20 +63,6 @@ class Tar:
 
 def _opened(token: int) -> Tar:
     return _open[token]
-
-
-@dataclass(frozen=True)
-class Place(Stored):
-    """One modality of a record on disk: where its array lies."""
-
-    tar: Tar = field(kw_only=True)
-    at: int = field(kw_only=True)
-    size: int = field(kw_only=True)
-
-    @property
-    def npy(self) -> memoryview:
-        """The array in the format of NPY, still on disk."""
-        return self.tar.part(self.at, self.size)
 
 
 @dataclass(frozen=True)
@@ -126,16 +112,16 @@ class Shards:
         ends = self.columns["label_ends"]
         return self.columns["labels"][int(ends[row - 1]) if row else 0 : int(ends[row])].tolist()  # type: ignore[no-any-return]
 
-    def places(self, row: int, name: str, modalities: Sequence[str]) -> dict[str, Stored]:
-        """Return where the arrays of a record lie, of those modalities that it has."""
+    def stored(self, row: int, name: str, modalities: Sequence[str]) -> dict[str, Stored]:
+        """Return what a record brings of those modalities that it has; its arrays stay on disk until they are read."""
         columns, tar = self.columns, self.tars[int(self.columns["files"][row])]
+        brings = [m for m in modalities if columns[f"size_{m}"][row] >= 0]
         return {
-            m: Place(
-                name, header=self.header, modality=m, seconds=float(columns[f"seconds_{m}"][row]),
-                tar=tar, at=int(columns[f"at_{m}"][row]), size=int(columns[f"size_{m}"][row]),
+            m: Stored(
+                name, self.header, m, float(columns[f"seconds_{m}"][row]),
+                partial(tar.part, int(columns[f"at_{m}"][row]), int(columns[f"size_{m}"][row])),
             )
-            for m in modalities
-            if columns[f"size_{m}"][row] >= 0
+            for m in brings
         }  # fmt: skip
 
     def in_order(self) -> NDArray[np.int64]:
