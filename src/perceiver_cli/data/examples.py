@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from typing import Self, overload
@@ -32,7 +32,7 @@ class Example:
     sources: Mapping[str, Source | Stored]
     labels: tuple[int, ...] = ()
     group: str = ""
-    error: str | None = None
+    error: str | None = field(default=None, compare=False)
 
     @cached_property
     def key(self) -> int:
