@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections import defaultdict
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,55 @@ def test_only_the_command_line_uses_rich_and_prints() -> None:
                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
             ]
             assert not {"print", "exit", "input", "eval", "exec"} & set(calls), module
+
+
+# ---------------------------------------------------------------- names and sizes
+
+TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {module: arrows(path) - {module} for module, path in MODULES.items() if module}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_file_is_read_in_one_sitting(module: str) -> None:
+    assert len(MODULES[module].read_text().splitlines()) <= MAX_FILE_LINES
+
+
+def is_command(function: ast.AST) -> bool:
+    """A command's signature is its documentation: each option with its help text."""
+    return "typer" in ast.unparse(function.args) if isinstance(function, ast.FunctionDef) else False
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                # Of a command only the body counts.
+                first = node.body[0].lineno if is_command(node) else node.lineno
+                assert (node.end_lineno or 0) - first < MAX_FUNCTION_LINES, f"{module}.{node.name}"
+
+
+def test_no_class_stands_in_two_modules() -> None:
+    homes: dict[str, list[str]] = defaultdict(list)
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
+
+
+def test_private_names_stay_in_their_file() -> None:
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("perceiver_cli"):
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], module
+
+
+# ---------------------------------------------------------------- the package
 
 
 def test_names_of_the_package_are_what_they_say() -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-# Read by GNU OpenMP when torch is first imported. Its threads spin 300,000 times at every barrier by default; with one
-# other busy process on the machine a step then takes 2 to 20 times as long. 2,000 costs nothing where it is quiet.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
     from perceiver_cli.config import Config, load_config, load_preset
@@ -74,6 +69,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("perceiver-cli")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, renamed = _HOMES[name].partition(":")

@@ -18,7 +18,8 @@ def keep_freed() -> None:
     """Let malloc use again what was freed, up to KEPT_BYTES, where it would give it back and fetch it page by page.
 
     A training step and a decoded file free and take the same tens of megabytes every time: half the time of a JPEG and
-    a fifth of a small model's training step went into fresh pages. Forked processes inherit it; of glibc only.
+    a fifth of a small model's training step went into fresh pages. Forked processes inherit it; of glibc only. The
+    command line calls it at its start; a program that uses the package may do the same.
     """
     _set(M_TRIM_THRESHOLD, KEPT_BYTES)
     any(_set(M_MMAP_THRESHOLD, size) for size in OWN_BYTES)

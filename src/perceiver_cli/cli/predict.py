@@ -179,8 +179,10 @@ def explain(
     given = list(inputs_to_predict(inputs, None, False, "-"))
     predictor = open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
+    from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save
 
+    give_back_freed()  # of a large model's gradient, which the process does not need twice
     explanation = explained(predictor, given, label)
     if output is not None:
         save(explanation, output)

@@ -15,7 +15,6 @@ from perceiver_cli.data.inputs import Encoded, Input, brought, opened
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError
 from perceiver_cli.files import show_path
-from perceiver_cli.malloc import keep_freed
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, TimedModality
@@ -56,13 +55,9 @@ class Decoded:
 
 
 class Decoder:
-    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget.
-
-    From here on this process keeps memory that is freed (`memory.keep_freed`).
-    """
+    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget."""
 
     def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
-        keep_freed()
         self.specs = dict(sorted(specs.items()))
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error

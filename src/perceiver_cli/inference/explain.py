@@ -39,7 +39,6 @@ from perceiver_cli.data.pairing import assemble, looked_at, sources_of
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.malloc import give_back_freed, keep_freed
 from perceiver_cli.model import kernels
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.model.encoding import Segment
@@ -267,7 +266,6 @@ def weighed(spoken: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[s
 @contextmanager
 def _lean(model: Perceiver) -> Iterator[None]:
     """Let a model keep as little as it can for a gradient of its inputs: no weights' gradients, nothing kept twice."""
-    give_back_freed()
     recompute, learned = model.recompute, [weight for weight in model.parameters() if weight.requires_grad]
     model.recompute = True
     model.requires_grad_(False)
@@ -277,7 +275,6 @@ def _lean(model: Perceiver) -> Iterator[None]:
         model.recompute = recompute
         for weight in learned:
             weight.requires_grad_(True)
-        keep_freed()
 
 
 def _mean(values: Tensor) -> Tensor:

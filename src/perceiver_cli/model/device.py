@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.malloc import keep_freed
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -34,12 +33,6 @@ class Compute:
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Compute:
-    """Return what `find` does; from here on this process keeps memory that is freed (`memory.keep_freed`)."""
-    keep_freed()
-    return find(device, precision)
-
-
-def find(device: str, precision: str) -> Compute:
     """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
 
     Raises:
