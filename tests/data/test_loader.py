@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import kept
-from perceiver_cli.data.examples import Example, ExampleTuple
+from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
 from perceiver_cli.data.splits import read_split, save_split
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
@@ -152,7 +152,7 @@ def made_up(counts: dict[str, int], groups: int = 0) -> Catalog:
         for label, (name, count) in enumerate(counts.items())
         for i in range(count)
     ]
-    return Catalog("", (), (), tuple(counts), {"train": ExampleTuple(found)}, group_by="who" if groups else None)
+    return Catalog("", (), (), tuple(counts), {"train": Examples(found)}, group_by="who" if groups else None)
 
 
 def test_hold_out_is_disjoint_and_of_every_class_that_has_two() -> None:
@@ -225,7 +225,7 @@ def test_a_saved_split_outlives_new_files(tmp_path: Path) -> None:
 
 def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
     (one, two, three) = (Example(f"{i}.png", {}, (i % 2,)) for i in range(3))
-    both = Catalog("", (), (), ("a", "b"), {"train": ExampleTuple([one, one, two]), "val": ExampleTuple([two, three])})
+    both = Catalog("", (), (), ("a", "b"), {"train": Examples([one, one, two]), "val": Examples([two, three])})
     save_split(tmp_path / "split.jsonl", both)
     again = read_split(tmp_path / "split.jsonl").apply(both)
     assert again is not None
@@ -254,7 +254,7 @@ def test_damaged_splits_are_refused(tmp_path: Path, text: str, message: str) -> 
 
 def test_hostile_ids_survive_a_saved_split(tmp_path: Path) -> None:
     names = ["\udcff.png", "a\nb.png", "\x1b[31m.png", "\u202e.png", '".png']
-    catalog = Catalog("", (), (), ("a",), {"train": ExampleTuple(Example(name, {}, (0,)) for name in sorted(names))})
+    catalog = Catalog("", (), (), ("a",), {"train": Examples(Example(name, {}, (0,)) for name in sorted(names))})
     save_split(tmp_path / "split.jsonl", catalog)
     lines = (tmp_path / "split.jsonl").read_bytes().splitlines()[1:]
     assert {os.fsencode(json.loads(line)["path"]) for line in lines} == {os.fsencode(name) for name in names}

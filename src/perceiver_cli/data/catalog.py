@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.data.examples import Example, Examples, ExampleTuple, Records
+from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.listing import Listing, Row, folders_in, listed, parent, suffix_of, tally, walk_files
 from perceiver_cli.data.pairing import (
     MOST,
@@ -80,13 +80,13 @@ class Catalog:
 
     def examples(self, split: str) -> Examples:
         """Return the examples of a split; none where there is no such split."""
-        return self.splits.get(split, ExampleTuple())
+        return self.splits.get(split, Examples())
 
     def merged(self, splits: Iterable[str]) -> Examples:
         """Return the examples of several splits, sorted by id."""
         present = [self.splits[split] for split in splits if split in self.splits]
         if not present:
-            return ExampleTuple()
+            return Examples()
         return present[0] if len(present) == 1 else present[0].merged(present[1:])
 
     def counts(self, split: str) -> dict[str, int]:
@@ -250,7 +250,7 @@ def _in_splits(
             raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
         labels = tuple(sorted({class_index[name] for name in row.labels if name in class_index}))
         splits[row.split].append(replace(example, labels=labels, group=row.group))
-    return {split: ExampleTuple(own) for split, own in splits.items()}
+    return {split: Examples(own) for split, own in splits.items()}
 
 
 def _note_strangers(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import Self, overload
+from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,37 +40,23 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """Examples of one split, in order. What is asked of all of them is answered without making each."""
+    """Examples of one split, in order. What is asked of all of them, each kind answers in its own way."""
 
-    @abstractmethod
-    def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield id and labels of each example."""
+    def __init__(self, examples: Iterable[Example] = ()) -> None:
+        self._examples = tuple(examples)
 
-    @abstractmethod
-    def counts(self, num_classes: int) -> list[int]:
-        """Return the number of examples of each class."""
+    def __len__(self) -> int:
+        return len(self._examples)
 
-    @abstractmethod
-    def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return the key (`grouped`: of its group) and the first label of each example, -1 for none."""
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Examples: ...
+    def __getitem__(self, place: int | slice) -> Example | Examples:
+        return Examples(self._examples[place]) if isinstance(place, slice) else self._examples[place]
 
-    @abstractmethod
-    def where(self, mask: NDArray[np.bool_]) -> Self:
-        """Return the examples at which the mask is set."""
-
-    @abstractmethod
-    def merged(self, others: Sequence[Self]) -> Self:
-        """Return these and others, sorted by id."""
-
-    @abstractmethod
-    def errors(self) -> dict[str, str]:
-        """Return by id why an example cannot be read, of those of which that is known."""
-
-
-class ExampleTuple(tuple[Example, ...], Examples):
-    """Examples that are all made."""
-
-    __slots__ = ()
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
 
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield id and labels of each example."""
@@ -88,13 +73,13 @@ class ExampleTuple(tuple[Example, ...], Examples):
         labels = [example.labels[0] if example.labels else -1 for example in self]
         return np.array(keys, np.uint64), np.array(labels, np.int64)
 
-    def where(self, mask: NDArray[np.bool_]) -> ExampleTuple:
+    def where(self, mask: NDArray[np.bool_]) -> Examples:
         """Return the examples at which the mask is set."""
-        return ExampleTuple(example for example, chosen in zip(self, mask.tolist(), strict=True) if chosen)
+        return Examples(example for example, chosen in zip(self, mask.tolist(), strict=True) if chosen)
 
-    def merged(self, others: Sequence[Examples]) -> ExampleTuple:
-        """Return these and others, sorted by id."""
-        return ExampleTuple(sorted(chain(self, *others), key=lambda example: example.id))
+    def merged(self, others: Sequence[Examples]) -> Examples:
+        """Return these and others of the same kind, sorted by id."""
+        return Examples(sorted(chain(self, *others), key=lambda example: example.id))
 
     def errors(self) -> dict[str, str]:
         """Return by id why an example cannot be read, of those of which that is known."""
@@ -104,7 +89,8 @@ class ExampleTuple(tuple[Example, ...], Examples):
 class Records(Examples):
     """Rows of shards as examples, each made when it is asked for: a million of them take no memory.
 
-    label_classes: by place of a label in the shards' names, the class that it is, -1 for none.
+    label_classes: by place of a label in the shards' names, the class that it is, -1 for none. Grouped, an example goes
+    by the folder in its id.
     """
 
     def __init__(
@@ -134,11 +120,9 @@ class Records(Examples):
         return tuple(sorted(classes - {-1}))
 
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Yield id and labels of each example."""
         return ((self.shards.id(row), self._labels(row)) for row in self.rows.tolist())
 
     def counts(self, num_classes: int) -> list[int]:
-        """Return the number of examples of each class."""
         chosen = np.zeros(len(self.shards), bool)
         chosen[self.rows] = True
         flat = np.repeat(chosen, np.diff(self.shards.columns["label_ends"], prepend=0))
@@ -147,7 +131,6 @@ class Records(Examples):
         return counts[1:]
 
     def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return the key (`grouped`: of the folder in its id) and the first label of each example, -1 for none."""
         firsts = np.full(len(self.shards), -1)
         ends = self.shards.columns["label_ends"]
         counts = np.diff(ends, prepend=0)
@@ -161,15 +144,12 @@ class Records(Examples):
         return keys, firsts[self.rows]
 
     def where(self, mask: NDArray[np.bool_]) -> Records:
-        """Return the examples at which the mask is set."""
         return self._of(self.rows[mask])
 
-    def merged(self, others: Sequence[Records]) -> Records:
-        """Return these and others of the same shards, sorted by id."""
-        rows = np.concatenate([self.rows, *(other.rows for other in others)])
+    def merged(self, others: Sequence[Examples]) -> Records:
+        rows = np.concatenate([self.rows, *(other.rows for other in others if isinstance(other, Records))])
         return self._of(np.array(sorted(rows.tolist(), key=self.shards.id), np.int64))
 
     def errors(self) -> dict[str, str]:
-        """Return by id why an example cannot be read, of those of which that is known."""
         rows = set(self.rows.tolist()) if self.shards.errors else set()
         return {self.shards.id(row): error for row, error in self.shards.errors.items() if row in rows}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from perceiver_cli.config import Config, load_preset, tiny_config
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
-from perceiver_cli.data.examples import Example, ExampleTuple
+from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.inputs import opened
 from perceiver_cli.data.listing import Listing, Row, listed
 from perceiver_cli.data.pairing import File, either, sources_of, streams
@@ -104,7 +104,7 @@ def plan(
     limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
     held = catalog.hold_out(config.data.val_fraction)
     if "train" not in held.splits:  # nothing to learn from: what there is settles what is left to the data
-        held = replace(held, splits={"train": ExampleTuple(chain(*held.splits.values()))})
+        held = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
     specs = resolve_specs(brought, held, limits)
     content: Content = "fourier" if fourier is not None else "prepared" if augment else "decoded"
     header = Header(specs, catalog.classes, catalog.multi_label, content)
@@ -127,9 +127,7 @@ def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
     if nearest is None:
         raise other_kind(file.source, either(wanted))
     sources = sources_of({nearest: file}, wanted)
-    return Catalog(
-        source.name, tuple(sources), file.kinds, (), {"train": ExampleTuple([Example(source.name, sources)])}
-    )
+    return Catalog(source.name, tuple(sources), file.kinds, (), {"train": Examples([Example(source.name, sources)])})
 
 
 def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing, str]:
