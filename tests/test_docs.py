@@ -95,3 +95,16 @@ def test_explain_examples(modality: str, tmp_path: Path) -> None:
     assert f"{modality}: " in done.stdout
     assert (tmp_path / "out" / "out.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "out.ply").exists() == (modality == "points")
+
+
+def test_every_command_and_option_is_documented() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_cli import PAGE, page
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    text = page()
+    assert PAGE.read_text() == text, "renew it: python docs/make_cli.py"
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+    assert rows
+    assert [row[0] for row in rows if not row[1].strip()] == []  # each says what it means

@@ -20,20 +20,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.examples import Example, Examples, Records
-from perceiver_cli.data.listing import Listing, Row, folders_in, listed, parent, suffix_of, tally, walk_files
-from perceiver_cli.data.pairing import (
-    MOST,
-    PROBES,
+from perceiver_cli.data.listing import (
     File,
-    assemble,
-    companions,
-    either,
+    Listing,
+    Row,
     file_at,
-    identity,
-    sources_of,
-    stem,
-    streams,
+    folders_in,
+    listed,
+    parent,
+    suffix_of,
+    tally,
+    walk_files,
 )
+from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import formats, look, modality, other_kind

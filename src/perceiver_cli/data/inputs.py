@@ -15,8 +15,8 @@ from itertools import groupby
 from typing import Any, BinaryIO, Protocol
 
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import Listing, listed
-from perceiver_cli.data.pairing import File, assemble, either, file_at, identity, looked_at, sources_of, stem
+from perceiver_cli.data.listing import File, Listing, file_at, listed, looked_at
+from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import look, modality, other_kind, timed_modality

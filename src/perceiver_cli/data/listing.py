@@ -9,15 +9,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from perceiver_cli import preprocess
-from perceiver_cli.data.pairing import File, file_at
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
+from perceiver_cli.preprocess import look
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.shards import tar_files
@@ -352,6 +352,42 @@ MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
 
 
 # ---------------------------------------------------------------- what a path stands for
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of which the first bytes were looked at.
+
+    path: as it was named. error: why it cannot be read, where that is known.
+    """
+
+    path: str
+    source: Source
+    error: DataError | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The modalities that read such content, the nearest first: a video may be read for its sound."""
+        return self.source.kinds
+
+    def among(self, allowed: Container[str]) -> str | None:
+        """Return the nearest of its kinds that is allowed."""
+        return next((kind for kind in self.kinds if kind in allowed), None)
+
+
+def looked_at(source: Source, path: str | None = None) -> File:
+    """Return what a source is by its content; one that cannot be told has an error and no kinds."""
+    path = source.name if path is None else path
+    try:
+        return File(path, look(source))
+    except DataError as error:
+        return File(path, source, error)
+
+
+def file_at(path: str, folder: str | os.PathLike[str] = "") -> File:
+    """Return what the file at a path below a folder is by its content."""
+    return looked_at(Source(os.path.join(folder, path)), path)
+
 
 Labels = Literal["needed", "optional", "ignored"]
 

@@ -6,50 +6,15 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
+from perceiver_cli.data.listing import File
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import look, timed_modality
+from perceiver_cli.preprocess import timed_modality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
 PROBES = 64  # files of a data set that are looked into
 MOST = 0.5  # least share of a kind's files with a partner for it to join in, and of videos with sound for sound to
-
-
-@dataclass(frozen=True)
-class File:
-    """A file of which the first bytes were looked at.
-
-    path: as it was named. error: why it cannot be read, where that is known.
-    """
-
-    path: str
-    source: Source
-    error: DataError | None = None
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The modalities that read such content, the nearest first: a video may be read for its sound."""
-        return self.source.kinds
-
-    def among(self, allowed: Container[str]) -> str | None:
-        """Return the nearest of its kinds that is allowed."""
-        return next((kind for kind in self.kinds if kind in allowed), None)
-
-
-def looked_at(source: Source, path: str | None = None) -> File:
-    """Return what a source is by its content; one that cannot be told has an error and no kinds."""
-    path = source.name if path is None else path
-    try:
-        return File(path, look(source))
-    except DataError as error:
-        return File(path, source, error)
-
-
-def file_at(path: str, folder: str | os.PathLike[str] = "") -> File:
-    """Return what the file at a path below a folder is by its content."""
-    return looked_at(Source(os.path.join(folder, path)), path)
 
 
 def stem(path: str) -> str:

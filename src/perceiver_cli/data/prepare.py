@@ -22,8 +22,8 @@ from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.inputs import opened
-from perceiver_cli.data.listing import Listing, Row, listed
-from perceiver_cli.data.pairing import File, either, sources_of, streams
+from perceiver_cli.data.listing import File, Listing, Row, listed
+from perceiver_cli.data.pairing import either, sources_of, streams
 from perceiver_cli.data.workers import in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path

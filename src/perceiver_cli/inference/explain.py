@@ -34,8 +34,9 @@ from torch.nn import functional as F
 from perceiver_cli.data.decoder import Decoded, Row
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Part, Pipe, source_of
+from perceiver_cli.data.listing import looked_at
 from perceiver_cli.data.loader import Reader, collate
-from perceiver_cli.data.pairing import assemble, looked_at, sources_of
+from perceiver_cli.data.pairing import assemble, sources_of
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.predictor import Predictor
