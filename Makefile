@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test golden lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +19,9 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to compare before and after refactoring
+	$(BIN)/python tests/golden/record.py golden.json
 
 lint: $(BIN)/perceiver  ## install, then ruff and mypy --strict
 	$(BIN)/ruff check src tests examples
