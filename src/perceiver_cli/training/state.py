@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -73,8 +73,16 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any
     return file
 
 
-def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Return tensors and state of the newest whole training state of a run, and a note on each damaged newer one.
+class TrainingState(NamedTuple):
+    """Where a run stood. damaged: a note on each newer state that was not whole."""
+
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    damaged: list[str]
+
+
+def load_state(run: Path) -> TrainingState:
+    """Return the newest whole training state of a run.
 
     Raises:
         UsageError: there is none. IntegrityError: none that is whole.
@@ -90,7 +98,7 @@ def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]
                     f"{show_path(path)}: sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}"
                 )
             header = read_header(path)
-            return read_tensors(path, header), header.fields, notes
+            return TrainingState(read_tensors(path, header), header.fields, notes)
         except PerceiverError as error:
             notes.append(str(error))
     if notes:
