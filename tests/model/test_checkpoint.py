@@ -78,7 +78,12 @@ def _with_header(header: bytes, body: bytes = b"") -> bytes:
         _with_header(b'{"a":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,0]}}'),
         _with_header(b'{"a":{"dtype":"F99","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
         _with_header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', b"\0" * 8),
+        _with_header(b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', b"\0" * 4),
+        _with_header(b'{"a":{"dtype":"F32","dtype":"I32","shape":[1],"data_offsets":[0,4]}}', b"\0" * 4),
+        _with_header(b"{}" + b" " * 9_000_000),
         _with_header(b'{"a":1e999}'),
+        _with_header(b'{"__metadata__":{"perceiver":"{\\"sha256\\": \\"\\", \\"format\\": 1, \\"step\\": NaN}"}}'),
+        _with_header(b'{"__metadata__":{"perceiver":"{\\"sha256\\": \\"\\", \\"format\\": 1, \\"step\\": 1e999}"}}'),
         _with_header(b'{"__metadata__":{"perceiver":"{\\"format\\":1,\\"format\\":1}"}}'),
     ],
 )
@@ -152,6 +157,27 @@ def test_a_damaged_state_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "sha256" in notes[0]
     (tmp_path / STATE_FOLDER / "step-00000001.safetensors").unlink()
     with pytest.raises(IntegrityError, match="no whole training state"):
+        load_state(tmp_path)
+
+
+def test_a_manifest_with_hashes_is_read_and_replaced(tmp_path: Path) -> None:
+    """Version 0.1 wrote size and sha256 of each file beside its name; the files are judged by their own checksum."""
+    states(tmp_path, 1, 2)
+    manifest = tmp_path / STATE_FOLDER / MANIFEST
+    table = json.loads(manifest.read_text())
+    table["states"] = [entry | {"size": 1, "sha256": "0" * 64} for entry in table["states"]]
+    manifest.write_text(json.dumps(table))
+    assert load_state(tmp_path).fields["step"] == 2
+    states(tmp_path, 3)
+    assert [entry["step"] for entry in json.loads(manifest.read_text())["states"]] == [3, 2]
+    assert load_state(tmp_path).fields["step"] == 3
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"states": [{"step": 1}]}', '{"states": [1]}', "[" * 100_000])
+def test_a_damaged_manifest_is_said(tmp_path: Path, text: str) -> None:
+    states(tmp_path, 1)
+    (tmp_path / STATE_FOLDER / MANIFEST).write_text(text)
+    with pytest.raises(IntegrityError, match="damaged manifest"):
         load_state(tmp_path)
 
 

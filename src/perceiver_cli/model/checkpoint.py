@@ -1,15 +1,13 @@
 """Weights on disk: safetensors only, self-contained, checksummed, and never half written.
 
 A model file's header holds everything that its use needs: format number, configuration (with preprocessing), class
-names, step and metrics. A training state is such a file too, listed with its sha256 in `MANIFEST.json`, whose rename is
-the moment of the commit; the one before it is kept until the next.
+names, step and metrics, and one sha256 of all of that and of the tensors. A training state is such a file too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver_cli.config import Config
 from perceiver_cli.errors import IntegrityError, UsageError
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.files import atomic_write, show_path, show_text
 from perceiver_cli.preprocess import modality
 
 if TYPE_CHECKING:
@@ -40,20 +38,17 @@ class Calibration:
     @classmethod
     def parse(cls, fields: Mapping[str, Any], num_classes: int) -> Calibration:
         """Return the calibration in a model file's header. Raises ValueError where it makes no sense."""
-        found = cls(float(fields["temperature"]), tuple(map(float, fields["thresholds"])))
-        if not (isfinite(found.temperature) and found.temperature > 0):
-            raise ValueError(f"temperature {found.temperature}, expected more than 0")
-        if len(found.thresholds) not in (0, num_classes) or not all(0 <= t <= 1 for t in found.thresholds):
-            raise ValueError(
-                f"{len(found.thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes"
-            )
-        return found
+        temperature, thresholds = float(fields["temperature"]), tuple(map(float, fields["thresholds"]))
+        if not (isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature {temperature}, expected more than 0")
+        if len(thresholds) not in (0, num_classes) or not all(0 <= t <= 1 for t in thresholds):
+            raise ValueError(f"{len(thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes")
+        return cls(temperature, thresholds)
 
 
 FORMAT = 1
 MAX_HEADER_BYTES = 8 << 20
-MAX_TENSORS = 100_000
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def store_calibration(path: Path, calibration: Calibration) -> None:
     Raises:
         IntegrityError: damaged. ResourceError: it cannot be written.
     """
-    tensors = read_tensors(path, read_header(path))
+    _, tensors = read_tensors(path)
     save_model(path, tensors, replace(read_info(path), calibration=calibration))
 
 
@@ -103,7 +98,7 @@ def read_info(path: Path) -> ModelInfo:
     Raises:
         IntegrityError: damaged, or of another format version. UsageError: not a model file of this program.
     """
-    header = read_header(path).fields
+    header = read_header(path)
     if header.get("kind") != "model":
         raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
     try:
@@ -126,14 +121,13 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     from perceiver_cli.model.perceiver import Perceiver
 
     info = read_info(path)
-    tensors = read_tensors(path, read_header(path))
+    _, tensors = read_tensors(path)
     layouts = {name: modality(name).layout(spec) for name, spec in info.config.inputs.items()}
     model = Perceiver(info.config.model, layouts, len(info.classes))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if expected != found:
-        differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        shown = "; ".join(f"{n}: expected {expected.get(n)}, found {found.get(n)}" for n in differing[:3])
+    expected, stored = ({n: tuple(t.shape) for n, t in table.items()} for table in (model.state_dict(), tensors))
+    if expected != stored:
+        differing = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
+        shown = "; ".join(f"{n}: expected {expected.get(n)}, found {stored.get(n)}" for n in differing[:3])
         raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit its configuration: {shown}")
     model.load_state_dict(tensors)
     return model.eval(), info
@@ -142,17 +136,8 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
 # ---------------------------------------------------------------- safetensors
 
 
-@dataclass(frozen=True)
-class _Header:
-    """Our part of a safetensors header: its fields, the text they were read from, the checksum of text and tensors."""
-
-    fields: dict[str, Any]
-    text: str
-    sha256: str
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str:
-    """Write tensors and JSON fields; return the sha256 of the file."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
+    """Write tensors and JSON fields with one checksum of both, whole or not at all."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -161,82 +146,95 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str
     data = save(whole, {"perceiver": json.dumps({"sha256": _checksum(text, whole), **fields})})
     with atomic_write(path) as file:
         file.write(data)
-    return hashlib.sha256(data).hexdigest()
 
 
-def read_table(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the tensors that any safetensors file lists ({name: dtype, shape, ...}) and its metadata; no weights.
+def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Return the shape of each tensor that any safetensors file lists, and its metadata; no torch, no weights.
 
-    Every claim that the format makes is checked by hand before the library sees the file: it accepts duplicate keys,
-    and a header of 100 MB.
+    The library checks that names, types, shapes and offsets agree with each other and with the size of the file.
 
     Raises:
-        UsageError: cannot be read. IntegrityError: cut short, damaged, or with a header that contradicts the file.
+        UsageError: cannot be read. IntegrityError: cut short, damaged, or of types that are not read here.
     """
+    from safetensors import SafetensorError, safe_open
+
     shown = show_path(path)
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise IntegrityError(
-                    f"{shown}: not a safetensors file, or a damaged one ({size} bytes, header of {length})"
-                )
-            table_text = file.read(length)
+        if length > MAX_HEADER_BYTES:  # the library would take 100 MB
+            raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one (header of {length} bytes)")
+        with safe_open(path, "numpy") as contents:
+            slices = [(name, contents.get_slice(name)) for name in contents.keys()]  # noqa: SIM118
+            shapes = {name: tuple(entry.get_shape()) for name, entry in slices}
+            others = {entry.get_dtype() for _, entry in slices} - DTYPES
+            metadata = contents.metadata() or {}
     except OSError as error:
         raise UsageError(f"{shown}: cannot read: {error.strerror}") from error
-    try:
-        tables = json.loads(table_text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        metadata = tables.pop("__metadata__", {})
-        spans = sorted((t["data_offsets"][0], t["data_offsets"][1], _tensor_bytes(t)) for t in tables.values())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise IntegrityError(f"{shown}: damaged safetensors header: {error}") from error
-    end = 0
-    for start, stop, expected in spans:
-        if start != end or stop - start != expected:
-            raise IntegrityError(f"{shown}: damaged safetensors header: tensors overlap or leave gaps")
-        end = stop
-    if len(tables) > MAX_TENSORS or 8 + length + end != size:
-        raise IntegrityError(f"{shown}: {size} bytes, the header says {8 + length + end}: cut short or appended to")
-    return tables, metadata if isinstance(metadata, dict) else {}
+    except SafetensorError as error:
+        raise _damage(path, error) from error
+    if others:
+        raise IntegrityError(f"{shown}: holds {', '.join(sorted(others))}, expected {', '.join(sorted(DTYPES))}")
+    return shapes, metadata
 
 
-def read_header(path: Path) -> _Header:
-    """Return our part of a safetensors header, after the checks of `read_table`."""
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the JSON fields in a header of this program; "sha256" is their checksum with the tensors.
+
+    Raises:
+        UsageError: of another program. IntegrityError: damaged, or of another format version. Or as `read_table`.
+    """
     shown = show_path(path)
-    _, metadata = read_table(path)
-    if "perceiver" not in metadata:
+    text = read_table(path)[1].get("perceiver")
+    if text is None:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
-        given = str(metadata["perceiver"])
-        fields = dict(json.loads(given, object_pairs_hook=_unique, parse_constant=_no_constant))
-        if json.dumps(fields) != given:
+        fields = dict(json.loads(text))
+        # The way back shows a key that stood twice, and refuses a number that JSON does not have.
+        if json.dumps(fields, allow_nan=False) != text:
             raise ValueError("not as it was written")
-        sha256, version = str(fields.pop("sha256")), fields["format"]
+        version, _ = fields["format"], fields["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{shown}: damaged header: {error}") from error
     if version != FORMAT:
         raise IntegrityError(f"{shown}: format {version}, this program reads {FORMAT}", "upgrade perceiver-cli")
-    return _Header(fields, json.dumps(fields), sha256)
+    return fields
 
 
-def read_tensors(path: Path, header: _Header) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the JSON fields and the tensors of a file of this program, both as they were written.
+
+    Raises:
+        IntegrityError: the checksum differs. Or as `read_header`.
+    """
+    fields, tensors = read_header(path), load_tensors(path)
+    written = str(fields.pop("sha256"))
+    content = _checksum(json.dumps(fields), tensors)
+    if content != written:
+        raise IntegrityError(
+            f"{show_path(path)}: content sha256 {content[:12]}, the header says {show_path(written[:12])}"
+        )
+    return fields, tensors
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of any safetensors file; raise IntegrityError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{show_path(path)}: damaged: {error}") from error
-    found = _checksum(header.text, tensors)
-    if found != header.sha256:
-        raise IntegrityError(
-            f"{show_path(path)}: content sha256 {found[:12]}, the header says {show_path(header.sha256[:12])}"
-        )
-    return dict(tensors)
+        raise _damage(path, error) from error
+
+
+def _damage(path: Path, error: Exception) -> IntegrityError:
+    """Return the library's error as one of ours; it may quote the file."""
+    return IntegrityError(f"{show_path(path)}: damaged: {show_text(str(error))}")
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a header's text and of names, types, shapes and bytes of tensors."""
     import torch
 
     digest = hashlib.sha256(text.encode())
@@ -245,23 +243,3 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _tensor_bytes(table: Mapping[str, Any]) -> int:
-    total = ITEM_BYTES[table["dtype"]]
-    for side in table["shape"]:
-        if not isinstance(side, int) or side < 0:
-            raise ValueError(f"side {side!r} of a shape")
-        total *= side
-    return total
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("the same key twice")
-    return table
-
-
-def _no_constant(text: str) -> float:
-    raise ValueError(f"{text} is not a JSON number")

@@ -23,7 +23,7 @@ from torch import Tensor
 from perceiver_cli.config import MAX_SCHEDULE_STEPS, Config
 from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.files import show_path
-from perceiver_cli.model.checkpoint import ModelInfo, read_table, save_model
+from perceiver_cli.model.checkpoint import ModelInfo, load_tensors, read_table, save_model
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality
@@ -135,10 +135,9 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     processor = _read_json(fetch(PROCESSOR_FILE))
     path = fetch(MODEL_FILE)
     assert path is not None
-    table, metadata = read_table(path)
+    shapes, metadata = read_table(path)
     if "perceiver" in metadata:
         raise UsageError(f"{show_path(path)}: already a model of this program", "pass it to -m or --init-from")
-    shapes = {name: tuple(entry["shape"]) for name, entry in table.items()}
     architecture = _architecture(theirs, shapes)
     facts = {**DEFAULTS, **theirs} if theirs is not None else _derived(shapes, show_path(path))
     classes = _classes(theirs or {}, _integer(show_path(path), CLASSES, next(iter(shapes.get(CLASSES, ())), None)))
@@ -375,13 +374,7 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Ma
 
 def _converted(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the file's tensors under our names, in the shapes and types of `expected`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{show_path(path)}: damaged: {error}") from error
+    tensors = load_tensors(path)
     weights = {}
     for ours, like in expected.items():
         tensor = tensors[_their_name(ours)]

@@ -1,13 +1,11 @@
-"""The loop of training: read, step, average, evaluate, save, and when; each run a generator of events."""
+"""The loop of training: read, step, average, evaluate, save; a generator of events."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from math import ceil, isfinite, sqrt
-from pathlib import Path
+from math import isfinite, sqrt
 from typing import Any
 
 import numpy as np
@@ -15,85 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_cli.config import Config
-from perceiver_cli.data.catalog import Catalog
-from perceiver_cli.data.examples import Example
-from perceiver_cli.data.loader import Batch, Reader, Task, training_tasks
-from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, counted
+from perceiver_cli.data.loader import Batch, Task, training_tasks
+from perceiver_cli.errors import DivergedError, IntegrityError, ResourceError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.inference.evaluation import Report, score
+from perceiver_cli.inference.evaluation import score
 from perceiver_cli.model.checkpoint import ModelInfo, save_model
-from perceiver_cli.model.device import Compute
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
 from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, MetricsLog, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import learning_rate, make_average, make_optimizer
-from perceiver_cli.training.state import save_state, transfer
-from perceiver_cli.training.timing import Timing
+from perceiver_cli.training.plan import Plan
+from perceiver_cli.training.state import TrainingState, save_state, transfer
+from perceiver_cli.training.timing import Progress, Timing
 
-LIST_BAD = 20  # unreadable files named in an error
 MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
-
-
-class Plan:
-    """What a run works from, all of it settled before the first step.
-
-    notes: what is worth saying of it; more may come up. looked_at: files decoded before the first step. stopping: set,
-    the run ends after the step in progress.
-    """
-
-    config: Config
-    catalog: Catalog
-    reader: Reader
-    compute: Compute
-    output: Path
-    latest: bool  # point runs/latest in the current folder at the run
-    started_at: float  # by time.monotonic; a time limit counts from here
-    notes: list[str]
-    looked_at: int = 0
-    stopping: bool = False
-
-    @property
-    def train_examples(self) -> Sequence[Example]:
-        """The examples that are learned from."""
-        return self.catalog.splits["train"]
-
-    @property
-    def val_examples(self) -> tuple[Example, ...]:
-        """The examples that choose the best model; those known to be unreadable are left out. May be empty."""
-        return tuple(e for e in self.catalog.splits.get("val", ()) if e.id not in self.reader.bad)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every training example is seen once, rounded."""
-        return max(1, round(len(self.train_examples) / (self.config.train.batch_size * self.config.train.accumulate)))
-
-    @property
-    def planned_steps(self) -> int:
-        """Optimiser steps of the run, where no time limit says otherwise."""
-        train = self.config.train
-        if train.steps is not None:
-            return train.steps
-        whole = max(1, ceil(train.epochs * len(self.train_examples) / (train.batch_size * train.accumulate)))
-        return min(whole, train.max_steps or whole)
-
-    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many of the files to train with are unreadable; raise DataError if it is more than allowed."""
-        if not bad:
-            return 0
-        ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
-        among = [error for identity, error in bad.items() if identity in ids]
-        allowed = self.config.data.max_bad
-        if len(among) > allowed * max(1, looked_at):
-            listed = "\n  ".join(among[:LIST_BAD]) + ("\n  ..." if len(among) > LIST_BAD else "")
-            raise DataError(
-                f"{len(among)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
-                f"pass --max-bad {min(1.0, ceil(1000 * len(among) / max(1, looked_at)) / 1000)} to go on without them:"
-                f"\n  {listed}"
-            )
-        return len(among)
+ENDLESS = 1 << 40  # batches
 
 
 class Run:
@@ -101,22 +37,16 @@ class Run:
 
     Args:
         plan: what it works from.
-        start: a run folder or model file whose weights it begins with.
-        saved: tensors and state to go on from.
+        looked_at: files decoded before the first step.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        start: str | os.PathLike[str] | None = None,
-        saved: tuple[Mapping[str, Tensor], Mapping[str, Any]] | None = None,
-    ) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, looked_at: int = 0) -> None:
+        self.plan, self.looked_at = plan, looked_at
         self.config, self.compute, self.catalog = plan.config, plan.compute, plan.catalog
         train = self.config.train
         model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
-        if start is not None:
-            plan.notes += transfer(model, self.catalog.classes, start)
+        if plan.init_from is not None:
+            plan.notes.extend(transfer(model, self.catalog.classes, plan.init_from))
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -127,9 +57,10 @@ class Run:
         self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)
         self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
-        counts = list(self.catalog.counts("train").values())
-        weights = class_weights(counts, self.config.data.class_weight_power)
-        self.class_weights = weights.to(self.compute.device) if self.config.data.class_weight_power else None
+        self.class_weights: Tensor | None = None
+        if power := self.config.data.class_weight_power:
+            counts = list(self.catalog.counts("train").values())
+            self.class_weights = class_weights(counts, power).to(self.compute.device)
         self.step = 0
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
@@ -137,8 +68,8 @@ class Run:
         self.top = 0.0  # the highest validation score so far
         self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
         self.loss_count = 0
-        if saved is not None:
-            self._restore(*saved)
+        if plan.saved is not None:
+            self._restore(plan.saved)
 
     @property
     def elapsed(self) -> float:
@@ -146,10 +77,14 @@ class Run:
         return self.elapsed_before + time.monotonic() - self.plan.started_at
 
     @property
+    def progress(self) -> Progress:
+        """Where the run stands now."""
+        return Progress(self.step, self.total_steps, self.elapsed)
+
+    @property
     def epoch(self) -> float:
         """Epochs seen, as a fraction."""
-        train = self.config.train
-        return self.step * train.batch_size * train.accumulate / len(self.plan.train_examples)
+        return self.step * self.plan.examples_per_step / len(self.plan.train_examples)
 
     def tasks(self, batches: int) -> Iterator[Task]:
         """Return the tasks of the next `batches` batches."""
@@ -157,53 +92,56 @@ class Run:
         start = self.step * train.accumulate
         return training_tasks(self.plan.train_examples, train.batch_size, train.seed, start, start + batches)
 
-    def events(self) -> Iterator[Event]:
-        """Yield the events of the loop."""
-        train, data = self.config.train, self.config.data
-        timing = Timing(self)
-        endless = 1 << 40 if train.max_time_s else (self.total_steps - self.step) * train.accumulate
-        workers = self.compute.default_workers if data.workers is None else data.workers
-        batches = self.plan.reader.batches(self.tasks(endless), workers, pin=self.compute.device.type == "cuda")
+    def events(self, stopping: Callable[[], bool]) -> Iterator[Event]:
+        """Yield the events of the loop, which ends after the step in progress once `stopping` returns True."""
+        plan, train = self.plan, self.config.train
+        timing = Timing(train, plan.steps_per_epoch, len(plan.val_examples), self.progress)
+        batches = self._batches()
+        metrics = MetricsLog(plan.output, self.step)
         check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
-        metrics = MetricsLog(self.plan.output, self.step)
-        last_loss, last_time, last_step = float("nan"), time.perf_counter(), self.step
+        looked_s, looked_step = time.perf_counter(), self.step  # time and step of the last look at the loss
         evaluated_at = self.step
-        while not timing.over() and not self.plan.stopping:
-            lr = learning_rate(train, self.step, self.total_steps, self.plan.steps_per_epoch)
+        while not timing.over(self.progress) and not stopping():
+            lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             loss = self.update(batches)
             self.step += 1
-            timing.stepped()
-            if self.step % check_every == 0 or timing.over():
-                last_loss = float(loss)
-                if not isfinite(last_loss):
-                    self._diverged(last_loss, lr)
+            self.total_steps = timing.stepped(self.progress)
+            if self.step % check_every == 0 or timing.over(self.progress):
+                step_loss = float(loss)
+                if not isfinite(step_loss):
+                    self._diverged(step_loss, lr)
                 now = time.perf_counter()
-                rate = (self.step - last_step) * train.batch_size * train.accumulate / max(1e-9, now - last_time)
-                last_time, last_step = now, self.step
-                yield StepDone(self.step, self.total_steps, self.epoch, last_loss, lr, rate)
-            if timing.evaluation_due():
+                rate = (self.step - looked_step) * plan.examples_per_step / max(1e-9, now - looked_s)
+                looked_s, looked_step = now, self.step
+                yield StepDone(self.step, self.total_steps, self.epoch, step_loss, lr, rate)
+            evaluate = timing.evaluation_due(self.progress)
+            if evaluate or timing.save_due(self.progress):
                 self._check_finite(lr)
-                evaluated = self._evaluate(metrics, lr)
-                evaluated_at = self.step
-                timing.evaluated()
-                yield evaluated
-                if evaluated.best:
-                    yield Saved(self.plan.output / MODEL_FILE, self.step)
+                if evaluate:
+                    evaluated = self._evaluate(metrics, lr)
+                    evaluated_at = self.step
+                    timing.evaluated(self.elapsed)
+                    yield evaluated
+                    if evaluated.best:
+                        yield Saved(plan.output / MODEL_FILE, self.step)
                 yield self._save()
-                last_time, last_step = time.perf_counter(), self.step
-            elif timing.save_due():
-                self._check_finite(lr)
-                yield self._save()
-                last_time, last_step = time.perf_counter(), self.step
-        if evaluated_at != self.step and not self.plan.stopping:
+                looked_s, looked_step = time.perf_counter(), self.step
+        stopped = stopping()
+        if evaluated_at != self.step and not stopped:
             yield self._evaluate(metrics, lr)
-            evaluated_at = self.step
         yield self._save()
-        if not (self.plan.output / MODEL_FILE).exists():
+        if not (plan.output / MODEL_FILE).exists():
             self._save_model({})  # stopped before the first evaluation
-        yield Finished(self.plan.output / MODEL_FILE, self.step, self.plan.stopping, dict(self.best), self.elapsed)
+        yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
+
+    def _batches(self) -> Iterator[Batch]:
+        """Return the batches of the steps to come: without end if time limits the run."""
+        train, workers = self.config.train, self.config.data.workers
+        count = ENDLESS if train.max_time_s else (self.total_steps - self.step) * train.accumulate
+        workers = self.compute.default_workers if workers is None else workers
+        return self.plan.reader.batches(self.tasks(count), workers, pin=self.compute.device.type == "cuda")
 
     # ------------------------------------------------------------ one step
 
@@ -232,15 +170,14 @@ class Run:
     def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
         """Add the gradients of one batch, the `micro`-th of its step; return its loss over `accumulate`."""
         device, train = self.compute.device, self.config.train
-        targets = [(batch.labels, 1.0)]
-        given = batch.segments
+        segments, targets = batch.segments, [(batch.labels, 1.0)]
         if train.mixup or train.cutmix:
             # Its own stream: a function of seed and place in the run, like everything random here.
             rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
             mixed = mix(batch, train.mixup, train.cutmix, rng)
-            given, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
+            segments, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
         with self.compute.autocast():
-            logits = self.model({name: segment.to(device) for name, segment in given.items()})
+            logits = self.model({name: segment.to(device) for name, segment in segments.items()})
         loss = torch.zeros((), device=device)
         for labels, share in targets:
             loss = loss + share * self._loss(logits, labels.to(device, non_blocking=True))
@@ -270,7 +207,7 @@ class Run:
             return
         reader.bad.update(fresh)
         seen = min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples))
-        seen = max(seen, self.plan.looked_at)
+        seen = max(seen, self.looked_at)
         if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
             self.plan.check_bad(reader.bad, seen)
 
@@ -295,24 +232,21 @@ class Run:
         return model
 
     def _evaluate(self, metrics: MetricsLog, lr: float) -> Evaluated:
+        """Score the validation split, log the scores, keep the model if it is the best; return the event."""
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
-        examples = self.plan.val_examples
         record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": lr}
-        if examples:
-            train = self.config.train
-            batch_size = max(train.batch_size, 64)
-            classes = self.catalog.classes
-            report: Report = score(self.judged, self.plan.reader, examples, classes, self.compute, batch_size)
+        better = True  # without a validation split the latest model is the best known
+        if examples := self.plan.val_examples:
+            batch_size = max(self.config.train.batch_size, 64)
+            report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
             if not isfinite(report.loss):
                 self._diverged(report.loss, lr)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
-        better = True  # without a validation split the latest model is the best known
-        if examples:
-            value = record.get("val_mAP", record["val_accuracy"])
+            value = record.get("val_mAP", report.accuracy)
             self.top = max(self.top, value)
             better = within_one_error(value, self.top, len(examples))
         if better:
@@ -355,37 +289,40 @@ class Run:
         }
         return Saved(save_state(self.plan.output, tensors, state), self.step)
 
-    def _restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
+    def _restore(self, saved: TrainingState) -> None:
+        """Put the run where a saved one stood."""
+        fields = saved.fields
         try:
-            self.model.load_state_dict(part("model."))
+            self.model.load_state_dict(_below("model.", saved.tensors))
             if self.average is not None:
-                self.average.load_state_dict(part("average."))
+                self.average.load_state_dict(_below("average.", saved.tensors))
             moments: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in part("optimizer.").items():
+            for name, tensor in _below("optimizer.", saved.tensors).items():
                 index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = tensor
             self.optimizer.load_state_dict(
                 {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
             )
-            if state["scaler"]:
-                self.scaler.load_state_dict(state["scaler"])
-            self.step, self.best, self.top = int(state["step"]), dict(state["best"]), float(state["top"])
-            self.loss_sum += float(state["loss_sum"])
-            self.loss_count = int(state["loss_count"])
-            self.elapsed_before = float(state["elapsed_s"])
-            if self.config.train.max_time_s:
-                self.total_steps = int(state["total_steps"])
-            elif self.total_steps != state["total_steps"]:
-                self.plan.notes.append(
-                    f"the plan changed from {state['total_steps']} to {counted(self.total_steps, 'step')}: "
-                    "the learning rate follows the new one"
-                )
+            if fields["scaler"]:
+                self.scaler.load_state_dict(fields["scaler"])
+            self.step, self.best, self.top = int(fields["step"]), dict(fields["best"]), float(fields["top"])
+            self.loss_sum += float(fields["loss_sum"])
+            self.loss_count = int(fields["loss_count"])
+            self.elapsed_before = float(fields["elapsed_s"])
+            planned = int(fields["total_steps"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise IntegrityError(f"{show_path(self.plan.output)}: the training state does not fit: {reason}") from error
+        if self.config.train.max_time_s:
+            self.total_steps = planned
+        elif self.total_steps != planned:
+            change = f"the plan changed from {planned} to {counted(self.total_steps, 'step')}"
+            self.plan.notes.append(f"{change}: the learning rate follows the new one")
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def within_one_error(value: float, top: float, count: int) -> bool:

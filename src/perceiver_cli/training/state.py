@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
 from perceiver_cli.files import show_path, write_text
-from perceiver_cli.model.checkpoint import FORMAT, load_model, read_header, read_tensors, write_tensors
+from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, write_tensors
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import STATE_FOLDER, find_model
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MANIFEST = "MANIFEST.json"
 
 
 def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
@@ -49,72 +50,64 @@ def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike
     ]
 
 
-MANIFEST = "MANIFEST.json"
-
-
 # ---------------------------------------------------------------- training state
 
 
-def save_state(run: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Commit a training state to `run`/last and drop all but the one before it; returns the file.
+class TrainingState(NamedTuple):
+    """Where a run stood. damaged: a note on each newer state that was not whole."""
 
-    `state` must be JSON and have "step". A crash at any moment leaves the previous state committed.
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any]
+    damaged: list[str]
+
+
+def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Path:
+    """Commit a training state to `run`/last and drop all but the one before it; return its file.
+
+    `fields` must be JSON and have "step". A crash at any moment leaves the previous state committed: the rename of the
+    manifest is the commit.
     """
     folder = run / STATE_FOLDER
-    file = folder / f"step-{state['step']:08d}.safetensors"
-    digest = write_tensors(file, tensors, {"kind": "training state", "format": FORMAT, **state})
-    kept = [entry for entry in _manifest(folder) if entry["file"] != file.name][:1]
-    entries = [{"file": file.name, "size": file.stat().st_size, "sha256": digest, "step": state["step"]}, *kept]
-    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": entries}, indent=1) + "\n")
-    current = {entry["file"] for entry in entries}
+    file = folder / f"step-{fields['step']:08d}.safetensors"
+    write_tensors(file, tensors, {"kind": "training state", "format": FORMAT, **fields})
+    previous = [entry for entry in _committed(folder) if entry["file"] != file.name][:1]
+    states = [{"file": file.name, "step": fields["step"]}, *previous]
+    write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": states}, indent=1) + "\n")
+    current = {MANIFEST, *(entry["file"] for entry in states)}
     for old in folder.iterdir():
-        if old.name not in current and old.name != MANIFEST and (old.suffix == ".safetensors" or old.suffix == ".tmp"):
+        if old.name not in current and old.suffix in (".safetensors", ".tmp"):
             old.unlink(missing_ok=True)
     return file
 
 
-def load_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Return tensors and state of the newest whole training state of a run, and a note on each damaged newer one.
+def load_state(run: Path) -> TrainingState:
+    """Return the newest whole training state of a run.
 
     Raises:
         UsageError: there is none. IntegrityError: none that is whole.
     """
     folder = run / STATE_FOLDER
-    notes: list[str] = []
-    for entry in _manifest(folder):
-        path = folder / str(entry["file"])
+    damaged: list[str] = []
+    for entry in _committed(folder):
         try:
-            found = _sha256(path)
-            if found != entry["sha256"]:
-                raise IntegrityError(
-                    f"{show_path(path)}: sha256 {found[:12]}, the manifest says {entry['sha256'][:12]}"
-                )
-            header = read_header(path)
-            return read_tensors(path, header), header.fields, notes
+            fields, tensors = read_tensors(folder / entry["file"])
+            return TrainingState(tensors, fields, damaged)
         except PerceiverError as error:
-            notes.append(str(error))
-    if notes:
-        raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(notes)}")
+            damaged.append(str(error))
+    if damaged:
+        raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(damaged)}")
     raise UsageError(f"{show_path(run)}: no training state to resume", "start it without --resume")
 
 
-def _manifest(folder: Path) -> list[dict[str, Any]]:
+def _committed(folder: Path) -> list[dict[str, Any]]:
+    """Return the manifest's entries, newest first; none if there is no manifest."""
     path = folder / MANIFEST
-    if not path.exists():
-        return []
     try:
-        entries = json.loads(path.read_bytes())["states"]
-        good = all(Path(str(e["file"])).name == e["file"] and len(e["sha256"]) == 64 for e in entries)
+        states = json.loads(path.read_bytes())["states"]
+        if not all(Path(state["file"]).name == state["file"] for state in states):
+            raise ValueError("a state in another folder")
+    except FileNotFoundError:
+        return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{show_path(path)}: damaged manifest: {error}") from error
-    if not good:
-        raise IntegrityError(f"{show_path(path)}: damaged manifest")
-    return list(entries)
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise IntegrityError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+    return list(states)

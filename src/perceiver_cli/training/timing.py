@@ -1,18 +1,23 @@
-"""When a run evaluates, saves and ends."""
+"""When a run evaluates, saves and ends: numbers in, answers out. No clock is read here."""
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
-from perceiver_cli.config import duration_steps
-
-if TYPE_CHECKING:
-    from perceiver_cli.training.loop import Run
+from perceiver_cli.config import TrainConfig, duration_steps
 
 TIMED_STEPS = 5  # steps whose rate the first plan of a timed run rests on
 TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
 SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
+STEPS_PER_FORWARD = 1 / 3  # time of a forward, in steps, until an evaluation has been measured
+
+
+class Progress(NamedTuple):
+    """Where a run stands. elapsed_s: seconds of training, those before a resume included."""
+
+    step: int
+    total_steps: int
+    elapsed_s: float
 
 
 class Timing:
@@ -20,69 +25,61 @@ class Timing:
 
     With a time limit the total number of steps is planned again after every step, from the measured rate and with
     room for the last evaluation, so that the learning rate schedule ends with the time.
+
+    Args:
+        config: length, evaluations and saves of the run.
+        steps_per_epoch: optimiser steps in an epoch.
+        num_val_examples: examples that an evaluation looks at.
+        start: where the run stands now.
     """
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.config = run.config.train
-        self.limit = self.config.max_time_s
-        self.began = time.monotonic()
-        self.first = run.step
-        self.spent_evaluating = 0.0
+    def __init__(self, config: TrainConfig, steps_per_epoch: int, num_val_examples: int, start: Progress) -> None:
+        self.config, self.steps_per_epoch, self.start = config, steps_per_epoch, start
+        self.limit_s = config.max_time_s
+        self.steps_per_evaluation = STEPS_PER_FORWARD * num_val_examples / (config.batch_size * config.accumulate)
+        self.evaluating_s = 0.0
         self.evaluations = 0
-        self.mark = self.began  # end of the last step or evaluation
-        self.next_evaluation_s = run.elapsed
-        self._next_by_clock()
+        self.mark_s = start.elapsed_s  # end of the last step or evaluation
+        self.evaluated_s = start.elapsed_s  # end of the last evaluation
 
-    def _next_by_clock(self) -> None:
-        if self.limit is not None:
-            self.next_evaluation_s = self.run.elapsed + self.limit / TIMED_EVALUATIONS
+    def over(self, at: Progress) -> bool:
+        """Return whether the run has reached its end."""
+        late = self.limit_s is not None and at.elapsed_s >= self.limit_s
+        return at.step >= at.total_steps or (late and at.step > self.start.step)
 
-    def over(self) -> bool:
-        """Return whether the plan is fulfilled."""
-        late = self.limit is not None and self.run.elapsed >= self.limit
-        return self.run.step >= self.run.total_steps or (late and self.run.step > self.first)
-
-    def stepped(self) -> None:
-        """Take note of a finished step and, in a timed run, plan the rest."""
-        self.mark = time.monotonic()
-        if self.limit is None:
-            return
-        run, done = self.run, self.run.step - self.first
-        if done < TIMED_STEPS and run.elapsed < self.limit:
-            run.total_steps = max(run.total_steps, run.step + 1)
-            return
-        per_step = (self.mark - self.began - self.spent_evaluating) / done
-        per_evaluation = self.spent_evaluating / self.evaluations if self.evaluations else self._guess(per_step)
-        left = self.limit * (1 - SAFETY) - run.elapsed
-        coming = max(1, round(TIMED_EVALUATIONS * left / self.limit))
+    def stepped(self, at: Progress) -> int:
+        """Return the total number of steps as planned after a finished step, which a time limit changes."""
+        self.mark_s = at.elapsed_s
+        if self.limit_s is None:
+            return at.total_steps
+        done = at.step - self.start.step
+        if done < TIMED_STEPS and at.elapsed_s < self.limit_s:
+            return max(at.total_steps, at.step + 1)
+        step_s = (at.elapsed_s - self.start.elapsed_s - self.evaluating_s) / done
+        evaluation_s = self.evaluating_s / self.evaluations if self.evaluations else step_s * self.steps_per_evaluation
+        left_s = self.limit_s * (1 - SAFETY) - at.elapsed_s
+        coming = max(1, round(TIMED_EVALUATIONS * left_s / self.limit_s))
         # From here on the number can only be a real plan: at least this step, at most what the time allows.
-        run.total_steps = run.step + max(0, int((left - coming * per_evaluation) / per_step))
+        return at.step + max(0, int((left_s - coming * evaluation_s) / step_s))
 
-    def _guess(self, per_step: float) -> float:
-        """Seconds of an evaluation not yet seen: a forward is about a third of a step."""
-        train = self.config
-        return per_step * len(self.run.plan.val_examples) / (3 * train.batch_size * train.accumulate)
-
-    def evaluation_due(self) -> bool:
+    def evaluation_due(self, at: Progress) -> bool:
         """Return whether to evaluate after the step just done."""
-        run = self.run
-        if self.over():
+        if self.over(at):
             return True
-        if self.limit is not None:
-            return run.elapsed >= self.next_evaluation_s
-        every = duration_steps(self.config.eval_every, run.total_steps, run.plan.steps_per_epoch)
-        return run.step % max(1, every) == 0
+        if self.limit_s is not None:
+            return at.elapsed_s >= self.evaluated_s + self.limit_s / TIMED_EVALUATIONS
+        return self._falls_on(self.config.eval_every, at)
 
-    def evaluated(self) -> None:
-        """Take note of a finished evaluation."""
-        now = time.monotonic()
-        self.spent_evaluating += now - self.mark
+    def evaluated(self, elapsed_s: float) -> None:
+        """Count an evaluation that has just ended."""
+        self.evaluating_s += elapsed_s - self.mark_s
         self.evaluations += 1
-        self.mark = now
-        self._next_by_clock()
+        self.mark_s = self.evaluated_s = elapsed_s
 
-    def save_due(self) -> bool:
+    def save_due(self, at: Progress) -> bool:
         """Return whether to save between evaluations."""
-        every = duration_steps(self.config.save_every, self.run.total_steps, self.run.plan.steps_per_epoch)
-        return self.run.step % max(1, every) == 0
+        return self._falls_on(self.config.save_every, at)
+
+    def _falls_on(self, every: str, at: Progress) -> bool:
+        """Return whether the step just done is a multiple of a duration such as "2 epochs"."""
+        return at.step % max(1, duration_steps(every, at.total_steps, self.steps_per_epoch)) == 0

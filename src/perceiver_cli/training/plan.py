@@ -1,0 +1,279 @@
+"""The plan of a run: recipe, data, device and sizes, all of it settled and checked before the first step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from perceiver_cli.config import Config, DataConfig, tiny_config
+from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.loader import Reader
+from perceiver_cli.data.splits import SPLIT_FILE, read_split
+from perceiver_cli.errors import DataError, UsageError, counted
+from perceiver_cli.files import show_path
+from perceiver_cli.model.checkpoint import read_info
+from perceiver_cli.model.cost import Cost, estimate
+from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.run_folder import find_model, next_run
+from perceiver_cli.training.state import TrainingState, load_state
+
+MAX_PARAMETERS = 2_000_000_000
+LIST_BAD = 20  # unreadable files named in an error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run works from.
+
+    init_from: a run folder or model file whose weights the run starts with. saved: the state that the run resumes.
+    latest: whether runs/latest in the current folder shall point at the run. started_at: the moment, by
+    `time.monotonic`, that a time limit counts from. notes: messages for the user; the run adds more.
+    """
+
+    config: Config
+    catalog: Catalog
+    reader: Reader
+    compute: Compute
+    cost: Cost
+    output: Path
+    init_from: str | os.PathLike[str] | None
+    saved: TrainingState | None
+    latest: bool
+    started_at: float
+    notes: list[str]
+
+    @property
+    def train_examples(self) -> Sequence[Example]:
+        """The examples that the model learns from."""
+        return self.catalog.splits["train"]
+
+    @property
+    def val_examples(self) -> tuple[Example, ...]:
+        """The examples that choose the best model, without those known to be unreadable. May be empty."""
+        return tuple(e for e in self.catalog.splits.get("val", ()) if e.id not in self.reader.bad)
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples that one optimiser step sees."""
+        return self.config.train.batch_size * self.config.train.accumulate
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in which every training example is seen once, rounded."""
+        return max(1, round(len(self.train_examples) / self.examples_per_step))
+
+    @cached_property
+    def planned_steps(self) -> int:
+        """Optimiser steps of the run, if no time limit says otherwise."""
+        train = self.config.train
+        if train.steps is not None:
+            return train.steps
+        whole = max(1, ceil(train.epochs * len(self.train_examples) / self.examples_per_step))
+        return min(whole, train.max_steps or whole)
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory that a training step takes, about."""
+        train = self.config.train
+        return self.cost.training_bytes(train.batch_size, averaged=train.ema_decay > 0, recompute=train.recompute)
+
+    def summary(self) -> dict[str, Any]:
+        """Return data, shapes, sizes, length and paths of the run as JSON types."""
+        train = self.config.train
+        return {
+            "preset": self.config.name,
+            "data": self.config.data.path,
+            "modalities": list(self.catalog.modalities),
+            "splits": {name: len(examples) for name, examples in self.catalog.splits.items()},
+            "classes": self.catalog.counts("train"),
+            "inputs": {
+                name: {"shape": list(layout.grid), "channels": layout.num_channels}
+                for name, layout in self.reader.layouts.items()
+            },
+            "parameters": self.cost.parameters,
+            "flops": self.cost.flops,
+            "training_bytes": self.training_bytes,
+            "steps": None if train.max_time_s else self.planned_steps,
+            "max_time_s": train.max_time_s,
+            "batch_size": self.examples_per_step,
+            "device": str(self.compute.device),
+            "precision": self.compute.precision,
+            "output": os.fspath(self.output),
+        }
+
+    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
+        """Return how many training and validation files are unreadable; raise DataError if more than allowed.
+
+        Args:
+            bad: the error by id of an example.
+            looked_at: how many files were tried.
+        """
+        if not bad:
+            return 0
+        ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
+        errors = [error for identity, error in bad.items() if identity in ids]
+        allowed = self.config.data.max_bad
+        if len(errors) > allowed * max(1, looked_at):
+            listed = "\n  ".join(errors[:LIST_BAD]) + ("\n  ..." if len(errors) > LIST_BAD else "")
+            raise DataError(
+                f"{len(errors)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
+                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / max(1, looked_at)) / 1000)} to go on without them:"
+                f"\n  {listed}"
+            )
+        return len(errors)
+
+
+def make_plan(
+    data: str | os.PathLike[str] | None,
+    output: str | os.PathLike[str] | None,
+    config: Config | None,
+    overrides: Sequence[str],
+    *,
+    resume: bool,
+    init_from: str | os.PathLike[str] | None,
+    latest: bool,
+    started_at: float,
+) -> Plan:
+    """Return the plan of a run, after every check that needs no training step. The arguments are those of `Trainer`."""
+    saved = None
+    notes: list[str] = []
+    if resume:
+        if output is None:
+            raise UsageError("--resume needs the run folder to continue", "pass -o RUN")
+        saved = load_state(Path(output))
+        notes += [f"fell back to an older training state: {note}" for note in saved.damaged]
+        config = Config.parse(saved.fields["config"], show_path(output))
+    elif config is None and init_from is not None:
+        config = read_info(find_model(os.fspath(init_from))).config
+    path = os.fspath(data) if data is not None else config.data.path if config is not None else None
+    if path is None:
+        raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
+    if config is not None:
+        config = config.override(list(overrides))
+    scanned = _scan(path, config, overrides, output, saved, notes)
+    config = config or tiny_config(scanned.modalities).override(list(overrides))
+    _check_recipe(config, scanned, path)
+    catalog = scanned.hold_out(config.data.val_fraction)
+    catalog.check_groups()
+    if saved is not None:
+        _check_same_data(saved.fields["fingerprint"], catalog.fingerprint, output)
+    notes += scanned.notes + check_classes(scanned)
+    specs = resolve_specs(config.inputs, catalog, config.data.limits)
+    place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
+    settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
+    config = config.model_copy(update=settled)
+    compute = choose(config.train.device, config.train.precision)
+    num_classes = len(catalog.classes)
+    reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
+    cost = estimate(config.model, reader.layouts, num_classes)
+    folder = Path(output) if output is not None else next_run(config.name)
+    plan = Plan(config, catalog, reader, compute, cost, folder, init_from, saved, latest, started_at, notes)
+    _check_size(plan)
+    if saved is not None:
+        _check_resumable(plan, saved.fields["config"])
+    return plan
+
+
+def _scan(
+    path: str,
+    config: Config | None,
+    overrides: Sequence[str],
+    output: str | os.PathLike[str] | None,
+    saved: TrainingState | None,
+    notes: list[str],
+) -> Catalog:
+    """Return the catalog of the data; a split file that belongs to the data divides it, or `notes` say that none does.
+
+    A resumed run takes the split file of its own folder.
+    """
+    options: DataConfig = (
+        config or tiny_config(["image"]).override([change for change in overrides if change.startswith("data.")])
+    ).data
+    split = options.split
+    if saved is not None and output is not None:
+        own = Path(output) / SPLIT_FILE
+        split = os.fspath(own) if own.exists() else None
+    before = None if split is None else read_split(split)
+    classes = None if saved is None else saved.fields.get("classes")
+    reads = None if config is None else config.inputs
+    catalog = scan(path, classes or (None if before is None else before.classes), reads, options.group_by)
+    if before is None:
+        return catalog
+    divided = before.apply(catalog)
+    if divided is not None or saved is not None:
+        return divided or catalog
+    shown = show_path(split or "")
+    if path == "-":
+        raise UsageError(f"{shown}: the split of other data", "pass --set data.split=none")
+    notes.append(f"{shown} is the split of other data: this is split anew")
+    return scan(path, None, reads, options.group_by)
+
+
+# ---------------------------------------------------------------- checks
+
+
+def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
+    """Raise DataError or UsageError if the recipe cannot learn from this data."""
+    reads = "+".join(sorted(config.inputs))
+    if set(config.inputs) - set(catalog.modalities):
+        raise DataError(f"{show_path(path)}: holds {'+'.join(catalog.holds)}, but {config.name} reads {reads}")
+    if (config.train.mixup or config.train.cutmix) and set(config.inputs) != {"image"}:
+        raise UsageError(f"train.mixup and train.cutmix are for images alone, this run reads {reads}")
+    if catalog.multi_label and config.data.class_weight_power:
+        raise UsageError("data.class_weight_power is for one label an example")
+
+
+def _check_same_data(before: str, now: str, output: str | os.PathLike[str] | None) -> None:
+    """Raise UsageError if the data's fingerprint is not that of the saved run."""
+    if before != now:
+        raise UsageError(
+            f"{show_path(output or '')}: the data changed since this run was saved (fingerprint {before}, now {now})",
+            "train anew with --init-from to start from its weights",
+        )
+
+
+def check_classes(catalog: Catalog) -> tuple[str, ...]:
+    """Return notes on classes that are too small; raise DataError if there are not two classes to tell apart."""
+    where = show_path(catalog.root)
+    if not catalog.splits.get("train"):
+        raise DataError(f"{where}: no training split", f"found {', '.join(sorted(catalog.splits))}")
+    counts = {name: count for name, count in catalog.counts("train").items() if count}
+    if len(counts) < 2:
+        only = ", ".join(f"{show_path(name)} with {counted(count, 'file')}" for name, count in counts.items())
+        raise DataError(f"{where}: one class to learn: {only}", "a classifier needs at least two")
+    single = [show_path(name) for name, count in counts.items() if count == 1]
+    return (f"only one training file in {counted(len(single), 'class')}: {', '.join(single[:10])}",) if single else ()
+
+
+def _check_size(plan: Plan) -> None:
+    """Raise UsageError if the model cannot be built or trained here, before anything is allocated."""
+    parameters = plan.cost.parameters
+    if parameters > MAX_PARAMETERS:
+        raise UsageError(
+            f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)",
+            f"at most {MAX_PARAMETERS:,} are built here",
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if plan.compute.device.type == "cpu" and plan.training_bytes > memory:
+        raise UsageError(
+            f"a step needs about {plan.training_bytes / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
+            "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N, or --recompute",
+        )
+
+
+def _check_resumable(plan: Plan, before: dict[str, Any]) -> None:
+    """Raise UsageError if model, inputs or optimiser are not those of the configuration `before` of the saved run."""
+    now = plan.config.to_dict()
+    changed = [f"model.{key}" for key, value in now["model"].items() if before["model"].get(key) != value]
+    if before["train"]["optimizer"] != now["train"]["optimizer"]:
+        changed.append("train.optimizer")
+    layouts = Reader(Config.parse(before).inputs, plan.config.data.limits).layouts
+    changed += [f"inputs.{key}" for key, layout in plan.reader.layouts.items() if layouts.get(key) != layout]
+    if changed:
+        raise UsageError(f"--resume cannot change {', '.join(changed)}", "train anew, perhaps with --init-from")

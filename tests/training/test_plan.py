@@ -1,0 +1,96 @@
+"""What is settled before the first step, and what is refused there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from perceiver_cli.config import load_preset
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.training.events import Started
+from perceiver_cli.training.trainer import Trainer
+from tests.conftest import SMALL, write_images
+
+
+def test_one_class_is_refused_with_the_counts(tmp_path: Path) -> None:
+    write_images(tmp_path, {"only": 7})
+    with pytest.raises(DataError, match=r"one class to learn: 'only' with 7 files; a classifier needs at least two"):
+        Trainer(tmp_path, tmp_path / "run")
+
+
+def test_resume_refuses_other_data_and_another_model(tmp_path: Path) -> None:
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    run = tmp_path / "run"
+    list(Trainer(tmp_path / "data", run, overrides=[*SMALL, "train.steps=2"]).fit())
+    with pytest.raises(UsageError, match=r"--resume cannot change model\.num_latents"):
+        Trainer(None, run, overrides=["model.num_latents=4"], resume=True)
+    with pytest.raises(UsageError, match=r"--resume cannot change inputs\.image"):
+        Trainer(None, run, overrides=["inputs.image.bands=3"], resume=True)
+    with pytest.raises(UsageError, match=r"--resume cannot change train\.optimizer"):
+        Trainer(None, run, overrides=["train.optimizer=lamb"], resume=True)
+    (tmp_path / "data" / "a" / "000.png").unlink()
+    with pytest.raises(UsageError, match="the data changed"):
+        Trainer(None, run, resume=True)
+
+
+def test_a_step_that_cannot_fit_in_memory_is_refused(bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a step needs about \d+ GiB, this machine has"):
+        Trainer(bars, tmp_path / "run", overrides=["train.batch_size=1000000", "model.num_latents=4096"])
+
+
+def test_groups_stay_together_in_a_run(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_images(tmp_path / "data" / name, {f"s{i}": 3 for i in range(8)})
+    trainer = Trainer(tmp_path / "data", tmp_path / "run", overrides=[*SMALL, "data.group_by=parent"])
+    groups = {split: {example.group for example in examples} for split, examples in trainer.catalog.splits.items()}
+    assert groups["val"]
+    assert not groups["train"] & groups["val"]
+    os.rename(tmp_path / "data", tmp_path / "train")
+    write_images(tmp_path / "test" / "a", {"s0": 3})
+    with pytest.raises(DataError, match="1 group by 'parent' in both test and "):
+        Trainer(tmp_path, tmp_path / "run", overrides=[*SMALL, "data.group_by=parent"])
+
+
+def test_a_recipe_takes_its_part_of_what_there_is(clips: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer = Trainer(clips, tmp_path / "run", load_preset("tiny-video"), overrides=SMALL)
+    assert trainer.catalog.modalities == ("video",)
+    assert "100% of the videos have sound, which is not read" in trainer.notes
+    assert Trainer(clips, tmp_path / "run", load_preset("tiny-audio"), overrides=SMALL).catalog.modalities == ("audio",)
+    trainer = Trainer(pairs, tmp_path / "run", load_preset("tiny-image"), overrides=SMALL)
+    assert len(trainer.train_examples) + len(trainer.val_examples) == 96
+    with pytest.raises(DataError, match=r"holds audio\+image, but tiny-av reads audio\+video"):
+        Trainer(pairs, tmp_path / "run", load_preset("tiny-av"), overrides=SMALL)
+    with pytest.raises(UsageError, match=r"mixup and train\.cutmix are for images alone, this run reads audio\+image"):
+        Trainer(pairs, tmp_path / "run", overrides=["train.mixup=0.2"])
+
+
+def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
+    plan = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.epochs=10"]).dry_run()
+    assert not (tmp_path / "run").exists()
+    assert plan["splits"] == {"test": 30, "train": 105, "val": 15}
+    assert plan["steps"] == 66  # 10 x 105 / 16, rounded up
+    assert plan["inputs"]["image"]["shape"] == [12, 12]
+    assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
+    assert plan["training_bytes"] > plan["parameters"] * 16
+
+
+def test_a_plan_stays_as_it_was_made(bars: Path, tmp_path: Path) -> None:
+    """A run keeps its own state; another trainer's stop, step or look at the data does not reach its plan."""
+    trainer = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=2"])
+    before = dict(vars(trainer.plan))
+    list(trainer.fit())
+    trainer.stop()
+    assert {name: vars(trainer.plan)[name] for name in before} == before
+    with pytest.raises(AttributeError):
+        trainer.plan.output = tmp_path  # type: ignore[misc]
+
+
+def test_stopped_before_the_first_step_leaves_nothing(bars: Path, tmp_path: Path) -> None:
+    trainer = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=2"])
+    trainer.stop()
+    events = list(trainer.fit())
+    assert isinstance(events[0], Started)
+    assert not [event for event in events if hasattr(event, "step")]
+    assert not (tmp_path / "run").exists()
