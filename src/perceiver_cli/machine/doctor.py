@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from perceiver_cli.errors import PerceiverError
+from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.machine.speed import machine
@@ -54,10 +55,10 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "threads": {
             "torch": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             **{name: os.environ[name] for name in VARIABLES if name in os.environ},
         },
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "free_bytes": {"here": shutil.disk_usage(".").free, "temporary": shutil.disk_usage(tempfile.gettempdir()).free},
         "problems": problems,
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import platform
 import tempfile
 import time
@@ -21,6 +20,7 @@ from perceiver_cli.config import load_preset
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Batch, Reader, Task, ordered_tasks, training_tasks
 from perceiver_cli.errors import counted
+from perceiver_cli.hardware import cores
 from perceiver_cli.model.describe import DEFAULT_CLASSES
 from perceiver_cli.model.device import Compute, choose
 from perceiver_cli.model.perceiver import Perceiver
@@ -133,7 +133,7 @@ def machine(compute: Compute) -> dict[str, Any]:
         "device": str(compute.device),
         "device_name": name,
         "precision": compute.precision,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -22,6 +22,7 @@ from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split, save_split
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
+from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import Cost, estimate
 from perceiver_cli.model.device import choose
@@ -223,8 +224,8 @@ class Trainer(Plan):
                 f"at most {MAX_PARAMETERS:,} are built here",
             )
         needed = self.summary()["training_bytes"]
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if self.compute.device.type == "cpu" and needed > memory:
+        memory = memory_bytes()
+        if self.compute.device.type == "cpu" and memory is not None and needed > memory:
             raise UsageError(
                 f"a step needs about {needed / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
                 "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N, or --recompute",
@@ -246,7 +247,7 @@ class Trainer(Plan):
         total = sum(map(len, splits))
         done = 0
         if self.catalog.prepared is None:  # of arrays on disk, mapped, there is nothing to decode or keep
-            workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+            workers = cores() if data.workers is None else data.workers
             for done in self.reader.preload([*chain(*splits)], data.cache_bytes, workers):
                 if done % 100 == 0 or done == total:
                     yield Loaded(done, total, len(self.reader.bad))
