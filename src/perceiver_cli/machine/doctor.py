@@ -18,7 +18,7 @@ from perceiver_cli.errors import PerceiverError
 from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.machine.speed import machine
+from perceiver_cli.machine.measure import describe_machine
 from perceiver_cli.model import kernels
 from perceiver_cli.model.device import choose
 from perceiver_cli.training.events import StepDone
@@ -95,7 +95,7 @@ def _device(name: str, problems: list[str]) -> dict[str, Any]:
     kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
     if kernel is kernels.PLAIN:
         problems.append(f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower")
-    facts = machine(compute)
+    facts = describe_machine(compute)
     return {"name": facts["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 
