@@ -23,7 +23,7 @@ from perceiver_cli.cli.options import Device, Json, Precision
 from perceiver_cli.config import Config, load_preset
 from perceiver_cli.errors import UsageError
 from perceiver_cli.machine.growth import Spent, Trial, layouts_of, timed_call
-from perceiver_cli.machine.measure import in_new_process, median_seconds, peak_above
+from perceiver_cli.machine.measure import in_new_process, peak_above, time_calls
 from perceiver_cli.malloc import peak_bytes
 from perceiver_cli.model import kernels
 from perceiver_cli.model.cost import latent_flops
@@ -54,7 +54,7 @@ def measure(name: str, trial: Trial) -> Measured:
     layouts = layouts_of(config, trial.side)
     contender = peers.build(name, config.model, layouts, trial.batch, compute.device, alone=trial.alone)
     call = timed_call(trial, compute, contender.call, contender.parameters)
-    seconds = median_seconds(call, trial.seconds, compute)
+    seconds = time_calls(call, trial.seconds, compute.device).median
     peak = peak_above(base, compute)
     stock, fastest = (
         _product_seconds(config, trial.batch, compute, product, min(PRODUCTS_S, trial.seconds))
@@ -98,7 +98,7 @@ def _product_seconds(
                 product(query, query)
                 product(scores, query.mT)
 
-    return median_seconds(call, seconds, compute) * sum(kind == "t" for kind, _ in model.steps)
+    return time_calls(call, seconds, compute.device).median * sum(kind == "t" for kind, _ in model.steps)
 
 
 def _stock_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

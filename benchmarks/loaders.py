@@ -6,7 +6,6 @@ python -m benchmarks.loaders --seconds 5 --rounds 3
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, product
@@ -23,12 +22,12 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, Task, ordered_tasks, training_tasks
 from perceiver_cli.errors import counted
 from perceiver_cli.machine.made_up import made_up_files
+from perceiver_cli.machine.measure import time_calls
 from perceiver_cli.model.device import choose
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
 MADE_UP_FILES = 64
-WARM_UP = 2  # batches that are not counted
 BATCH = 8
 
 
@@ -63,12 +62,9 @@ def loaders(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
 
 def _clips_per_s(spec: InputSpec, tasks: Callable[[], Iterator[Task]], workers: int, seconds: float) -> float:
     batches = Reader({"video": spec}, Limits()).batches(tasks(), workers)
-    for _ in range(WARM_UP + 2 * workers):  # what was read ahead is not counted
+    for _ in range(2 * workers):  # what was read ahead is not counted
         next(batches)
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() < begin + seconds:
-        count += len(next(batches).examples)
-    rate = count / (time.perf_counter() - begin)
+    rate = BATCH / time_calls(lambda: next(batches), seconds).mean
     batches.close()  # type: ignore[attr-defined]
     return rate
 
@@ -76,13 +72,14 @@ def _clips_per_s(spec: InputSpec, tasks: Callable[[], Iterator[Task]], workers: 
 def _plain_clips_per_s(sources: Sequence[Source], seconds: float) -> float:
     import av
 
-    begin, count = time.perf_counter(), 0
-    while time.perf_counter() < begin + seconds:
-        with av.open(sources[count % len(sources)].name) as container:
+    films = cycle(sources)
+
+    def decode() -> None:
+        with av.open(next(films).name) as container:
             for frame in container.decode(video=0):
                 frame.to_ndarray(format="rgb24")
-        count += 1
-    return count / (time.perf_counter() - begin)
+
+    return 1 / time_calls(decode, seconds).mean
 
 
 def main(

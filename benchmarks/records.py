@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.data.prepare import Job, plan, write_records
 from perceiver_cli.machine.made_up import made_up_files
+from perceiver_cli.machine.measure import time_calls
 from perceiver_cli.model.device import choose
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import Limits
@@ -36,6 +37,7 @@ from perceiver_cli.records.stream import Feed, Writer, pack, read_records
 
 FILES = 256  # JPEGs of 500 x 375, in the size of ImageNet
 BATCH = 32
+CHUNK = 64  # files that preprocess is timed by
 RECORDS = 1_000_000  # of 8 x 8 pixels
 PIPE_BYTES = 1 << 20
 ROOT = Path(__file__).parent.parent
@@ -94,29 +96,18 @@ def _nothing(data: bytes) -> None:
     """Take bytes and do nothing with them."""
 
 
-def _rate(step: Callable[[int], int], seconds: float) -> float:
-    """Return samples per second of calls that give how many samples they were."""
-    step(0)  # not counted
-    begin, count, calls = time.perf_counter(), 0, 0
-    while time.perf_counter() < begin + seconds:
-        calls += 1
-        count += step(calls)
-    return count / (time.perf_counter() - begin)
-
-
 def _reading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
-    order = np.random.default_rng(0).permutation(len(examples))
+    order = cycle(np.random.default_rng(0).permutation(len(examples)))
 
-    def step(call: int) -> int:
-        np.array(reader.decode(examples[int(order[call % len(order)])]).arrays["image"])  # out of the mapped file
-        return 1
+    def read() -> None:
+        np.array(reader.decode(examples[int(next(order))]).arrays["image"])  # out of the mapped file
 
-    return _rate(step, seconds)
+    return 1 / time_calls(read, seconds).mean
 
 
 def _loading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
     batches = reader.batches(training_tasks(examples, BATCH, 0, 0, 1 << 40))
-    return _rate(lambda _: len(next(batches).examples), seconds)
+    return BATCH / time_calls(lambda: next(batches), seconds).mean
 
 
 def _webdataset(shards: Path, seconds: float) -> float:
@@ -127,15 +118,15 @@ def _webdataset(shards: Path, seconds: float) -> float:
         return float("nan")
     urls = sorted(map(str, shards.glob("*.tar")))
     samples = iter(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode().repeat())
-    return _rate(lambda _: len([next(samples)["image.npy"]]), seconds)
+    return 1 / time_calls(lambda: next(samples)["image.npy"], seconds).mean
 
 
 def _preparing(job: Job, workers: int, seconds: float) -> float:
-    """Return files per second of `preprocess` with its records given away."""
+    """Return files per second of `preprocess`, its records thrown away."""
     endless = replace(job, examples=list(job.examples) * 1000)
-    done = write_records(endless, "-", _nothing, workers)
-    rate = _rate(lambda _: sum(1 for _ in islice(done, 64)), seconds)
-    done.close()  # type: ignore[attr-defined]
+    written = write_records(endless, "-", _nothing, workers)
+    rate = CHUNK / time_calls(lambda: list(islice(written, CHUNK)), seconds).mean
+    written.close()  # type: ignore[attr-defined]
     return rate
 
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.config import Config, ModelConfig, load_preset
 from perceiver_cli.errors import UsageError
-from perceiver_cli.machine.measure import in_new_process, median_seconds, peak_above
+from perceiver_cli.machine.measure import in_new_process, peak_above, time_calls
 from perceiver_cli.malloc import peak_bytes
 from perceiver_cli.model.attention import CrossAttend, Memory
 from perceiver_cli.model.device import Compute, choose
@@ -143,7 +144,7 @@ def measure_model(trial: Trial) -> Spent:
         )
     else:
         call = timed_call(trial, compute, lambda: model(segments), list(model.parameters()))
-    return Spent(median_seconds(call, trial.seconds, compute), peak_above(base, compute))
+    return Spent(time_calls(call, trial.seconds, compute.device).median, peak_above(base, compute))
 
 
 # ---------------------------------------------------------------- growth
@@ -183,9 +184,8 @@ def growth(
 
 def slope(points: Sequence[tuple[int, float]]) -> float:
     """Return the least-squares slope of log time over log inputs, from SLOPE_FROM inputs on."""
-    chosen = torch.tensor([p for p in points if p[0] >= SLOPE_FROM], dtype=torch.float64).log()
-    x, y = (chosen - chosen.mean(dim=0)).unbind(dim=1)
-    return float((x * y).sum() / x.square().sum())
+    inputs, seconds = np.log([point for point in points if point[0] >= SLOPE_FROM]).T
+    return float(np.polyfit(inputs, seconds, 1)[0])
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import platform
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from statistics import median
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.benchmark import Measurement, Timer
 
 from perceiver_cli.data.workers import end_with_parent
 from perceiver_cli.errors import ResourceError
@@ -19,28 +20,25 @@ from perceiver_cli.hardware import cores
 from perceiver_cli.malloc import peak_bytes
 from perceiver_cli.model.device import Compute
 
-WARM_UP = 2  # calls that are not counted
+CPU = torch.device("cpu")
 Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 
-def median_seconds(call: Callable[[], object], seconds: float, compute: Compute) -> float:
-    """Return the median seconds of a call, of as many calls as fit in `seconds`, after a warm-up."""
-    times: list[float] = []
-    end = 0.0
-    for count in range(1 << 30):
-        begin = time.perf_counter()
-        call()
-        if compute.device.type == "cuda":
-            torch.cuda.synchronize(compute.device)
-        now = time.perf_counter()
-        if count == WARM_UP:
-            end = now + seconds
-        if count >= WARM_UP:
-            times.append(now - begin)
-            if now >= end:
-                break
-    return median(times)
+def time_calls(call: Callable[[], object], seconds: float, device: torch.device = CPU) -> Measurement:
+    """Return the times of a call, repeated for `seconds` after a warm-up: `.median` and `.mean` are seconds a call.
+
+    On a GPU each time includes the work that the call left running. Threads and the garbage collector are as they are
+    in a program, where `Timer` alone would take one thread and no collector.
+    """
+    timer = Timer(
+        "call()",
+        setup="gc.enable()",
+        globals={"call": call, "gc": gc},
+        num_threads=torch.get_num_threads(),
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return timer.blocked_autorange(min_run_time=seconds)
 
 
 def peak_above(base: int, compute: Compute) -> int:
