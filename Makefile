@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test golden lint clean
+.PHONY: help demo test golden lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,9 +24,16 @@ golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to co
 	$(BIN)/python tests/golden/record.py golden.json
 
 lint: $(BIN)/perceiver  ## install, then ruff and mypy --strict
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
+
+bench: $(BIN)/perceiver  ## install, then measure this package and others side by side, in about three minutes
+	$(BIN)/python -m benchmarks.contest tiny-image --against usual,perceiver-pytorch,onnxruntime --rounds 2 --seconds 1
+	$(BIN)/python -m benchmarks.contest tiny-image --against usual,perceiver-pytorch --mode train --batch-size 64 --rounds 2 --seconds 1
+	$(BIN)/python -m benchmarks.contest imagenet --against usual --rounds 1 --seconds 1
+	$(BIN)/python -m benchmarks.loaders --rounds 1 --seconds 2
+	$(BIN)/python -m benchmarks.records --rounds 1 --seconds 2 --records 10000
 
 clean:  ## remove the virtual environment, caches and what the demo made
 	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

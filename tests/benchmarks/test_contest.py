@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 
-from perceiver_cli.config import ModelConfig, load_preset
+from benchmarks import contest, growth, peers
+from perceiver_cli.config import ModelConfig
 from perceiver_cli.errors import UsageError
-from perceiver_cli.machine import contest, peers
+from perceiver_cli.machine.growth import NUM_CLASSES, Trial, made_up_segments
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Layout
-from tests.conftest import Perceive
+from tests.benchmarks.conftest import Benchmark
 
 SMALL = ModelConfig(
     num_latents=8, latent_channels=32, schedule="c0 t0 (c1 t0)x2", self_attends_per_block=2, num_self_heads=4
@@ -29,7 +27,7 @@ def test_the_usual_way_gives_our_logits(fused: bool, head: str) -> None:
     model = Perceiver(SMALL.model_copy(update={"head": head}), layouts, 5)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    segments = {name: peers._random(layout, 2, CPU) for name, layout in layouts.items()}
+    segments = made_up_segments(layouts, 2, CPU)
     expected = peers.usual_forward(model, segments, fused=fused)
     torch.testing.assert_close(model(segments), expected, rtol=1e-5, atol=1e-5)
 
@@ -39,8 +37,8 @@ def test_the_usual_way_gives_our_logits(fused: bool, head: str) -> None:
 def test_a_peer_has_our_sizes(name: str) -> None:
     config = SMALL.model_copy(update={"schedule": "c0 (t0)x2", "head": "query", "cross_channels": "input"})
     theirs = peers.build(name, config, {"image": GRID}, 2, CPU, alone=False)
-    ours = Perceiver(config, {"image": GRID}, peers.CLASSES)
-    assert theirs.call().shape == (2, peers.CLASSES)
+    ours = Perceiver(config, {"image": GRID}, NUM_CLASSES)
+    assert theirs.call().shape == (2, NUM_CLASSES)
     count, expected = (sum(p.numel() for p in parameters) for parameters in (theirs.parameters, ours.parameters()))
     assert count == expected or theirs.differs
 
@@ -51,14 +49,14 @@ def test_transformers_is_the_same_model_for_one_cross_attend() -> None:
     contender = peers.build("transformers", config, {"image": GRID}, 1, CPU, alone=False)
     assert contender.differs == ""
     count = sum(p.numel() for p in contender.parameters)
-    assert count == sum(p.numel() for p in Perceiver(config, {"image": GRID}, peers.CLASSES).parameters())
+    assert count == sum(p.numel() for p in Perceiver(config, {"image": GRID}, NUM_CLASSES).parameters())
 
 
 @pytest.mark.parametrize("mode", contest.MODES)
 def test_one_row_per_contender_with_ratios_and_memory(mode: str) -> None:
-    rows = list(contest.contest("tiny-points", ["usual"], mode, [], 2, 1, 0.05, "cpu", "fp32"))
+    rows = list(contest.contest(Trial("tiny-points", mode, 0.05, "cpu", "fp32", batch=2), ["usual"], [], 1))
     names = [row["name"] for row in rows]
-    assert names == ["ours", *contest.USUAL]
+    assert names == ["ours", *peers.USUAL]
     for row in rows:
         assert row["seconds_per_sample"] > 0
         assert row["peak_mib"] > 0
@@ -68,39 +66,21 @@ def test_one_row_per_contender_with_ratios_and_memory(mode: str) -> None:
 
 def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PACKAGES, "transformers", "no_such_package")
-    rows = list(contest.contest("tiny-image", ["transformers"], "forward", [], 1, 1, 0.01, "cpu", "fp32"))
+    trial = Trial("tiny-image", "forward", 0.01, "cpu", "fp32")
+    rows = list(contest.contest(trial, ["transformers"], [], 1))
     assert rows[-1] == {"name": "transformers", "differs": "not installed: pip install transformers"}
     with pytest.raises(UsageError, match="not a peer"):
-        list(contest.contest("tiny-image", ["keras"], "forward", [], 1, 1, 0.01, "cpu", "fp32"))
+        list(contest.contest(trial, ["keras"], [], 1))
 
 
-def test_sides_are_of_images() -> None:
-    assert contest.layouts_of(load_preset("imagenet"), 512)["image"].grid == (512, 512)
-    with pytest.raises(UsageError, match="reads audio"):
-        contest.layouts_of(load_preset("tiny-audio"), 512)
-
-
-def test_slope_of_a_line() -> None:
-    points = [(2**power, 3.0 * 2.0 ** (0.9 * power)) for power in (14, 16, 18)]
-    assert contest._slope([(2**12, 1e9), *points]) == pytest.approx(0.9)
-
-
-def test_growth_and_its_plot(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def made_up(job: contest.Job) -> contest.Measured:
-        assert job.side is not None
-        return contest.Measured(1e-6 * job.side**2, 1000, 1.0, "")
-
-    monkeypatch.setattr(contest, "run", made_up)
-    rows = list(contest.growth("imagenet", "forward", 1, 0.01, "cpu", "fp32"))
-    slopes = {(row["what"], row["name"]): row["slope"] for row in rows if "slope" in row}
-    assert len(slopes) == 4
-    assert all(slope == pytest.approx(1.0) for slope in slopes.values())
-    contest.draw(rows, str(tmp_path / "growth.svg"))
-    assert "<svg" in (tmp_path / "growth.svg").read_text()
-
-
-def test_the_command_prints_lines_of_json(perceive: Perceive) -> None:
-    arguments = ["bench", "tiny-audio", "--against", "usual", "--rounds", "1", "--seconds", "0.1", "--json"]
-    lines = [json.loads(line) for line in perceive(*arguments).stdout.splitlines()]
-    assert [line.get("name") for line in lines] == ["ours", *contest.USUAL, None]
+def test_the_command_prints_lines_of_json(benchmark: Benchmark) -> None:
+    lines = benchmark("contest", "tiny-audio", "--against", "usual", "--rounds", "1", "--seconds", "0.1")
+    assert [line.get("name") for line in lines] == ["ours", *peers.USUAL, None]
     assert lines[-1]["torch"] == torch.__version__
+
+
+def test_growth_measures_the_usual_way_too() -> None:
+    assert list(growth.CONTENDERS) == ["ours", "usual (SDPA)"]
+    trial = Trial("tiny-image", "forward", 0.01, "cpu", "fp32", side=32)
+    for measure in growth.CONTENDERS.values():
+        assert measure(trial).seconds > 0

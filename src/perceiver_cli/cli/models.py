@@ -12,7 +12,7 @@ from rich.text import Text
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.cli.options import Device, Json, Precision, Workers
 from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, new_table, say
-from perceiver_cli.errors import UsageError, counted
+from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_path, show_text
 
 if TYPE_CHECKING:
@@ -134,58 +134,35 @@ def show(
 
 def bench(
     preset: Annotated[
-        str, typer.Argument(autocompletion=completion.presets, help="Whose model and inputs to time; growth; or data.")
+        str, typer.Argument(autocompletion=completion.presets, help="Whose model and inputs to time; or growth.")
     ] = "tiny-image",
-    against: Annotated[
-        str | None,
-        typer.Option(help="Side by side with: usual, perceiver-pytorch, transformers, perceiver-io, onnxruntime."),
-    ] = None,
-    mode: Annotated[Literal["forward", "train"], typer.Option(help="Of --against and growth.")] = "forward",
-    inputs: Annotated[str | None, typer.Option(help="Sides of images for --against, e.g. 224,512,1024.")] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="One cross-attend alone, with --against usual.")] = False,
+    mode: Annotated[Literal["forward", "train"], typer.Option(help="Calls that growth times.")] = "forward",
     plot: Annotated[str | None, typer.Option(help="Draw growth into this SVG or PNG.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Processes per contender, in turn.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Processes per measurement of growth.")] = 3,
     device: Device = "auto",
     precision: Precision = "auto",
     workers: Workers = 0,
     json: Json = False,
 ) -> None:
-    """Measure speed on made-up data: samples per second; or side by side with other implementations; or growth.
+    """Measure speed on made-up data: samples per second of training, forward pass and loader; or growth.
 
-    `bench growth` is the imagenet model and one cross-attend of it, for 2^12 to 2^20 inputs. It and --against run each
-    contender in a process of its own, in turn, one example at a time unless --batch-size says more. "usual" is this
-    model, its byte array built and K and V projected in every cross-attend. `bench data` reads videos beside PyAV,
-    images as files and as records beside WebDataset, a pipe, and a million records.
+    `bench growth` measures time and memory of the imagenet model and of one cross-attend of it, for 2^12 to 2^20
+    inputs, one example at a time, each measurement in a process of its own.
     """
-    from perceiver_cli.machine import contest, speed
-    from perceiver_cli.machine.records import throughput
+    from perceiver_cli.machine import speed
+    from perceiver_cli.machine.growth import Trial, draw, growth
+    from perceiver_cli.machine.measure import describe_machine
+    from perceiver_cli.model.device import choose
 
-    if preset == "growth":
-        rows = list(show_rows(contest.growth("imagenet", mode, rounds, seconds, device, precision), json))
-        if plot is not None:
-            contest.draw(rows, plot)
-    elif preset == "data":
-        list(show_rows(speed.loaders(seconds, rounds), json))
-        list(show_rows(throughput(seconds, rounds), json))
-    elif against is not None:
-        sides = [_side(text) for text in inputs.split(",")] if inputs else []
-        names = [name.strip() for name in against.split(",")]
-        table = contest.contest(
-            preset, names, mode, sides, batch_size or 1, rounds, seconds, device, precision, alone=alone
-        )
-        list(show_rows(table, json))
-    else:
+    if preset != "growth":
         terminal.show_facts(speed.bench(preset, batch_size, seconds, device, precision, workers), json)
         return
-    terminal.show_facts(contest.facts(device, precision), json)
-
-
-def _side(text: str) -> int:
-    if not text.strip().isdecimal() or int(text) == 0:
-        raise UsageError(f"--inputs {text}: expected sides of images, such as 224,512")
-    return int(text)
+    rows = list(show_rows(growth(Trial("imagenet", mode, seconds, device, precision), rounds), json))
+    if plot is not None:
+        draw(rows, plot)
+    terminal.show_facts(describe_machine(choose(device, precision)), json)
 
 
 def show_comparison(comparison: Comparison, as_json: bool) -> None:

@@ -20,6 +20,7 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Input
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
+from perceiver_cli.hardware import cores
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.spec import Limits
 
@@ -129,7 +130,7 @@ def lint(
     ends = list(accumulate(len(catalog.splits[split]) for split in splits))
     look = _Look(catalog, Limits.model_validate(raised or {}))
     examples = chain.from_iterable(catalog.splits[split] for split in splits)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
     unreadable: dict[int, tuple[str, str, str]] = {}
     faults: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in FAULTS}

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from perceiver_cli.errors import PerceiverError
+from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.machine.speed import machine
+from perceiver_cli.machine.measure import describe_machine
 from perceiver_cli.model import kernels
 from perceiver_cli.model.device import choose
 from perceiver_cli.training.events import StepDone
@@ -54,10 +55,10 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "threads": {
             "torch": torch.get_num_threads(),
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             **{name: os.environ[name] for name in VARIABLES if name in os.environ},
         },
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "free_bytes": {"here": shutil.disk_usage(".").free, "temporary": shutil.disk_usage(tempfile.gettempdir()).free},
         "problems": problems,
     }
@@ -94,7 +95,7 @@ def _device(name: str, problems: list[str]) -> dict[str, Any]:
     kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
     if kernel is kernels.PLAIN:
         problems.append(f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower")
-    facts = machine(compute)
+    facts = describe_machine(compute)
     return {"name": facts["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 

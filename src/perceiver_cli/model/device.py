@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from perceiver_cli.errors import UsageError
+from perceiver_cli.hardware import cores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +29,7 @@ class Compute:
     @property
     def default_workers(self) -> int:
         """Data workers that pay: on a CPU the model needs the cores, on a GPU every core but one may read."""
-        return 0 if self.device.type == "cpu" else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
+        return 0 if self.device.type == "cpu" else min(8, max(1, cores() - 1))
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Compute:

@@ -17,6 +17,7 @@ from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
+from perceiver_cli.hardware import memory_bytes
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import Cost, estimate
 from perceiver_cli.model.device import Compute, choose
@@ -259,8 +260,8 @@ def _check_size(plan: Plan) -> None:
             f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)",
             f"at most {MAX_PARAMETERS:,} are built here",
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if plan.compute.device.type == "cpu" and plan.training_bytes > memory:
+    memory = memory_bytes()
+    if plan.compute.device.type == "cpu" and memory is not None and plan.training_bytes > memory:
         raise UsageError(
             f"a step needs about {plan.training_bytes / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
             "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N, or --recompute",

@@ -17,6 +17,7 @@ from perceiver_cli.config import Config
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
 from perceiver_cli.errors import counted
+from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.report.model_card import write_card
 from perceiver_cli.run_folder import MODEL_FILE, begin, claim
@@ -140,7 +141,7 @@ class Trainer:
         examples = [*self.plan.train_examples, *self.catalog.splits.get("val", ())]
         total, done = len(examples), 0
         if self.catalog.prepared is None:  # of arrays on disk, mapped, there is nothing to decode or keep
-            workers = len(os.sched_getaffinity(0)) if data.workers is None else data.workers
+            workers = cores() if data.workers is None else data.workers
             for done in self.reader.preload(examples, data.cache_bytes, workers):
                 if done % 100 == 0 or done == total:
                     yield Loaded(done, total, len(self.reader.bad))

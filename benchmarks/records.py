@@ -1,4 +1,7 @@
-"""Measurements of records, made up: shards beside JPEGs and WebDataset, the pipe, preprocess, a million of them."""
+"""Records: shards beside JPEGs and WebDataset, preprocess, a pipe, and how long a million of them take to open.
+
+python -m benchmarks.records --seconds 5 --rounds 3
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
+from benchmarks.command import report, start
+from perceiver_cli.cli.options import Json
 from perceiver_cli.data.catalog import scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.data.prepare import Job, plan, write_records
-from perceiver_cli.machine.speed import made_up_files
+from perceiver_cli.machine.made_up import made_up_files
+from perceiver_cli.machine.measure import time_calls
+from perceiver_cli.model.device import choose
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Facts, Header
@@ -29,18 +37,25 @@ from perceiver_cli.records.stream import Feed, Writer, pack, read_records
 
 FILES = 256  # JPEGs of 500 x 375, in the size of ImageNet
 BATCH = 32
+CHUNK = 64  # files that preprocess is timed by
 RECORDS = 1_000_000  # of 8 x 8 pixels
 PIPE_BYTES = 1 << 20
-MEASURE = (
-    "import json, sys, time\nbegin = time.perf_counter()\n"
-    "from perceiver_cli.catalog import scan\nfound = len(scan(sys.argv[1]).hold_out(0.1).splits['train'])\n"
-    "seconds = time.perf_counter() - begin\nfrom perceiver_cli.memory import peak_bytes\n"
-    "print(json.dumps({'seconds': seconds, 'peak_MiB': peak_bytes() / 2**20, 'training_examples': found}))\n"
-)
+ROOT = Path(__file__).parent.parent
+# A program of its own, so that its memory is that of opening records and of nothing else: it imports no torch.
+OPEN_RECORDS = """
+import json, sys, time
+begin = time.perf_counter()
+from perceiver_cli.data.catalog import scan
+examples = len(scan(sys.argv[1]).hold_out(0.1).splits["train"])
+seconds = time.perf_counter() - begin
+from perceiver_cli.malloc import peak_bytes
+print(json.dumps({"seconds": seconds, "peak_MiB": peak_bytes() / 2**20, "training_examples": examples}))
+"""
+POUR = "import sys; from benchmarks.records import pour; pour(sys.argv[2:], float(sys.argv[1]))"
 
 
-def throughput(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
-    """Yield samples per second of images as files and as records, MB/s of a pipe, and what a million records cost.
+def throughput(seconds: float, rounds: int, count: int = RECORDS) -> Iterator[dict[str, Any]]:
+    """Yield samples per second of images as files and as records, MB/s of a pipe, and the cost to open `count` records.
 
     Reading is to arrays in memory; the loader also crops to 224 x 224, mirrors and makes batches, in this process.
     Each figure is a median of `rounds`, taken in turn; `ratio` is that of the rounds, over what is named.
@@ -64,46 +79,35 @@ def throughput(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
             "preprocess, 1 worker": (lambda: _preparing(job, 1, seconds), "preprocess, 1 worker"),
             "preprocess, 2 workers": (lambda: _preparing(job, 2, seconds), "preprocess, 1 worker"),
         }
-        found: dict[str, list[float]] = {name: [] for name in contenders}
+        rates: dict[str, list[float]] = {name: [] for name in contenders}
         pipe = []
         for _ in range(rounds):
             for name, (measure, _) in contenders.items():
-                found[name].append(measure())
+                rates[name].append(measure())
             pipe.append(_piping(sorted(shards.glob("*.tar")), seconds))
         for name, (_, base) in contenders.items():
-            ratios = [rate / other for rate, other in zip(found[name], found[base], strict=True)]
-            yield {"name": name, "samples_per_s": median(found[name]), "ratio": median(ratios), "over": base}
+            ratios = [rate / other for rate, other in zip(rates[name], rates[base], strict=True)]
+            yield {"name": name, "samples_per_s": median(rates[name]), "ratio": median(ratios), "over": base}
     yield {"name": "records through a pipe", "MB_per_s": median(pipe)}
-    yield from growth(RECORDS)
+    yield from opening(count)
 
 
 def _nothing(data: bytes) -> None:
     """Take bytes and do nothing with them."""
 
 
-def _rate(step: Callable[[int], int], seconds: float) -> float:
-    """Return samples per second of calls that give how many samples they were."""
-    step(0)  # not counted
-    begin, count, calls = time.perf_counter(), 0, 0
-    while time.perf_counter() < begin + seconds:
-        calls += 1
-        count += step(calls)
-    return count / (time.perf_counter() - begin)
-
-
 def _reading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
-    order = np.random.default_rng(0).permutation(len(examples))
+    order = cycle(np.random.default_rng(0).permutation(len(examples)))
 
-    def step(call: int) -> int:
-        np.array(reader.decode(examples[int(order[call % len(order)])]).arrays["image"])  # out of the mapped file
-        return 1
+    def read() -> None:
+        np.array(reader.decode(examples[int(next(order))]).arrays["image"])  # out of the mapped file
 
-    return _rate(step, seconds)
+    return 1 / time_calls(read, seconds).mean
 
 
 def _loading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
     batches = reader.batches(training_tasks(examples, BATCH, 0, 0, 1 << 40))
-    return _rate(lambda _: len(next(batches).examples), seconds)
+    return BATCH / time_calls(lambda: next(batches), seconds).mean
 
 
 def _webdataset(shards: Path, seconds: float) -> float:
@@ -114,26 +118,22 @@ def _webdataset(shards: Path, seconds: float) -> float:
         return float("nan")
     urls = sorted(map(str, shards.glob("*.tar")))
     samples = iter(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode().repeat())
-    return _rate(lambda _: len([next(samples)["image.npy"]]), seconds)
+    return 1 / time_calls(lambda: next(samples)["image.npy"], seconds).mean
 
 
 def _preparing(job: Job, workers: int, seconds: float) -> float:
-    """Return files per second of `preprocess` with its records given away."""
+    """Return files per second of `preprocess`, its records thrown away."""
     endless = replace(job, examples=list(job.examples) * 1000)
-    done = write_records(endless, "-", _nothing, workers)
-    rate = _rate(lambda _: sum(1 for _ in islice(done, 64)), seconds)
-    done.close()  # type: ignore[attr-defined]
+    written = write_records(endless, "-", _nothing, workers)
+    rate = CHUNK / time_calls(lambda: list(islice(written, CHUNK)), seconds).mean
+    written.close()  # type: ignore[attr-defined]
     return rate
 
 
 def _piping(tars: Sequence[Path], seconds: float) -> float:
     """Return MB/s of records from a process that writes them to one that reads and checks them."""
-    script = (
-        "import sys, time\nfrom pathlib import Path\nfrom perceiver_cli.throughput import pour\n"
-        "pour(list(map(Path, sys.argv[2:])), float(sys.argv[1]))"
-    )
-    command = [sys.executable, "-c", script, str(seconds), *map(str, tars)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=PIPE_BYTES) as writer:
+    command = [sys.executable, "-c", POUR, str(seconds), *map(str, tars)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=PIPE_BYTES, cwd=ROOT) as writer:
         assert writer.stdout is not None
         feed = Feed(writer.stdout, "'pipe'")  # type: ignore[arg-type]
         begin = None
@@ -146,12 +146,12 @@ def _piping(tars: Sequence[Path], seconds: float) -> float:
         return (feed.at - before) / 1e6 / (time.perf_counter() - begin)
 
 
-def pour(tars: Sequence[Path], seconds: float) -> None:
+def pour(tars: Sequence[str], seconds: float) -> None:
     """Write the records of tars to stdout, packed anew, again and again for some seconds."""
     read = []
     for tar in tars:
-        with tar.open("rb") as file:
-            feed = Feed(file, str(tar))
+        with open(tar, "rb") as file:
+            feed = Feed(file, tar)
             read += list(read_records(feed, Limits(), feed.take))
     out = sys.stdout.buffer
     writer, number, begin = Writer(out.write, read[0][0]), 0, time.perf_counter()
@@ -163,7 +163,7 @@ def pour(tars: Sequence[Path], seconds: float) -> None:
     out.flush()
 
 
-def growth(count: int) -> Iterator[dict[str, Any]]:
+def opening(count: int) -> Iterator[dict[str, Any]]:
     """Yield seconds and memory of a process that opens `count` tiny records for training: first, then with an index."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.tar")
@@ -178,6 +178,20 @@ def growth(count: int) -> Iterator[dict[str, Any]]:
                 writer.packed(pack(facts, {"image": array}, number, header))
             writer.close()
         for name in ("indexed", "opened"):
-            command = [sys.executable, "-c", MEASURE, str(path)]
+            command = [sys.executable, "-c", OPEN_RECORDS, str(path)]
             done = subprocess.run(command, check=True, capture_output=True)
             yield {"name": f"{count:,} records of 8 x 8 pixels, {name}", **json.loads(done.stdout)}
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    records: Annotated[int, typer.Option(min=100, help="Tiny records to open.")] = RECORDS,
+    json: Json = False,
+) -> None:
+    """Measure reading, loading and writing of records, beside JPEGs and WebDataset."""
+    report(throughput(seconds, rounds, records), choose("cpu"), json)
+
+
+if __name__ == "__main__":
+    start(main)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.errors import UsageError
-from perceiver_cli.model.attention import CrossAttend, Dense, Memory, SelfAttend, merge_heads, split_heads
+from perceiver_cli.machine.growth import NUM_CLASSES, made_up_segments, new_model, read_alone
+from perceiver_cli.model.attention import CrossAttend, Dense, SelfAttend, merge_heads, split_heads
 from perceiver_cli.model.checkpoint import Calibration
 from perceiver_cli.model.cost import cross_width
 from perceiver_cli.model.encoding import ByteArrayEncoding, Segment
@@ -34,7 +35,7 @@ PACKAGES = {
 }
 EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}
 NAMES = ("usual", *PACKAGES)
-CLASSES = 1000
+USUAL = ("usual (einsum)", "usual (SDPA)")  # the forms in which "usual" is measured
 
 
 @dataclass(frozen=True)
@@ -69,29 +70,13 @@ def build(
     Raises:
         UsageError: a peer that cannot build anything of these sizes.
     """
-    segments = {layout_name: _random(layout, batch, device) for layout_name, layout in layouts.items()}
-    if name == "ours" or name.startswith("usual"):
-        model = Perceiver(config, layouts, CLASSES).to(device)
-        # A head of zeros would give every other parameter a gradient of zero.
-        nn.init.normal_(model.head.weight, std=0.02)
-        parameters = list(model.parameters())
-        if name == "ours" and alone:
-            return Contender(lambda: _read_alone(model, segments), list(model.cross_attends[0].parameters()))
-        if name == "ours":
-            return Contender(lambda: model(segments), parameters)
-        fused = name == "usual (SDPA)"
-        if alone:
-            with torch.no_grad():
-                rows = model.encoding(segments)  # given: making it is not counted
-            block = model.cross_attends[0]
-            assert isinstance(block, CrossAttend)
-            latents = model.latents.expand(batch, -1, -1)
-            return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
-        return Contender(lambda: usual_forward(model, segments, fused=fused), parameters)
+    segments = made_up_segments(layouts, batch, device)
+    if name == "ours" or name in USUAL:
+        return _of_this_model(name, new_model(config, layouts, device), segments, alone=alone)
     if alone:
         raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
     if name == "onnxruntime":
-        return _onnxruntime(Perceiver(config, layouts, CLASSES), batch)
+        return _onnxruntime(new_model(config, layouts, torch.device("cpu")), batch)
     (layout,) = layouts.values() if len(layouts) == 1 else (None,)
     if layout is None or not layout.is_grid or layout.learned_channels or layout.stem != "none":
         raise UsageError(f"--against {name}: measured on one grid with Fourier features only", "use --against usual")
@@ -100,6 +85,23 @@ def build(
     peer.to(device).eval()
     logits = _logits(peer, values if name != "transformers" else values.movedim(-1, 1).contiguous())
     return Contender(logits, list(peer.parameters()), differs)
+
+
+def _of_this_model(name: str, model: Perceiver, segments: Mapping[str, Segment], *, alone: bool) -> Contender:
+    """Return this package's model as a contender, called our way or in one of the usual ways."""
+    block = model.cross_attends[0]
+    assert isinstance(block, CrossAttend)
+    if name == "ours" and alone:
+        return Contender(lambda: read_alone(model, segments), list(block.parameters()))
+    if name == "ours":
+        return Contender(lambda: model(segments), list(model.parameters()))
+    fused = name == "usual (SDPA)"
+    if not alone:
+        return Contender(lambda: usual_forward(model, segments, fused=fused), list(model.parameters()))
+    with torch.no_grad():
+        rows = model.encoding(segments)  # made before the time begins
+    latents = model.latents.expand(len(rows), -1, -1)
+    return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
 
 
 def _logits(peer: nn.Module, values: Tensor) -> Callable[[], Tensor]:
@@ -111,32 +113,16 @@ def _logits(peer: nn.Module, values: Tensor) -> Callable[[], Tensor]:
     return call
 
 
-def _random(layout: Layout, batch: int, device: torch.device) -> Segment:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(batch, *layout.prepared_shape, generator=generator)
-    positions = None
-    if not layout.is_grid:
-        positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
-    return Segment(values, positions).to(device)
-
-
 def _onnxruntime(model: Perceiver, batch: int) -> Contender:
-    nn.init.normal_(model.head.weight, std=0.02)
     layouts = model.encoding.layouts
     graph = Graph(model, Calibration(), multi_label=False)
     data, run, _ = traced(graph, {"inputs": describe_inputs(layouts)}, ".onnx")
-    given = made_up(layouts, batch, 0, np.random.default_rng(0))
+    inputs = made_up(layouts, batch, 0, np.random.default_rng(0))
     size = f"a file of {len(data) / 1e6:.2f} MB, on the CPU; its memory is that of exporting"
-    return Contender(lambda: torch.from_numpy(run(given)[0]), [], size)
+    return Contender(lambda: torch.from_numpy(run(inputs)[0]), [], size)
 
 
 # ---------------------------------------------------------------- the usual way
-
-
-def _read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
-    block = model.cross_attends[0]
-    assert isinstance(block, CrossAttend)
-    return block.read(model.latents.unsqueeze(0), Memory(list(model.encoding.parts(segments).values())))
 
 
 def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
@@ -198,7 +184,7 @@ def _perceiver_pytorch(config: ModelConfig, layout: Layout) -> tuple[nn.Module, 
         input_channels=layout.channels, input_axis=layout.dims, num_latents=config.num_latents,
         latent_dim=config.latent_channels, cross_heads=config.num_cross_heads,
         cross_dim_head=width // config.num_cross_heads, latent_heads=config.num_self_heads,
-        latent_dim_head=config.latent_channels // config.num_self_heads, num_classes=CLASSES,
+        latent_dim_head=config.latent_channels // config.num_self_heads, num_classes=NUM_CLASSES,
         weight_tie_layers=config.num_cross_sets < rounds, self_per_cross_attn=blocks,
     )  # fmt: skip
     return peer, "dense blocks are 4 times wide and gated (GEGLU); its latent Transformers 2 to n are shared, 1 is not"
@@ -216,7 +202,7 @@ def _transformers(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
         num_blocks=rounds, num_self_attends_per_block=config.self_attends_per_block,
         num_self_attention_heads=config.num_self_heads, num_cross_attention_heads=config.num_cross_heads,
         self_attention_widening_factor=config.widening_factor, cross_attention_widening_factor=config.widening_factor,
-        num_labels=CLASSES,  # type: ignore[call-arg]
+        num_labels=NUM_CLASSES,  # type: ignore[call-arg]
     )  # fmt: skip
     positions = {
         "concat_pos": True, "max_resolution": layout.grid, "num_bands": layout.bands, "sine_only": False,
@@ -264,7 +250,7 @@ def _perceiver_io(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
     )  # fmt: skip
     channels = config.latent_channels
     decoder = core.PerceiverDecoder(
-        core.ClassificationOutputAdapter(CLASSES, num_output_query_channels=channels),
+        core.ClassificationOutputAdapter(NUM_CLASSES, num_output_query_channels=channels),
         core.TrainableQueryProvider(1, channels), channels, num_cross_attention_heads=1,
     )  # fmt: skip
     return core.PerceiverIO(encoder, decoder), "" if config.head == "query" else "a learned query reads the latents"

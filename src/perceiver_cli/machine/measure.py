@@ -1,0 +1,77 @@
+"""How this package measures: a model in a process of its own, its time, its memory, and the machine it ran on."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import platform
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+from perceiver_cli.data.workers import end_with_parent
+from perceiver_cli.errors import ResourceError
+from perceiver_cli.hardware import cores
+from perceiver_cli.malloc import peak_bytes
+from perceiver_cli.model.device import Compute
+
+CPU = torch.device("cpu")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+def time_calls(call: Callable[[], object], seconds: float, device: torch.device = CPU) -> Measurement:
+    """Return the times of a call, repeated for `seconds` after a warm-up: `.median` and `.mean` are seconds a call.
+
+    On a GPU each time includes the work that the call left running. Threads and the garbage collector are as they are
+    in a program, where `Timer` alone would take one thread and no collector.
+    """
+    timer = Timer(
+        "call()",
+        setup="gc.enable()",
+        globals={"call": call, "gc": gc},
+        num_threads=torch.get_num_threads(),
+    )
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return timer.blocked_autorange(min_run_time=seconds)
+
+
+def peak_above(base: int, compute: Compute) -> int:
+    """Return the most bytes in use so far: on a GPU of tensors, else of this process above `base` bytes."""
+    if compute.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(compute.device)
+    return peak_bytes() - base
+
+
+def in_new_process(name: str, measure: Callable[[Asked], Answer], asked: Asked) -> Answer:
+    """Return `measure(asked)`, called in a fresh process that ends when this one does.
+
+    Raises:
+        ResourceError: the process died, most likely for want of memory; it names `name`.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
+        try:
+            return pool.submit(measure, asked).result()
+        except BrokenProcessPool as error:
+            raise ResourceError(
+                f"measuring {name} died, most likely for want of memory", "try a smaller model or smaller inputs"
+            ) from error
+
+
+def describe_machine(compute: Compute) -> dict[str, Any]:
+    """Return the facts that a measurement must be read with: device, cores, threads, versions."""
+    name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else platform.machine()
+    return {
+        "device": str(compute.device),
+        "device_name": name,
+        "precision": compute.precision,
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
