@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.inference.statistics import of_share
+from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.report.compare import compare
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive
@@ -32,7 +32,7 @@ def test_runs_as_they_logged_themselves(trained: Path, short: Path) -> None:
     assert first.accuracy == kept["val_accuracy"]
     assert first.seconds == log[-1]["elapsed_s"]
     assert first.num_examples == 15
-    assert first.interval_95 == of_share(round(15 * kept["val_accuracy"]), 15)
+    assert first.interval_95 == share_interval(round(15 * kept["val_accuracy"]), 15)
     assert first.curve == tuple((record["elapsed_s"], record["val_accuracy"]) for record in log)
     assert second.steps in (1, 2, 3, 4)  # of the model that was kept
     assert first.parameters == second.parameters > 1000

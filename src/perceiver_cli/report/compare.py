@@ -14,7 +14,7 @@ from perceiver_cli.config import Config
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, check_plot, show_path, show_text
-from perceiver_cli.inference.statistics import Interval, of_share
+from perceiver_cli.inference.statistics import Interval, share_interval
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.describe import describe
 from perceiver_cli.run_folder import MODEL_FILE, find_model, read_log
@@ -83,7 +83,7 @@ def compare(runs: Sequence[str]) -> Comparison:
                 run=run,
                 preset=info.config.name,
                 accuracy=accuracy,
-                interval_95=None if right is None or not 0 <= right <= count else of_share(right, count),
+                interval_95=None if right is None or not 0 <= right <= count else share_interval(right, count),
                 mAP=_number(info.metrics, "val_mAP"),
                 loss=_number(info.metrics, "val_loss"),
                 num_examples=count or None,

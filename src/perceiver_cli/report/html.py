@@ -33,10 +33,9 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.errors import DataError, IntegrityError, counted
 from perceiver_cli.files import MAX_SHOWN, atomic_write, printable, show_command, show_text, write_text
-from perceiver_cli.inference import statistics
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.inference.statistics import BINS, Bin
+from perceiver_cli.inference.statistics import BINS, Bin, share_interval
 from perceiver_cli.model.describe import describe
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
@@ -183,16 +182,12 @@ def _majority(report: Report) -> tuple[str, float] | None:
 
 def _rows(report: Report) -> list[dict[str, Any]]:
     """Return a row for each class with its interval, in their order; of more than MAX_ROWS the worst, worst first."""
-    rows = []
-    for name, row in report.per_class.items():
-        figure = row["average_precision"] if report.confusion is None else row["accuracy"]
-        ends = None
-        if count := row.get("count"):
-            ends = statistics.of_share(int(row["correct"] or 0), int(count))
-        rows.append({"name": name, "figure": figure, "ends": ends, **row})
+    key = "average_precision" if report.confusion is None else "accuracy"
+    rows: list[dict[str, Any]] = [{"name": name, "figure": row[key], **row} for name, row in report.per_class.items()]
     if len(rows) > MAX_ROWS:
         rows.sort(key=lambda row: (row["figure"] is None, row["figure"]))
-    return rows[:MAX_ROWS]
+    rows = rows[:MAX_ROWS]
+    return [{**row, "ends": share_interval(row["correct"], row["count"]) if row.get("count") else None} for row in rows]
 
 
 def _matrix(report: Report) -> dict[str, Any] | None:
