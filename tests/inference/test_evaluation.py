@@ -96,7 +96,7 @@ def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
 
 
 def test_class_names_are_data_in_the_picture(tmp_path: Path) -> None:
-    save_report(Report(("$x^", "a\nb"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), 2, split="test"), tmp_path)
+    save_report(Report(("$x^", "a\nb 猫"), 0.5, 1.0, 0.7, ((1, 0), (1, 0)), 2, split="test"), tmp_path)
     assert (tmp_path / "confusion.png").stat().st_size > 1000
 
 

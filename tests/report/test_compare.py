@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
@@ -71,7 +72,13 @@ def test_the_command(perceive: Perceive, trained: Path, short: Path, tmp_path: P
     assert facts["runs"][0]["accuracy"] > facts["runs"][1]["accuracy"]
     svg = perceive("compare", trained, short, "-o", tmp_path / "plot.svg")
     assert svg.returncode == 0
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    words = [
+        text.text or "" for text in ElementTree.parse(tmp_path / "plot.svg").iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert any(word.endswith("<b>$run") for word in words)  # a stranger's name is text, and starts no mathematics
+    before = (tmp_path / "plot.svg").read_bytes()
+    perceive("compare", trained, short, "-o", tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_bytes() == before
     done = perceive("compare", trained, short, "-o", tmp_path / "plot.gif")
     assert (done.returncode, done.stdout) == (2, b"")
     assert perceive("compare", trained, tmp_path / "none").returncode == 2
