@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy.special import softmax
 
 from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.inference.evaluation import calibrate, evaluate
 from perceiver_cli.inference.predictor import UNKNOWN, Prediction, Predictor
-from perceiver_cli.inference.statistics import calibration_error, fit_temperature, fit_thresholds, softmax
+from perceiver_cli.inference.statistics import calibration_error, fit_temperature, fit_thresholds
 from perceiver_cli.model.checkpoint import Calibration, load_model, read_info, read_table, save_model, store_calibration
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive, write_images
@@ -23,7 +24,7 @@ def drawn(temperature: float) -> tuple[np.ndarray, np.ndarray]:
     """Logits that are `temperature` times too large for the labels drawn from them."""
     rng = np.random.default_rng(0)
     honest = rng.normal(0, 2, (4000, 5))
-    labels = np.array([rng.choice(5, p=p) for p in softmax(honest)])
+    labels = np.array([rng.choice(5, p=p) for p in softmax(honest, axis=1)])
     return temperature * honest, labels
 
 
@@ -34,7 +35,7 @@ def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
     assert found == pytest.approx(temperature, rel=0.06)
 
     def loss(t: float) -> float:
-        return float(-np.log(softmax(logits / t)[np.arange(len(labels)), labels]).mean())
+        return float(-np.log(softmax(logits / t, axis=1)[np.arange(len(labels)), labels]).mean())
 
     assert loss(found) <= min(loss(found * 1.01), loss(found / 1.01))
     several = np.eye(5)[labels]
@@ -132,7 +133,7 @@ def test_calibrating_a_run(perceive: Perceive, trained: Path, bars: Path, tmp_pa
     for old, new in zip(before, Predictor(path).predict(files), strict=True):
         assert [name for name, _ in old.top(3)] == [name for name, _ in new.top(3)]
         assert new.probs != old.probs
-        expected = softmax(np.log([old.probs]) / temperature.temperature)[0]
+        expected = softmax(np.log(old.probs) / temperature.temperature)
         np.testing.assert_allclose(new.probs, expected, rtol=1e-4)
 
 

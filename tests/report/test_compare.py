@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from PIL import Image
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.inference.statistics import of_share
+from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.report.compare import compare
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive
@@ -32,7 +33,7 @@ def test_runs_as_they_logged_themselves(trained: Path, short: Path) -> None:
     assert first.accuracy == kept["val_accuracy"]
     assert first.seconds == log[-1]["elapsed_s"]
     assert first.num_examples == 15
-    assert first.interval_95 == of_share(round(15 * kept["val_accuracy"]), 15)
+    assert first.interval_95 == share_interval(round(15 * kept["val_accuracy"]), 15)
     assert first.curve == tuple((record["elapsed_s"], record["val_accuracy"]) for record in log)
     assert second.steps in (1, 2, 3, 4)  # of the model that was kept
     assert first.parameters == second.parameters > 1000
@@ -71,7 +72,13 @@ def test_the_command(perceive: Perceive, trained: Path, short: Path, tmp_path: P
     assert facts["runs"][0]["accuracy"] > facts["runs"][1]["accuracy"]
     svg = perceive("compare", trained, short, "-o", tmp_path / "plot.svg")
     assert svg.returncode == 0
-    assert "<svg" in (tmp_path / "plot.svg").read_text()
+    words = [
+        text.text or "" for text in ElementTree.parse(tmp_path / "plot.svg").iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert any(word.endswith("<b>$run") for word in words)  # a stranger's name is text, and starts no mathematics
+    before = (tmp_path / "plot.svg").read_bytes()
+    perceive("compare", trained, short, "-o", tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_bytes() == before
     done = perceive("compare", trained, short, "-o", tmp_path / "plot.gif")
     assert (done.returncode, done.stdout) == (2, b"")
     assert perceive("compare", trained, tmp_path / "none").returncode == 2

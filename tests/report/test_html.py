@@ -13,6 +13,7 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from perceiver_cli.inference.evaluation import Report, evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import BINS, calibration_error, reliability
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.report import charts
 from perceiver_cli.report import html as pages
 from perceiver_cli.report.html import page, shown
 from perceiver_cli.training.trainer import Trainer
@@ -52,7 +54,11 @@ class Page(HTMLParser):
         self.words.append(data)
 
     def links(self) -> list[str]:
-        return [value for _, name, value in self.attributes if name in ("src", "href", "poster", "srcset", "data")]
+        names = ("src", "href", "poster", "srcset", "data", "xlink:href")
+        return [value for _, name, value in self.attributes if name in names]
+
+    def diagrams(self) -> list[str]:
+        return [value for tag, name, value in self.attributes if (tag, name) == ("svg", "aria-label")]
 
 
 def made(run: Path, data: Path, **changes: object) -> tuple[Report, str]:
@@ -102,9 +108,11 @@ def test_the_page_agrees_with_the_metrics_and_says_how_to_make_it_again(
 
 
 def test_nothing_in_the_page_comes_from_elsewhere(trained: Path, confused: Path) -> None:
-    found = Page(made(trained, confused)[1])
+    html = made(trained, confused)[1]
+    found = Page(html)
     assert found.links()
-    assert all(link.startswith("data:") for link in found.links())
+    assert all(link.startswith(("data:", "#")) for link in found.links())  # "#": a mark in the same diagram
+    assert not re.search(r"url\((?!#)", html)
     assert not found.tags & {"script", "iframe", "object", "embed", "form", "base"}
     assert ("meta", "http-equiv", "Content-Security-Policy") in found.attributes
 
@@ -126,7 +134,7 @@ def test_names_of_classes_and_files_are_text(tmp_path: Path) -> None:
     assert "\u202e" not in html
     assert "script" not in found.tags
     assert not [name for _, name, _ in found.attributes if name.startswith("on")]
-    assert all(link.startswith("data:") for link in found.links())
+    assert all(link.startswith(("data:", "#")) for link in found.links())
 
 
 def test_shown_text_is_one_line_and_short() -> None:
@@ -169,7 +177,7 @@ def test_media_that_would_make_the_page_too_large_are_left_out(
 ) -> None:
     monkeypatch.setattr(pages, "MEDIA_BYTES", 3000)
     _, html = made(trained, confused)
-    assert sum(len(link) for link in Page(html).links()) < 3100
+    assert sum(len(link) for link in Page(html).links() if link.startswith("data:")) < 3100
     assert re.search(r"; \d+ more would have made this file too large", Page(html).text)
 
 
@@ -226,7 +234,29 @@ def test_a_damaged_log_is_said_so(trained: Path, bars: Path, tmp_path: Path) -> 
         (run / "metrics.jsonl").write_text(log)
         found = Page(made(run, bars)[1])
         assert "Loss while training" not in found.text
-        assert "polyline" in found.tags  # calibration is drawn all the same
+        assert found.diagrams() == ["Reliability diagram"]  # calibration is drawn all the same
+
+
+def test_diagrams_say_what_they_draw_in_the_colours_of_the_page(trained: Path, bars: Path) -> None:
+    report, html = made(trained, bars)
+    assert Page(html).diagrams() == ["Reliability diagram", "Loss while training", "Accuracy while training"]
+    svg = charts.reliability(report.bins)
+    ElementTree.fromstring(svg)
+    full = [one for one in report.bins if one is not None]
+    titles = re.findall(r"<title>(\S+) of 30: mean probability (\S+), (\S+) of them right</title>", svg)
+    assert [(int(count), float(right)) for count, _, right in titles] == [(b.count, round(b.correct, 3)) for b in full]
+    assert "share that is right" in svg
+    assert not re.search(r"#[0-9a-f]{6}\b", svg.replace("#ffffff", ""))  # light or dark, as the page is
+    assert "var(--one)" in svg
+    assert "<style" not in svg  # it would be the whole page's
+    used = set(re.findall(r'(?:url\(|href=")#(\w+)', html))
+    assert used
+    assert used <= set(re.findall(r' id="(\w+)"', html))
+    assert svg == charts.reliability(report.bins)
+    points = [(float(k), abs(np.sin(k))) for k in range(100_000)]
+    assert len(charts.curves("many", {"a": points})) < 40_000
+    assert charts.curves("none", {"a": [(0.0, 1.0)], "b": []}) == ""
+    assert charts.reliability(()) == ""
 
 
 def test_several_labels(tmp_path: Path) -> None:

@@ -18,16 +18,19 @@ from perceiver_cli.data.loader import Reader, ordered_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.inference import statistics
 from perceiver_cli.inference.predictor import Predictor, run
 from perceiver_cli.inference.statistics import (
+    RESAMPLES,
     Bin,
+    Interval,
+    average_precisions,
     calibration_error,
     calibration_gaps,
+    figure_interval,
     fit_temperature,
     fit_thresholds,
     reliability,
-    sigmoid,
+    share_interval,
 )
 from perceiver_cli.model.checkpoint import Calibration, store_calibration
 from perceiver_cli.model.device import Compute
@@ -45,7 +48,7 @@ class Report:
     accuracy, top5: shares in 0..1 of examples whose label is the first, or among the first five; with several labels an
     example: of which any label is. loss: mean cross-entropy in nats (several labels: binary, mean over classes).
     confusion: (classes, classes) counts, rows the true class; None with several labels. average_precision: by class,
-    with several labels; None where no example has the class. modalities: what it was answered from. records: one per
+    with several labels; None where no example has the class. modalities: those that the model saw. records: one per
     example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
     which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
     (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`;
@@ -71,14 +74,14 @@ class Report:
     ece_uncalibrated: float | None = None
     temperature: float = 1.0
     bins: tuple[Bin | None, ...] = ()
-    intervals_95: Mapping[str, statistics.Interval] = field(default_factory=dict)
+    intervals_95: Mapping[str, Interval] = field(default_factory=dict)
     examples: tuple[Example, ...] = field(default=(), repr=False)
 
     @property
     def mean_average_precision(self) -> float | None:
         """mAP: the mean over the classes that have examples; None with one label an example."""
-        found = [value for value in self.average_precision or () if value is not None]
-        return float(np.mean(found)) if found else None
+        averages = [value for value in self.average_precision or () if value is not None]
+        return float(np.mean(averages)) if averages else None
 
     @property
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
@@ -143,68 +146,50 @@ def score(
 
     with_intervals: also say how sure the headline figures are, which takes seconds on 100,000 examples.
     """
-    multi_label = reader.multi_label_classes > 0
-    answered = answers(model, reader, examples, compute, batch_size, workers, progress)
-    scored, targets = answered.examples, answered.targets
-    logits = answered.logits / temperature
+    scored = label_logits(model, reader, examples, compute, batch_size, workers, progress)
+    logits, targets = scored.logits / temperature, scored.targets
+    multi_label = targets.ndim == 2
     if multi_label:
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(dim=1)
         probabilities = logits.sigmoid()
     else:
         losses = F.cross_entropy(logits, targets, reduction="none")
         probabilities = logits.softmax(dim=1)
-    ranked = logits.topk(min(TOP, len(classes))).indices.tolist()
-    confusion = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    records = []
-    for i, (example, best, modalities) in enumerate(zip(scored, ranked, answered.used, strict=True)):
-        names = [classes[label] for label in example.labels]
-        records.append(
-            {
-                "path": example.id,
-                **({"labels": names} if multi_label else {"label": names[0]}),
-                "prediction": classes[best[0]],
-                "prob": float(probabilities[i, best[0]]),
-                "correct": best[0] in example.labels,
-                "loss": float(losses[i]),
-                **({"used": list(modalities)} if len(model.encoding.layouts) > 1 else {}),
-            }
-        )
-        if not multi_label:
-            confusion[example.labels[0], best[0]] += 1
-    right = sum(record["correct"] for record in records)
-    among = sum(not set(best).isdisjoint(e.labels) for e, best in zip(scored, ranked, strict=True))
+    ranked = logits.topk(min(TOP, len(classes))).indices
+    records = _records(scored, classes, ranked[:, 0], probabilities, losses, with_used=len(model.encoding.layouts) > 1)
+    count, right = len(records), sum(record["correct"] for record in records)
+    among = sum(not set(top).isdisjoint(e.labels) for e, top in zip(scored.examples, ranked.tolist(), strict=True))
     confidence, true = _judged(probabilities, targets)
-    intervals_95: dict[str, statistics.Interval] = {}
+    intervals_95: dict[str, Interval] = {}
     if with_intervals:
-        shares = {"accuracy": right, "top5": among}
-        intervals_95 = {name: statistics.of_share(hits, len(scored)) for name, hits in shares.items()}
+        intervals_95 = {"accuracy": share_interval(right, count), "top5": share_interval(among, count)}
         intervals_95 |= _resampled(losses.numpy(), confidence, true)
     return Report(
         classes=classes,
-        accuracy=right / len(scored),
-        top5=among / len(scored),
+        accuracy=right / count,
+        top5=among / count,
         loss=float(losses.mean()),
-        confusion=None if multi_label else tuple(tuple(row) for row in confusion.tolist()),
-        num_examples=len(scored),
+        confusion=None if multi_label else _confusion(targets, ranked[:, 0], len(classes)),
+        num_examples=count,
         ece=calibration_error(confidence, true),
         ece_uncalibrated=calibration_error(
-            *_judged(answered.logits.sigmoid() if multi_label else answered.logits.softmax(dim=1), targets)
+            *_judged(scored.logits.sigmoid() if multi_label else scored.logits.softmax(dim=1), targets)
         ),
         temperature=temperature,
         bins=reliability(confidence, true),
         intervals_95=intervals_95,
-        examples=answered.examples,
-        average_precision=average_precision(probabilities, targets) if multi_label else None,
-        records=tuple(records),
-        bad=answered.bad,
-        strangers=answered.strangers,
+        examples=scored.examples,
+        average_precision=average_precision(probabilities.numpy(), targets.numpy()) if multi_label else None,
+        records=records,
+        bad=scored.bad,
+        strangers=scored.strangers,
     )
 
 
 @dataclass(frozen=True)
-class Answered:
-    """What a model says of labelled examples: logits (n, classes) float64; targets (n,) or, with several labels, (n,
-    classes) of 0 and 1; used: by example, the modalities there are of it; bad, strangers: as of a Report."""
+class LabelledLogits:
+    """Logits of labelled examples: logits (n, classes) float64; targets (n,) or, with several labels, (n, classes) of 0
+    and 1; used: by example, the modalities there are of it; bad, strangers: as of a Report."""
 
     examples: tuple[Example, ...]
     logits: Tensor
@@ -214,7 +199,7 @@ class Answered:
     strangers: int
 
 
-def answers(
+def label_logits(
     model: Perceiver,
     reader: Reader,
     examples: Sequence[Example],
@@ -222,8 +207,8 @@ def answers(
     batch_size: int,
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
-) -> Answered:
-    """Return what a model says of examples, in evaluation mode. Raises DataError if there is nothing to say."""
+) -> LabelledLogits:
+    """Return a model's logits of examples, in evaluation mode. Raises DataError if none could be read."""
     multi_label = reader.multi_label_classes > 0
     batch_size = max(1, batch_size // reader.num_views)
     known = [example for example in examples if example.labels or multi_label]
@@ -233,10 +218,10 @@ def answers(
     bad: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
-    for batch, found in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
+    for batch, outputs in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
         scored += batch.examples
         used += batch.used
-        rows.append(found.logits)
+        rows.append(outputs.logits)
         bad += [(example.id, error) for _, example, error in batch.bad]
         if progress is not None:
             progress(len(scored) + len(bad))
@@ -254,67 +239,73 @@ def answers(
             targets[row, list(example.labels)] = 1.0
     else:
         targets = torch.tensor([e.labels[0] for e in scored])
-    return Answered(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
+    return LabelledLogits(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
+
+
+def _records(
+    scored: LabelledLogits, classes: tuple[str, ...], best: Tensor, probabilities: Tensor, losses: Tensor,
+    *, with_used: bool,
+) -> tuple[dict[str, Any], ...]:  # fmt: skip
+    """Return a line of predictions.jsonl for each example; best: (n,) class indices."""
+    prob = probabilities.gather(1, best[:, None])[:, 0]
+    columns = (scored.examples, best.tolist(), prob.tolist(), losses.tolist(), scored.used)
+    records = []
+    for example, first, p, loss, modalities in zip(*columns, strict=True):
+        names = [classes[label] for label in example.labels]
+        records.append(
+            {
+                "path": example.id,
+                **({"labels": names} if scored.targets.ndim == 2 else {"label": names[0]}),
+                "prediction": classes[first],
+                "prob": p,
+                "correct": first in example.labels,
+                "loss": loss,
+                **({"used": list(modalities)} if with_used else {}),
+            }
+        )
+    return tuple(records)
+
+
+def _confusion(targets: Tensor, best: Tensor, num_classes: int) -> tuple[tuple[int, ...], ...]:
+    """Return (classes, classes) counts: a row for each true class, a column for each first answer."""
+    counts = torch.bincount(targets * num_classes + best, minlength=num_classes**2)
+    return tuple(map(tuple, counts.view(num_classes, num_classes).tolist()))
 
 
 def _judged(probabilities: Tensor, targets: Tensor) -> tuple[Any, Any]:
-    """Return the probabilities that are held to what came true, and that: (n,) of the first label, or (n, classes)."""
+    """Return probabilities and whether they came true: (n,) of the first label or, with several, (n, classes)."""
     if targets.ndim == 2:
         return probabilities.numpy(), targets.numpy()
     confidence, best = probabilities.max(dim=1)
     return confidence.numpy(), (best == targets).numpy()
 
 
-def _resampled(losses: Any, confidence: Any, true: Any) -> dict[str, statistics.Interval]:
-    """Return the statistics of loss and ECE and, with several labels, of the mAP, by name."""
+def _resampled(losses: Any, confidence: Any, true: Any) -> dict[str, Interval]:
+    """Return the bootstrap intervals of loss and ECE and, with several labels, of the mAP, by name."""
     if not (np.isfinite(losses).all() and np.isfinite(confidence).all()):
         return {}
     count = len(losses)
     gaps = calibration_gaps(confidence, true)
-    found = {
-        "loss": statistics.of_figure(lambda times: float(times @ losses / count), count),
-        "ece": statistics.of_figure(lambda times: float(np.abs(times @ gaps).sum() / true.size), count),
-    }
+    low, high = figure_interval(lambda times: float(times @ losses / count), count)
+    intervals = {"loss": (max(0.0, low), high)}
+    shares = {"ece": figure_interval(lambda times: float(np.abs(times @ gaps).sum() / true.size), count)}
     if true.ndim == 2 and true.any():
-        draws = int(np.clip(MAX_RESAMPLED / true.size, LEAST_RESAMPLES, statistics.RESAMPLES))
-        found["mAP"] = statistics.of_figure(_mean_average_precision(confidence, true), count, draws)
-    return {name: (max(0.0, low), high) for name, (low, high) in found.items()}
+        draws = int(np.clip(MAX_RESAMPLED / true.size, LEAST_RESAMPLES, RESAMPLES))
+        averages = average_precisions(confidence, true)
+        shares["mAP"] = figure_interval(lambda times: _mean_of_known(averages(times)), count, draws)
+    return intervals | {name: (max(0.0, low), min(1.0, high)) for name, (low, high) in shares.items()}
 
 
-def _mean_average_precision(scores: Any, targets: Any) -> Callable[[Any], float]:
-    """Return the mAP of scores (n, classes) as a function of how often (n,) each example counts.
-
-    Equal scores count in the order of the examples. A class without examples among those that count is left out.
-    """
-    ranked = [(order, targets[order, k] > 0) for k, order in enumerate(np.argsort(-scores.T, kind="stable"))]
-
-    def mean(times: Any) -> float:
-        found = []
-        for order, hits in ranked:
-            weights = times[order]
-            right = np.cumsum(weights * hits)
-            if right[-1]:
-                precision = right[hits] / np.cumsum(weights)[hits].clip(min=1)
-                found.append(weights[hits] @ precision / right[-1])
-        return float(np.mean(found)) if found else 0.0
-
-    return mean
+def _mean_of_known(averages: Any) -> float:
+    """Return the mean without NaN, 0 if there is nothing else."""
+    known = averages[~np.isnan(averages)]
+    return float(known.mean()) if len(known) else 0.0
 
 
-def average_precision(scores: Tensor, targets: Tensor) -> tuple[float | None, ...]:
-    """Return the average precision of each class, None for a class without examples.
-
-    scores, targets: (examples, classes), in this order and not transposed: the mistake that made the first version of
-    the paper report 44.9 mAP on AudioSet (its appendix F).
-    """
-    from torchmetrics.functional.classification import binary_average_precision  # slow to import
-
-    present = targets.any(dim=0).tolist()
-    labels = targets.long()
-    return tuple(
-        float(binary_average_precision(scores[:, k], labels[:, k])) if there else None
-        for k, there in enumerate(present)
-    )
+def average_precision(scores: Any, targets: Any) -> tuple[float | None, ...]:
+    """Return the average precision of each class, None for a class without examples. Arguments: (examples, classes)."""
+    averages = average_precisions(scores, targets)(np.ones(len(scores)))
+    return tuple(None if np.isnan(value) else value for value in averages.tolist())
 
 
 def evaluate(
@@ -370,13 +361,15 @@ def calibrate(
         raise UsageError("a calibration is of all of the model's modalities", "leave out --use")
     catalog, _ = split_of_run(_catalog(predictor, data)[0], predictor, "val")
     _, examples = choose_split(catalog, "val")
-    found = answers(
+    from scipy.special import expit
+
+    scored = label_logits(
         predictor.model, _reader(predictor, catalog), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
     )  # fmt: skip
-    logits, targets = found.logits.numpy(), found.targets.numpy()
+    logits, targets = scored.logits.numpy(), scored.targets.numpy()
     temperature = fit_temperature(logits, targets)
-    thresholds = fit_thresholds(sigmoid(logits / temperature), targets) if targets.ndim == 2 else ()
+    thresholds = fit_thresholds(expit(logits / temperature), targets) if targets.ndim == 2 else ()
     calibration = Calibration(temperature, thresholds)
     store_calibration(predictor.path, calibration)
     predictor.info = replace(predictor.info, calibration=calibration)

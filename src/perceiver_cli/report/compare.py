@@ -13,8 +13,8 @@ from typing import Any
 from perceiver_cli.config import Config
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import atomic_write, check_plot, show_path, show_text
-from perceiver_cli.inference.statistics import Interval, of_share
+from perceiver_cli.files import show_path, show_text
+from perceiver_cli.inference.statistics import Interval, share_interval
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.describe import describe
 from perceiver_cli.run_folder import MODEL_FILE, find_model, read_log
@@ -83,7 +83,7 @@ def compare(runs: Sequence[str]) -> Comparison:
                 run=run,
                 preset=info.config.name,
                 accuracy=accuracy,
-                interval_95=None if right is None or not 0 <= right <= count else of_share(right, count),
+                interval_95=None if right is None or not 0 <= right <= count else share_interval(right, count),
                 mAP=_number(info.metrics, "val_mAP"),
                 loss=_number(info.metrics, "val_loss"),
                 num_examples=count or None,
@@ -148,29 +148,29 @@ def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     Raises:
         ResourceError: it cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from perceiver_cli.report.charts import plain_text, save_figure
+
     runs = comparison.runs
-    figure = Figure(figsize=(9.5, max(3.2, 1.2 + 0.35 * len(runs))), layout="constrained")
-    FigureCanvasAgg(figure)
-    over_time, kept = figure.subplots(1, 2)
-    for place, run in enumerate(runs):
-        colour = f"C{place % 10}"
-        if run.curve:
-            over_time.plot(*zip(*run.curve, strict=True), marker="o", markersize=3, color=colour)
-        if run.accuracy is not None:
-            low, high = run.interval_95 or (run.accuracy, run.accuracy)
-            kept.plot((low, high), (place, place), color=colour, linewidth=2, alpha=0.5)
-            kept.plot(run.accuracy, place, marker="o", color=colour)
-    names = (show_text(run.run).replace("$", r"\$") for run in runs)
-    kept.set_yticks(
-        range(len(runs)), [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
-    )
-    kept.tick_params(axis="y", labelsize=8)
-    kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="of the model kept, with 95 % interval")
-    over_time.set(xlabel="seconds of training", ylabel="validation accuracy")
-    for axes in (over_time, kept):
-        axes.grid(alpha=0.3)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=check_plot(path), dpi=120)
+    with plain_text():
+        figure = Figure(figsize=(9.5, max(3.2, 1.2 + 0.35 * len(runs))), layout="constrained")
+        over_time, kept = figure.subplots(1, 2)
+        for place, run in enumerate(runs):
+            colour = f"C{place % 10}"
+            if run.curve:
+                over_time.plot(*zip(*run.curve, strict=True), marker="o", markersize=3, color=colour)
+            if run.accuracy is not None:
+                low, high = run.interval_95 or (run.accuracy, run.accuracy)
+                kept.plot((low, high), (place, place), color=colour, linewidth=2, alpha=0.5)
+                kept.plot(run.accuracy, place, marker="o", color=colour)
+        names = [show_text(run.run) for run in runs]
+        kept.set_yticks(
+            range(len(runs)), [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
+        )
+        kept.tick_params(axis="y", labelsize=8)
+        kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="of the model kept, with 95 % interval")
+        over_time.set(xlabel="seconds of training", ylabel="validation accuracy")
+        for axes in (over_time, kept):
+            axes.grid(alpha=0.3)
+        save_figure(figure, path)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
-from math import ceil, floor
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,19 +31,17 @@ from PIL import Image
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.errors import DataError, IntegrityError, counted
-from perceiver_cli.files import MAX_SHOWN, atomic_write, printable, show_command, show_text, write_text
-from perceiver_cli.inference import statistics
+from perceiver_cli.files import MAX_SHOWN, printable, show_command, write_text
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.inference.statistics import BINS, Bin
+from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.describe import describe
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.video import VideoSpec
-from perceiver_cli.report import pictures
-from perceiver_cli.report.pictures import round_step
+from perceiver_cli.report import charts, pictures
 from perceiver_cli.run_folder import MODEL_FILE, read_log
 
 REPORT_FILE = "report.html"
@@ -116,7 +113,7 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         else [n for n, row in report.per_class.items() if row["precision"] is None],
         absent=[] if report.confusion is None else [n for n, row in report.per_class.items() if not row["count"]],
         matrix=_matrix(report),
-        reliability=reliability(report.bins),
+        reliability=charts.reliability(report.bins),
         curves=_curves(log, several=report.confusion is None),
         why_no_curves=why_no_log,
         facts=_facts(report, predictor, data),
@@ -183,16 +180,12 @@ def _majority(report: Report) -> tuple[str, float] | None:
 
 def _rows(report: Report) -> list[dict[str, Any]]:
     """Return a row for each class with its interval, in their order; of more than MAX_ROWS the worst, worst first."""
-    rows = []
-    for name, row in report.per_class.items():
-        figure = row["average_precision"] if report.confusion is None else row["accuracy"]
-        ends = None
-        if count := row.get("count"):
-            ends = statistics.of_share(int(row["correct"] or 0), int(count))
-        rows.append({"name": name, "figure": figure, "ends": ends, **row})
+    key = "average_precision" if report.confusion is None else "accuracy"
+    rows: list[dict[str, Any]] = [{"name": name, "figure": row[key], **row} for name, row in report.per_class.items()]
     if len(rows) > MAX_ROWS:
         rows.sort(key=lambda row: (row["figure"] is None, row["figure"]))
-    return rows[:MAX_ROWS]
+    rows = rows[:MAX_ROWS]
+    return [{**row, "ends": share_interval(row["correct"], row["count"]) if row.get("count") else None} for row in rows]
 
 
 def _matrix(report: Report) -> dict[str, Any] | None:
@@ -331,23 +324,23 @@ def _log(predictor: Predictor) -> tuple[list[dict[str, Any]], str]:
     return log, "" if len(log) > 1 else "There is no log of several evaluations beside the model."
 
 
-def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> list[Chart]:
-    """Return the html of loss and of accuracy (and mAP) over the epochs of a run, those that can be drawn.
+def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, str]:
+    """Return, by name, the SVG of loss and of accuracy (and mAP) over the epochs of a run, those that can be drawn.
 
     With several labels an example the training loss is a sum over classes, and is not drawn beside a mean.
     """
 
-    def points(key: str) -> list[Point]:
+    def points(key: str) -> list[charts.Point]:
         rows = [(record.get("epoch"), record.get(key)) for record in log]
         return [(float(x), float(y)) for x, y in rows if _is_number(x) and _is_number(y)]
 
-    shares = [("accuracy, validation", 1, points("val_accuracy")), ("mAP, validation", 2, points("val_mAP"))]
-    losses = [("validation", 1, points("val_loss")), ("training", 2, [] if several else points("train_loss"))]
-    drawn = (
-        curves("Loss while training", "epoch", losses),
-        curves("Accuracy while training", "epoch", shares),
-    )
-    return [chart for chart in drawn if chart is not None]
+    lines = {
+        "Loss while training": {"validation": points("val_loss"), "training": [] if several else points("train_loss")},
+        "Accuracy while training": {
+            "accuracy, validation": points("val_accuracy"), "mAP, validation": points("val_mAP"),
+        },
+    }  # fmt: skip
+    return {name: svg for name, by_label in lines.items() if (svg := charts.curves(name, by_label))}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -410,142 +403,5 @@ def save_report(report: Report, folder: Path) -> None:
     write_text(folder / "metrics.json", json.dumps(report.to_dict(), indent=1) + "\n")
     write_text(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in report.records))
     if report.confusion is not None:
-        with atomic_write(folder / "confusion.png") as file:
-            _plot_confusion(report).savefig(file, format="png", dpi=120)
-
-
-def _plot_confusion(report: Report) -> Any:
-    """Return a figure of the confusion matrix: shares of each true class by colour, counts in the cells."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    counts = np.array(report.confusion)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    size = min(16.0, 3.0 + 0.42 * len(report.classes))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    # A class name is data: a dollar sign in it must not start mathematics.
-    names = [show_text(name).replace("$", r"\$") for name in report.classes]
-    if len(names) <= 60:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-    if len(names) <= 25:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    axes.set_title(
-        f"accuracy {report.accuracy:.4f} on {counted(report.num_examples, 'example')} ({report.split})", fontsize=10
-    )
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
-    return figure
-
-
-WIDTH, HEIGHT = 420, 260
-LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 40  # margins, where names and numbers of axes stand
-TICKS = 8  # at most, or so
-MAX_POINTS = 500  # of a line: more cannot be seen
-
-Point = tuple[float, float]
-Ticks = tuple[tuple[float, str], ...]  # pixel and number
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line through points, as the attribute of an SVG polyline; dots: those that are marked."""
-
-    name: str
-    slot: int
-    points: str
-    dots: tuple[Point, ...] = ()
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A rectangle, and what it says when it is pointed at."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-    text: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """All marks of one chart. name: said to those who do not see it."""
-
-    name: str
-    x_name: str
-    x_ticks: Ticks
-    y_ticks: Ticks
-    lines: tuple[Line, ...]
-    bars: tuple[Bar, ...] = ()
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
-
-
-class Scale:
-    """From values to pixels: those from `low` to `high` lie between two pixels."""
-
-    def __init__(self, low: float, high: float, start: float, end: float) -> None:
-        self.low, self.high, self.start, self.end = low, high if high > low else low + 1, start, end
-
-    def __call__(self, value: float) -> float:
-        """Return the pixel of a value, to a tenth."""
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
-
-    def ticks(self) -> Ticks:
-        """Return round numbers."""
-        step = round_step((self.high - self.low) / TICKS)
-        first, last = ceil(self.low / step - 1e-6), floor(self.high / step + 1e-6)
-        return tuple((self(k * step), f"{k * step:.4g}") for k in range(first, last + 1))
-
-
-def curves(name: str, x_name: str, lines: Sequence[tuple[str, int, Sequence[Point]]]) -> Chart | None:
-    """Return a chart of (name, slot, points) lines over one pair of axes; None where there are no two points."""
-    lines = [line for line in lines if len(line[2]) > 1]
-    if not lines:
-        return None
-    xs, ys = zip(*(point for _, _, points in lines for point in points), strict=True)
-    across = Scale(0, max(xs), LEFT, WIDTH - RIGHT)
-    room = 0.05 * (max(ys) - min(ys)) or 0.5
-    up = Scale(max(0.0, min(ys) - room), max(ys) + room, HEIGHT - BOTTOM, TOP)
-    drawn = []
-    for line, slot, points in lines:
-        places = [(across(x), up(y)) for x, y in points[:: ceil(len(points) / MAX_POINTS)]]
-        drawn.append(Line(line, slot, _joined(places), tuple(places) if len(places) <= BINS else ()))
-    return Chart(name, x_name, across.ticks(), up.ticks(), tuple(drawn))
-
-
-def reliability(bins: Sequence[Bin | None]) -> Chart | None:
-    """Return the reliability diagram: share correct over confidence, a diagonal, and bars of how many there are."""
-    full = [part for part in bins if part is not None]
-    if not full:
-        return None
-    across, up = Scale(0, 1, LEFT, WIDTH - RIGHT), Scale(0, 1, HEIGHT - BOTTOM, TOP)
-    total, most = sum(part.count for part in full), max(part.count for part in full)
-    bars = []
-    for k, part in enumerate(bins):
-        if part is not None:
-            left, right, top = across(k / len(bins)) + 1, across((k + 1) / len(bins)) - 1, up(part.count / most)
-            text = (
-                f"{part.count:,} of {total:,}: mean probability {part.confidence:.3f}, {part.correct:.3f} of them right"
-            )
-            bars.append(Bar(left, top, round(right - left, 1), round(up(0) - top, 1), text))
-    dots = tuple((across(part.confidence), up(part.correct)) for part in full)
-    diagonal = Line("if calibrated", 2, _joined([(across(0), up(0)), (across(1), up(1))]))
-    lines = (diagonal, Line("share that is right", 1, _joined(dots), dots))
-    return Chart("Reliability diagram", "probability", across.ticks(), up.ticks(), lines, tuple(bars))
-
-
-def _joined(points: Sequence[Point]) -> str:
-    return " ".join(f"{x:g},{y:g}" for x, y in points)
+        with charts.plain_text():
+            charts.save_figure(charts.confusion(report), folder / "confusion.png")

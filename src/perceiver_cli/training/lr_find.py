@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import isfinite, sqrt
 
 from perceiver_cli.errors import DivergedError
-from perceiver_cli.files import atomic_write, check_plot
+from perceiver_cli.report.charts import save_figure
 from perceiver_cli.training.trainer import Trainer
 
 RATES = (1e-5, 1.0)  # first and last
@@ -85,11 +85,9 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
 
 def draw(curve: Curve, path: str | os.PathLike[str]) -> None:
     """Write the curve as PNG or SVG. Raises ResourceError where it cannot be written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot(curve.rates, curve.losses, color="#1b6ca8", alpha=0.3, linewidth=1)
     axes.plot(curve.rates, curve.smoothed, color="#1b6ca8", label="loss, smoothed")
@@ -97,5 +95,4 @@ def draw(curve: Curve, path: str | os.PathLike[str]) -> None:
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=check_plot(path), dpi=120)
+    save_figure(figure, path)

@@ -1,0 +1,146 @@
+"""Diagrams by matplotlib: curves and reliability as SVG for a page, the confusion matrix, and how figures are saved.
+
+An SVG of a page has the page's fonts and colours, light or dark: its colours are those of the style sheet in
+report.html, by name. Never pyplot, which keeps every figure. matplotlib is slow to import: only functions do.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from perceiver_cli.errors import counted
+from perceiver_cli.files import atomic_write, check_plot, show_text
+from perceiver_cli.inference.statistics import BINS, Bin
+
+if TYPE_CHECKING:  # torch is not needed to compare runs
+    from perceiver_cli.inference.evaluation import Report
+
+SIZE = 4.9, 3.1  # of a diagram, in inches: 72 units of its SVG each
+MAX_POINTS = 500  # of a line: more cannot be seen
+ONE, TWO, BAR, RULE, TEXT = "#1b6ca8", "#c84830", "#c9d3dc", "#e3e4e6", "#646b73"
+IN_PAGE = {ONE: "var(--one)", TWO: "var(--two)", BAR: "var(--bar)", RULE: "var(--rule)", TEXT: "currentColor"}
+
+Point = tuple[float, float]
+
+
+@contextmanager
+def plain_text() -> Iterator[None]:
+    """Draw names as they are: no dollar sign starts mathematics, no letter that the font lacks is warned of.
+
+    SVG keeps text as text, and is the same on every run.
+    """
+    import matplotlib
+
+    settings = {"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "perceiver"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG or SVG, by the suffix. Raises UsageError for another, ResourceError if it cannot write."""
+    kind = check_plot(path)
+    with atomic_write(path) as file:
+        figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+
+
+def curves(name: str, lines: Mapping[str, Sequence[Point]]) -> str:
+    """Return an SVG of up to two lines over epochs, by their names; "" if no line has two points."""
+    lines = {label: points for label, points in lines.items() if len(points) > 1}
+    if not lines:
+        return ""
+    with plain_text():
+        figure, axes = _axes("epoch")
+        for color, (label, points) in zip((ONE, TWO), lines.items(), strict=False):
+            x, y = zip(*points[:: ceil(len(points) / MAX_POINTS)], strict=True)
+            axes.plot(x, y, "o-" if len(x) <= BINS else "-", color=color, markersize=5, label=label)
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+        return _svg(figure, name)
+
+
+def reliability(bins: Sequence[Bin | None]) -> str:
+    """Return an SVG of the share that is right over the probability, above bars of how many; "" if there are none."""
+    full = {place: one for place, one in enumerate(bins) if one is not None}
+    if not full:
+        return ""
+    counts = [one.count for one in full.values()]
+    with plain_text():
+        figure, axes = _axes("probability")
+        middles = (np.array([*full]) + 0.5) / len(bins)
+        bars = axes.bar(middles, np.array(counts) / max(counts), 0.9 / len(bins), color=BAR)
+        for bar, one in zip(bars, full.values(), strict=True):
+            share = f"mean probability {one.confidence:.3f}, {one.correct:.3f} of them right"
+            bar.set_gid(f"title: {one.count:,} of {sum(counts):,}: {share}")
+        dots = [(one.confidence, one.correct) for one in full.values()]
+        axes.plot(*zip(*dots, strict=True), "o-", color=ONE, markersize=5, clip_on=False, label="share that is right")
+        axes.plot((0, 1), (0, 1), "--", color=TEXT, linewidth=1, label="if calibrated")
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        return _svg(figure, "Reliability diagram")
+
+
+def _axes(x_name: str) -> tuple[Any, Any]:
+    """Return a figure and its axes, with horizontal lines alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    axes.spines[:].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(axis="y", color=RULE)
+    axes.tick_params(colors=TEXT, length=0, pad=6)
+    axes.set_xlabel(x_name, color=TEXT)
+    return figure, axes
+
+
+def _svg(figure: Any, name: str) -> str:
+    """Return a figure as the SVG element of a page. name: said to those who do not see it."""
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=TEXT)
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # it would be the whole page's
+    svg = re.sub(r'<g id="title: ([^"]*)">', r"<g><title>\1</title>", svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the next diagram has the same
+    svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
+    for color, in_page in IN_PAGE.items():
+        svg = svg.replace(color, in_page)
+    return svg
+
+
+def confusion(report: Report) -> Any:
+    """Return a figure of the confusion matrix: shares of each true class by colour, counts in the cells."""
+    from matplotlib.figure import Figure
+
+    counts = np.array(report.confusion)
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    size = min(16.0, 3.0 + 0.42 * len(report.classes))
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    names = [show_text(name) for name in report.classes]
+    if len(names) <= 60:
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
+    if len(names) <= 25:
+        for (i, j), count in np.ndenumerate(counts):
+            if count:
+                color = "white" if shares[i, j] > 0.5 else "black"
+                axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
+    examples = counted(report.num_examples, "example")
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"accuracy {report.accuracy:.4f} on {examples} ({report.split})", fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    return figure
