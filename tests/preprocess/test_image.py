@@ -22,6 +22,7 @@ from PIL import Image, ImageCms
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess import image as module
 from perceiver_cli.preprocess.image import MODALITY, ImageSpec
+from perceiver_cli.preprocess.pixels import to_image
 from perceiver_cli.preprocess.randaugment import RANDAUGMENT
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -664,7 +665,7 @@ def test_randaugment_operations(name: str, channels: int) -> None:
     raw = np.asarray(photo(56, 64))[..., :channels] // 2 + 20
     for level in (0.0, 0.1, 0.5, 0.9, 1.0):
         before = raw.copy()
-        image = module._to_image(raw)
+        image = to_image(raw)
         results = [RANDAUGMENT[name](image, level, np.random.default_rng(3)) for _ in range(2)]
         values = module.to_array(results[0])
         assert values.shape == raw.shape
@@ -681,7 +682,7 @@ def test_randaugment_values() -> None:
     raw = np.array([[[0], [100], [128], [250]]], np.uint8)
 
     def apply(name: str, level: float) -> list[int]:
-        result = RANDAUGMENT[name](module._to_image(raw), level, np.random.default_rng(0))
+        result = RANDAUGMENT[name](to_image(raw), level, np.random.default_rng(0))
         return module.to_array(result).ravel().tolist()
 
     assert apply("Invert", 0.5) == [255, 155, 127, 5]
@@ -693,9 +694,9 @@ def test_randaugment_values() -> None:
     assert apply("Brightness", 0.0) == pytest.approx([0, 10, 13, 25], abs=1)  # factor 0.1
     assert apply("AutoContrast", 0.5) == pytest.approx([0, 102, 130, 255], abs=1)
     raw = np.full((224, 224, 1), 10, np.uint8)
-    full = np.asarray(RANDAUGMENT["TranslateX"](module._to_image(raw), 0.5, np.random.default_rng(0)))
+    full = np.asarray(RANDAUGMENT["TranslateX"](to_image(raw), 0.5, np.random.default_rng(0)))
     assert (full == 128).sum() == 50 * 224
-    cut = np.asarray(RANDAUGMENT["Cutout"](module._to_image(raw), 0.5, np.random.default_rng(1)))
+    cut = np.asarray(RANDAUGMENT["Cutout"](to_image(raw), 0.5, np.random.default_rng(1)))
     assert set(np.unique(cut)) == {10, 128}
     assert (cut == 128).sum() <= 40 * 40
 
