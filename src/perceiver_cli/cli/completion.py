@@ -34,10 +34,10 @@ def presets_and_models(incomplete: str) -> list[str]:
 
 def _beginning(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
     folder = os.path.dirname(incomplete)
-    found = [os.path.join(folder, name) for name in _names(folder or ".")]
-    found += [os.path.join("runs", name) for name in _names("runs")] if not folder else []
+    names = [os.path.join(folder, name) for name in _names(folder or ".")]
+    names += [os.path.join("runs", name) for name in _names("runs")] if not folder else []
     # A name with control characters could not be typed anyway, and must not reach the terminal.
-    return sorted(p for p in found if p.startswith(incomplete) and p == printable(p, "") and wanted(Path(p)))
+    return sorted(p for p in names if p.startswith(incomplete) and p == printable(p, "") and wanted(Path(p)))
 
 
 def _names(folder: str) -> list[str]:

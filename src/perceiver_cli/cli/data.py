@@ -10,20 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from perceiver_cli.cli import completion, terminal
-from perceiver_cli.cli.options import (
-    DATA_HELP,
-    Json,
-    Limit,
-    Quiet,
-    Verbose,
-    Workers,
-    check_data,
-    inputs_to_prepare,
-    number,
-    raised_limits,
-)
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, talk
+from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, say_notes, talk
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
@@ -53,13 +41,13 @@ def preprocess(
     preset: Annotated[
         str | None, typer.Option(autocompletion=completion.presets, help="Prepare as this recipe does.")
     ] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
-    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
-    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
+    changes: options.Changes = None,
+    files_from: options.FilesFrom = None,
+    null: options.Null = False,
     label_from: Annotated[
         Literal["parent"] | None, typer.Option(help="Label each file with its folder's name.")
     ] = None,
-    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    stdin_name: options.StdinName = "-",
     augment: Annotated[int, typer.Option(min=0, help="Write so many random variants of each training example.")] = 0,
     fourier: Annotated[
         bool, typer.Option("--fourier", help="Write the byte array as rows with Fourier features, M x C.")
@@ -67,10 +55,10 @@ def preprocess(
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of --fourier.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of 'NAME-%06d.tar', e.g. 64M, 1G.")] = "256M",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
-    workers: Workers = 0,
-    limit: Limit = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    workers: options.Workers = 0,
+    limit: options.Limit = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Decode files once and write them as prepare: a tar that train, evaluate, predict and WebDataset read.
 
@@ -78,46 +66,45 @@ def preprocess(
     preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
     byte array with its Fourier features (ImageNet: 50176 x 261). A bad input is an error in its place, and status 3.
     """
-    given = inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
+    named = options.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
-        _byte_array(given, output, model, preset, limit)
+        _byte_array(named, output, model, preset, limit)
         return
     from perceiver_cli.data import prepare
 
     if output == "-":
-        terminal.refuse_terminal("a stream of prepare")
+        terminal.refuse_terminal("a stream of records")
     job = prepare.plan(
-        given, model=model, preset=preset, changes=changes or [], raised=raised_limits(limit),
+        named, model=model, preset=preset, changes=changes or [], raised=options.raised_limits(limit),
         label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
     )  # fmt: skip
-    size = round(number(f"--shard-size {shard_size}", shard_size))
+    size = round(options.number(f"--shard-size {shard_size}", shard_size))
     done = prepare.write_records(job, output, terminal.emit_bytes, workers, size, resume=resume)
-    for note in job.notes:
-        say(f"note: {note}")
+    say_notes(job.notes)
     raise typer.Exit(follow_preparing(done))
 
 
-def _byte_array(given: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:
+def _byte_array(named: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:
     from perceiver_cli.data.prepare import input_recipe, write_byte_array
     from perceiver_cli.preprocess.source import Source
 
-    if not isinstance(given, Source) and len(given) != 1:
-        raise UsageError(f"-o {show_path(output)}: one byte array, found {len(given)} inputs", "pass -o FILE.tar")
-    source = given if isinstance(given, Source) else Source(given[0])
-    spec, limits = input_recipe(source, model, preset, raised_limits(limit))
+    if not isinstance(named, Source) and len(named) != 1:
+        raise UsageError(f"-o {show_path(output)}: one byte array, found {len(named)} inputs", "pass -o FILE.tar")
+    source = named if isinstance(named, Source) else Source(named[0])
+    spec, limits = input_recipe(source, model, preset, options.raised_limits(limit))
     shape = write_byte_array(source, spec, limits, output)
     say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
 
 
 def lint(
-    data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    json: Json = False,
+    data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
+    json: options.Json = False,
     workers: Annotated[
         int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")
     ] = None,
-    limit: Limit = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    limit: options.Limit = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Decode all files once and say what is wrong with them.
 
@@ -125,13 +112,12 @@ def lint(
     sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if there are unreadable files or
     the same content is in several splits.
     """
-    check_data(data)
+    options.check_data(data)
     from perceiver_cli.data.lint import lint as check
 
     with counting("checking") as progress:
-        report = check(data, raised_limits(limit), workers, progress)
-    for note in report.notes:
-        say(f"note: {note}")
+        report = check(data, options.raised_limits(limit), workers, progress)
+    say_notes(report.notes)
     show_lint(report, json)
     if report.failed:
         raise typer.Exit(EXIT_DATA)
@@ -185,10 +171,10 @@ def show_lint(report: LintReport, as_json: bool) -> None:
         "constant": [f"{show_path(name)} ({modality})" for _, name, modality in report.faults["constant"]],
         "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
     }
-    for kind, found in kinds.items():
-        if found:
-            more = [f"... and {len(found) - LISTED} more, all with --json"] if len(found) > LISTED else []
-            emit(f"{kind}: {len(found)}\n" + "".join(f"  {line}\n" for line in [*found[:LISTED], *more]))
+    for kind, findings in kinds.items():
+        if findings:
+            more = [f"... and {len(findings) - LISTED} more, all with --json"] if len(findings) > LISTED else []
+            emit(f"{kind}: {len(findings)}\n" + "".join(f"  {line}\n" for line in [*findings[:LISTED], *more]))
     if not any(kinds.values()):
         emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
 

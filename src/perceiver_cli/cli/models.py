@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from perceiver_cli.cli import completion, terminal
-from perceiver_cli.cli.options import Device, Json, Precision, Workers
-from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, new_table, say
+from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, new_table, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_path, show_text
 
@@ -36,7 +35,7 @@ def import_weights(
 def export(
     model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as of predict].")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Write a model for other programs, as ONNX or torch.export, with classes and preparation in its metadata.
 
@@ -65,7 +64,7 @@ def info(
             help="A preset, a configuration, a run or a model file.",
         ),
     ],
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Print parameters, FLOPs and shapes of a preset or a model file, without building it."""
     from perceiver_cli.model.describe import describe
@@ -78,7 +77,7 @@ def compare(
         list[str], typer.Argument(metavar="RUN...", autocompletion=completion.models, help="Run folders, two or more.")
     ],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also a plot: FILE.png or FILE.svg.")] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Put runs side by side: validation accuracy with its interval, time, parameters, and what was set differently."""
     if output is not None:
@@ -93,11 +92,11 @@ def compare(
 
 
 def doctor(
-    json: Json = False,
+    json: options.Json = False,
     run: Annotated[
         bool, typer.Option("--run", help="Also train, save, load and compare, in about 10 seconds.")
     ] = False,
-    device: Device = "auto",
+    device: options.Device = "auto",
 ) -> None:
     """Print versions, decoders, devices, kernels and threads; with --run, test that training works here."""
     from perceiver_cli.machine.doctor import examine, self_test
@@ -141,10 +140,10 @@ def bench(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per measurement of growth.")] = 3,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    workers: Workers = 0,
-    json: Json = False,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    workers: options.Workers = 0,
+    json: options.Json = False,
 ) -> None:
     """Measure speed on made-up data: samples per second of training, forward pass and loader; or growth.
 
@@ -167,8 +166,7 @@ def bench(
 
 def show_comparison(comparison: Comparison, as_json: bool) -> None:
     """Print runs side by side, a row each, and a column for each option that differs; or one JSON object."""
-    for note in comparison.notes:
-        say(f"note: {note}")
+    say_notes(comparison.notes)
     if as_json:
         emit_json(comparison.to_dict())
         return

@@ -44,6 +44,11 @@ Use = Annotated[
     typer.Option(metavar="A,B", help="Answer from these of the model's modalities alone, as if others were missing."),
 ]
 Aggregate = Literal["mean", "max", "none"]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")]
+FilesFrom = Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")]
+Null = Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")]
+StdinName = Annotated[str, typer.Option(help="What to call the bytes on stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -70,12 +75,13 @@ def check_data(data: str | None) -> None:
 
 
 def open_predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
+    """Return the Predictor that the options ask for. What is wrong with its file is said before torch is imported."""
     from perceiver_cli.model.checkpoint import read_info
     from perceiver_cli.preprocess.spec import Limits
     from perceiver_cli.run_folder import find_model
 
     path = find_model(model)
-    read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
+    read_info(path)
     from perceiver_cli.inference.predictor import Predictor
 
     predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
@@ -107,16 +113,17 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
     if "-" in inputs or files_from == "-":
         _piped_stdin()
 
-    def found() -> Iterator[Any]:
-        from perceiver_cli.data.inputs import Pipe
+    return _named(inputs, files_from, b"\0" if null else b"\n", stdin_name)
 
-        for given in inputs:
-            stdin = given == "-"
-            yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else given
-        if files_from is not None:
-            yield from _listed(files_from, b"\0" if null else b"\n")
 
-    return found()
+def _named(inputs: list[str], files_from: str | None, separator: bytes, stdin_name: str) -> Iterator[Any]:
+    from perceiver_cli.data.inputs import Pipe
+
+    for path in inputs:
+        stdin = path == "-"
+        yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else path
+    if files_from is not None:
+        yield from _listed(files_from, separator)
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
@@ -163,6 +170,7 @@ def inputs_to_prepare(
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:
+    """Return the Config of a preset or a TOML file, None where neither was named."""
     from perceiver_cli.config import load_config, load_preset
 
     if preset is not None and config is not None:
@@ -176,7 +184,9 @@ def seconds(text: str | None) -> float | None:
         return None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     total = (
-        sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+        sum(float(digits or 0) * unit for digits, unit in zip(match.groups(), (3600, 60, 1), strict=True))
+        if match
+        else 0
     )
     if total <= 0:
         raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")

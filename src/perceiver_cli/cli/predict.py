@@ -13,25 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from perceiver_cli.cli.options import (
-    DATA_HELP,
-    Aggregate,
-    BatchSize,
-    Device,
-    Json,
-    Limit,
-    Model,
-    Precision,
-    Quiet,
-    Use,
-    Verbose,
-    Workers,
-    check_data,
-    inputs_to_predict,
-    open_predictor,
-    windows_of,
+from perceiver_cli.cli import options
+from perceiver_cli.cli.terminal import (
+    complain,
+    counting,
+    emit,
+    emit_json,
+    emit_table,
+    is_terminal,
+    new_table,
+    say,
+    say_notes,
 )
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, is_terminal, new_table, say
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
 
@@ -45,9 +38,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    data: Annotated[str, typer.Argument(help=DATA_HELP)],
-    model: Model = None,
-    use: Use = None,
+    data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
+    model: options.Model = None,
+    use: options.Use = None,
     split: Annotated[
         str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
     ] = None,
@@ -59,29 +52,28 @@ def evaluate(
         bool,
         typer.Option("--calibrate", help="First fit a temperature on the validation split, and keep it in the model."),
     ] = False,
-    json: Json = False,
-    batch_size: BatchSize = None,
-    workers: Workers = 0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    limit: Limit = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    json: options.Json = False,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = 0,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    limit: options.Limit = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
-    check_data(data)
+    options.check_data(data)
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model
     from perceiver_cli.inference.evaluation import evaluate as evaluate_model
     from perceiver_cli.report.html import save_report
 
-    predictor = open_predictor(model, device, precision, limit, use)
+    predictor = options.open_predictor(model, device, precision, limit, use)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
     with counting("evaluating") as progress:
         report = evaluate_model(predictor, data, split, batch_size, workers, progress)
-    for note in report.notes:
-        say(f"note: {note}")
+    say_notes(report.notes)
     for _, error in report.bad[:20]:
         complain(f"perceiver evaluate: {error}")
     if output is not None:
@@ -102,12 +94,12 @@ def predict(
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")
     ] = None,
-    model: Model = None,
-    use: Use = None,
+    model: options.Model = None,
+    use: options.Use = None,
     window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of so many seconds.")] = None,
     hop: Annotated[float | None, typer.Option(help="Seconds between their beginnings [default: --window].")] = None,
     aggregate: Annotated[
-        Aggregate | None,
+        options.Aggregate | None,
         typer.Option(help="Of the windows' probabilities; none: a line for each window [default: mean]."),
     ] = None,
     style: Annotated[
@@ -116,22 +108,22 @@ def predict(
     ] = "auto",
     top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
     all_probs: Annotated[bool, typer.Option("--all-probs", help="Give the probability of every class.")] = False,
-    files_from: Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")] = None,
-    null: Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")] = False,
-    stdin_name: Annotated[str, typer.Option(help="What to call the bytes on stdin.")] = "-",
+    files_from: options.FilesFrom = None,
+    null: options.Null = False,
+    stdin_name: options.StdinName = "-",
     min_prob: Annotated[
         float, typer.Option(min=0, max=1, help='Answer "unknown" where no class is at least so probable.')
     ] = 0.0,
     embeddings: Annotated[
         Path | None, typer.Option(help="Also write the mean latent of each line to FILE.npy or FILE.safetensors.")
     ] = None,
-    batch_size: BatchSize = None,
-    workers: Workers = 0,
-    device: Device = "auto",
-    precision: Precision = "auto",
-    limit: Limit = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = 0,
+    device: options.Device = "auto",
+    precision: options.Precision = "auto",
+    limit: options.Limit = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3.
 
@@ -141,11 +133,11 @@ def predict(
     """
     from perceiver_cli.inference.embeddings import check_suffix, keeping_embeddings
 
-    sources = inputs_to_predict(inputs or [], files_from, null, stdin_name)
-    windows = windows_of(window, hop, aggregate, workers)
+    sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
+    windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
         check_suffix(embeddings)
-    predictor = open_predictor(model, device, precision, limit, use)
+    predictor = options.open_predictor(model, device, precision, limit, use)
     predictions = predictor.predict(
         sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
     )
@@ -164,26 +156,26 @@ def explain(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply: the points in colours.")
     ] = None,
-    model: Model = None,
-    use: Use = None,
+    model: options.Model = None,
+    use: options.Use = None,
     label: Annotated[str | None, typer.Option("--class", help="To explain [default: the most probable one].")] = None,
-    json: Json = False,
-    device: Device = "auto",
-    limit: Limit = None,
+    json: options.Json = False,
+    device: options.Device = "auto",
+    limit: options.Limit = None,
 ) -> None:
     """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None and output.suffix.lower() not in (".png", ".ply"):
         raise UsageError(f"-o {show_path(output)}: not a kind of file that is written here", "expected .png or .ply")
-    given = list(inputs_to_predict(inputs, None, False, "-"))
-    predictor = open_predictor(model, device, "fp32", limit, use)
+    named = list(options.inputs_to_predict(inputs, None, False, "-"))
+    predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save
 
     give_back_freed()  # of a large model's gradient, which the process does not need twice
-    explanation = explained(predictor, given, label)
+    explanation = explained(predictor, named, label)
     if output is not None:
         save(explanation, output)
         say(f"wrote {show_path(output)}")
@@ -317,12 +309,11 @@ def show_report(report: Report, as_json: bool) -> None:
 
 def show_explanation(explanation: Explanation, as_json: bool) -> None:
     """Print what an explanation says in numbers: a line for each modality, or one JSON object."""
-    for note in explanation.notes:
-        say(f"note: {note}")
+    say_notes(explanation.notes)
     facts = explanation.to_dict()
     if as_json:
         emit_json(facts)
         return
     emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
-    for name, part in facts["inputs"].items():
-        emit(f"{name}: {part['attention_share']:.1%} of the attention, {part['share']:.1%} of the heat\n")
+    for name, shares in facts["inputs"].items():
+        emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -142,6 +142,12 @@ def say(message: str) -> None:
     """Print one line of talk on stderr; nothing with -q."""
     if not quiet:
         complain(message)
+
+
+def say_notes(notes: Iterable[str]) -> None:
+    """Print what is worth knowing, a line each."""
+    for note in notes:
+        say(f"note: {note}")
 
 
 def complain(message: str) -> None:

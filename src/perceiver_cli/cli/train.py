@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from perceiver_cli.cli import completion
-from perceiver_cli.cli.options import (
-    DATA_HELP,
-    Device,
-    Json,
-    Limit,
-    Quiet,
-    Verbose,
-    check_data,
-    raised_limits,
-    recipe_of,
-    seconds,
+from perceiver_cli.cli import completion, options
+from perceiver_cli.cli.terminal import (
+    counting,
+    emit,
+    emit_json,
+    end_by_signal,
+    is_live,
+    is_terminal,
+    say,
+    say_notes,
+    talk,
 )
-from perceiver_cli.cli.terminal import counting, emit, emit_json, end_by_signal, is_live, is_terminal, say, talk
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
 
@@ -42,7 +40,7 @@ STARTED_AT = time.monotonic()  # a time limit counts from here, the import of to
 
 
 def train(
-    data: Annotated[str | None, typer.Argument(help=DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Argument(help=options.DATA_HELP)] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
@@ -54,8 +52,8 @@ def train(
             help="Recipe [default: --init-from's, or a tiny one for what the data holds].",
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    config: options.ConfigFile = None,
+    changes: options.Changes = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
     max_time: Annotated[
@@ -76,7 +74,7 @@ def train(
         str | None, typer.Option(help="parent (folder) or a column: what is never in both train and val.")
     ] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
-    limit: Limit = None,
+    limit: options.Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
     init_from: Annotated[
         str | None,
@@ -88,8 +86,8 @@ def train(
     log: Annotated[
         Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
     ] = "none",
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Train a model on labelled files. The last line printed is the path of the best model.
 
@@ -99,7 +97,7 @@ def train(
     from perceiver_cli.config import Flag
     from perceiver_cli.training.tensorboard import check_tensorboard, logged
 
-    recipe = recipe_of(preset, config)
+    recipe = options.recipe_of(preset, config)
     flags = {
         "--epochs": ("train.epochs", epochs),
         "--batch-size": ("train.batch_size", batch_size),
@@ -117,15 +115,16 @@ def train(
     overrides: list[str] = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length given here replaces every length of the recipe.
-        lengths = {"max_steps": None, "steps": steps, "max_time_s": seconds(max_time)}
+        lengths = {"max_steps": None, "steps": steps, "max_time_s": options.seconds(max_time)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
     overrides += [
-        Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised_limits(limit).items()
+        Flag(f"--limit {name}={value}", f"data.limits.{name}", value)
+        for name, value in options.raised_limits(limit).items()
     ]
     if resume and output is None:
         output = Path("runs/latest").resolve()
-    check_data(data)
+    options.check_data(data)
     if log == "tensorboard":
         check_tensorboard()
     from perceiver_cli.training.trainer import Trainer  # torch, after what can be refused without it
@@ -142,8 +141,7 @@ def train(
         started_at=STARTED_AT,
     )
     if dry_run:
-        for note in trainer.notes:
-            say(f"note: {note}")
+        say_notes(trainer.notes)
         show_plan(trainer.dry_run())
         return
     events = trainer.fit()
@@ -156,18 +154,18 @@ def lr_find(
         "lr-find.png"
     ),
     preset: Annotated[str | None, typer.Option(help="Recipe [default: a tiny one for what the data holds].")] = None,
-    config: Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")] = None,
+    config: options.ConfigFile = None,
+    changes: options.Changes = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     steps: Annotated[int, typer.Option(min=10, max=100_000, help="Of rates from 1e-5 to 1, at most.")] = 100,
-    device: Device = "auto",
-    json: Json = False,
+    device: options.Device = "auto",
+    json: options.Json = False,
 ) -> None:
     """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
-    recipe = recipe_of(preset, config)
-    given = {"--preset": preset, "--config": config, "--batch-size": batch_size}
-    given |= {"--device": None if device == "auto" else device}
-    words = [word for name, value in given.items() if value is not None for word in (name, str(value))]
+    recipe = options.recipe_of(preset, config)
+    flags = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    flags |= {"--device": None if device == "auto" else device}
+    words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
     overrides = [*(changes or []), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
@@ -261,8 +259,7 @@ class _TrainingDisplay:
         """Say what the run is."""
         for line in plan_lines(summary):
             say(line)
-        for note in notes:
-            say(f"note: {note}")
+        say_notes(notes)
 
     def loaded(self, done: int, total: int, bad: int) -> None:
         """Show files decoded."""
@@ -296,8 +293,8 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the plan of a run as lines for people."""
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
     inputs = ", ".join(
-        f"{name} {' x '.join(map(str, given['shape']))} of {counted(given['channels'], 'channel')}"
-        for name, given in summary["inputs"].items()
+        f"{name} {' x '.join(map(str, layout['shape']))} of {counted(layout['channels'], 'channel')}"
+        for name, layout in summary["inputs"].items()
     )
     steps, limit_s = summary["steps"], summary["max_time_s"]
     length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(limit_s)}"
@@ -338,8 +335,7 @@ def _clock(seconds: float) -> str:
 
 def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
     """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
-    for note in curve.notes:
-        say(f"note: {note}")
+    say_notes(curve.notes)
     if as_json:
         emit_json({**vars(curve), "plot": plot, "command": command})
         return
