@@ -300,7 +300,7 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
     if isinstance(error, _SpecError):
         prefix, model, error = ("inputs", error.key), error.spec, error.error
     problem = error.errors(include_url=False)[0]
-    names = [part for part in problem["loc"] if isinstance(part, str) and not part.startswith(("function-", "tuple["))]
+    names = [step for step in problem["loc"] if isinstance(step, str) and not step.startswith(("function-", "tuple["))]
     where = ".".join(map(str, (*prefix, *names)))
     if problem["type"] == "extra_forbidden":
         known = list(_fields_at(model, names[:-1]))
@@ -311,8 +311,8 @@ def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) 
             else f", known are {', '.join(known)}"
         )
     message = problem["msg"].removeprefix("Value error, ")
-    found = problem.get("input")
-    shown = "" if isinstance(found, dict | Table) or problem["type"] == "value_error" else f", found {found!r:.80}"
+    value = problem.get("input")
+    shown = "" if isinstance(value, dict | Table) or problem["type"] == "value_error" else f", found {value!r:.80}"
     return where, f"{message}{shown}"
 
 
@@ -351,14 +351,14 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     names = sorted(modalities)
     if len(names) == 1 or names == ["audio", "video"]:
         return load_preset("tiny-av" if len(names) > 1 else f"tiny-{names[0]}")
-    parts = [load_preset(f"tiny-{name}") for name in names]
-    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, parts, strict=True)}
-    train = {"epochs": max(p.train.epochs for p in parts), "batch_size": min(p.train.batch_size for p in parts)}
+    presets = [load_preset(f"tiny-{name}") for name in names]
+    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, presets, strict=True)}
+    train = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
     return Config(
         name=f"tiny-{'-'.join(names)}",
-        model=parts[0].model,
+        model=presets[0].model,
         inputs=inputs,
-        train=parts[0].train.model_copy(update=train),
+        train=presets[0].train.model_copy(update=train),
     )
 
 

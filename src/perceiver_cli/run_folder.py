@@ -120,17 +120,17 @@ MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "last"
 
 
-def find_model(given: str | None) -> Path:
+def find_model(named: str | None) -> Path:
     """Return the model file to use: of the run folder or file given, else $PERCEIVER_MODEL, else runs/latest.
 
     Raises:
         UsageError: there is none; names where it was looked for.
     """
-    wanted = given or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
+    wanted = named or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
-        if given is None and "PERCEIVER_MODEL" not in os.environ:
+        if named is None and "PERCEIVER_MODEL" not in os.environ:
             raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
         raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
     return file

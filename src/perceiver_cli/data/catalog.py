@@ -385,10 +385,10 @@ def _nothing_usable(top: Path) -> DataError:
         suffixes[suffix_of(path)] += 1
         if count == 10_000:
             break
-    found = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
-    found += f" ({tally(suffixes)})" if suffixes else ""
+    contents = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
+    contents += f" ({tally(suffixes)})" if suffixes else ""
     return DataError(
-        f"{show_path(top)}: no usable files: found {found}",
+        f"{show_path(top)}: no usable files: found {contents}",
         f"expected class/file or split/class/file with {formats()}",
     )
 

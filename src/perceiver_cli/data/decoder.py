@@ -90,13 +90,13 @@ class Decoder:
         long: dict[str, Input] = {}
         ready: dict[str, ByteArray] = {}
         inputs = self.inputs(example)
-        for name, given in inputs.items():
-            if given.is_prepared:
-                ready[name] = given.prepared()
-            elif (given.seconds or 0) > LONG_CLIPS * self._clip_s(name):
-                long[name] = given
+        for name, each in inputs.items():
+            if each.is_prepared:
+                ready[name] = each.prepared()
+            elif (each.seconds or 0) > LONG_CLIPS * self._clip_s(name):
+                long[name] = each
             else:
-                arrays[name] = given.array()
+                arrays[name] = each.array()
         return Decoded(arrays, long, seconds_of(inputs), ready)
 
     def _clip_s(self, name: str) -> float:
@@ -114,10 +114,10 @@ class Decoder:
             DataError: a file is bad, at once or only after some windows.
         """
         inputs = self.inputs(example)
-        if any(given.is_prepared for given in inputs.values()):
+        if any(each.is_prepared for each in inputs.values()):
             raise DataError(f"{show_path(example.id)}: a prepared clip, which cannot be cut into windows")
         seconds = seconds_of(inputs)
-        still = {name: given.array() for name, given in inputs.items() if name not in seconds}
+        still = {name: each.array() for name, each in inputs.items() if name not in seconds}
         if not seconds:
             yield None, Decoded(still, {}, {})
             return
@@ -151,16 +151,16 @@ class Decoder:
 
     def _opened(self, name: str, source: Source | Stored) -> Input:
         """Return one input. The seconds of a file are noted for its next visit: to open a container takes 1 ms."""
-        given = opened(source, self.specs[name], self.limits)
-        if name not in self.timed or not isinstance(given, Encoded):
-            return given
-        state = given.source.state()
+        opened_input = opened(source, self.specs[name], self.limits)
+        if name not in self.timed or not isinstance(opened_input, Encoded):
+            return opened_input
+        state = opened_input.source.state()
         seconds = self._seconds.get((name, state))
         if seconds is None:
-            seconds = self.timed[name].duration_s(given.source, self.limits)
+            seconds = self.timed[name].duration_s(opened_input.source, self.limits)
             if state is not None and len(self._seconds) < NOTED:
                 self._seconds[name, state] = seconds
-        return replace(given, seconds=seconds)
+        return replace(opened_input, seconds=seconds)
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
@@ -254,4 +254,4 @@ def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, .
 
 def seconds_of(inputs: Mapping[str, Input]) -> dict[str, float]:
     """Return the length of each input that has a time axis."""
-    return {name: given.seconds for name, given in inputs.items() if given.seconds is not None}
+    return {name: each.seconds for name, each in inputs.items() if each.seconds is not None}

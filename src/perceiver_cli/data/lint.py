@@ -82,8 +82,8 @@ class LintReport:
     @property
     def missing(self) -> dict[str, list[str]]:
         """The classes that a split has no example of, by split."""
-        found = {split: [name for name, count in counts.items() if not count] for split, counts in self.counts.items()}
-        return {split: names for split, names in found.items() if names}
+        absent = {split: [name for name, count in counts.items() if not count] for split, counts in self.counts.items()}
+        return {split: names for split, names in absent.items() if names}
 
     @property
     def failed(self) -> bool:
@@ -145,12 +145,12 @@ def lint(
             progress(number + 1, ends[-1])
     copies = []
     for same in _same(digests, set(unreadable)):
-        found = []
+        same_content = []
         for number in same:
             place = bisect(ends, number)
             example = catalog.splits[splits[place]][number - (ends[place - 1] if place else 0)]
-            found.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
-        copies.append(Copies(tuple(found), len(np.unique(digests[same, 1], axis=0)) == 1))
+            same_content.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
+        copies.append(Copies(tuple(same_content), len(np.unique(digests[same, 1], axis=0)) == 1))
     return LintReport(
         os.fspath(data),
         catalog.modalities,
@@ -207,25 +207,25 @@ class _Look:
         faults = []
         try:
             inputs = self.decoder.inputs(example)
-            for name, given in inputs.items():
-                array = _values(given)
+            for name, each in inputs.items():
+                array = _values(each)
                 decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
                 decoded.update(np.ascontiguousarray(array).data)
-                kind = None if given.is_prepared else fault(name, array)
+                kind = None if each.is_prepared else fault(name, array)
                 faults += [] if kind is None else [(kind, name)]
-            for given in {given.origin: given for given in inputs.values()}.values():
-                for block in given.content():
+            for each in {each.origin: each for each in inputs.values()}.values():
+                for block in each.content():
                     files.update(block)
         except PerceiverError as error:
             return _Seen(example.id, error=str(error))
         return _Seen(example.id, decoded.digest() + files.digest(), tuple(faults))
 
 
-def _values(given: Input) -> Array:
+def _values(one: Input) -> Array:
     """Return what is compared of an input: what it decodes to, or what the model is given of a prepared one."""
-    if not given.is_prepared:
-        return given.array()
-    ready = given.prepared()
+    if not one.is_prepared:
+        return one.array()
+    ready = one.prepared()
     return ready.values if ready.positions is None else ready.positions
 
 

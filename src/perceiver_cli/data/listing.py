@@ -40,17 +40,17 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
             return _listed(top, lists, notes, group_by)
     except ColumnError as error:
         unlabelled = error
-    found = labelled_files(top, notes)
+    rows = labelled_files(top, notes)
     if unlabelled is not None:
-        if not found or group_by is not None:
+        if not rows or group_by is not None:
             raise unlabelled
         notes.append(f"classes are folders: {unlabelled}")
-    if found:
+    if rows:
         if group_by is not None:
             raise DataError(
                 f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent"
             )
-        return found, False
+        return rows, False
     lists = split_lists(top)
     return _listed(top, lists, notes, group_by) if lists else ([], False)
 
@@ -68,9 +68,9 @@ def _listed(top: Path, lists: list[_List], notes: list[str], group_by: str | Non
     """Return the rows of manifests, and whether there may be several labels a file."""
     rows: list[Row] = []
     several = False
-    for given in lists:
-        found, multi_label = read_manifest(given.path, group_by=group_by, split=given.split, beside=given.beside)
-        rows += found
+    for manifest in lists:
+        own, multi_label = read_manifest(manifest.path, group_by=group_by, split=manifest.split, beside=manifest.beside)
+        rows += own
         several = several or multi_label
     if lists[0].beside is not None:
         named = {path for row in rows for path in row.paths} | {str(g.path.relative_to(top)) for g in lists}
@@ -85,13 +85,13 @@ def metadata_in(top: Path) -> list[_List]:
     """Return the metadata files of a data folder and of the folders of its splits."""
     places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
     lists = [_List(top / place / f"metadata{end}", beside=place) for place in places for end in (".csv", ".jsonl")]
-    return [given for given in lists if given.path.is_file()]
+    return [manifest for manifest in lists if manifest.path.is_file()]
 
 
 def split_lists(top: Path) -> list[_List]:
     """Return the manifests in a folder that are named after a split."""
-    found = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
-    return [_List(path, split) for path, split in found if split is not None and path.is_file()]
+    named = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
+    return [_List(path, split) for path, split in named if split is not None and path.is_file()]
 
 
 def labelled_files(top: Path, notes: list[str]) -> list[Row]:
@@ -103,23 +103,23 @@ def labelled_files(top: Path, notes: list[str]) -> list[Row]:
 
     folders = folders_in(top)
     splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    found: list[Row] = []
+    files: list[Row] = []
     if splits:
         outside = [folder.name for folder in folders if folder not in splits]
         if outside:
             notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
         for split in splits:
             for label in folders_in(split):
-                found += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
-        return found
+                files += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
+        return files
     for label in folders:
         inside = folders_in(label)
         if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
             for split in inside:
-                found += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
+                files += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
         else:
-            found += rows(label, "train", label.name)
-    return found
+            files += rows(label, "train", label.name)
+    return files
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -308,9 +308,9 @@ def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[st
         ranked = sorted((difflib.SequenceMatcher(None, c.lower(), n).ratio(), c) for c in columns for n in names)
         if ranked and ranked[-1][0] >= NEAR:
             near.append(f"{show_path(ranked[-1][1])} to {show_path(names[0])}")
-    found = ", ".join(map(show_path, columns)) or "none"
+    present = ", ".join(map(show_path, columns)) or "none"
     return ColumnError(
-        f"{shown}: columns are {found}", f"expected {expected}" + (f"; rename {' and '.join(near)}" if near else "")
+        f"{shown}: columns are {present}", f"expected {expected}" + (f"; rename {' and '.join(near)}" if near else "")
     )
 
 
@@ -323,11 +323,11 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
 
 def _table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
     def rows(text: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        for number, row in enumerate(found, start=1):
+        table: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        for number, row in enumerate(table, start=1):
             if None in row:  # the reader's place for what is too much
                 raise ValueError(f"row {number} has more cells than there are columns")
-        return found
+        return table
 
     return rows
 

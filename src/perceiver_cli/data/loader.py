@@ -156,15 +156,15 @@ def collate(rows: Sequence[Row], shared: SharedMemory | None = None) -> dict[str
     """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
     segments = {}
     for name in sorted({name for row in rows for name in row}):
-        found = [row.get(name) for row in rows]
-        first = next(array for array in found if array is not None)
-        values = [np.zeros_like(first.values) if array is None else array.values for array in found]
+        arrays = [row.get(name) for row in rows]
+        first = next(array for array in arrays if array is not None)
+        values = [np.zeros_like(first.values) if array is None else array.values for array in arrays]
         positions = None
         if first.positions is not None:
             blank = np.zeros_like(first.positions)
-            places = [blank if array is None or array.positions is None else array.positions for array in found]
+            places = [blank if array is None or array.positions is None else array.positions for array in arrays]
             positions = _stacked(places, f"{name} positions", shared)
-        mask = torch.tensor([[array is not None] for array in found])
+        mask = torch.tensor([[array is not None] for array in arrays])
         segments[name] = Segment(_stacked(values, name, shared), positions, None if mask.all() else mask)
     return segments
 

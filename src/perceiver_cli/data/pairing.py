@@ -65,20 +65,20 @@ def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, 
 
     A file of its own comes before another's second nature: x.wav before the sound of x.mp4.
     """
-    parts: dict[str, File] = {}
+    by_kind: dict[str, File] = {}
     spare = None
     for file in sorted(files, key=lambda file: file.among(allowed) != file.kinds[0]):
         kind = file.among(allowed)
-        if kind in parts and kind == file.kinds[0]:
+        if kind in by_kind and kind == file.kinds[0]:
             spare = file
         elif kind is not None:
-            parts.setdefault(kind, file)
-    return parts, spare
+            by_kind.setdefault(kind, file)
+    return by_kind, spare
 
 
-def sources_of(parts: Mapping[str, File], brings: Container[str]) -> dict[str, Source]:
+def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str, Source]:
     """Return the source of each modality to be brought, sorted; a video brings its sound where no other file does."""
-    sources = {kind: file.source for kind, file in parts.items()}
+    sources = {kind: file.source for kind, file in by_kind.items()}
     if "video" in sources:
         sources.setdefault("audio", sources["video"])
     return {name: sources[name] for name in sorted(sources) if name in brings}

@@ -184,12 +184,12 @@ def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Ite
     """Yield the records of each example, without their numbers; of one that cannot be read, facts with the error."""
     decoder = Decoder(job.header.inputs, job.limits)
     if not workers:
-        yield from (_made(job, decoder, given) for given in examples)
+        yield from (_made(job, decoder, example) for example in examples)
         return
     # A process that sent arrays as messages would spend as long on that as on decoding. Each input in progress has a
     # place in shared memory instead, which is used again only when its records are written: `in_order` sees to it.
     shared = memoryview(mmap.mmap(-1, in_progress(workers) * PLACE_BYTES))
-    numbered = ((number % in_progress(workers), given) for number, given in enumerate(examples))
+    numbered = ((number % in_progress(workers), example) for number, example in enumerate(examples))
     for sent in in_order(partial(_placed, job, decoder, shared), numbered, workers):
         for _, arrays in sent:
             for name, npy in arrays.items():
@@ -197,9 +197,9 @@ def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Ite
         yield sent
 
 
-def _placed(job: Job, decoder: Decoder, shared: memoryview, given: tuple[int, tuple[str, Example]]) -> Any:
+def _placed(job: Job, decoder: Decoder, shared: memoryview, numbered: tuple[int, tuple[str, Example]]) -> Any:
     """Make the records of an example in another process, their arrays in shared memory as far as there is room."""
-    place, example = given
+    place, example = numbered
     outcome: Any = _made(job, decoder, example)
     at, end = place * PLACE_BYTES, (place + 1) * PLACE_BYTES
     for _, arrays in outcome:
@@ -210,8 +210,8 @@ def _placed(job: Job, decoder: Decoder, shared: memoryview, given: tuple[int, tu
     return outcome
 
 
-def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
-    split, example = given
+def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Packed:
+    split, example = split_example
     labels = tuple(job.header.classes[label] for label in example.labels)
     facts = Facts(os.path.join(job.folder, example.id), example.id, split, labels)
     try:
@@ -228,12 +228,12 @@ def _made(job: Job, decoder: Decoder, given: tuple[str, Example]) -> Packed:
         return [(replace(facts, error=str(error)), {})]
 
 
-def _prepared(job: Job, name: str, part: ByteArray) -> bytes:
+def _prepared(job: Job, name: str, prepared: ByteArray) -> bytes:
     if job.header.content == "fourier":
         from perceiver_cli.model.encoding import with_features  # torch, which nothing else here needs
 
-        return npy_bytes(with_features(part, job.header.inputs[name]).astype(job.dtype))
-    return npy_bytes(part.values if part.positions is None else part.positions)
+        return npy_bytes(with_features(prepared, job.header.inputs[name]).astype(job.dtype))
+    return npy_bytes(prepared.values if prepared.positions is None else prepared.positions)
 
 
 # ---------------------------------------------------------------- writing them
@@ -294,7 +294,7 @@ def write_records(
 
 def _named(pattern: str, number: int) -> str:
     """Return the name of a shard."""
-    return _PATTERN.sub(lambda found: found[0] % number, pattern)
+    return _PATTERN.sub(lambda match: match[0] % number, pattern)
 
 
 def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
@@ -316,9 +316,9 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
         name = shards.given_id(row)
         if name == before:  # another variant of it
             continue
-        for given in ids:
+        for identity in ids:
             place += 1
-            if given == name:
+            if identity == name:
                 break
         else:
             raise other

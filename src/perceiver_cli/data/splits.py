@@ -50,14 +50,14 @@ class SavedSplit:
         first = np.maximum.accumulate(np.where(np.append(True, keys[1:] != keys[:-1])[: len(keys)], number, 0))
         places = (np.searchsorted(self.keys, keys) + number - first).clip(max=len(self.keys) - 1)
         known = self.keys[places] == keys
-        found = int(known.sum())
-        if found < SAME * len(self.keys):
+        num_known = int(known.sum())
+        if num_known < SAME * len(self.keys):
             return None
         notes = [f"train and val are as saved in {show_path(self.path)}"]
-        if found < len(keys):
-            notes.append(f"left out {counted(len(keys) - found, 'example')} that it does not name")
-        if found < len(self.keys):
-            notes.append(f"{counted(len(self.keys) - found, 'example')} that it names are gone")
+        if num_known < len(keys):
+            notes.append(f"left out {counted(len(keys) - num_known, 'example')} that it does not name")
+        if num_known < len(self.keys):
+            notes.append(f"{counted(len(self.keys) - num_known, 'example')} that it names are gone")
         split = catalog.split(examples, self.held[places], known)
         return replace(split, notes=(*catalog.notes, "; ".join(notes)))
 

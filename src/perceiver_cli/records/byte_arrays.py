@@ -26,9 +26,9 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
     if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
         raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",
                         "pass the file that it was made from")  # fmt: skip
-    npy, found = _rows_in(source, limits)
-    if found is not None:
-        found.check(source.shown, {name: spec}, "the model")
+    npy, header = _rows_in(source, limits)
+    if header is not None:
+        header.check(source.shown, {name: spec}, "the model")
     shape = parse_npy(npy, source.shown).shape
     if shape != (layout.num_inputs, layout.num_channels):
         sizes, wanted = " x ".join(map(str, shape)), f"{layout.num_inputs} x {layout.num_channels}"

@@ -67,13 +67,13 @@ class Header:
 
     def settled(self, specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
         """Return specs in which every "auto" has the stream's value."""
-        found = {}
+        settled = {}
         for name, spec in specs.items():
             if name in self.inputs:
                 autos = [key for key in type(spec).model_fields if getattr(spec, key) == "auto"]
                 spec = spec.model_copy(update={key: getattr(self.inputs[name], key) for key in autos})
-            found[name] = modality(name).resolve(spec, [], Limits())
-        return found
+            settled[name] = modality(name).resolve(spec, [], Limits())
+        return settled
 
     def check(self, shown: str, specs: Mapping[str, InputSpec], whose: str) -> None:
         """Raise DataError unless the arrays are what `specs` would give; names the first option that differs."""

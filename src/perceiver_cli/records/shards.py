@@ -51,7 +51,7 @@ class Tar:
         self._bytes = memoryview(self._map)
         _open[self.token] = self
 
-    def part(self, at: int, size: int) -> memoryview:
+    def bytes_at(self, at: int, size: int) -> memoryview:
         """Return bytes of the tar, still on disk. Raises DataError if it has become too short for them."""
         if self._map.size() < at + size:  # the system would end the process that reads there
             raise DataError(f"{show_path(self.path)}: became shorter while it was read, found {self._map.size()} bytes")
@@ -102,10 +102,10 @@ class Shards:
         keys = self.columns["keys"]
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
-        found: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         for place in same.tolist():
-            found[int(order[place])] = found.get(int(order[place - 1]), 0) + 1
-        return found
+            numbers[int(order[place])] = numbers.get(int(order[place - 1]), 0) + 1
+        return numbers
 
     def label_indices(self, row: int) -> Sequence[int]:
         """Return the labels of a record, as places in `names`."""
@@ -119,7 +119,7 @@ class Shards:
         return {
             m: Stored(
                 name, self.header, m, float(columns[f"seconds_{m}"][row]),
-                partial(tar.part, int(columns[f"at_{m}"][row]), int(columns[f"size_{m}"][row])),
+                partial(tar.bytes_at, int(columns[f"at_{m}"][row]), int(columns[f"size_{m}"][row])),
             )
             for m in brings
         }  # fmt: skip
@@ -144,10 +144,10 @@ def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
         with suppress(OSError), open(path, "rb") as file:
             return [path] if is_tar(file.read(HEAD_BYTES)) else None
     if not os.path.exists(path) and glob.has_magic(path):
-        found = sorted(glob.glob(path))
-        if not found:
+        matches = sorted(glob.glob(path))
+        if not matches:
             raise DataError(f"{show_path(path)}: no file matches this pattern", "expected tars of records")
-        return found
+        return matches
     return None
 
 
@@ -157,14 +157,14 @@ def open_shards(paths: Sequence[str]) -> Shards:
     Raises:
         DataError: not such tars, or not prepared alike. IntegrityError: cut short or damaged.
     """
-    parts = []
+    tars = []
     for path in paths:
         try:
             with open(path, "rb", READ_BYTES) as file:
-                parts.append(_indexed(file, path))
+                tars.append(_indexed(file, path))
         except OSError as error:
             raise DataError(f"{show_path(path)}: cannot read: {error.strerror}") from error
-    return _joined(parts)
+    return _joined(tars)
 
 
 def spooled(file: BinaryIO, name: str) -> Shards:
@@ -195,30 +195,30 @@ def spooled(file: BinaryIO, name: str) -> Shards:
 # ---------------------------------------------------------------- the index
 
 
-Part = tuple[Tar, Header, tuple[str, ...], Columns, dict[int, str]]
+IndexedTar = tuple[Tar, Header, tuple[str, ...], Columns, dict[int, str]]
 
 
-def _indexed(file: BinaryIO, path: str) -> Part:
+def _indexed(file: BinaryIO, path: str) -> IndexedTar:
     """Return a tar with its index: the one that was kept if it is of this very file, else a new one, which is kept."""
-    found = os.fstat(file.fileno())
-    if found.st_size == 0:
+    status = os.fstat(file.fileno())
+    if status.st_size == 0:
         raise DataError(f"{show_path(path)}: the file is empty")
     tar = Tar(file, path)
-    identity = {"format": INDEX_FORMAT, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+    identity = {"format": INDEX_FORMAT, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     places = [Path(f"{path}.index"), _cache_folder() / f"{key_of(os.path.abspath(path)):016x}.index"]
     for place in places:
         kept = _read_index(place, identity)
         if kept is not None:
             return (tar, *kept)
-    part = _scanned(tar, file, show_path(path))
+    indexed = _scanned(tar, file, show_path(path))
     for place in places:
         with suppress(ResourceError):
-            _write_index(place, identity, part)
+            _write_index(place, identity, indexed)
             break
-    return part
+    return indexed
 
 
-def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
+def _scanned(tar: Tar, file: BinaryIO, shown: str) -> IndexedTar:
     """Return a tar with a new index: its members are gone through, their arrays passed over."""
     feed = Feed(file, shown)
     names: dict[str, int] = {}
@@ -256,17 +256,17 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Part:
     return tar, first, tuple(names), columns, errors
 
 
-def _joined(parts: Sequence[Part]) -> Shards:
+def _joined(indexed: Sequence[IndexedTar]) -> Shards:
     """Return the rows of several tars one after another, labels by name."""
-    tars, headers, _, tables, _ = zip(*parts, strict=True)
+    tars, headers, _, tables, _ = zip(*indexed, strict=True)
     for tar, header in zip(tars, headers, strict=True):
         header_check(show_path(tar.path), headers[0], header)
-    names = tuple(dict.fromkeys(name for _, _, own, _, _ in parts for name in own))
+    names = tuple(dict.fromkeys(name for _, _, own, _, _ in indexed for name in own))
     index = {name: place for place, name in enumerate(names)}
     joined: dict[str, list[NDArray[Any]]] = {key: [] for key in tables[0]}
     files, num_rows, num_ids, num_labels = [], 0, 0, 0
     errors: dict[int, str] = {}
-    for number, (_, _, own, table, bad) in enumerate(parts):
+    for number, (_, _, own, table, bad) in enumerate(indexed):
         labels = np.array([index[name] for name in own], np.int32)[table["labels"]]
         ends = {"id_ends": table["id_ends"] + num_ids, "label_ends": table["label_ends"] + num_labels}
         for key, column in {**table, **ends, "labels": labels}.items():
@@ -283,10 +283,10 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "perceiver"
 
 
-def _write_index(place: Path, identity: dict[str, int], part: Part) -> None:
+def _write_index(place: Path, identity: dict[str, int], indexed: IndexedTar) -> None:
     from safetensors.numpy import save
 
-    _, header, names, columns, errors = part
+    _, header, names, columns, errors = indexed
     facts = {**identity, "header": header.to_json().decode(), "names": list(names), "errors": list(errors.items())}
     with atomic_write(place) as file:
         file.write(save(columns, {"index": json.dumps(facts)}))

@@ -153,8 +153,8 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
     """
     total = 0
     header: Header | None = None
-    while (found := _next_header(feed, header, total)) is not None:
-        header, count, errors = found, 0, 0
+    while (following := _next_header(feed, header, total)) is not None:
+        header, count, errors = following, 0, 0
         pending: _Pending[T] | None = None
         before = ""  # the key of the last record
         while True:
@@ -262,9 +262,9 @@ def _parse_member(feed: Feed, block: bytes, total: int) -> tuple[str, int]:
     except ValueError:
         declared = -1
     # The low half of Adler-32 is one more than the sum of the bytes: a hundred times as fast as adding them up.
-    found = adler32(block) % 65536 - 1 - sum(field_) + 8 * 0x20
+    checksum = adler32(block) % 65536 - 1 - sum(field_) + 8 * 0x20
     size = _SIZE.match(block, 124, 136)
-    if (declared - found) % 65521 or block[257:262] != b"ustar" or size is None:
+    if (declared - checksum) % 65521 or block[257:262] != b"ustar" or size is None:
         raise _damaged(feed, total, "a damaged tar header")
     name = block[:100].rstrip(b"\0").decode("ascii", "replace")
     if block[156:157] not in (b"0", b"\0") or block[345:346] != b"\0":
@@ -293,9 +293,9 @@ def _failed(feed: Feed, size: int, total: int) -> Record[Any]:
 
 def _check_end(data: bytes, count: int, errors: int, feed: Feed, total: int) -> None:
     counts = parse_json(data, f"{feed.shown}: {END}")
-    for kind, found in (("records", count), ("errors", errors)):
-        if counts.get(kind) != found:
-            raise _damaged(feed, total, f"{found} {kind}, where its end says {counts.get(kind)!r:.20}")
+    for kind, number in (("records", count), ("errors", errors)):
+        if counts.get(kind) != number:
+            raise _damaged(feed, total, f"{number} {kind}, where its end says {counts.get(kind)!r:.20}")
 
 
 def _cut(feed: Feed, total: int) -> IntegrityError:
