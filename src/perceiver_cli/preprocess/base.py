@@ -138,7 +138,7 @@ class Modality(ABC, Generic[S]):
         return 1
 
     def fault(self, raw: Array) -> str | None:
-        """Return "constant" if a decoded array holds one value throughout, or None; `lint` reports it."""
+        """Return how `lint` reports a decoded array without content, "constant", or None if it has content."""
         rows = raw.reshape(-1, raw.shape[-1] if raw.ndim > 1 else 1)
         return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None
 
