@@ -1,9 +1,10 @@
-"""A new modality in one file, outside the package: light curves, one number a line in a .curve file.
+"""A new modality in one file: light curves, one number a line in a .curve file.
 
     python examples/custom_modality.py [FOLDER]      default: curves
 
-A modality is two classes: an `InputSpec` with its options, and a `Modality` that decodes a file and gives its
-byte array. Registered, it trains, evaluates and predicts like the built-in ones; a run's model file keeps its options.
+A modality is two classes: an `InputSpec` with its options, and a `Modality` that decodes a file and makes its byte
+array. `register` makes it known: it trains, evaluates and predicts like the built-in ones, and a run's model file keeps
+its options. The command line knows it too if this file lies in the package, as perceiver_cli/preprocess/curve.py.
 """
 
 import sys
@@ -12,9 +13,8 @@ from typing import Literal
 
 import numpy as np
 
-from perceiver_cli import ByteArray, Config, InputSpec, Layout, Modality, Predictor, Source, Trainer, register
+from perceiver_cli import ByteArray, InputSpec, Layout, Modality, Source, register
 from perceiver_cli.errors import DataError
-from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.preprocess.base import Array, check_contract, check_decoded
 from perceiver_cli.preprocess.spec import Limits
 
@@ -22,7 +22,7 @@ HEADER = b"# curve\n"
 
 
 class CurveSpec(InputSpec):
-    """Options of [inputs.curve]: how many numbers a curve is brought to."""
+    """Options of [inputs.curve]. length: the number of points to which a curve is resampled."""
 
     modality: Literal["curve"] = "curve"
     length: int = 64
@@ -33,16 +33,15 @@ class CurveModality(Modality[CurveSpec]):
     """Text files of numbers to (length, 1) grids."""
 
     name = "curve"
-    formats = ".curve text: a line '# curve', then one number a line"
-
-    decides = ()  # options that `load` looks at
+    formats = "text with a first line '# curve', then one number a line"
+    decides = ()  # the options that change what `load` returns
 
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether the file begins with the header line."""
         return head.startswith(HEADER)
 
     def load(self, source: Source, spec: CurveSpec, limits: Limits) -> Array:
-        """Return (n,) float32."""
+        """Return (n,) float32. Raises DataError for a line that is not a number, or no numbers."""
         text = source.read(limits)
         check_decoded(source, text.count(b"\n"), 4, limits)
         try:
@@ -52,7 +51,7 @@ class CurveModality(Modality[CurveSpec]):
         return check_contract(source, values, "numbers")
 
     def loaded(self, spec: CurveSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return float32, (n,): what arrays in records are held to."""
+        """Return float32, (n,): dtype and shape of what `load` returns."""
         return "float32", (None,)
 
     def layout(self, spec: CurveSpec) -> Layout:
@@ -60,9 +59,9 @@ class CurveModality(Modality[CurveSpec]):
         return Layout((spec.length,), 1, 1, spec.bands, (float(spec.length),))
 
     def prepare(self, raw: Array, spec: CurveSpec, rng: np.random.Generator | None) -> ByteArray:
-        """Return the curve at `length` places, standardised; in training with a little noise."""
-        places = np.linspace(0, len(raw) - 1, spec.length)
-        curve = np.interp(places, np.arange(len(raw)), raw)
+        """Return the curve at `length` points, standardised; in training with a little noise."""
+        points = np.linspace(0, len(raw) - 1, spec.length)
+        curve = np.interp(points, np.arange(len(raw)), raw)
         curve = (curve - curve.mean()) / (curve.std() + 1e-6)
         if rng is not None:
             curve = curve + rng.normal(0, 0.05, spec.length)
@@ -87,6 +86,9 @@ def write_curves(folder: Path) -> None:
 
 def main(folder: Path) -> float:
     """Train on the curves, evaluate and predict; return the accuracy on test."""
+    from perceiver_cli import Config, Predictor, Trainer  # these import torch, which a modality never needs
+    from perceiver_cli.inference.evaluation import evaluate
+
     write_curves(folder / "data")
     config = Config.parse(
         {

@@ -262,9 +262,9 @@ def test_rotation_keeps_shape_and_handedness(axis: str) -> None:
         fixed = "xyz".index(axis)
         assert all(np.isclose(np.abs(p[:, fixed]).max(), np.linalg.norm(p, axis=1).max(), rtol=1e-4) for p in turned)
     assert len({positions.tobytes() for positions in turned}) == 30
-    from perceiver_cli.preprocess.points import _rotation
+    from perceiver_cli.preprocess.points import random_rotation
 
-    turns = [_rotation(axis, np.random.default_rng(seed)).astype(np.float64) for seed in range(2000)]
+    turns = [random_rotation(axis, np.random.default_rng(seed)).astype(np.float64) for seed in range(2000)]
     assert np.allclose(np.linalg.det(turns), 1, atol=1e-5)
     assert np.allclose(turns[0] @ turns[0].T, np.eye(3), atol=1e-6)
     mean = np.eye(3)["xyz".index(axis)] if axis != "any" else np.zeros(3)
@@ -455,6 +455,14 @@ def test_limits_name_the_flag_that_raises_them(name: str) -> None:
         assert "--limit faces=12 " in str(refused(FORMATS[name], name, Limits(faces=5)))
     assert "decoded_bytes" in str(refused(FORMATS[name], name, Limits(decoded_bytes=1000)))
     assert "file_bytes" in str(refused(FORMATS[name], name, Limits(file_bytes=100)))
+
+
+def test_messages_hold_no_addresses_which_differ_in_each_run() -> None:
+    """`preprocess` writes the message into its records, which are the same bytes in every run."""
+    damaged = npy(ON_CUBE).replace(b"'<f8'", b"a.b.c")
+    message = str(refused(damaged))
+    assert "malformed node" in message
+    assert "0x" not in message
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name != "integers.npy"])

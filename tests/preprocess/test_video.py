@@ -547,7 +547,7 @@ def test_names_are_always_files(name: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_references_inside_a_container_are_refused() -> None:
     with pytest.raises(OSError, match="external reference refused: /etc/passwd"):
-        container._refuse("/etc/passwd", 1, {})
+        container.refuse_reference("/etc/passwd", 1, {})
 
 
 def test_a_video_without_pictures_and_one_of_a_single_frame() -> None:

@@ -87,6 +87,30 @@ def test_the_same_records_give_the_same_bytes_in_posix_ustar() -> None:
     assert ours[:BLOCK] == theirs.tobuf(tarfile.USTAR_FORMAT)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "checksum"),
+    [
+        ("__perceiver__/header", b"00000000001", b"011667"),
+        ("00000000.json", b"00000000000", b"007505"),
+        ("00000017.image.npy", b"00000001001", b"010435"),
+        ("a" * 100, b"00000000010", b"030702"),
+    ],
+)
+def test_headers_are_these_bytes(name: str, size: bytes, checksum: bytes) -> None:
+    data = tar_members([(name, bytes(int(size, 8)))])
+    fields = b"0000644\x000000000\x000000000\x00" + size + b"\x0000000000000\x00" + checksum + b"\0 0"
+    assert data[:BLOCK] == name.encode().ljust(100, b"\0") + fields + bytes(100) + b"ustar\00000" + bytes(247)
+    theirs = tarfile.TarInfo(name)
+    theirs.size = int(size, 8)
+    assert data[:BLOCK] == theirs.tobuf(tarfile.USTAR_FORMAT)
+    assert len(data) == BLOCK + -(-theirs.size // BLOCK) * BLOCK
+
+
+def test_a_name_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(PerceiverError, match="does not fit into a tar"):
+        tar_members([("a" * 101, b"")])
+
+
 def test_stock_tar_and_numpy_read_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(stream_of(4))
     listed = subprocess.run(["tar", "tf", "x.tar"], cwd=tmp_path, capture_output=True, check=True)

@@ -1,8 +1,8 @@
-"""What every modality gives: a decoded array, then a byte array; and the helpers they share. NumPy only.
+"""The interface of a modality, and the helpers that modalities share. NumPy only.
 
-Preprocessing has two halves. `load` decodes a file into a plain array: slow, the same every time, worth keeping.
-`prepare` turns that array into a `ByteArray`: cheap, and random only through the generator it is given. The byte
-array keeps a regular grid as a shape; Fourier features are made from it inside the model.
+Preprocessing has two steps. `load` decodes a file into an array: slow, the same every time, worth keeping. `prepare`
+makes a `ByteArray` from that array: cheap, and random only through its `rng`. A byte array keeps a regular grid as a
+shape; the model adds the Fourier features.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class ByteArray:
 
 @dataclass(frozen=True)
 class Layout:
-    """The shape that every ByteArray of one modality has: all that the model needs to know of it.
+    """The shape of every ByteArray of one modality; the model is built from it.
 
-    grid: number of inputs along each axis, after any stem; (M,) for a point set.
+    grid: number of inputs along each axis, after the stem if there is one; (M,) for a point set.
     channels: values per input (c) as prepared, after patches.
     dims: position axes (d): len(grid) for a grid.
     bands: Fourier bands per axis (K).
     max_resolution: the paper's mu for each axis; bands are spaced linearly from 1 to mu / 2.
     mean, std: values enter the model as (value - mean) / std; one number, or one per channel.
-    learned_channels, learned_std: width (0: none) and initial scale of learned positions, in place of Fourier features.
-    permutation: seed of the one order in which rows are given, or None.
-    stem, stem_channels: learned layers on the values before positions are attached, and how many channels they give.
-    values_grid: shape of the values as prepared, where a stem makes the grid smaller; else None.
+    learned_channels, learned_std: width and initial scale of learned positions; width 0 means Fourier features.
+    permutation: seed of the order of the rows, the same for every input; None keeps the grid's order.
+    stem, stem_channels: learned layers on the values before positions are attached, and their output channels.
+    values_grid: shape of the values as prepared if a stem makes the grid smaller; else None.
     """
 
     grid: tuple[int, ...]
@@ -80,33 +80,38 @@ class Layout:
 
     @property
     def position_channels(self) -> int:
-        """d (2 K + 1): raw position, sines and cosines of every axis (paper 3.2); or those that are learned."""
+        """Position channels of one row: d (2 K + 1) Fourier features (paper 3.2), or the learned width."""
         return self.learned_channels or self.dims * (2 * self.bands + 1)
 
     @property
     def num_channels(self) -> int:
-        """C, the columns of the byte array: values and position features."""
+        """C, the columns of the byte array: values, then position features."""
         return (self.channels if self.stem == "none" else self.stem_channels) + self.position_channels
 
 
 S = TypeVar("S", bound=InputSpec)
+T = TypeVar("T")
 
 
 class Modality(ABC, Generic[S]):
-    """One kind of input. A new modality is one subclass, in one file, given to `register`."""
+    """One kind of input: one subclass in one file, which `register` makes known."""
 
     name: ClassVar[str]
-    formats: ClassVar[str]  # for messages: what files it reads
-    precedence: ClassVar[int] = 0  # detection asks the lowest first
-    decides: ClassVar[tuple[str, ...]]  # the options of its spec that `load` looks at; the others matter only later
+    formats: ClassVar[str]  # the file formats that it reads, for messages
+    decides: ClassVar[tuple[str, ...]]  # the options of its spec that change what `load` returns
+    precedence: ClassVar[int] = 0  # detection asks the modality with the lowest number first
+    contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack
+    paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment on it
+    can_mix: ClassVar[bool] = False  # mixup and cutmix of two of its byte arrays give a meaningful third
+    preparation: ClassVar[str] = ""  # the steps of `prepare` in words, for programs that run an exported model
 
     @abstractmethod
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the first bytes are of a format it reads; the name only decides where bytes cannot."""
+        """Return whether the first bytes are of a format that it reads; the name counts if bytes cannot decide."""
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits) -> Array:
-        """Return the decoded array, the same every time; limits are checked before memory is taken.
+        """Return the decoded array, the same every time; limits are checked before memory is allocated.
 
         Raises:
             DataError: unreadable, truncated, empty, not finite or over a limit.
@@ -114,35 +119,44 @@ class Modality(ABC, Generic[S]):
 
     @abstractmethod
     def loaded(self, spec: S) -> tuple[str, tuple[int | None, ...]]:
-        """Return dtype and shape of what `load` gives, None for any length: what a stored array is held to."""
+        """Return dtype and shape of the arrays that `load` returns; None stands for any length."""
 
     @abstractmethod
     def layout(self, spec: S) -> Layout:
-        """Return the shape of what `prepare` gives. Raises UsageError where `spec` contradicts itself."""
+        """Return the shape of the byte arrays of `prepare`. Raises UsageError if `spec` contradicts itself."""
 
     @abstractmethod
     def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None) -> ByteArray:
-        """Return the byte array; with `rng` augmented for training, without it as for evaluation."""
+        """Return the byte array: augmented for training with `rng`, as for evaluation without it."""
 
     def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
-        """Return `spec` with every "auto" settled by looking at a sample of the training files."""
+        """Return `spec` with a value for every "auto", from a sample of the training files."""
         return spec
+
+    def num_views(self, spec: S) -> int:
+        """Return how many byte arrays of one example evaluation averages over."""
+        return 1
+
+    def fault(self, raw: Array) -> str | None:
+        """Return how `lint` reports a decoded array without content, "constant", or None if it has content."""
+        rows = raw.reshape(-1, raw.shape[-1] if raw.ndim > 1 else 1)
+        return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None
 
 
 class TimedModality(Modality[S]):
-    """A modality with a time axis: a clip of it may be read without the rest, at a place that others share."""
+    """A modality with a time axis: one clip can be read without the rest, at a time that sound and picture share."""
 
     @abstractmethod
     def clip_s(self, spec: S) -> float:
-        """Return the length in seconds of what `prepare` gives."""
+        """Return the length in seconds of the byte arrays that `prepare` returns."""
 
     @abstractmethod
     def steps_hz(self, spec: S) -> float:
-        """Return the steps a second along the first axis of what `load` gives."""
+        """Return the steps per second along the first axis of the arrays that `load` returns."""
 
     @abstractmethod
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares; nothing is decoded.
+        """Return the length in seconds that a file declares, without decoding it.
 
         Raises:
             DataError: unreadable or over a limit. AbsentError: no such stream in the file.
@@ -150,7 +164,7 @@ class TimedModality(Modality[S]):
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:
-        """Return the decoded array of a span of seconds, or of the whole file. A span may pass the end: it is cut.
+        """Return the decoded array of a span of seconds, or of the whole file; a span past the end is cut.
 
         Raises:
             DataError: unreadable, truncated, empty, not finite or over a limit. AbsentError: no such stream in it.
@@ -158,23 +172,23 @@ class TimedModality(Modality[S]):
 
     @abstractmethod
     def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None, start_s: float | None = None) -> ByteArray:
-        """Return the clip of `raw` from `start_s` seconds on; unset, a random one or, without `rng`, the middle."""
+        """Return the clip of `raw` from `start_s` seconds on; None means a random start with `rng`, else the middle."""
 
     @abstractmethod
     def windows(
         self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
     ) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, decoded array) of every window of a file, which is read once from end to end.
+        """Yield (start in seconds, decoded array) of every window of a file, read once from end to end.
 
-        Windows begin at 0, hop_s, 2 hop_s ... while one fits; a last one ends with the file where that leaves more than
-        a tenth of a hop. A file shorter than a window is one window. Memory is bounded by the window, not by the file.
+        Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
+        ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
         """
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:
-    """Return (*grid // patch, c * prod(patch)): each patch becomes one input, its values channels.
+    """Return (*grid // patch, c * prod(patch)): each patch becomes one input, and its values become channels.
 
-    Order inside a patch is row-major, channels last. What does not fill a patch at the far end is dropped.
+    Order inside a patch is row-major, channels last. An incomplete patch at the far end is dropped.
     """
     if all(side == 1 for side in patch):
         return values
@@ -190,47 +204,63 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
 def cut_windows(
     blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float
 ) -> Iterator[tuple[float, Array]]:
-    """Yield (start in seconds, array) of the windows of a sequence that comes in blocks along its first axis.
+    """Yield (start in seconds, array) of the windows of a sequence that arrives in blocks along its first axis.
 
-    Where windows begin is said in `TimedModality.windows`. No more is held than a window and a block.
+    `TimedModality.windows` says where windows begin. At most one window and one block are in memory.
     """
     size = max(1, round(window_s * rate_hz))
-    held: deque[tuple[int, Array]] = deque()  # blocks, each with its place
+    held: deque[tuple[int, Array]] = deque()  # (index of the first step, block)
     total = count = start = end = 0
 
-    def part(first: int, last: int) -> tuple[float, Array]:
-        parts = [block[max(0, first - at) : last - at] for at, block in held if at < last]
-        return first / rate_hz, np.concatenate(parts)
+    def window(first: int, last: int) -> tuple[float, Array]:
+        pieces = [block[max(0, first - at) : last - at] for at, block in held if at < last]
+        return first / rate_hz, np.concatenate(pieces)
 
     for block in blocks:
         held.append((total, block))
         total += len(block)
         while start + size <= total:
-            yield part(start, end := start + size)
+            yield window(start, end := start + size)
             count += 1
             start = max(start + 1, round(count * hop_s * rate_hz))
         while held and held[0][0] + len(held[0][1]) <= min(start, total - size):
             held.popleft()
     if total and (count == 0 or total - end > 0.1 * hop_s * rate_hz):
-        yield part(max(0, total - size), total)
+        yield window(max(0, total - size), total)
 
 
 def position_options(spec: InputSpec) -> dict[str, Any]:
-    """Return the part of a Layout that is the same for every grid: learned positions and permutation."""
+    """Return the fields of a Layout that every grid takes from its spec: learned positions and permutation."""
     learned = spec.learned_channels if spec.positions == "learned" else 0
     return {"learned_channels": learned, "learned_std": spec.learned_std, "permutation": spec.permutation}
 
 
+def check_limit(source: Source, amount: float, unit: str, name: str, limits: Limits) -> None:
+    """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
+    allowed = getattr(limits, name)
+    if amount > allowed:
+        raise LimitError(source.shown, amount, unit, name, allowed)
+
+
 def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:
-    """Refuse an array of `count` items that would pass `limits.decoded_bytes`, before it is allocated."""
-    if count * itemsize > limits.decoded_bytes:
-        raise LimitError(source.shown, count * itemsize, "decoded bytes", "decoded_bytes", limits.decoded_bytes)
+    """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
+    check_limit(source, count * itemsize, "decoded bytes", "decoded_bytes", limits)
 
 
-def check_contract(source: Source, values: Array, what: str) -> Array:
-    """Return `values` if they are non-empty and finite: what a decoder calls success is checked once more."""
+def check_contract(source: Source, values: Array, noun: str) -> Array:
+    """Return `values` if they are non-empty and finite, whatever the decoder reported. Raises DataError."""
     if values.size == 0:
-        raise DataError(f"{source.shown}: no {what} in the file")
+        raise DataError(f"{source.shown}: no {noun} in the file")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise DataError(f"{source.shown}: {what} that are not finite numbers")
+        raise DataError(f"{source.shown}: {noun} that are not finite numbers")
     return values
+
+
+def at_least_one(source: Source, items: Iterable[T], noun: str) -> Iterator[T]:
+    """Yield the items of a file. Raises DataError if there are none."""
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
+        raise DataError(f"{source.shown}: no {noun} in the file")

@@ -1,13 +1,14 @@
-"""Containers of pictures and sound (MP4, MKV, AVI, MPEG), taken apart and decoded by PyAV.
+"""Video containers (MP4, MKV, AVI, MPEG): their claims checked, then their streams decoded by PyAV.
 
-The first bytes say which of FFmpeg's readers is asked, and no other is; it reads a file object, and whatever else the
-data asks to open is refused. What a file declares is compared with its size before anything is decoded. PyAV comes
-with an extra, and is imported when the first container is read.
+The first bytes choose one of FFmpeg's readers; FFmpeg does not guess. The reader gets a file object, and may open no
+other file or address. A file's claims are compared with its size before decoding. PyAV is an extra, imported with the
+first container.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,77 +20,74 @@ from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
 
 NOUNS = {"video": "picture", "audio": "sound"}
-STILL_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis", b"crx ")  # of pictures
+STILL_BRANDS = rb"hei[cxms]|mif1|msf1|avi[fs]|crx "  # of an MP4 that is a still image
+# How a container begins, by the name of FFmpeg's reader. A new container is one entry here.
+FORMATS = {
+    # With a brand that is not a still image's; or QuickTime, from before there were brands.
+    "mov": rb"....ftyp(?!" + STILL_BRANDS + rb")|\0...(?:moov|mdat|wide|free|skip)",
+    "matroska": rb"\x1a\x45\xdf\xa3",
+    "avi": rb"RIFF....AVI",
+    "mpeg": rb"\0\0\x01\xba",
+    "mpegts": rb"G.{187}G.{187}G",  # the first bytes of three packets of 188 bytes
+}
 SOUND_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ")
 SOUND_SUFFIXES = (".mka", ".m4a", ".weba")
 COVERS = 0x400 | 0x800  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC and _TIMED_THUMBNAILS
-TS_PACKET_BYTES = 188
-UNTIMED = ("mpeg",)  # a packet holds several frames and one time: counted from elsewhere, times come out a frame off
-STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)  # in an AVI that was written to a pipe
+UNTIMED = ("mpeg",)  # one time for several frames of a packet: after a seek, counted times would be one frame off
+# The size that a RIFF or AU file declares if it was written to a pipe: unset, SoX's largest, or the largest.
+STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
 BOX_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 MAX_BOXES = 1_000_000
-MAX_FRAMES_PER_S = 1000  # on average; a small file could else unfold into frames without end
-SPARE_PACKET_BYTES = 1 << 20  # that the packets of a file may hold above twice its size
-SEEK_BACK_S = (0.0, 5.0)  # further back where a keyframe is not the beginning of all that is shown after it
+MAX_FRAMES_PER_S = 1000  # on average; without a limit, a small file could unfold into endless frames
+SPARE_PACKET_BYTES = 1 << 20  # the packets of a file may hold twice its size and this
+SEEK_BACK_S = (0.0, 5.0)  # tried in turn: some frames need data from before the keyframe that precedes them
 
 
 def format_of(head: bytes) -> str | None:
-    """Return FFmpeg's name of the container that begins with `head`, or None."""
-    if head[4:8] == b"ftyp":
-        return None if head[8:12] in STILL_BRANDS else "mov"
-    if head[4:8] in (b"moov", b"mdat", b"wide", b"free", b"skip") and head[:1] == b"\0":  # QuickTime before it had ftyp
-        return "mov"
-    if head[:4] == b"\x1a\x45\xdf\xa3":
-        return "matroska"
-    if head[:4] == b"RIFF" and head[8:11] == b"AVI":
-        return "avi"
-    if head[:4] == b"\0\0\x01\xba":
-        return "mpeg"
-    return "mpegts" if head[: 3 * TS_PACKET_BYTES : TS_PACKET_BYTES] == b"GGG" else None
+    """Return FFmpeg's name of the container that begins with `head`, or None if it is no container."""
+    return next((name for name, signature in FORMATS.items() if re.match(signature, head, re.DOTALL)), None)
 
 
 def holds_sound_only(head: bytes, name: str) -> bool:
-    """Return whether a container says that there is sound alone in it: by its brand, or where it has none by name."""
+    """Return whether a container declares that it holds only sound: by its brand, or by its suffix if it has none."""
     if head[4:8] == b"ftyp":
         return head[8:12] in SOUND_BRANDS
     return name.lower().endswith(SOUND_SUFFIXES)
 
 
 @contextmanager
-def opened(source: Source, limits: Limits, kind: Literal["video", "audio"]) -> Iterator[Track]:
-    """Yield the first stream of pictures or of sound in a file; nothing is decoded yet.
-
-    Whatever PyAV raises, here or in the body, comes out as a DataError of one line.
+def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) -> Iterator[Track]:
+    """Yield the first stream of pictures or of sound in a file; no frame is decoded yet.
 
     Raises:
         UsageError: PyAV is not installed. AbsentError: the file has no such stream.
-        DataError: not a container, truncated, or damaged.
+        DataError: no container, truncated or damaged; in place of every exception of PyAV, here or in the `with`.
     """
     try:
         import av
     except ImportError as error:
         raise UsageError("videos are read by PyAV, which is not there", "pip install 'perceiver-cli[video]'") from error
     with source.open(limits) as file, as_data_errors(source):
-        found = format_of(file.read(HEAD_BYTES))
-        if found is None:
+        reader = format_of(file.read(HEAD_BYTES))
+        if reader is None:
             raise DataError(f"{source.shown}: not a video container")
         size = file.seek(0, io.SEEK_END)
-        _check_sizes(source, file, size, found)
+        _check_sizes(source, file, size, reader)
         file.seek(0)
-        # Twice the limit: a codec's own frame is a little larger than the picture in it, which is checked later on.
+        # Twice the limit: a codec's frame is a little larger than its picture, which is checked later.
         options = {"max_pixels": str(2 * limits.video_pixels)}
-        with av.open(file, format=found, options=options, io_open=_refuse) as container:
+        with av.open(file, format=reader, options=options, io_open=refuse_reference) as container:
             stream = _first(source, container, kind)
             if kind == "video":
                 stream.codec_context.options = options
-            stream.codec_context.thread_type = "NONE"  # as many files are decoded at once as there are cores
+            stream.codec_context.thread_type = "NONE"  # several files are decoded at once, one on each core
             stream.codec_context.thread_count = 1
             yield Track(source, limits, container, stream, size)
 
 
 @contextmanager
 def as_data_errors(source: Source) -> Iterator[None]:
-    """Turn whatever PyAV raises in the body, two dozen types, into a DataError of one line."""
+    """Turn every exception of PyAV in the body, two dozen types, into a DataError of one line."""
     try:
         yield
     except PerceiverError:
@@ -99,12 +97,13 @@ def as_data_errors(source: Source) -> Iterator[None]:
         raise DataError(f"{source.shown}: cannot decode the file: {show_text(str(reason))}") from error
 
 
-def _refuse(url: str, *_: Any) -> None:
+def refuse_reference(url: str, *_: Any) -> None:
+    """Raise OSError: PyAV calls this to open a file or address that the data names."""
     raise OSError(f"external reference refused: {url}")
 
 
 def _first(source: Source, container: Any, kind: str) -> Any:
-    """Return the first stream of a kind that is neither a cover nor a thumbnail."""
+    """Return the first stream of a kind that is neither a cover nor a thumbnail. Raises AbsentError or DataError."""
     for stream in getattr(container.streams, kind):
         if not stream.disposition & COVERS:
             if stream.codec_context is None:
@@ -114,30 +113,30 @@ def _first(source: Source, container: Any, kind: str) -> Any:
 
 
 class Track:
-    """One stream of an open container. Times are seconds from the beginning of the file, the same for all streams."""
+    """One stream of an open container. Times are seconds from the start of the file, the same for all its streams."""
 
     def __init__(self, source: Source, limits: Limits, container: Any, stream: Any, size: int) -> None:
         self.source, self.limits, self.container, self.stream, self.size = source, limits, container, stream, size
         self.tick_s = float(stream.time_base)
         self.zero_s = (container.start_time or 0) / 1e6
         rate = stream.average_rate if stream.type == "video" else None
-        self.step_s = 1 / float(rate) if rate else 0.0  # between frames that do not say when they are shown
+        self.step_s = 1 / float(rate) if rate else 0.0  # between frames without a time
 
     @property
     def duration_s(self) -> float:
-        """The end of the last frame, as the file declares it or, where it does not, as its packets do."""
+        """The end of the last frame in seconds, as the file declares it; without a declaration, as its packets do."""
         if self.stream.duration:
             return float(((self.stream.start_time or 0) + self.stream.duration) * self.tick_s - self.zero_s)
         if self.container.duration:
             return float(self.container.duration / 1e6)
-        with opened(self.source, self.limits, self.stream.type) as again:
+        with open_track(self.source, self.limits, self.stream.type) as again:
             ends = [p.pts + (p.duration or 0) for p in again._packets() if p.pts is not None]
         return max(ends, default=0) * self.tick_s - self.zero_s
 
     def frames(self, start_s: float = 0.0) -> Iterator[tuple[float, Any]]:
-        """Yield (time, frame) as they are shown, from the one at `start_s` or an earlier one on.
+        """Yield (time, frame) in the order in which they are shown, from the frame at `start_s` or an earlier one on.
 
-        To be asked for once. A later start seeks to the keyframe before, so that no more than is needed is decoded.
+        May be called once. A later start seeks to the keyframe before it, so that fewer frames are decoded.
         """
         if start_s <= 0 or self.container.format.name in UNTIMED:
             yield from self._decoded()
@@ -145,21 +144,21 @@ class Track:
         import av
 
         for back_s in SEEK_BACK_S:
-            found = self._decoded()
+            frames = self._decoded()
             try:
                 self.container.seek(int((start_s - back_s + self.zero_s) / self.tick_s), stream=self.stream)
-                first = next((shown for shown in found if not shown[1].is_corrupt), None)
+                first = next((shown for shown in frames if not shown[1].is_corrupt), None)
             except av.FFmpegError:
                 continue
             if first is not None and first[0] <= start_s + self.tick_s:
                 yield first
-                yield from found
+                yield from frames
                 return
-        with opened(self.source, self.limits, self.stream.type) as again:  # an index that leads nowhere
+        with open_track(self.source, self.limits, self.stream.type) as again:  # the index of the file is wrong
             yield from again._decoded()
 
     def _decoded(self) -> Iterator[tuple[float, Any]]:
-        """Yield (time, frame) from where the container stands."""
+        """Yield (time, frame) from the current place of the container on."""
         count, first_s, time_s = 0, 0.0, -self.step_s
         for packet in self._packets():
             for frame in packet.decode():
@@ -171,7 +170,7 @@ class Track:
                 yield time_s, frame
 
     def _packets(self) -> Iterator[Any]:
-        """Yield the packets of the stream, no more of them than there can be in the file."""
+        """Yield the packets of the stream. Raises DataError if together they are far larger than the file."""
         allowed = 2 * self.size + SPARE_PACKET_BYTES
         for packet in self.container.demux(self.stream):
             allowed -= packet.size + 1
@@ -180,49 +179,56 @@ class Track:
             yield packet
 
 
-# ---------------------------------------------------------------- what a file says of its own size
+# ---------------------------------------------------------------- the sizes that a file declares
 
 
-def _check_sizes(source: Source, file: BinaryIO, size: int, found: str) -> None:
-    """Refuse a file that ends before what it declares does, or that counts more samples than it has bytes.
+def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None:
+    """Raise DataError if a file is shorter than it declares, or counts more samples than it has bytes.
 
-    FFmpeg reads what there is of a truncated file without a word, and makes room for every sample that is counted.
-    MPEG streams declare nothing.
+    FFmpeg reads truncated files without an error, and allocates for every sample that is counted. MPEG streams declare
+    no size.
     """
     end = 0
     file.seek(0)
-    if found == "avi":
+    if reader == "avi":
         declared = struct.unpack("<4xI", file.read(8))[0]
-        end = 0 if declared in STREAMED_SIZES else declared + 7  # some leave out the last byte, which is padding
-    elif found == "matroska":
+        end = 0 if declared in STREAMED_SIZES else declared + 7  # + 8, but some files leave out one byte of padding
+    elif reader == "matroska":
         head = file.read(HEAD_BYTES)
         length, at = _ebml_size(head, 4)
         if head[at + length : at + length + 4] == b"\x18\x53\x80\x67":  # the segment, which is the rest of the file
             length, at = _ebml_size(head, at + length + 4)
             end = at + length
-    elif found == "mov":
-        for count, (name, at, box_end) in enumerate(_boxes(file, 0, size)):
-            if count == MAX_BOXES:
-                raise DataError(f"{source.shown}: more than {MAX_BOXES} boxes")
-            if name in (b"mdat", b"moov", b"moof"):
-                end = max(end, box_end)
-            elif name in (b"stsz", b"trun"):
-                file.seek(at + 4)
-                fields = struct.unpack(">2I", file.read(8).ljust(8, b"\0"))
-                samples = fields[1] * max(1, fields[0]) if name == b"stsz" else fields[0]
-                if samples > size:
-                    raise DataError(f"{source.shown}: declared {samples} bytes of samples, found {size}")
+    elif reader == "mov":
+        end = _end_of_boxes(source, file, size)
     if end > size:
         raise DataError(f"{source.shown}: declared {end} bytes, found {size}: truncated")
 
 
+def _end_of_boxes(source: Source, file: BinaryIO, size: int) -> int:
+    """Return where the last box of media or of its index ends. Raises DataError for a count of samples above `size`."""
+    end = 0
+    for count, (name, at, box_end) in enumerate(_boxes(file, 0, size)):
+        if count == MAX_BOXES:
+            raise DataError(f"{source.shown}: more than {MAX_BOXES} boxes")
+        if name in (b"mdat", b"moov", b"moof"):
+            end = max(end, box_end)
+        elif name in (b"stsz", b"trun"):
+            file.seek(at + 4)
+            fields = struct.unpack(">2I", file.read(8).ljust(8, b"\0"))
+            samples = fields[1] * max(1, fields[0]) if name == b"stsz" else fields[0]
+            if samples > size:
+                raise DataError(f"{source.shown}: declared {samples} bytes of samples, found {size}")
+    return end
+
+
 def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, where its content begins, where it ends) of every box of an MP4 that is looked at, and inside it."""
+    """Yield (name, start of content, end) of every box of an MP4 between two offsets, and of the boxes inside."""
     while at + 8 <= end:
         file.seek(at)
         length, name, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
         content = at + (16 if length == 1 else 8)
-        length = long_length if length == 1 else length or end - at  # 0: as far as there is
+        length = long_length if length == 1 else length or end - at  # 0: up to the end
         yield name, content, at + length
         if name in BOX_PARENTS:
             yield from _boxes(file, content, min(at + length, end))
@@ -232,7 +238,7 @@ def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _ebml_size(data: bytes, at: int) -> tuple[int, int]:
-    """Return the size of a Matroska element and where its content begins; 0 where the size is not known."""
-    bits = 8 - data[at].bit_length()  # leading zeros: bytes that follow
+    """Return the size of a Matroska element, 0 if unknown, and the offset of its content."""
+    bits = 8 - data[at].bit_length()  # leading zeros: the number of bytes that follow
     value = int.from_bytes(data[at : at + bits + 1], "big") & (1 << 7 * (bits + 1)) - 1
     return (0 if value == (1 << 7 * (bits + 1)) - 1 else value), at + bits + 1

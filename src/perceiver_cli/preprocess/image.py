@@ -1,7 +1,7 @@
 """Images as a grid of pixels: decoded by Pillow to uint8, then cropped, resized and augmented (paper 4.1).
 
-Three parts: decoding, geometry with the `ImageModality` that uses it, and RandAugment. Values stay uint8; the
-model subtracts the mean. Colour profiles are ignored, as in the paper's ImageNet pipeline.
+`pixels` crops and resizes, `randaugment` augments. Values stay uint8; the model subtracts the mean. Colour profiles
+are ignored, as in the paper's ImageNet pipeline.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, LimitError, PerceiverError, UsageError
+from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import (
     Array,
@@ -30,6 +30,7 @@ from perceiver_cli.preprocess.base import (
     Modality,
     check_contract,
     check_decoded,
+    check_limit,
     patchify,
     position_options,
 )
@@ -43,21 +44,21 @@ class ImageSpec(InputSpec):
     """Pixels as a grid, height x width (paper 4.1). Values stay uint8 until the model."""
 
     modality: Literal["image"] = "image"
-    # "auto": the median of the training images, no larger than max_auto_size on its longer side.
+    # "auto": the median size of the training images, at most max_auto_size on the longer side.
     size: Pair | Literal["auto"] = (224, 224)
     max_auto_size: Size = 64
-    # "auto": grey if no probed training image shows a colour; unsettled it reads as rgb.
+    # "auto": grey if no probed training image has a colour; until that is known, images are read as rgb.
     color: Literal["rgb", "grey", "auto"] = "rgb"
-    # "auto": the smallest square that leaves at most max_auto_inputs inputs; 1 is the paper's pixels.
+    # "auto": the smallest square patch that gives at most max_auto_inputs inputs; 1 is the paper's single pixels.
     patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
     max_auto_inputs: Size = 256
     # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
-    # and pooling to a quarter of each side, padded as in the official code (same) or as in transformers (valid).
+    # and pooling to a quarter of each side, with the padding of the official code (same) or of transformers (valid).
     stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
     stem_channels: Size = 64
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
     # Training: the Inception crop, a mirror, RandAugment.
     crop_area: Range = (0.08, 1.0)
     crop_aspect: Range = (3 / 4, 4 / 3)
@@ -66,17 +67,23 @@ class ImageSpec(InputSpec):
     randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
 
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM")  # Pillow's other plugins are never reached
-PIXEL_BYTES = 4  # of Pillow's own storage, whatever the mode
-COLOR_PROBES = 20  # images decoded to settle color = "auto"
+# The formats that are read, by the names of Pillow's plugins: how files begin (a regular expression), and the name in
+# messages. A new format is one entry here; no other plugin of Pillow is ever called.
+FORMATS = {
+    "PNG": (rb"\x89PNG\r\n\x1a\n", "PNG"),
+    "JPEG": (rb"\xff\xd8\xff", "JPEG"),
+    "WEBP": (rb"RIFF....WEBP", "WebP"),
+    "GIF": (rb"GIF8[79]a", "GIF (first frame)"),
+    "TIFF": (rb"II[*+]\0|MM\0[*+]", "TIFF (first page)"),
+    # A text may begin with BM: ask for a known header size too.
+    "BMP": (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
+    "PPM": (rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d", "PPM and PGM"),
+}
+PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
+WIDE_PIXEL_BYTES = 8  # of integers and floats, which become float64 on their way to 8 bits
+COLOR_PROBES = 20  # images decoded to choose color = "auto"
 T = TypeVar("T")
 
-_SIGNATURE = re.compile(
-    rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP|II[*+]\0|MM\0[*+]"
-    rb"|BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0"  # BM alone could begin a text: ask for a known header size
-    rb"|P[1-6]\s(?:\s|#[^\n]*\n)*\d",
-    re.DOTALL,
-)
 _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -88,7 +95,7 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112  # EXIF tag
 
-# Without a handler Python prints Pillow's log records to stderr; errors are ours to report.
+# Without a handler, Python prints Pillow's log records to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 # ---------------------------------------------------------------- decoding
@@ -97,55 +104,55 @@ _pillow_limit = threading.Lock()
 
 
 @contextmanager
-def opened(source: Source, limits: Limits) -> Iterator[Image.Image]:
-    """Yield the image, its header read and its size within the limits; no pixel is decoded yet.
+def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
+    """Yield the image with its size checked by its header; no pixel is decoded yet.
 
-    Whatever Pillow raises, here or in the body, comes out as a DataError of one line.
+    Raises:
+        LimitError: more pixels or bytes than `limits`.
+        DataError: in place of every exception of Pillow, here or in the body of the `with`.
     """
     with source.open(limits) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            # Some plugins allocate a frame while they read the header, and only Pillow's own check is early enough
-            # for those. It is a global that refuses above twice its value: ours for the moment of opening.
+            # Some plugins allocate a frame while they read the header. Only Pillow's own check comes before that: a
+            # global that refuses images above twice its value.
             with _pillow_limit:
                 saved = Image.MAX_IMAGE_PIXELS
                 allowed = min(limits.image_pixels, limits.decoded_bytes // PIXEL_BYTES)
                 Image.MAX_IMAGE_PIXELS = (allowed + 1) // 2
                 try:
-                    image = Image.open(file, formats=FORMATS)
+                    image = Image.open(file, formats=tuple(FORMATS))
                 finally:
                     Image.MAX_IMAGE_PIXELS = saved
-            # Integers and floats pass through float64 on their way to 8 bits.
-            wide = image.mode[0] in "IF"
-            _check_size(source, image.width * image.height, 8 if wide else PIXEL_BYTES, limits)
+            pixel_bytes = WIDE_PIXEL_BYTES if image.mode[0] in "IF" else PIXEL_BYTES
+            _check_size(source, image.width * image.height, pixel_bytes, limits)
             yield image
         except PerceiverError:
             raise
         except Image.DecompressionBombError as error:
-            found = re.search(r"\d+", str(error))  # "Image size (N pixels) exceeds limit of ..."
-            if found:
-                _check_size(source, int(found[0]), PIXEL_BYTES, limits)
+            pixels = re.search(r"\d+", str(error))  # "Image size (N pixels) exceeds limit of ..."
+            if pixels:
+                _check_size(source, int(pixels[0]), PIXEL_BYTES, limits)
             raise DataError(f"{source.shown}: too large an image: {_reason(error)}") from error
         except Exception as error:  # Pillow raises a dozen types, from SyntaxError to struct.error
             raise DataError(f"{source.shown}: damaged or unsupported image: {_reason(error)}") from error
 
 
-def _check_size(source: Source, pixels: int, itemsize: int, limits: Limits) -> None:
-    if pixels > limits.image_pixels:
-        raise LimitError(source.shown, pixels, "pixels", "image_pixels", limits.image_pixels)
-    check_decoded(source, pixels, itemsize, limits)
+def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -> None:
+    check_limit(source, pixels, "pixels", "image_pixels", limits)
+    check_decoded(source, pixels, pixel_bytes, limits)
 
 
 def _reason(error: Exception) -> str:
-    """Return what Pillow said as one short printable line; its text may quote the file."""
+    """Return Pillow's message as one short printable line; it may quote bytes of the file."""
     if isinstance(error, UnidentifiedImageError):
-        return "cannot be identified"  # Pillow's own text is the address of a file object
+        return "cannot be identified"  # Pillow's message is the address of a file object
     text = " ".join(str(error).split()) or type(error).__name__
     return "".join(char if char.isprintable() else "?" for char in text)[:160]
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 where there is none or its block is damaged: the pixels still count."""
+    """Return the EXIF orientation, 1 to 8; 1 if EXIF is missing or damaged, because the pixels can still be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
@@ -154,18 +161,18 @@ def _orientation(image: Image.Image) -> int:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     """Return (height, width) after EXIF orientation, from the header alone."""
-    swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow turns TIFF files by itself
+    swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow rotates TIFF files by itself
     return (image.width, image.height) if swapped else (image.height, image.width)
 
 
 def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Return the decoded first frame, upright and opaque, in mode L if it is grey by its mode, else RGB."""
+    """Return the decoded first frame, upright and opaque, in mode L if the file's mode is grey, else in RGB."""
     if spec.size != "auto":
-        # A large JPEG decodes at 1/2, 1/4 or 1/8 where that leaves twice the target on the shorter side.
+        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size if the shorter side keeps twice the target.
         side = 2 * max(spec.size)
         image.draft(None, (side, side))
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))  # after load: PNG may keep EXIF behind the pixels
+    turn = _UPRIGHT.get(_orientation(image))  # after load: in a PNG, EXIF may follow the pixels
     flat = flatten(image)
     return flat if turn is None else flat.transpose(turn)
 
@@ -174,27 +181,34 @@ def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
 
 
 class ImageModality(Modality[ImageSpec]):
-    """Files of pixels to (height, width, colours) uint8, and on to a grid of patches (paper 4.1)."""
+    """Image files to (height, width, colours) uint8, then to a grid of patches (paper 4.1)."""
 
     name = "image"
     precedence = 2
-    formats = "PNG, JPEG, WebP, GIF (first frame), TIFF (first page), BMP, PPM and PGM"
+    formats = ", ".join(shown for _, shown in FORMATS.values())
     decides = ("size", "color")
+    paper_preset = "imagenet"
+    can_mix = True
+    preparation = (
+        "decode to RGB (or grey) uint8, turned as EXIF says; crop the centre: eval_crop of the largest box of the "
+        "aspect of size, rounded down; resize to size (height, width), bicubic with antialias; keep 0..255: mean and "
+        "std are applied in the graph; cut into patches"
+    )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the bytes begin like one of `formats`; the name plays no part."""
-        return _SIGNATURE.match(head) is not None
+        """Return whether the bytes begin like one of `FORMATS`; the name plays no part."""
+        return any(re.match(signature, head, re.DOTALL) for signature, _ in FORMATS.values())
 
     def load(self, source: Source, spec: ImageSpec, limits: Limits) -> Array:
-        """Return (H, W, c) uint8, c = 1 for grey and 3 for RGB, upright, transparent parts on white.
+        """Return (H, W, c) uint8, upright, transparent pixels on white; c is 1 for grey and 3 for RGB.
 
-        A JPEG far larger than `spec.size` comes at half, a quarter or an eighth of its size.
+        A JPEG far larger than `spec.size` is decoded at half, a quarter or an eighth of its size.
 
         Raises:
-            LimitError: more pixels or bytes than `limits`, by the header, before any is decoded.
+            LimitError: more pixels or bytes than `limits`, known from the header.
             DataError: unreadable, truncated, damaged, of an unknown format, or not finite.
         """
-        with opened(source, limits) as image:
+        with open_image(source, limits) as image:
             values = to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
         return check_contract(source, values, "pixels")
 
@@ -205,10 +219,10 @@ class ImageModality(Modality[ImageSpec]):
     def layout(self, spec: ImageSpec) -> Layout:
         """Return a (height, width) grid of patches; the defaults give 224 x 224 with C = 3 + 2 (2 64 + 1) = 261.
 
-        Mean and deviation are in units of the uint8 values, one per channel of a patch.
+        Mean and deviation are in units of the uint8 values, one for each channel of a patch.
 
         Raises:
-            UsageError: size still "auto", or a size, patch, max_resolution, mean or crop that contradicts the rest.
+            UsageError: size or patch is "auto", or a size, patch, max_resolution, mean or crop contradicts the rest.
         """
         (height, width), patch = _size(spec), _patch(spec)
         if patch[0] > height or patch[1] > width:
@@ -238,8 +252,8 @@ class ImageModality(Modality[ImageSpec]):
     def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
 
-        With `rng`: Inception crop, mirror, RandAugment. Without: the centre, `eval_crop` of what fits. Positions
-        belong to the crop, not to the whole image, which overfits (paper 4.1, Figure 4).
+        With `rng`: Inception crop, mirror, RandAugment. Without: the centre crop of `eval_crop`. Positions count within
+        the crop: positions within the whole image overfit (paper 4.1, Figure 4).
         """
         size, patch = _size(spec), _patch(spec)
         if rng is None:
@@ -252,14 +266,14 @@ class ImageModality(Modality[ImageSpec]):
         return ByteArray(patchify(values, patch))
 
     def resolve(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> ImageSpec:
-        """Return `spec` with size, patch and color settled, and with one mean and deviation where color is grey.
+        """Return `spec` with values for size, patch and color; grey gets one mean and one deviation.
 
-        Size: median height and width by the headers, scaled so that the longer side is at most `max_auto_size`, in
-        whole patches. Color: grey if no probe shows a colour. What cannot be read is passed over. Without sources:
-        a square of `max_auto_size` in RGB.
+        Size is the median height and width in the headers, scaled down to `max_auto_size` on the longer side, in whole
+        patches. Color is grey if no probe has a colour. Unreadable sources are skipped. Without sources, images become
+        squares of `max_auto_size` in RGB.
 
         Raises:
-            DataError: something is "auto" and no source could be read.
+            DataError: an option is "auto" and no source can be read.
         """
         if not sources:
             known = {"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"}
@@ -289,7 +303,7 @@ def _size(spec: ImageSpec) -> tuple[int, int]:
 
 
 def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
-    """Return the grid that a stem leaves: convolution of 7 and pooling of 3, each with stride 2."""
+    """Return the grid after the stem: a convolution of 7 and a pooling of 3 halve each side twice."""
     if not stem.startswith("conv"):
         return grid
     # "same" rounds each halving up; "valid" pads the convolution by 3 and the pooling by nothing.
@@ -307,19 +321,19 @@ def _patch(spec: ImageSpec) -> tuple[int, int]:
 
 
 def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[Image.Image], T]) -> Iterator[T]:
-    """Yield what `look` finds in each source that can be read. Raises DataError if there is none."""
-    first, found = "there are no images", False
+    """Yield `look(image)` for each source that can be read. Raises DataError if none can."""
+    problem, unread = "there are no images", True
     for count, source in enumerate(sources):
         try:
-            with opened(source, limits) as image:
+            with open_image(source, limits) as image:
                 seen = look(image)
         except DataError as error:
-            first = f"no image can be read, the first: {error.message}" if count == 0 else first
+            problem = f"no image can be read, the first: {error.message}" if count == 0 else problem
             continue
-        found = True
+        unread = False
         yield seen
-    if not found:
-        raise DataError(f'image {key} = "auto": {first}', f"give inputs.image.{key} instead")
+    if unread:
+        raise DataError(f'image {key} = "auto": {problem}', f"give inputs.image.{key} instead")
 
 
 def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tuple[int, int]:
@@ -341,7 +355,7 @@ def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> s
         values = np.asarray(_decoded(image, spec))
         return values.ndim == 3 and bool((values[..., :1] != values[..., 1:]).any())
 
-    # Probes lie evenly over the sources, which may be sorted by class; the others stand in for unreadable ones.
+    # Probes are spread over the sources, which may be sorted by class; further sources replace unreadable ones.
     step = max(1, len(sources) // COLOR_PROBES)
     spread = (source for start in range(step) for source in sources[start::step])
     probes = islice(_probe("color", spread, limits, has_color), COLOR_PROBES)

@@ -1,4 +1,8 @@
-"""Files of meshes and clouds: what they declare, checked, and their points."""
+"""Files of meshes and point clouds: their claims checked, then their vertices and triangles read.
+
+A new format is one entry of `FORMATS`, at the end. STL, OBJ, XYZ, NPY and binary PLY are read with NumPy; ASCII PLY,
+OFF and GLB by trimesh, from memory, with a resolver that refuses every other file.
+"""
 
 from __future__ import annotations
 
@@ -8,99 +12,76 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, show_text
-from perceiver_cli.preprocess.base import Array, check_decoded
+from perceiver_cli.preprocess.base import Array, check_decoded, check_limit
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
 
 Floats = NDArray[np.float64]
 Mesh = tuple[Floats, NDArray[np.int64]]  # vertices (V, 3) and triangles (F, 3); F is 0 for a point cloud
-# Of a PLY header, with NumPy's types: (name, type, type of a list's length or "") and (name, rows, properties).
-Property = tuple[str, str, str]
-Element = tuple[str, int, list[Property]]
+Property = tuple[str, str, str]  # of a PLY: name, NumPy type, NumPy type of a list's length or ""
+Element = tuple[str, int, list[Property]]  # of a PLY: name, number of rows, properties of a row
 MAX_HEADER_BYTES = 1 << 16  # of PLY
 MAX_PROPERTIES = 1000
 MAX_JSON_BYTES = 8 << 20  # of GLB
 MAX_NODES, MAX_DEPTH = 10_000, 128
 PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
+PLY_TYPES |= {"float": "f4", "double": "f8"} | {f"int{8 * n}": f"i{n}" for n in (1, 2, 4, 8)}
+PLY_TYPES |= {f"uint{8 * n}": f"u{n}" for n in (1, 2, 4, 8)} | {f"float{8 * n}": f"f{n}" for n in (2, 4, 8)}
 PLY_CORNERS = ("vertex_indices", "vertex_index")
 GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
+XYZ_SUFFIXES = ("xyz", "txt", "pts")
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
 
 
-# ---------------------------------------------------------------- which format, and what holds for all
-
-
-def mesh_format(head: bytes, name: str) -> str | None:
-    """Return the format of a file that begins with `head`, or None; names decide only for binary STL and XYZ."""
-    if head.startswith((b"ply\n", b"ply\r")):
-        return "ply"
-    if head[:4] == b"glTF":
-        return "glb"
-    if head[:6] == b"\x93NUMPY":
-        return "npy"
-    if re.match(rb"(ST)?C?N?OFF\s", head):
-        return "off"
-    ending = name.lower().rpartition(".")[2]
-    if ending == "stl" or (head[:5] == b"solid" and b"facet" in head):
-        return "stl"
-    if any(byte < 9 for byte in head):
-        return None
-    text = head.decode("ascii", "replace")
-    if len(head) == HEAD_BYTES:
-        text = text.rpartition("\n")[0]  # the last line may be cut
-    lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    if lines and all(line[0] in OBJ_WORDS for line in lines[:3]):
-        return "obj"
-    certain = 1 if ending in ("xyz", "txt", "pts") else len(lines)  # lines that must be numbers
-    return "xyz" if lines and all(_is_numeric(" ".join(line)) for line in lines[:certain]) else None
-
-
-def _is_numeric(line: str) -> bool:
-    words = line.replace(",", " ").split()
-    return len(words) >= 3 and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
+# ---------------------------------------------------------------- what every format needs
 
 
 @contextmanager
 def quietly(source: Source) -> Iterator[None]:
-    """Turn whatever a reader raises into a DataError, and keep its warnings and logs off the terminal."""
+    """Turn every exception of a reader into a DataError, and keep its warnings off the terminal."""
     try:
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore")
-            # NumPy only warns where it stops inside a text of numbers.
+            # NumPy only warns if it stops in the middle of a text of numbers.
             warnings.filterwarnings("error", "string or file could not be read")
             yield
     except DataError:
         raise
     except Exception as error:  # trimesh alone raises more than nine kinds
-        reason = show_text(f"{type(error).__name__}: {error}")
+        # Without the addresses of objects, which differ in each run: records keep this message.
+        reason = show_text(re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}"))
         raise DataError(f"{source.shown}: cannot read the points: {reason}") from error
 
 
 def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
-    for unit, count, allowed in (("vertices", vertices, limits.vertices), ("faces", faces, limits.faces)):
-        if count > allowed:
-            raise LimitError(source.shown, count, unit, unit, allowed)
+    """Raise LimitError if a mesh has more vertices or faces than the limits allow."""
+    check_limit(source, vertices, "vertices", "vertices", limits)
+    check_limit(source, faces, "faces", "faces", limits)
 
 
-def _check_claim(source: Source, needed: int, found: int) -> None:
-    """Refuse a header whose contents take at least `needed` bytes where the file holds `found`."""
-    if needed > found:
-        raise DataError(f"{source.shown}: declared at least {needed} bytes of data, found {found}")
+def _check_claim(source: Source, claimed: int, available: int) -> None:
+    """Raise DataError if the data that a header declares needs more bytes than the file has."""
+    if claimed > available:
+        raise DataError(f"{source.shown}: declared at least {claimed} bytes of data, found {available}")
 
 
 def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
-    """Return (F, 3) of polygons, each cut into a fan; their corners lie one after the other, `sizes` of each."""
+    """Return the triangles (F, 3) of polygons, each cut into a fan.
+
+    corners: the vertex numbers of all polygons, one after the other. sizes: the number of corners of each polygon.
+    """
     fans = np.maximum(sizes - 2, 0)
     first = np.repeat(np.cumsum(sizes) - sizes, fans)
     step = np.arange(len(first)) - np.repeat(np.cumsum(fans) - fans, fans)
@@ -110,11 +91,14 @@ def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
 NO_FACES = np.empty((0, 3), np.int64)
 
 
-# ---------------------------------------------------------------- formats read here
+# ---------------------------------------------------------------- formats read with NumPy
+
+# trimesh 5.2 reads OBJ 2.5 to 11 times slower (198,000 triangles: 2.5 s instead of 0.7 s) and in another order of
+# faces, binary STL 5 to 60 times slower, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
 
 
-def _stl(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read an STL. Binary files often begin with "solid" too, so only the size tells the two kinds apart."""
+def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the mesh of an STL. Binary files often begin with "solid" too: only the size tells binary from ASCII."""
     count = struct.unpack("<I", data[80:84])[0] if len(data) >= 84 else -1
     if len(data) == 84 + 50 * count:
         check_counts(source, 3 * count, count, limits)
@@ -131,8 +115,8 @@ def _stl(source: Source, data: bytes, limits: Limits) -> Mesh:
     return vertices, np.arange(len(vertices)).reshape(-1, 3)
 
 
-def _obj(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read the vertices and faces of an OBJ; objects, groups, materials, normals and textures are passed over."""
+def _read_obj(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the vertices and faces of an OBJ; objects, groups, materials, normals and textures are ignored."""
     data = data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ")
     check_counts(source, data.count(b"\nv "), data.count(b"\nf "), limits)
     rows = re.findall(rb"(?m)^[ \t]*([vf])[ \t]+([^\r\n#]*)", data)
@@ -143,24 +127,24 @@ def _obj(source: Source, data: bytes, limits: Limits) -> Mesh:
         return vertices, NO_FACES
     sizes = np.array([len(row.split()) for row in faces])
     index = np.fromstring(re.sub(rb"/\S*", b"", b" ".join(faces)), np.int64, sep=" ")
-    # Numbers count from 1; negative ones go back from the vertex before the face.
+    # Positive numbers count from 1, negative ones back from the last vertex above the face.
     before = np.repeat(np.cumsum(is_vertex)[~is_vertex], sizes)
     return vertices, _triangles(np.where(index < 0, before + index, index - 1), sizes)
 
 
 def _numbers(lines: Any) -> Floats:
-    """Return the first three numbers of every line, (N, 3)."""
+    """Return (N, 3): the first three numbers of every line."""
     return np.loadtxt(lines, np.float64, usecols=(0, 1, 2), ndmin=2).reshape(-1, 3)
 
 
-def _xyz(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read lines of three or more numbers, apart by blanks or commas; the first three are the position."""
+def _read_xyz(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the points of a text with three or more numbers a line, separated by blanks or commas."""
     check_counts(source, data.count(b"\n"), 0, limits)
     return _numbers(io.BytesIO(data.replace(b",", b" "))), NO_FACES
 
 
-def _npy(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read an (N, 3 or more) array of numbers; objects, which NumPy would unpickle, are refused."""
+def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the points of an (N, 3 or more) array of numbers. Raises DataError for objects, never unpickling them."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -170,9 +154,9 @@ def _npy(source: Source, data: bytes, limits: Limits) -> Mesh:
     if len(shape) != 2 or shape[1] < 3 or min(shape) < 0 or (shape[0] == 3 and shape[1] > 3):
         raise DataError(f"{source.shown}: an array of shape {shape}, expected (points, 3)")
     check_counts(source, shape[0], 0, limits)
-    declared, found = prod(shape) * dtype.itemsize, len(data) - file.tell()
-    if declared != found:
-        raise DataError(f"{source.shown}: declared {declared} bytes of numbers, found {found}")
+    declared, available = prod(shape) * dtype.itemsize, len(data) - file.tell()
+    if declared != available:
+        raise DataError(f"{source.shown}: declared {declared} bytes of numbers, found {available}")
     array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if column_major else "C")
     return array[:, :3].astype(np.float64), NO_FACES
 
@@ -180,8 +164,8 @@ def _npy(source: Source, data: bytes, limits: Limits) -> Mesh:
 # ---------------------------------------------------------------- formats read by trimesh
 
 
-def _trimesh(source: Source, data: bytes, file_type: str) -> Any:
-    """Return the trimesh.Scene in `data`: nothing merged, no other file opened."""
+def _scene(source: Source, data: bytes, file_type: str) -> Any:
+    """Return the trimesh.Scene in `data`, with no vertices merged and no other file opened."""
     logging.getLogger("trimesh").setLevel(logging.CRITICAL + 1)
     import trimesh
 
@@ -197,14 +181,14 @@ def _trimesh(source: Source, data: bytes, file_type: str) -> Any:
 
         write = namespaced = get
 
-    # The resolver is given explicitly: with None, trimesh makes one that opens files.
+    # Without a resolver, trimesh makes one that opens files.
     return trimesh.load_scene(
         io.BytesIO(data), file_type=file_type, resolver=Refuse(), process=False, skip_materials=True
     )
 
 
-def _in_scene(scene: Any) -> Mesh:
-    """Return everything in a trimesh.Scene as one: each geometry as often as a node shows it, where it puts it."""
+def _merged(scene: Any) -> Mesh:
+    """Return a trimesh.Scene as one mesh: a copy of each geometry for every node that shows it, moved by the node."""
     vertices, faces, total = [np.empty((0, 3))], [NO_FACES], 0
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
@@ -216,8 +200,25 @@ def _in_scene(scene: Any) -> Mesh:
     return np.concatenate(vertices), np.concatenate(faces)
 
 
-def _ply(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read a PLY after its header: what all elements take at least must be there."""
+def _read_ply(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the mesh of a PLY. Its header is checked first: the file must be long enough for all elements."""
+    body, kind, elements = _ply_header(source, data)
+    counts = {name: count for name, count, _ in elements}
+    least = {name: sum(np.dtype(size or kind).itemsize for _, kind, size in row) for name, _, row in elements}
+    if kind == "ascii":
+        least = {name: 2 * len(row) for name, _, row in elements}
+    _check_claim(source, sum(counts[name] * least[name] for name in counts), len(data) - body + 1)
+    check_counts(source, counts.get("vertex", 0), counts.get("face", 0), limits)
+    if kind != "ascii":
+        return _binary_ply(data, body, elements)
+    lines = sum(1 for line in data[body:].splitlines() if line.strip())
+    if sum(counts.values()) > lines:
+        raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {lines}")
+    return _merged(_scene(source, data, "ply"))
+
+
+def _ply_header(source: Source, data: bytes) -> tuple[int, str, list[Element]]:
+    """Return where the body of a PLY begins, its encoding ("ascii" or a byte order), and its elements."""
     end = data.find(b"end_header", 0, MAX_HEADER_BYTES)
     body = data.find(b"\n", end) + 1
     if end < 0 or body == 0:
@@ -235,22 +236,11 @@ def _ply(source: Source, data: bytes, limits: Limits) -> Mesh:
     properties = sum(len(element[2]) for element in elements)
     if properties > MAX_PROPERTIES or any(count < 0 for _, count, _ in elements):
         raise DataError(f"{source.shown}: {properties} properties, or a negative count, in the PLY header")
-    counts = {name: count for name, count, _ in elements}
-    least = {name: sum(np.dtype(size or kind).itemsize for _, kind, size in row) for name, _, row in elements}
-    if kind == "ascii":
-        least = {name: 2 * len(row) for name, _, row in elements}
-    _check_claim(source, sum(counts[name] * least[name] for name in counts), len(data) - body + 1)
-    check_counts(source, counts.get("vertex", 0), counts.get("face", 0), limits)
-    if kind != "ascii":
-        return _binary_ply(data, body, elements)
-    found = sum(1 for line in data[body:].splitlines() if line.strip())
-    if sum(counts.values()) > found:
-        raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {found}")
-    return _in_scene(_trimesh(source, data, "ply"))
+    return body, kind, elements
 
 
 def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
-    """Read the body of a binary PLY from offset `at`. (trimesh reads none with triangles beside quadrilaterals.)"""
+    """Return the mesh of a binary PLY whose body begins at `at`. trimesh fails on triangles beside quadrilaterals."""
     vertices, faces = np.empty((0, 3)), NO_FACES
     for name, count, row in elements:
         columns, at = _ply_columns(data, at, count, row)
@@ -264,9 +254,9 @@ def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
 
 
 def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple[dict[str, Any], int]:
-    """Return {property: one array or list a row} of a binary element, and the offset of the next element."""
+    """Return {property: its value in every row} of a binary element, and the offset of the next element."""
     fields: list[Any] = []
-    for key, kind, size in row:  # in most files all lists are as long as in the first row
+    for key, kind, size in row:  # in most files all lists have the length of the first
         first = np.frombuffer(data, size, 1, at + np.dtype(fields).itemsize)[0] if size and count else 0
         fields += [(f"{key} size", size), (key, kind, (int(first),))] if size else [(key, kind)]
     record = np.dtype(fields)
@@ -288,19 +278,19 @@ def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple
     return columns, at
 
 
-def _off(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read an OFF after its counts: a vertex takes at least 6 bytes of text, a face 2."""
+def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the mesh of an OFF. Its counts are checked first: a vertex needs 6 bytes of text or more, a face 2."""
     counts = re.match(rb"\w*OFF(?:\s|#[^\n]*\n)+(\d{1,18})[ \t]+(\d{1,18})", data)
     if counts is None:
         raise DataError(f"{source.shown}: no counts of vertices and faces after OFF")
     vertices, faces = int(counts[1]), int(counts[2])
     _check_claim(source, 6 * vertices + 2 * faces, len(data) - counts.end() + 1)
     check_counts(source, vertices, faces, limits)
-    return _in_scene(_trimesh(source, data, "off"))
+    return _merged(_scene(source, data, "off"))
 
 
-def _glb(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Read a GLB after its chunks and its JSON were found to stay inside the file and the limits."""
+def _read_glb(source: Source, data: bytes, limits: Limits) -> Mesh:
+    """Return the mesh of a GLB. Its chunks and its JSON are checked first: they stay inside the file and the limits."""
     if len(data) < 20:
         raise DataError(f"{source.shown}: ends inside the GLB header")
     length, json_bytes = struct.unpack("<8x2I", data[:16])
@@ -308,15 +298,42 @@ def _glb(source: Source, data: bytes, limits: Limits) -> Mesh:
     if json_bytes > MAX_JSON_BYTES:
         raise DataError(f"{source.shown}: {json_bytes} bytes of JSON in a GLB, expected <= {MAX_JSON_BYTES}")
     _check_gltf(source, json.loads(data[20 : 20 + json_bytes]), len(data) - 20 - json_bytes, limits)
-    return _in_scene(_trimesh(source, data, "glb"))
+    return _merged(_scene(source, data, "glb"))
 
 
 def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits: Limits) -> None:
-    """Refuse a glTF tree that refers to other files, claims more than there is, or unfolds past the limits."""
+    """Raise DataError if a glTF tree names other files, claims more than there is, or unfolds past the limits."""
     if any("uri" in buffer for buffer in tree.get("buffers", [])):
         raise DataError(f"{source.shown}: external reference refused", "expected a GLB with all its data inside")
     views, accessors, nodes = tree.get("bufferViews", []), tree.get("accessors", []), tree.get("nodes", [])
+    _check_nodes(source, nodes)
     claims = [view["byteLength"] for view in views] + [accessor["count"] for accessor in accessors]
+    if any(not isinstance(size, int) or size < 0 for size in claims):
+        raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
+    for view in views:
+        _check_claim(source, view["byteLength"], binary_bytes)
+    check_decoded(source, sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
+    total = 0
+    for accessor in accessors:
+        needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
+        if accessor["count"] > 3 * limits.faces:
+            check_limit(source, accessor["count"], "vertices", "vertices", limits)
+        if "bufferView" in accessor:
+            _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
+        total += needed
+    check_decoded(source, total, 1, limits)
+    sizes = []  # of each mesh: vertices and corners of triangles
+    for mesh in tree.get("meshes", []):
+        shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
+        corners = sum(accessors[position if index is None else index]["count"] for position, index in shapes)
+        sizes.append((sum(accessors[position]["count"] for position, _ in shapes), corners))
+    # Many nodes may show one mesh, and many meshes may use one accessor.
+    for shown in (sizes, [sizes[node["mesh"]] for node in nodes if "mesh" in node]):
+        check_counts(source, sum(size[0] for size in shown), sum(size[1] for size in shown) // 3, limits)
+
+
+def _check_nodes(source: Source, nodes: list[dict[str, Any]]) -> None:
+    """Raise DataError if the nodes of a glTF tree are too many, too deep, or have two parents."""
     if len(nodes) > MAX_NODES:
         raise DataError(f"{source.shown}: {len(nodes)} nodes, expected <= {MAX_NODES}")
     children = [child for node in nodes for child in node.get("children", [])]
@@ -324,30 +341,73 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
         raise DataError(f"{source.shown}: a node with two parents")
     level, depth = sorted(set(range(len(nodes))) - set(children)), 0
     while level := [child for node in level for child in nodes[node].get("children", [])]:
-        if (depth := depth + 1) > MAX_DEPTH:  # each transform is the product of all above it
+        if (depth := depth + 1) > MAX_DEPTH:  # a node's transform is the product of all transforms above it
             raise DataError(f"{source.shown}: nodes more than {MAX_DEPTH} deep")
-    if any(not isinstance(size, int) or size < 0 for size in claims):
-        raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
-    for view in views:
-        _check_claim(source, view["byteLength"], binary_bytes)
-    check_decoded(source, sum(view["byteLength"] for view in views), 1, limits)  # each is copied
-    total = 0
-    for accessor in accessors:
-        needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
-        if accessor["count"] > max(limits.vertices, 3 * limits.faces):
-            raise LimitError(source.shown, accessor["count"], "vertices", "vertices", limits.vertices)
-        if "bufferView" in accessor:
-            _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
-        total += needed
-    check_decoded(source, total, 1, limits)
-    sizes = []
-    for mesh in tree.get("meshes", []):
-        shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
-        corners = sum(accessors[position if index is None else index]["count"] for position, index in shapes)
-        sizes.append((sum(accessors[position]["count"] for position, _ in shapes), corners))
-    # A mesh may be shown by many nodes, and an accessor used by many meshes.
-    for shown in (sizes, [sizes[node["mesh"]] for node in nodes if "mesh" in node]):
-        check_counts(source, sum(size[0] for size in shown), sum(size[1] for size in shown) // 3, limits)
 
 
-READERS = {"stl": _stl, "obj": _obj, "xyz": _xyz, "npy": _npy, "ply": _ply, "off": _off, "glb": _glb}
+# ---------------------------------------------------------------- the table of formats
+
+
+@dataclass(frozen=True)
+class MeshFormat:
+    """One file format of meshes or point clouds.
+
+    matches(head, suffix): whether a file is of this format, by its first bytes; `suffix` is in lower case, without dot.
+    read(source, data, limits): the mesh in `data`. It compares what the file declares with its size and the limits
+    before it allocates, opens no other file, and may raise anything: `quietly` makes it a DataError.
+    """
+
+    matches: Callable[[bytes, str], bool]
+    read: Callable[[Source, bytes, Limits], Mesh]
+
+
+def _is_stl(head: bytes, suffix: str) -> bool:
+    """Return whether a file is an STL; the binary kind has no signature, only its suffix."""
+    return suffix == "stl" or (head[:5] == b"solid" and b"facet" in head)
+
+
+def _is_obj(head: bytes, suffix: str) -> bool:
+    """Return whether the first three lines begin with words of OBJ."""
+    lines = _text_lines(head)
+    return bool(lines) and all(line[0] in OBJ_WORDS for line in lines[:3])
+
+
+def _is_xyz(head: bytes, suffix: str) -> bool:
+    """Return whether the first line is numbers if the suffix is one of `XYZ_SUFFIXES`; else whether all lines are."""
+    lines = _text_lines(head)
+    certain = lines[:1] if suffix in XYZ_SUFFIXES else lines
+    return bool(lines) and all(_is_numeric(" ".join(line)) for line in certain)
+
+
+def _text_lines(head: bytes) -> list[list[str]]:
+    """Return the words of each line that is neither blank nor a comment; no lines if `head` is not text."""
+    if re.search(rb"[\0-\x08]", head):
+        return []
+    text = head.decode("ascii", "replace")
+    if len(head) == HEAD_BYTES:
+        text = text.rpartition("\n")[0]  # the last line may be incomplete
+    return [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _is_numeric(line: str) -> bool:
+    """Return whether a line is three or more numbers, separated by blanks or commas."""
+    words = line.replace(",", " ").split()
+    return len(words) >= 3 and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
+
+
+# By the name that messages show, in the order in which `mesh_format` asks: signatures first, guesses at text last.
+FORMATS = {
+    "PLY": MeshFormat(lambda head, suffix: head.startswith((b"ply\n", b"ply\r")), _read_ply),
+    "GLB": MeshFormat(lambda head, suffix: head.startswith(b"glTF"), _read_glb),
+    "NPY": MeshFormat(lambda head, suffix: head.startswith(b"\x93NUMPY"), _read_npy),
+    "OFF": MeshFormat(lambda head, suffix: re.match(rb"(ST)?C?N?OFF\s", head) is not None, _read_off),
+    "STL": MeshFormat(_is_stl, _read_stl),
+    "OBJ": MeshFormat(_is_obj, _read_obj),
+    "XYZ": MeshFormat(_is_xyz, _read_xyz),
+}
+
+
+def mesh_format(head: bytes, name: str) -> MeshFormat | None:
+    """Return the format of a file that begins with `head`, or None if it is no mesh and no point cloud."""
+    suffix = name.lower().rpartition(".")[2]
+    return next((known for known in FORMATS.values() if known.matches(head, suffix)), None)

@@ -1,4 +1,4 @@
-"""Boxes, crops and sizes of pictures and frames."""
+"""Colours, crops and sizes of images and video frames."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CROP_TRIES = 10
 
 
 class CropOptions(Protocol):
-    """The options that pictures and frames share: colour statistics, the crop of evaluation, the Inception crop."""
+    """The options that images and videos share: colour statistics, the evaluation crop, the Inception crop."""
 
     @property
     def modality(self) -> str: ...
@@ -29,15 +29,15 @@ class CropOptions(Protocol):
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """Return the image in mode L or RGB: any mode of Pillow brought to 8 bits, and laid on white.
+    """Return an image of any mode in mode L or RGB: 8 bits a colour, transparent pixels on white.
 
-    16 bits are divided by 257. 32-bit integers and floats say nothing of their range: it is taken as 0..1, 0..255 or
-    0..65535, the first that holds all values, else as the image's own minimum..maximum.
+    16 bits are divided by 257. The range of 32-bit integers and floats is the first of 0..1, 0..255 and 0..65535 that
+    holds all values, else the image's own minimum..maximum.
     """
     mode, clear = image.mode, image.info.get("transparency")
     if mode[0] in "IF":
         values = np.asarray(image)
-        # PNG and PPM have no more than 16 bits, even where Pillow gives them mode I.
+        # PNG and PPM have at most 16 bits, even if Pillow opens them in mode I.
         sixteen = mode.startswith("I;16") or image.format in ("PNG", "PPM")
         grey = _to_8_bits(values, 65535 if sixteen else None)
         if isinstance(clear, int):
@@ -58,7 +58,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, from a range guessed as `flatten` says."""
+    """Return uint8 from numbers in 0..top; without `top`, `flatten` says which range is taken."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels that are not finite numbers")
@@ -69,7 +69,11 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
 
 
 def per_channel(spec: CropOptions, key: str, colors: int) -> tuple[float, ...]:
-    """Return the spec's "mean" or "std", one number a colour, in units of the uint8 values. Raises UsageError."""
+    """Return the spec's "mean" or "std" with one number for each colour, in units of the uint8 values.
+
+    Raises:
+        UsageError: neither one number nor one for each colour.
+    """
     numbers: tuple[float, ...] = getattr(spec, key)
     if colors == 1 and len(numbers) == 3:
         numbers = (sum(numbers) / 3,)
@@ -79,7 +83,7 @@ def per_channel(spec: CropOptions, key: str, colors: int) -> tuple[float, ...]:
 
 
 def check_crops(spec: CropOptions) -> None:
-    """Raise UsageError where a range of the Inception crop does not rise."""
+    """Raise UsageError if a range of the Inception crop does not rise."""
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
@@ -91,10 +95,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
-    """Return the centre `eval_crop` of the largest box that has the target's aspect ratio, in whole pixels.
+    """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio.
 
-    Rounded down as by transformers' image processor, so that published weights see the pixels that they were
-    evaluated on.
+    Sides are rounded down as in transformers' image processor: published weights see the pixels of their evaluation.
     """
     height, width = raw.shape[:2]
     crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
@@ -104,9 +107,9 @@ def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
 
 
 def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """Return the Inception crop, in whole pixels: a random area, aspect ratio (log-uniform) and place.
+    """Return the Inception crop: a box of random area, aspect ratio (log-uniform) and place.
 
-    `crop_aspect` is relative to the target's aspect ratio: of the crop itself where the target is square.
+    `crop_aspect` is relative to the target's aspect ratio.
     """
     height, width = raw.shape[:2]
     target = size[1] / size[0]
@@ -119,7 +122,7 @@ def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.ran
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left, top = int(at_x * (width - crop_width + 1)), int(at_y * (height - crop_height + 1))
             return left, top, left + crop_width, top + crop_height
-    # Nothing fitted: the largest centred box of an allowed aspect ratio.
+    # No try fitted: the largest centred box of an allowed aspect ratio.
     crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
     crop_width, crop_height = max(1, crop_width), max(1, crop_height)
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
@@ -127,21 +130,23 @@ def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.ran
 
 
 def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
-    """Return the box of (H, W, c) values at `size` (height, width), bicubic; a view where nothing changes.
+    """Return a box of (H, W, c) values at `size` (height, width), bicubic; a view of `values` if sizes agree.
 
-    Cropped first, so that no pixel beyond the box reaches the result. With `reducing_gap` large boxes are first
-    averaged down to that many times `size`: faster, and near enough for training.
+    No pixel outside the box reaches the result. With `reducing_gap`, large boxes are first averaged to that many times
+    `size`: faster, and accurate enough for training.
     """
     left, top, right, bottom = box
-    part = values[top:bottom, left:right]
-    if part.shape[:2] == size:
-        return part
-    return to_array(to_image(part).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
+    crop = values[top:bottom, left:right]
+    if crop.shape[:2] == size:
+        return crop
+    return to_array(to_image(crop).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
 
 
 def to_image(values: Array) -> Image.Image:
+    """Return (H, W, c) uint8 as an image in mode L (c = 1) or RGB."""
     return Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values)
 
 
 def to_array(image: Image.Image) -> Array:
-    return np.array(image).reshape(image.height, image.width, -1)  # a copy, so that it is writable
+    """Return an image as writable (H, W, c) values."""
+    return np.array(image).reshape(image.height, image.width, -1)

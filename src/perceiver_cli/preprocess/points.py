@@ -1,8 +1,6 @@
 """Point clouds and the surfaces of meshes: positions only, as in the paper's ModelNet40 model (section 4.3).
 
-What a file declares is compared with its size and the limits before a reader sees it. STL, OBJ, XYZ, NPY and
-binary PLY are read here with NumPy; ASCII PLY, OFF and GLB by trimesh, from memory, with a resolver that refuses
-every other file.
+`mesh_files` reads the files; a new file format is one entry of its table `FORMATS`.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, check_decoded
-from perceiver_cli.preprocess.mesh_files import PLY_TYPES, READERS, Floats, check_counts, mesh_format, quietly
+from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, check_counts, mesh_format, quietly
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits, Positive, Range, Size
 
@@ -28,10 +26,10 @@ class PointsSpec(InputSpec):
     num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
     patch: tuple[Size, ...] = (1,)
-    # Points sampled once per file and kept; each visit in training draws num_points of them.
+    # Points sampled once from each file and kept; each visit in training draws num_points of them.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
-    # Training: per-point scaling (paper 4.3), scaling of the whole along each axis, mirroring along some with
-    # probability one half, turning about one, and noise on each coordinate.
+    # Training: a factor for each point (paper 4.3), rotation about one axis, a factor for each axis, a mirror along
+    # each named axis with probability one half, and noise on each coordinate.
     point_scale: Range = (0.99, 1.01)
     rotate: Literal["none", "x", "y", "z", "any"] = "none"
     stretch: Range = (1.0, 1.0)
@@ -42,10 +40,9 @@ class PointsSpec(InputSpec):
 __all__ = ["MODALITY", "PointsModality"]
 
 POOL_SEED = 0  # the pool of a file is the same in every run
-MAX_COORDINATE = 1e30  # its square would still be far from overflow in float64, sums of it in float32
-BLOCK_FACES = 1 << 20  # areas are computed in blocks, to bound memory
-PLY_TYPES |= {"float": "f4", "double": "f8"} | {f"int{8 * n}": f"i{n}" for n in (1, 2, 4, 8)}
-PLY_TYPES |= {f"uint{8 * n}": f"u{n}" for n in (1, 2, 4, 8)} | {f"float{8 * n}": f"f{n}" for n in (2, 4, 8)}
+MAX_COORDINATE = 1e30  # its square cannot overflow float64, nor sums of it float32
+BLOCK_FACES = 1 << 20  # faces per block of areas, to bound memory
+TINY_POINTS = 64  # a cloud with fewer points is a fault
 
 
 class PointsModality(Modality[PointsSpec]):
@@ -53,31 +50,32 @@ class PointsModality(Modality[PointsSpec]):
 
     name = "points"
     precedence = 4
-    formats = "PLY, STL, OBJ, OFF, GLB, XYZ, NPY"
-
+    formats = ", ".join(FORMATS)
     decides = ("pool_points",)
+    paper_preset = "modelnet40"
+    preparation = "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate"
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether `head` begins a mesh or a table of points; binary STL is told by its name alone."""
+        """Return whether `head` begins a mesh or a table of points; only the name tells a binary STL."""
         return mesh_format(head, name) is not None
 
     def load(self, source: Source, spec: PointsSpec, limits: Limits) -> Array:
         """Return up to `spec.pool_points` points (P, 3) float32: samples of the surface, the same every time.
 
-        Faces are drawn in proportion to their area and points uniformly on each, all independent, so every prefix
-        is a fair sample too. Without faces, or without area, the points are the vertices themselves.
+        Faces are drawn in proportion to their area, and points uniformly on each face. Draws are independent, so every
+        prefix is a fair sample too. Without faces, or without area, the points are the vertices.
 
         Raises:
-            DataError: not readable, shorter than declared, refers to another file, empty, not finite.
-            LimitError: more vertices, faces or bytes than allowed, known before they are decoded.
+            DataError: unreadable, shorter than declared, names another file, empty, not finite.
+            LimitError: more vertices, faces or bytes than `limits`, refused before they are decoded.
         """
         data = source.read(limits)
-        kind = mesh_format(data[:HEAD_BYTES], source.name)
-        if kind is None:
+        known = mesh_format(data[:HEAD_BYTES], source.name)
+        if known is None:
             raise DataError(f"{source.shown}: not a format of points", f"expected {self.formats}")
         check_decoded(source, spec.pool_points, 12, limits)
         with quietly(source):
-            vertices, faces = READERS[kind](source, data, limits)
+            vertices, faces = known.read(source, data, limits)
             check_counts(source, len(vertices), len(faces), limits)
         check_contract(source, vertices, "points")
         if np.abs(vertices).max() > MAX_COORDINATE:
@@ -92,10 +90,10 @@ class PointsModality(Modality[PointsSpec]):
         return "float32", (None, 3)
 
     def layout(self, spec: PointsSpec) -> Layout:
-        """Return num_points inputs that are positions and nothing else: 387 channels with 64 bands (paper 4.3).
+        """Return num_points inputs of positions alone: 387 channels with 64 bands (paper 4.3).
 
         Raises:
-            UsageError: points are to be merged into patches.
+            UsageError: a patch, or learned positions, which points without a grid cannot have.
         """
         if spec.patch != (1,):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
@@ -108,9 +106,8 @@ class PointsModality(Modality[PointsSpec]):
     def prepare(self, raw: Array, spec: PointsSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3), normalised to [-1, 1], as positions (M, 3) without values.
 
-        In the order of paper 4.3: centred; with `rng` each point scaled by its own factor, then the whole stretched,
-        mirrored and turned, and noise added; centred again, and divided by the largest coordinate. One point, many
-        times, is all zeros.
+        In the order of paper 4.3: centred; with `rng` scaled point by point, stretched, mirrored, rotated and jittered;
+        centred again; divided by the largest coordinate. Equal points become zeros.
         """
         count, size = spec.num_points, len(raw)
         if rng is None:
@@ -128,14 +125,18 @@ class PointsModality(Modality[PointsSpec]):
                 if rng.random() < 0.5:
                     points[:, "xyz".index(axis)] *= -1
             if spec.rotate != "none":
-                points = points @ _rotation(spec.rotate, rng)
+                points = points @ random_rotation(spec.rotate, rng)
             if spec.jitter:
-                size_now = np.abs(points).max()
-                points = points + rng.normal(0, spec.jitter * size_now, points.shape).astype(np.float32)
+                extent = np.abs(points).max()
+                points = points + rng.normal(0, spec.jitter * extent, points.shape).astype(np.float32)
         points = _centred(points)
         scale = np.abs(points).max()
         positions = points / scale if scale > 0 else points
         return ByteArray(np.empty((count, 0), np.float32), positions.astype(np.float32, copy=False))
+
+    def fault(self, raw: Array) -> str | None:
+        """Return "tiny" for fewer than `TINY_POINTS` points, "constant" for equal points, or None."""
+        return "tiny" if len(raw) < TINY_POINTS else super().fault(raw)
 
 
 MODALITY = PointsModality()
@@ -146,14 +147,14 @@ register(MODALITY)
 
 
 def _centred(points: Array) -> Array:
-    # The first point goes first: of equal points exact zeros remain, where a rounded mean leaves a residue.
+    # The first point is subtracted first: equal points become exact zeros, which a rounded mean would not give.
     points = points - points[0]
     points -= points.mean(axis=0)
     return points
 
 
-def _rotation(axis: str, rng: np.random.Generator) -> NDArray[np.float32]:
-    """Return a random rotation (3, 3): uniform about one axis, or over all rotations for "any"."""
+def random_rotation(axis: str, rng: np.random.Generator) -> NDArray[np.float32]:
+    """Return a random rotation (3, 3): uniform about one axis, or uniform over all rotations for "any"."""
     if axis == "any":
         turn, upper = np.linalg.qr(rng.normal(size=(3, 3)))
         turn *= np.sign(np.diag(upper))  # makes it uniform (Mezzadri 2007)
@@ -167,17 +168,17 @@ def _rotation(axis: str, rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def _pool(vertices: Floats, faces: NDArray[np.int64], count: int) -> Floats:
-    """Return `count` area-weighted samples of the surface; where there is none, at most `count` vertices."""
+    """Return `count` area-weighted samples of the surface, or at most `count` vertices if there is no surface."""
     rng = np.random.default_rng(POOL_SEED)
     if len(faces):
         blocks = range(0, len(faces), BLOCK_FACES)
         area = np.cumsum(np.concatenate([_areas(vertices, faces[i : i + BLOCK_FACES]) for i in blocks]))
         if area[-1] > 0:
-            # side="right": a draw of exactly 0 must not pick a leading face that has no area.
+            # side="right": a draw of exactly 0 must not choose a first face without area.
             drawn = np.searchsorted(area, rng.random(count) * area[-1], side="right").clip(max=len(faces) - 1)
             origin, first, second = (vertices[faces[drawn, corner]] for corner in range(3))
             u, v = weights = rng.random((2, count, 1))
-            u, v = np.where(u + v > 1, 1 - weights, weights)  # the parallelogram's far half, folded back
+            u, v = np.where(u + v > 1, 1 - weights, weights)  # fold the far half of the parallelogram back
             return np.asarray(origin + u * (first - origin) + v * (second - origin))
     if len(vertices) <= count:
         return vertices

@@ -1,4 +1,8 @@
-"""RandAugment (Cubuk et al. 2020)."""
+"""RandAugment (Cubuk et al. 2020), with the operations and constants of the official Perceiver code.
+
+Each operation takes an image and a level in 0..1. Lengths are pixels of a 224 x 224 crop of ImageNet; they shrink with
+the shorter side of the image.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +16,6 @@ from PIL.Image import Resampling, Transform
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.pixels import to_array, to_image
 
-# ---------------------------------------------------------------- RandAugment
-
-# The operations and constants of RandAugment (Cubuk et al. 2020) in the official Perceiver code. Each takes the image
-# and a level in 0..1. Lengths there are pixels of an ImageNet crop; here they shrink with the shorter side.
 TRANSLATE_PIXELS, CUTOUT_PIXELS, PER_SIDE = 100, 40, 224
 Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
 
@@ -71,7 +71,7 @@ RANDAUGMENT: dict[str, Operation] = {
     "Equalize": lambda image, level, rng: ImageOps.equalize(image),
     "Invert": lambda image, level, rng: ImageOps.invert(image),
     "Rotate": lambda image, level, rng: image.rotate(30 * level * _sign(rng), fillcolor=_gray(image)),
-    # At least one bit: with none, which the official code gives below magnitude 3, the image would be black.
+    # At least one bit: the official code keeps none below magnitude 3, and the image turns black.
     "Posterize": lambda image, level, rng: ImageOps.posterize(image, max(1, int(4 * level))),
     "Solarize": lambda image, level, rng: ImageOps.solarize(image, int(256 * level)),
     "Color": _enhance(ImageEnhance.Color),

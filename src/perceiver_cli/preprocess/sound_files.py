@@ -1,8 +1,9 @@
-"""Sound files: what they declare, checked, and their samples."""
+"""Sound files: their claims checked, then their samples read in blocks by libsndfile, or by PyAV from a video."""
 
 from __future__ import annotations
 
 import io
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +14,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import container
-from perceiver_cli.preprocess.base import Array, check_contract
+from perceiver_cli.preprocess.base import Array, check_contract, check_limit
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -25,22 +26,34 @@ Channel = int | Literal["mix"]  # one channel, counted from 0, or the mean of al
 
 BLOCK_FRAMES = 65_536
 MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
-UNKNOWN_FRAMES = 1 << 62  # libsndfile gives 2^63 - 1 where a stream declares no length
-# Full scale is 1; floats that hold 32-bit integers reach 2^31. Beyond this, power would overflow float32.
+UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 frames if a stream declares no length
+# Full scale is 1; floats that hold 32-bit integers reach 2^31. Above this limit, power would overflow float32.
 MAX_AMPLITUDE = 1e10
-# Sizes in a sound that was written to a pipe: unset, or the most there can be (0x7FFFF000: SoX).
-STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
 MAX_CHUNKS = 10_000
 WAVE_MAGIC = (b"RIFF", b"RIFX", b"RF64")
-SETTLING_S = 0.2  # before a place in the middle of a file, for decoders that take from what came before
-JITTER_S = 0.05  # by which times in a container may be off the count of samples
+SETTLING_S = 0.2  # decoded and dropped before a span, for decoders whose output depends on earlier samples
+JITTER_S = 0.05  # largest difference between a container's times and the count of samples that is ignored
+# MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
+# bits, would match UTF-16 text (0xFF 0xFE, which is layer I).
+_MPEG_RATES = re.escape(bytes(byte for byte in range(256) if byte >> 4 not in (0, 15) and byte >> 2 & 3 != 3))
+# How the files of each format begin, by the name in messages. A new format of libsndfile is one entry here.
+FORMATS = {
+    "WAV": rb"(?:RIFF|RIFX|RF64)....WAVE",
+    "FLAC": rb"fLaC",
+    "OGG": rb"OggS",
+    "MP3": rb"ID3|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd][" + _MPEG_RATES + rb"].",
+    "AIFF": rb"FORM....AIF[FC]",
+    "AU": rb"\.snd",
+    "CAF": rb"caff",
+}
 
 
 @dataclass(frozen=True)
 class Sound:
-    """An open sound: its rate, how many samples a channel it declares (None: it does not), and the way to read it.
+    """An open sound file.
 
-    read(first, stop): yields blocks (n,) float32 of one channel or the mean of all, checked as `_checked` says.
+    samples: the number of samples per channel that the file declares, or None.
+    read(first, stop): yields blocks (n,) float32 of one channel, or of the mean of all, that `_checked` has checked.
     """
 
     rate_hz: int
@@ -51,20 +64,13 @@ class Sound:
 # ---------------------------------------------------------------- reading
 
 
-def is_mpeg_frame(head: bytes) -> bool:
-    """Return whether `head` begins with a frame header of MPEG audio, layer II or III.
-
-    The sync alone is 11 bits and matches a UTF-16 text (0xFF 0xFE, which would be layer I).
-    """
-    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE0 != 0xE0:
-        return False
-    version, layer = head[1] >> 3 & 3, head[1] >> 1 & 3
-    bitrate, rate = head[2] >> 4, head[2] >> 2 & 3
-    return version != 1 and layer in (1, 2) and bitrate not in (0, 15) and rate != 3
+def is_sound(head: bytes) -> bool:
+    """Return whether the first bytes of a file are those of one of `FORMATS`."""
+    return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
 
 
 class _Reader:
-    """A file that never raises: libsndfile calls it from C, where an exception could only be printed."""
+    """A file object whose methods never raise: libsndfile calls them from C, which can only print an exception."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -75,24 +81,24 @@ class _Reader:
     def seek(self, offset: int, whence: int = 0) -> int:
         try:
             return self.file.seek(offset, whence)
-        except (OSError, ValueError, OverflowError):  # a damaged header asks for a place that cannot be
+        except (OSError, ValueError, OverflowError):  # a damaged header names an impossible offset
             return self.file.tell()
 
     def readinto(self, buffer: Any) -> int:
         try:
             return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
-        except (OSError, ValueError):  # a failing disk: the sound ends here, and is found short
+        except (OSError, ValueError):  # a failing disk: the sound ends here, shorter than declared
             return 0
 
 
 @contextmanager
 def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
-    """Yield the soundfile.SoundFile over `file`. Whatever libsndfile raises inside becomes a DataError."""
+    """Yield the soundfile.SoundFile over `file`. Every exception of libsndfile becomes a DataError."""
     import soundfile
 
     try:
         with soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound:
-            # Else soundfile seeks after every block: slow, and an error where a FLAC declares no length.
+            # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
             sound.seekable = lambda: False
             yield sound
     except DataError:
@@ -103,10 +109,9 @@ def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
 
 
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
-    """Return `file`, rewound, unless its header says more or less of the size of the sound than the truth.
+    """Return `file`, rewound; for a WAV that was streamed with size 0, a copy that declares the largest size.
 
-    Of WAV, AIFF and AU, libsndfile reads what there is where more was declared, without a word. It reads nothing of
-    a WAV that was streamed with size 0: for that, a copy that declares the maximum comes back instead.
+    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error.
 
     Raises:
         DataError: the file declares more bytes of sound than it holds.
@@ -135,30 +140,34 @@ def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
                 data[at - 4 : at] = b"\xff" * 4
                 return io.BytesIO(data)
             break
-        if name == b"ds64" and magic == b"RF64" and len(header) == 24:  # 64-bit sizes of the file and its sound
+        if name == b"ds64" and magic == b"RF64" and len(header) == 24:  # the 64-bit sizes of the file and of its sound
             long_size = int.from_bytes(header[16:24], "little")
         at += declared + (declared & 1)
     file.seek(0)
     return file
 
 
-def _check_sound_bytes(source: Source, declared: int, found: int) -> None:
-    if declared > found and declared not in STREAMED_SIZES:
-        raise DataError(f"{source.shown}: declared {declared} bytes of sound, found {max(0, found)}")
+def _check_sound_bytes(source: Source, declared: int, available: int) -> None:
+    if declared > available and declared not in container.STREAMED_SIZES:
+        raise DataError(f"{source.shown}: declared {declared} bytes of sound, found {max(0, available)}")
 
 
 def _is_chunk(data: bytes, room: int, order: str) -> bool:
-    """Return whether a RIFF chunk begins here, rather than sound: a printable name, and a size that fits."""
+    """Return whether `data` begins a RIFF chunk and not sound: a printable name, and a size within `room`."""
     if len(data) < 8 or not all(0x20 <= byte < 0x7F for byte in data[:4]):
         return False
     return bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
 
 
 @contextmanager
-def opened(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
-    """Yield the sound of a file, its rate, channels and length within the limits; nothing is decoded yet."""
+def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
+    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet.
+
+    Raises:
+        AbsentError: a video without sound. DataError: unreadable. LimitError: more channels or seconds than `limits`.
+    """
     if container.format_of(source.head()) is not None:
-        with container.opened(source, limits, "audio") as track:
+        with container.open_track(source, limits, "audio") as track:
             codec = track.stream.codec_context
             rate_hz = _checked_header(source, codec.sample_rate, codec.layout.nb_channels, channel, limits)
             _check_seconds(source, track.duration_s, limits)
@@ -173,23 +182,21 @@ def opened(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
 
 
 def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channel, limits: Limits) -> int:
-    """Return the rate of a sound whose rate and channels are such that it can be read."""
+    """Return `rate_hz`. Raises DataError for a rate out of range, a missing channel, or too many channels."""
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    if channels > limits.audio_channels:
-        raise LimitError(source.shown, channels, "channels", "audio_channels", limits.audio_channels)
+    check_limit(source, channels, "channels", "audio_channels", limits)
     if channel != "mix" and channel >= channels:
         raise DataError(f"{source.shown}: no channel {channel}, found {channels} channel(s) counted from 0")
     return rate_hz
 
 
 def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    if seconds > limits.audio_seconds:
-        raise LimitError(source.shown, seconds, "seconds", "audio_seconds", limits.audio_seconds)
+    check_limit(source, seconds, "seconds", "audio_seconds", limits)
 
 
 def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
-    """Return one channel of (n, channels), or the mean of all, as (n,): a copy, finite and of a sane amplitude."""
+    """Return a copy (n,) of one channel of (n, channels), or the mean of all, with finite values below the limit."""
     if channel != "mix" or samples.shape[1] == 1:
         block: Samples = samples[:, 0 if channel == "mix" else channel].copy()
     else:
@@ -204,15 +211,15 @@ def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
 def _read_file(
     source: Source, sound: Any, declared: int | None, channel: Channel, limits: Limits, first: int, stop: float
 ) -> Iterator[Samples]:
-    """Yield blocks of the samples from `first` on and before `stop`, at the file's own rate, by libsndfile."""
+    """Yield blocks of the samples from `first` to before `stop`, at the file's own rate, by libsndfile."""
     at = 0
-    if declared is not None and sound.format != "MP3":  # of which libmpg123 writes to stderr what it misses there
+    if declared is not None and sound.format != "MP3":  # seeking in an MP3, libmpg123 prints warnings to stderr
         at = min(max(0, first - round(SETTLING_S * sound.samplerate)), declared)
     if at:
         sound.seek(at)
     buffer = np.empty((min(BLOCK_FRAMES, max(1, BLOCK_FRAMES if declared is None else declared)), sound.channels), "f4")
     while at < stop and len(samples := sound.read(out=buffer[: int(min(len(buffer), stop - at))])):
-        _check_seconds(source, (at + len(samples)) / sound.samplerate, limits)  # again, where none are declared
+        _check_seconds(source, (at + len(samples)) / sound.samplerate, limits)  # again: a stream may declare no length
         if at + len(samples) > first:
             yield _checked(source, samples[max(0, first - at) :], channel)
         at += len(samples)
@@ -223,20 +230,20 @@ def _read_file(
 def _read_track(
     source: Source, track: container.Track, rate_hz: int, channel: Channel, limits: Limits, first: int, stop: float
 ) -> Iterator[Samples]:
-    """Yield blocks of the samples from `first` on and before `stop`, at the stream's own rate, by PyAV.
+    """Yield blocks of the samples from `first` to before `stop`, at the stream's own rate, by PyAV.
 
-    Samples lie where their times say, so that they stay with the pictures: what is missing is silence.
+    The times of the container place the samples, which keeps them beside the pictures; silence fills gaps.
     """
     import av
 
     resampler = av.AudioResampler(format="fltp", rate=rate_hz)  # only the format changes
-    at, following = first, None  # the next sample to give, and the next that is expected
+    at, following = first, None  # the next sample to yield, and the sample after the last frame
     for time_s, frame in track.frames(first / rate_hz - SETTLING_S):
         place = round(time_s * rate_hz)
         if following is not None and abs(place - following) <= JITTER_S * rate_hz:
             place = following
-        for part in resampler.resample(frame):
-            samples = part.to_ndarray().T
+        for converted in resampler.resample(frame):
+            samples = converted.to_ndarray().T
             following = place + len(samples)
             _check_seconds(source, following / rate_hz, limits)
             while at < min(place, stop):
@@ -252,30 +259,30 @@ def _read_track(
             return
 
 
-def resampled(blocks: Iterator[Samples], found_hz: int, rate_hz: int) -> Iterator[Samples]:
-    """Yield blocks at another rate, which together are what resampling them at once gives."""
-    if found_hz == rate_hz:
+def resampled(blocks: Iterator[Samples], file_hz: int, rate_hz: int) -> Iterator[Samples]:
+    """Yield blocks at another rate; joined, they equal the joined input resampled at once."""
+    if file_hz == rate_hz:
         yield from blocks
         return
     import soxr
 
-    stream = soxr.ResampleStream(found_hz, rate_hz, 1, dtype="float32", quality="HQ")
+    stream = soxr.ResampleStream(file_hz, rate_hz, 1, dtype="float32", quality="HQ")
     for block in blocks:
         yield stream.resample_chunk(block)
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
-    """Return whether the frame count is the file's own: in an MP3 without a Xing header it is an estimate.
+    """Return whether the file itself states its frame count; for an MP3 without a Xing header libsndfile estimates it.
 
-    libsndfile then reads as far as the estimate, which is good for a constant bitrate.
+    libsndfile reads up to the estimate, which is right for a constant bitrate.
     """
     if sound.format != "MP3":
         return True
     with source.open(limits) as file:
         head = file.read(10)
         tag = 0
-        if head[:3] == b"ID3" and len(head) == 10:  # its size is four times 7 bits
+        if head[:3] == b"ID3" and len(head) == 10:  # the size is in four bytes of 7 bits
             tag = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
         file.seek(tag)
         frame = file.read(256)

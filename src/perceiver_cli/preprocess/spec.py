@@ -29,26 +29,26 @@ class Table(BaseModel):
 
 
 class InputSpec(Table):
-    """How one modality becomes a byte array. Subclasses register themselves by the default of `modality`.
+    """Options of one modality: how a file becomes a byte array. The default of `modality` registers each subclass.
 
-    A modality outside this package subclasses it beside its `Modality` (see examples/custom_modality.py).
+    A modality outside this package defines its subclass beside its `Modality` (see examples/custom_modality.py).
     """
 
     kinds: ClassVar[dict[str, type[InputSpec]]] = {}
     modality: str
     # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
     bands: Annotated[int, Field(ge=0, le=4096)] = 64
-    # The paper's mu per axis, in samples over [-1, 1]; unset, the number of inputs along the axis.
+    # The paper's mu for each axis, in samples over [-1, 1]; unset, the number of inputs along the axis.
     max_resolution: tuple[Positive, ...] | None = None
-    # Inputs merged into one along each axis; their values become channels.
+    # Neighbours along each axis that are merged into one input; their values become channels.
     patch: tuple[Size, ...] = (1,)
-    # Fourier features, or a learned vector for each place of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
+    # Fourier features, or a learned vector for each point of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
     positions: Literal["fourier", "learned"] = "fourier"
     learned_channels: Size = 128
     learned_std: Positive = 1.0
-    # A seed: rows of the byte array in one random order, the same for every input, features and all (paper 4.1).
+    # Seed of a random order of the byte array's rows, with their features, the same for every input (paper 4.1).
     permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
-    # Share of training examples from which this modality is withheld where there is another (paper 4.2: video 0.3).
+    # Share of training examples that lose this modality if they have another (paper 4.2: video 0.3).
     dropout: Fraction = 0.0
 
     @classmethod
@@ -60,15 +60,15 @@ class InputSpec(Table):
 
 
 class Limits(Table):
-    """What one input may cost before it is refused; each is raised by `--limit NAME=VALUE`."""
+    """Limits on the size of one input, against hostile files; `--limit NAME=VALUE` raises one."""
 
     file_bytes: int = 2 << 30
     image_pixels: int = 89_478_485
     audio_seconds: float = 3600.0
     audio_channels: int = 64
     video_seconds: float = 3600.0
-    video_pixels: int = 33_177_600  # of a frame: 8K
-    video_side: int = 8192  # pixels, of a frame
+    video_pixels: int = 33_177_600  # per frame: 8K
+    video_side: int = 8192  # pixels along a side of a frame
     vertices: int = 10_000_000
     faces: int = 20_000_000
     decoded_bytes: int = 1 << 30

@@ -1,7 +1,7 @@
 """Video as a grid, time x height x width: frames by their presentation times, one crop for all of them (paper 4.2).
 
-Decoding gives the frame that is shown at each instant of the spec's frame rate, upright, and no larger than crops
-need. MP4, MKV and the like are read through PyAV (`container`), animated GIF, WebP and PNG by Pillow.
+`load` returns the frame shown at each instant of the spec's frame rate, upright, and no larger than crops need. PyAV
+reads MP4, MKV and other containers (`container`), Pillow animated GIF, WebP and PNG.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from PIL.Image import Resampling
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, LimitError, UsageError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
 from perceiver_cli.preprocess.base import (
     Array,
@@ -26,7 +26,9 @@ from perceiver_cli.preprocess.base import (
     Layout,
     Span,
     TimedModality,
+    at_least_one,
     check_decoded,
+    check_limit,
     cut_windows,
     patchify,
     position_options,
@@ -53,13 +55,13 @@ class VideoSpec(InputSpec):
     frame_rate_hz: Annotated[float, Field(gt=0, le=1000)] = 25.0  # each instant takes the frame shown then
     size: Pair = (224, 224)
     patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
-    short: Literal["loop", "hold"] = "loop"  # what fills a clip that is longer than its file
-    eval_windows: Size = 1  # of a file in evaluation, spread evenly over it; their scores are averaged
+    short: Literal["loop", "hold"] = "loop"  # how a file shorter than the clip is filled up
+    eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
-    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side kept in evaluation
-    # Training: a random place in time, and one Inception crop for all frames. No mirror unless asked for: a mirrored
-    # clip may be of another class, left for right. Brightness, contrast and saturation each by up to this share.
+    eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
+    # Training: a random time, and one Inception crop for all frames. No mirror by default: it turns left into right,
+    # which may be another class. `color` is the largest change of brightness, contrast and saturation, as a share.
     crop_area: Range = (0.3, 1.0)
     crop_aspect: Range = (3 / 4, 4 / 3)
     flip: Fraction = 0.0
@@ -69,18 +71,21 @@ class VideoSpec(InputSpec):
 __all__ = ["MODALITY", "VideoModality"]
 
 COLORS = 3
-# Containers round times to their tick; a frame counts as shown from half a tick before, so that none falls out.
+# Containers round times to their tick: a frame counts as shown from half a tick earlier, so that no frame is skipped.
 MAX_SLACK_S = 0.0005
 EPSILON_S = 1e-6
-UNHURRIED_S, SHORTEST_S = 0.1, 0.011  # browsers show a frame of an animation that says 10 ms or less for 100 ms
-MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # beyond, the pixels are taken as square
+SHORTEST_S, DEFAULT_S = 0.011, 0.1  # like browsers: a frame of an animation with 10 ms or less is shown for 100 ms
+MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # outside this range, pixels count as square
 PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
-LUMA = np.array([0.299, 0.587, 0.114])  # as Pillow makes grey
+LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
 Change = Callable[[Image.Image], Image.Image]
 
 
 class Shown(NamedTuple):
-    """A frame that is shown from one time to another, in seconds, and how to get its (H, W, 3) uint8."""
+    """A frame, and the time in seconds from which and until which it is shown.
+
+    picture: decodes the frame to (H, W, 3) uint8.
+    """
 
     start_s: float
     end_s: float
@@ -88,18 +93,21 @@ class Shown(NamedTuple):
 
 
 class VideoModality(TimedModality[VideoSpec]):
-    """Files of moving pictures to (frames, height, width, colours) uint8, and on to a grid of space-time patches."""
+    """Video files to (frames, height, width, colours) uint8, then to a grid of space-time patches (paper 4.2)."""
 
     name = "video"
-    precedence = (
-        1  # before image: an animation can be read as a picture, and before audio: a video can be read for its sound
-    )
+    precedence = 1  # before image, which also reads animations, and before audio, which also reads containers
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
-
     decides = ("frame_rate_hz", "size", "eval_crop")
+    contains = ("audio",)
+    paper_preset = "audioset-video"
+    preparation = (
+        "the middle num_frames frames at frame_rate_hz, each cropped and resized as an image is, 0..255; cut into "
+        "patches of time, height, width"
+    )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the bytes begin like a container of pictures, or like an animation."""
+        """Return whether the bytes begin a container that can hold pictures, or an animation."""
         if container.format_of(head) is not None:
             return not container.holds_sound_only(head, name)
         return _is_animated(head)
@@ -113,13 +121,13 @@ class VideoModality(TimedModality[VideoSpec]):
         return spec.frame_rate_hz
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the end of the last frame in seconds, as declared; of an animation, its frames are gone through.
+        """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited.
 
         Raises:
-            AbsentError: no picture in the file. DataError: unreadable. LimitError: longer than allowed.
+            AbsentError: no picture in the file. DataError: unreadable. LimitError: longer than `limits` allow.
         """
         if container.format_of(source.head()) is not None:
-            with container.opened(source, limits, "video") as track:
+            with container.open_track(source, limits, "video") as track:
                 duration_s = track.duration_s
         else:
             duration_s = max((shown.end_s for shown in _frames(source, VideoSpec(), limits)), default=0.0) + EPSILON_S
@@ -127,13 +135,13 @@ class VideoModality(TimedModality[VideoSpec]):
         return duration_s
 
     def load(self, source: Source, spec: VideoSpec, limits: Limits, span: Span | None = None) -> Array:
-        """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` of the file or of a span of it.
+        """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` seconds of the file or of a span.
 
-        H and W are such that the evaluation crop needs no more resizing, never larger than in the file.
+        H and W are those at which the evaluation crop has the size of the spec, or the file's own if that is smaller.
 
         Raises:
             AbsentError: no picture in the file.
-            LimitError: more seconds, pixels or bytes than allowed, as declared before decoding, as found after.
+            LimitError: more seconds, pixels or bytes than `limits`, by the header or while decoding.
             DataError: unreadable, truncated, damaged, or without frames.
         """
         first, stop = 0, math.inf
@@ -155,12 +163,8 @@ class VideoModality(TimedModality[VideoSpec]):
     ) -> Iterator[tuple[float, Array]]:
         """Yield (start in seconds, (T, H, W, 3) uint8) of overlapping windows; see `TimedModality.windows`."""
         pictures = _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz)
-        found = False
-        for window in cut_windows((picture[None] for picture in pictures), spec.frame_rate_hz, window_s, hop_s):
-            found = True
-            yield window
-        if not found:
-            raise DataError(f"{source.shown}: no frames in the file")
+        windows = cut_windows((picture[None] for picture in pictures), spec.frame_rate_hz, window_s, hop_s)
+        yield from at_least_one(source, windows, "frames")
 
     def loaded(self, spec: VideoSpec) -> tuple[str, tuple[int | None, ...]]:
         """Return uint8, (T, H, W, 3)."""
@@ -197,8 +201,8 @@ class VideoModality(TimedModality[VideoSpec]):
     ) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
-        Without `rng`: the centre, `eval_crop` of what fits, and the middle in time where `start_s` is not given. With
-        it: a random time, and Inception crop, mirror and colours that are the same for all frames.
+        Without `rng`: the centre crop of `eval_crop`, and the middle in time if `start_s` is None. With `rng`: a random
+        time if `start_s` is None, and one Inception crop, mirror and change of colours for all frames.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         if rng is None:
@@ -212,6 +216,10 @@ class VideoModality(TimedModality[VideoSpec]):
             changes.append(_recoloring(frames, spec.color, rng))
         return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
 
+    def num_views(self, spec: VideoSpec) -> int:
+        """Return how many clips of each file evaluation averages over."""
+        return spec.eval_windows
+
 
 MODALITY = VideoModality()
 register(MODALITY)
@@ -221,9 +229,9 @@ register(MODALITY)
 
 
 def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: float, held: float) -> Iterator[Array]:
-    """Yield the picture shown at each instant k / rate, from k = `first` on and before `stop`, to the end of the file.
+    """Yield the picture shown at each instant k / rate, from k = `first` to before `stop` or the end of the file.
 
-    held: how many pictures the caller keeps at a time, for the check of what they come to.
+    held: how many pictures the caller keeps at a time, for the check of their bytes against the limits.
     """
     rate_hz = spec.frame_rate_hz
     k, shown = first, None
@@ -239,21 +247,20 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
     if shown is not None:
         _check_seconds(source, shown.end_s, limits)
         after = math.ceil(shown.end_s * rate_hz)
-        if after <= k == first <= after + 1:  # the last frame may end a little before it was declared to
+        if after <= k == first <= after + 1:  # the last frame may end a little before its declared end
             after = k + 1
         if k < (after := min(stop, after)):
             yield from repeat(shown.picture(), int(after) - k)
 
 
 def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    if seconds > limits.video_seconds:
-        raise LimitError(source.shown, seconds, "seconds", "video_seconds", limits.video_seconds)
+    check_limit(source, seconds, "seconds", "video_seconds", limits)
 
 
 def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
-    """Return the places of a clip's frames among `count`: from a given, random or central one on.
+    """Return the indices of a clip's frames among `count` frames: from `start_s`, a random or a central frame on.
 
-    A shorter video is repeated, or its first and last frames are held.
+    A video shorter than the clip is repeated, or its first and last frames are held, as `spec.short` says.
     """
     spare = count - spec.num_frames
     if start_s is not None:
@@ -264,8 +271,8 @@ def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s:
         start = int(rng.integers(count)) if rng is not None else 0
     else:
         start = int(rng.integers(spare, 1)) if rng is not None else 0
-    places = np.arange(start, start + spec.num_frames)
-    return places % count if spec.short == "loop" else places.clip(0, count - 1)
+    indices = np.arange(start, start + spec.num_frames)
+    return indices % count if spec.short == "loop" else indices.clip(0, count - 1)
 
 
 # ---------------------------------------------------------------- decoding
@@ -274,7 +281,7 @@ def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s:
 def _frames(
     source: Source, spec: VideoSpec, limits: Limits, start_s: float = 0.0, held: float = 0.0
 ) -> Iterator[Shown]:
-    """Return the frames of a file, from the one shown at `start_s` or an earlier one on."""
+    """Return the frames of a file, from the frame shown at `start_s` or an earlier one on."""
     head = source.head()
     if container.format_of(head) is not None:
         return _video(source, spec, limits, start_s, held)
@@ -284,8 +291,8 @@ def _frames(
 
 
 def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[Shown]:
-    """Yield the frames of a container."""
-    with container.opened(source, limits, "video") as track:
+    """Yield the frames of a container, with the decoded bytes of `held` pictures checked first."""
+    with container.open_track(source, limits, "video") as track:
         canvas = _Canvas(source, track.stream.codec_context, spec, limits)
         duration_s = track.duration_s
         _check_seconds(source, duration_s, limits)
@@ -302,21 +309,24 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
 
 
 class _Canvas:
-    """Turns decoded frames into upright RGB arrays (H, W, 3) uint8 of the size at which they are kept."""
+    """Makes upright RGB arrays (H, W, 3) uint8 of decoded frames, at the size that `_kept_size` says."""
 
     def __init__(self, source: Source, codec: Any, spec: VideoSpec, limits: Limits) -> None:
         from av.video.reformatter import VideoReformatter
 
         self.source, self.spec, self.limits = source, spec, limits
-        self.resize, self.convert = VideoReformatter(), VideoReformatter()  # each keeps what it has set up
-        aspect = float(codec.sample_aspect_ratio or 1)  # of a pixel
+        self.resize, self.convert = (
+            VideoReformatter(),
+            VideoReformatter(),
+        )  # one each: both keep their setup between frames
+        aspect = float(codec.sample_aspect_ratio or 1)  # width of a pixel by its height
         self.aspect = aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0
         _check_pixels(source, codec, limits)
         self.height, self.width = codec.height, codec.width
         self.size = self._kept(False)
 
     def _kept(self, turned: bool) -> tuple[int, int]:
-        """Return (height, width) at which frames are kept, as they are stored: before they are turned."""
+        """Return (height, width) at which frames are kept; `turned` frames before they are transposed."""
         shape = self.height, max(1, round(self.width * self.aspect))
         height, width = _kept_size(*(shape[::-1] if turned else shape), self.spec)
         return (width, height) if turned else (height, width)
@@ -330,7 +340,7 @@ class _Canvas:
         turned, upside_down, mirrored = _orientation(frame)
         height, width = self._kept(turned)
         if (height, width) != (frame.height, frame.width) and frame.format.name in PLANAR:
-            # In two steps: twice as fast as both at once, which FFmpeg does without vector instructions.
+            # Two steps are twice as fast as one, which FFmpeg computes without vector instructions.
             frame = self.resize.reformat(frame, width, height, frame.format.name, interpolation="BILINEAR", threads=1)
         frame = self.convert.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1)
         picture: Array = frame.to_ndarray()
@@ -340,28 +350,24 @@ class _Canvas:
 
 
 def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
-    pixels = frame.width * frame.height
-    if pixels > limits.video_pixels:
-        raise LimitError(source.shown, pixels, "pixels in a frame", "video_pixels", limits.video_pixels)
-    side = max(frame.width, frame.height)
-    if side > limits.video_side:
-        raise LimitError(source.shown, side, "pixels along a side of a frame", "video_side", limits.video_side)
+    check_limit(source, frame.width * frame.height, "pixels in a frame", "video_pixels", limits)
+    check_limit(source, max(frame.width, frame.height), "pixels along a side of a frame", "video_side", limits)
 
 
 def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
-    """Return (height, width) such that the evaluation crop is `spec.size`, or the given one if that is smaller."""
+    """Return the (height, width) at which the evaluation crop is `spec.size`, or the arguments if these are smaller."""
     scale = max(spec.size[0] / height, spec.size[1] / width) / spec.eval_crop
     return (round(height * scale), round(width * scale)) if scale < 1 else (height, width)
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Return how a stored frame is turned upright: transposed, then upside down, then left to right.
+    """Return how a stored frame becomes upright: whether transposed, then upside down, then mirrored.
 
-    The display matrix ((a, b, u), (c, d, v), (x, y, w)) puts column p and row q at (a p + c q + x, b p + d q + y).
+    The display matrix ((a, b, u), (c, d, v), (x, y, w)) shows column p and row q at (a p + c q + x, b p + d q + y).
     """
     from av.sidedata.sidedata import SideDataContainer
 
-    # Not frame.side_data: the frame keeps what it gives, which keeps the frame, until Python looks for cycles.
+    # frame.side_data would make a reference cycle, which keeps the frame until the next garbage collection.
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is None or len(bytes(matrix)) != 36:
         return False, False, False
@@ -375,20 +381,20 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def _is_animated(head: bytes) -> bool:
-    """Return whether a GIF, WebP or PNG says in its first bytes that it is an animation."""
+    """Return whether a GIF, WebP or PNG declares in its first bytes that it is an animation."""
     if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
         return len(head) > 20 and bool(head[20] & 2)
     if head[:8] == b"\x89PNG\r\n\x1a\n":
-        before, found, after = head.partition(b"acTL")
-        return bool(found) and b"IDAT" not in before and int.from_bytes(after[:4], "big") > 1
+        before, name, after = head.partition(b"acTL")  # the chunk that counts the frames
+        return bool(name) and b"IDAT" not in before and int.from_bytes(after[:4], "big") > 1
     return head[:6] in (b"GIF87a", b"GIF89a") and _is_animated_gif(head)
 
 
 def _is_animated_gif(head: bytes) -> bool:
-    """Return whether there is a second frame or, where the first fills `head`, a time for which it is shown."""
+    """Return whether a GIF has a second frame; if the first frame fills `head`, whether it has a duration."""
     at, frames, timed = 13, 0, False
     if len(head) > at and head[10] & 0x80:
-        at += 3 << (head[10] & 7) + 1  # the colours
+        at += 3 << (head[10] & 7) + 1  # the colour table
     while at + 10 < len(head) and head[at] in b"\x21\x2c":
         if head[at] == 0x2C:
             frames += 1
@@ -397,7 +403,7 @@ def _is_animated_gif(head: bytes) -> bool:
             timed |= head[at + 1] == 0xF9 and head[at + 4 : at + 6] != b"\0\0"
             timed |= head[at + 3 : at + 14] in (b"NETSCAPE2.0", b"ANIMEXTS1.0")
             at += 2
-        while at < len(head) and head[at]:  # blocks of data, each with its length
+        while at < len(head) and head[at]:  # blocks of data, each after its length
             at += 1 + head[at]
         at += 1
     ended = head[at : at + 1] == b"\x3b"
@@ -405,23 +411,24 @@ def _is_animated_gif(head: bytes) -> bool:
 
 
 def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Shown]:
-    """Yield the frames of a GIF, WebP or PNG, from the first on: each is drawn upon the one before."""
-    with image.opened(source, limits) as file:
+    """Yield the frames of a GIF, WebP or PNG from the first on, because each is drawn over the one before."""
+    with image.open_image(source, limits) as file:
         _check_pixels(source, file, limits)
         size = _kept_size(file.height, file.width, spec)
         time_s = 0.0
-        place = 1 if getattr(file, "default_image", False) else 0  # of a PNG: shown where animations are not
+        # A PNG may begin with a still image for programs that cannot show animations.
+        index = 1 if getattr(file, "default_image", False) else 0
         while True:
             try:
-                file.seek(place)
+                file.seek(index)
             except EOFError:
                 return
             file.load()
             length_s = float(file.info.get("duration", 0)) / 1000
-            length_s = length_s if length_s >= SHORTEST_S else UNHURRIED_S
+            length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
             yield Shown(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
             time_s += length_s
-            place += 1
+            index += 1
 
 
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
@@ -440,7 +447,7 @@ def _cropped(frames: Array, box: Box) -> Array:
 def _resized(
     frames: Array, size: tuple[int, int], reducing_gap: float | None = None, changes: Sequence[Change] = ()
 ) -> Array:
-    """Return (T, *size, 3) uint8, bilinear, as videos are resized elsewhere; then changed, one frame as the other."""
+    """Return (T, *size, 3) uint8, resized bilinearly as is usual for videos, with the same changes to each frame."""
     if frames.shape[1:3] == size and not changes:
         return frames
     resized = np.empty((len(frames), *size, COLORS), np.uint8)
@@ -453,9 +460,9 @@ def _resized(
 
 
 def _recoloring(frames: Array, share: float, rng: np.random.Generator) -> Change:
-    """Return a change of saturation, contrast and brightness, each by a factor of up to 1 +- `share`."""
+    """Return a random change of saturation, contrast and brightness, each by a factor within 1 +- `share`."""
     saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
-    some = frames[:, ::4, ::4].reshape(-1, COLORS)  # enough for a mean
+    some = frames[:, ::4, ::4].reshape(-1, COLORS)  # every fourth pixel is enough for a mean
     offset = some.mean(axis=0) @ LUMA * brightness * (1 - contrast)
     table = np.clip(np.rint(np.arange(256) * contrast * brightness + offset), 0, 255).astype(int).tolist() * COLORS
 

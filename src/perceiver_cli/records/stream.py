@@ -79,20 +79,33 @@ def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, he
 
 
 def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
-    """Return members as POSIX ustar: no owner, no time, so that the same content gives the same bytes."""
+    """Return members, pairs of name and content, as POSIX ustar without owner and time.
+
+    The same members give the same bytes. Raises UsageError for a name or a size that a tar cannot hold.
+    """
     data: list[bytes | memoryview] = []
     for name, content in members:
         data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
     return b"".join(data)
 
 
+# The fields of a header that are the same in each: mode, owner and group; time; then, after the checksum, a regular
+# file, no link, magic and version, no names of owner and group, no device, no prefix.
+_TAR_OWNER, _TAR_TIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
+_TAR_END = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
+_TAR_END_SUM = sum(_TAR_END) + 8 * ord(" ")  # the checksum counts itself as eight blanks
+
+
 def _tar_header(name: str, size: int) -> bytes:
+    """Return the header block of a regular file: the bytes of `TarInfo.tobuf(USTAR_FORMAT)`, in an eighth of the time.
+
+    A record has two headers or more; with `tobuf` records would be written three times slower.
+    """
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
-    before = encoded.ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + b"%011o\0" % size + b"%011o\0" % 0
-    after = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
-    return before + b"%06o\0 " % (sum(before) + sum(after) + 8 * 0x20) + after
+    begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_OWNER + b"%011o\0" % size + _TAR_TIME
+    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_END
 
 
 # ---------------------------------------------------------------- reading
