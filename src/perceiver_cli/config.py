@@ -23,7 +23,7 @@ from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size, Table
-from perceiver_cli.presets import preset_text
+from perceiver_cli.presets import preset_names, preset_text
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
@@ -349,8 +349,9 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     withholds a share; and the most epochs and the smallest batch among them.
     """
     names = sorted(modalities)
-    if len(names) == 1 or names == ["audio", "video"]:
-        return load_preset("tiny-av" if len(names) > 1 else f"tiny-{names[0]}")
+    for preset in preset_names():
+        if preset.startswith("tiny-") and sorted((recipe := load_preset(preset)).inputs) == names:
+            return recipe
     presets = [load_preset(f"tiny-{name}") for name in names]
     inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, presets, strict=True)}
     train = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}

@@ -12,7 +12,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from perceiver_cli.data.lint import LintReport, fault, lint
+from perceiver_cli.data.lint import LintReport, lint
+from perceiver_cli.preprocess import modality as modality_named
 from tests.conftest import Perceive, write_clip, write_images
 
 
@@ -143,7 +144,7 @@ def test_silent_sound_and_films(tmp_path: Path) -> None:
     ],
 )
 def test_faults_of_arrays(modality: str, array: np.ndarray, expected: str | None) -> None:
-    assert fault(modality, array) == expected
+    assert modality_named(modality).fault(array) == expected
 
 
 def test_hostile_names(perceive: Perceive, tmp_path: Path) -> None:

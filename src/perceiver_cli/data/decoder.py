@@ -16,11 +16,9 @@ from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, TimedModality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from perceiver_cli.preprocess.video import VideoSpec
 from perceiver_cli.records.format import Stored
 
 NOTED = 1 << 16  # files whose length is remembered
@@ -75,8 +73,7 @@ class Decoder:
     @property
     def num_views(self) -> int:
         """In how many windows an example is looked at in evaluation."""
-        timed = (spec for spec in self.specs.values() if isinstance(spec, AudioSpec | VideoSpec))
-        return max((spec.eval_windows for spec in timed), default=1)
+        return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)
 
     def decode(self, example: Example) -> Decoded:
         """Return the decoded arrays of an example: of the modalities that it has, at least one.

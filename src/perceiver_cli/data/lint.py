@@ -21,14 +21,11 @@ from perceiver_cli.data.inputs import Input
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.hardware import cores
+from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.spec import Limits
 
-SILENT_PEAK = 1e-3  # of full scale: -60 dB, the mean taken off
-TINY_POINTS = 64  # of a cloud
 DIGEST_BYTES = 16
-READ_BYTES = 1 << 20
-RATE_HZ = 16_000  # of sound, where no file says
 FAULTS = ("silent", "constant", "tiny")
 
 
@@ -139,8 +136,8 @@ def lint(
         if seen.error is not None:
             unreadable[number] = (split, seen.id, seen.error)
         digests[number] = np.frombuffer(seen.digests, np.uint8).reshape(2, DIGEST_BYTES)
-        for kind, modality in seen.faults:
-            faults[kind].append((split, seen.id, modality))
+        for kind, name in seen.faults:
+            faults[kind].append((split, seen.id, name))
         if progress is not None:
             progress(number + 1, ends[-1])
     copies = []
@@ -199,7 +196,7 @@ class _Look:
             try:
                 specs = resolve_specs(specs, replace(catalog, splits={"train": sample}), limits)
             except DataError:  # nothing that can be read to settle them by: what each file says of itself will tell
-                specs = {n: s.model_copy(update={"rate_hz": RATE_HZ}) if n == "audio" else s for n, s in specs.items()}
+                specs = {name: settled(spec) for name, spec in specs.items()}
         self.decoder = Decoder({name: specs[name] for name in catalog.modalities}, limits, catalog.bad)
 
     def __call__(self, example: Example) -> _Seen:
@@ -211,7 +208,7 @@ class _Look:
                 array = _values(each)
                 decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
                 decoded.update(np.ascontiguousarray(array).data)
-                kind = None if each.is_prepared else fault(name, array)
+                kind = None if each.is_prepared else modality(name).fault(array)
                 faults += [] if kind is None else [(kind, name)]
             for each in {each.origin: each for each in inputs.values()}.values():
                 for block in each.content():
@@ -227,13 +224,3 @@ def _values(one: Input) -> Array:
         return one.array()
     ready = one.prepared()
     return ready.values if ready.positions is None else ready.positions
-
-
-def fault(modality: str, array: Array) -> str | None:
-    """Return what is wrong with a decoded array although it can be read: "silent", "constant", "tiny" or nothing."""
-    if modality == "audio":
-        return "silent" if np.abs(array - array.mean()).max() < SILENT_PEAK else None
-    if modality == "points" and len(array) < TINY_POINTS:
-        return "tiny"
-    rows = array.reshape(-1, array.shape[-1] if array.ndim > 1 else 1)
-    return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None

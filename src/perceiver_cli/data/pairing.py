@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from perceiver_cli.data.listing import File
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import timed_modality
+from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -79,8 +79,9 @@ def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, 
 def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str, Source]:
     """Return the source of each modality to be brought, sorted; a video brings its sound where no other file does."""
     sources = {kind: file.source for kind, file in by_kind.items()}
-    if "video" in sources:
-        sources.setdefault("audio", sources["video"])
+    for kind, file in by_kind.items():
+        for inside in modality(kind).contains:
+            sources.setdefault(inside, file.source)
     return {name: sources[name] for name in sorted(sources) if name in brings}
 
 

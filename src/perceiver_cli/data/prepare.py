@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import Config, load_preset, tiny_config
+from perceiver_cli.config import load_preset, tiny_config
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
@@ -326,10 +326,6 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
     return len(paths), place + 1, len(shards) - len(shards.errors)
 
 
-# The recipe of the paper for each modality: what `preprocess` follows unless told otherwise.
-PAPER = {"image": "imagenet", "audio": "audioset-audio", "video": "audioset-video", "points": "modelnet40"}
-
-
 def input_recipe(
     source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
 ) -> tuple[InputSpec, Limits]:
@@ -341,13 +337,10 @@ def input_recipe(
     if model is not None and preset is not None:
         raise UsageError("--model and --preset are two recipes", "pass one of them")
     kind, *others = look(source).kinds
-    config: Config
-    if model is not None:
-        config = read_info(find_model(model)).config
-    elif preset is None and kind not in PAPER:
+    recipe = preset or modality(kind).paper_preset
+    if model is None and recipe is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
-    else:
-        config = load_preset(preset or PAPER[kind])
+    config = load_preset(recipe) if model is None and recipe else read_info(find_model(model)).config
     limits = Limits.model_validate({**vars(config.data.limits), **raised})
     for name in (kind, *others):  # a video may also be read for its sound
         if name in config.inputs:
