@@ -120,6 +120,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)")
 
 
 def _duration(value: Any) -> Any:
+    """Return a duration as text, a whole number as steps. Raises ValueError for text of another form."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value} steps"
     if isinstance(value, str) and _DURATION.fullmatch(value.strip()) is None:
@@ -309,6 +310,7 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
 
 
 def _toml_value(text: str) -> Any:
+    """Return a value in TOML; text that is none is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -321,22 +323,22 @@ def load_preset(name: str) -> Config:
 
 
 def tiny_config(modalities: Iterable[str]) -> Config:
-    """Return the recipe for data of these modalities where none is given: tiny-image, tiny-av and so on.
+    """Return the recipe for data of these modalities if the user names none: tiny-image, tiny-av and so on.
 
-    For a set that no preset is for, the tiny presets of each are put together: their inputs, of which training
-    withholds a share; and the most epochs and the smallest batch among them.
+    A set without a preset gets the tiny presets of its modalities together: all inputs, of which training withholds a
+    share, the most epochs and the smallest batch.
     """
     names = sorted(modalities)
     if len(names) == 1 or names == ["audio", "video"]:
         return load_preset("tiny-av" if len(names) > 1 else f"tiny-{names[0]}")
-    parts = [load_preset(f"tiny-{name}") for name in names]
-    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, parts, strict=True)}
-    train = {"epochs": max(p.train.epochs for p in parts), "batch_size": min(p.train.batch_size for p in parts)}
+    presets = [load_preset(f"tiny-{name}") for name in names]
+    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, presets, strict=True)}
+    train = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
     return Config(
         name=f"tiny-{'-'.join(names)}",
-        model=parts[0].model,
+        model=presets[0].model,
         inputs=inputs,
-        train=parts[0].train.model_copy(update=train),
+        train=presets[0].train.model_copy(update=train),
     )
 
 
