@@ -39,6 +39,11 @@ def test_presets_say_what_they_are_and_replay(name: str) -> None:
         ("model.num_self_heads=7", "latent_channels 128 is not a multiple of num_self_heads 7"),
         ("model.num_latents=1000000000", "model.num_latents"),
         ("inputs.smell.size=3", "unknown modality 'smell', known are"),
+        ("inputs.image.modality=[1]", "[inputs.image]: unknown modality [1], known are audio"),
+        ("inputs.image=3", "inputs.image=3: Input should be a valid dictionary or instance of ImageSpec, found 3"),
+        ("inputs.image.size=[1, -2]", "--set inputs.image.size=[1, -2]: Input should be greater than or equal to 1"),
+        ("inputs.image={size = -2}", "--set inputs.image={size = -2}: inputs.image.size: Input should be greater"),
+        ("inputs.image.limits.x=1", "unknown key inputs.image.limits, known are modality, bands"),
         ("inputs.left.modality=image", "[inputs.left] has modality 'image', expected [inputs.image]"),
         ("train.seed", "expected KEY=VALUE"),
         ("train.lr.x=1", "train.lr.x"),
@@ -49,6 +54,15 @@ def test_wrong_options_are_named(change: str, message: str) -> None:
         load_preset("tiny-image").override([change])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_inputs_come_last_and_keep_their_own_options() -> None:
+    """The header of a model file is these tables as JSON: their order is part of its bytes."""
+    tables = load_preset("tiny-av").to_dict()
+    assert list(tables) == ["name", "multi_label", "num_classes", "model", "data", "train", "inputs"]
+    assert list(tables["inputs"]) == ["audio", "video"]
+    assert tables["inputs"]["audio"]["num_mels"]
+    assert next(iter(tables["inputs"]["video"])) == "modality"
 
 
 def test_override_takes_toml_values_and_bare_words() -> None:

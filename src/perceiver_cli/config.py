@@ -10,14 +10,12 @@ import difflib
 import json
 import re
 import tomllib
-import types
-import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
@@ -122,6 +120,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)")
 
 
 def _duration(value: Any) -> Any:
+    """Return a duration as text, a whole number as steps. Raises ValueError for text of another form."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value} steps"
     if isinstance(value, str) and _DURATION.fullmatch(value.strip()) is None:
@@ -181,6 +180,29 @@ class TrainConfig(Table):
 # ---------------------------------------------------------------- the whole
 
 
+def _with_type(key: str, table: Any) -> Any:
+    """Return a table of inputs with the class of its options, by the modality that it names, else by its key.
+
+    Options that are validated already come back as they are. Raises ValueError for an unknown modality.
+    """
+    if isinstance(table, InputSpec):
+        return table
+    name = table.get("modality", key) if isinstance(table, dict) else key
+    options = preprocess.spec_type(name) if isinstance(name, str) else None
+    if options is None:
+        known = ", ".join(sorted(preprocess.names()))
+        raise ValueError(f"[inputs.{key}]: unknown modality {name!r}, known are {known}")
+    return options, table
+
+
+def _validated_spec(typed: Any) -> Any:
+    """Return the options in what `_with_type` returns. Pydantic puts the place of the table before that of an error."""
+    if not isinstance(typed, tuple):
+        return typed
+    options, table = typed
+    return options.model_validate(table)
+
+
 class Config(Table):
     """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
 
@@ -188,16 +210,17 @@ class Config(Table):
     multi_label: bool = False  # several labels an example: sigmoid instead of softmax; a run takes its data's
     num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
     model: ModelConfig = ModelConfig()
-    inputs: dict[str, InputSpec]
+    inputs: dict[str, Annotated[SerializeAsAny[InputSpec], BeforeValidator(_validated_spec)]]
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="before")
     @classmethod
-    def _specs(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or not isinstance(value.get("inputs"), dict):
+    def _type_inputs(cls, value: Any) -> Any:
+        tables = value.get("inputs") if isinstance(value, dict) else None
+        if not isinstance(tables, dict):
             return value
-        return {**value, "inputs": {key: _spec(key, table) for key, table in value["inputs"].items()}}
+        return {**value, "inputs": {key: _with_type(key, table) for key, table in tables.items()}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -217,8 +240,8 @@ class Config(Table):
         """
         try:
             return cls.model_validate(tables)
-        except (ValidationError, _SpecError) as error:
-            key, problem = _first_problem(error, cls)
+        except ValidationError as error:
+            key, problem = _first_problem(error)
             raise UsageError(": ".join(filter(None, (origin, key, problem)))) from None
 
     def override(self, assignments: list[str]) -> Config:
@@ -243,21 +266,21 @@ class Config(Table):
             typed[key.strip()] = assignment.typed if isinstance(assignment, Flag) else f"--set {assignment}"
         try:
             return Config.model_validate(tables)
-        except (ValidationError, _SpecError) as error:
-            key, problem = _first_problem(error, Config)
+        except ValidationError as error:
+            key, problem = _first_problem(error)
             wrong = next((name for name in typed if key == name or key.startswith(f"{name}.")), None)
             where = "options" if wrong is None else typed[wrong]
             raise UsageError(": ".join(filter(None, (where, key if key != wrong else "", problem)))) from None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self, *, without_none: bool = False) -> dict[str, Any]:
         """Return plain tables: only JSON types, the same after a round trip."""
-        tables = self.model_dump(mode="json", exclude={"inputs"})
-        tables["inputs"] = {key: spec.model_dump(mode="json") for key, spec in self.inputs.items()}
+        tables = self.model_dump(mode="json", exclude_none=without_none)
+        tables["inputs"] = tables.pop("inputs")  # last, as in every file
         return tables
 
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML; keys without a value are left out."""
-        return tomli_w.dumps(_without_none(self.to_dict()))
+        return tomli_w.dumps(self.to_dict(without_none=True))
 
 
 class Flag(str):
@@ -272,69 +295,26 @@ class Flag(str):
         return made
 
 
-class _SpecError(Exception):
-    """A ValidationError inside one inputs table, with the key that it lies under."""
-
-    def __init__(self, key: str, error: ValidationError, spec: type[InputSpec]) -> None:
-        super().__init__(key)
-        self.key, self.error, self.spec = key, error, spec
-
-
-def _spec(key: str, table: Any) -> Any:
-    if isinstance(table, InputSpec):
-        return table
-    kind = table.get("modality", key) if isinstance(table, dict) else key
-    spec = preprocess.spec_type(kind)
-    if spec is None:
-        known = ", ".join(sorted(preprocess.names()))
-        raise ValueError(f"[inputs.{key}]: unknown modality {kind!r}, known are {known}")
-    try:
-        return spec.model_validate(table)
-    except ValidationError as error:
-        raise _SpecError(key, error, spec) from None
-
-
-def _first_problem(error: ValidationError | _SpecError, model: type[BaseModel]) -> tuple[str, str]:
-    """Return the key of the first wrong value ("" where it is of no key alone), and what is wrong."""
-    prefix: tuple[Any, ...] = ()
-    if isinstance(error, _SpecError):
-        prefix, model, error = ("inputs", error.key), error.spec, error.error
+def _first_problem(error: ValidationError) -> tuple[str, str]:
+    """Return the key of the first wrong value ("" if no key alone is wrong), and what is wrong."""
     problem = error.errors(include_url=False)[0]
-    names = [step for step in problem["loc"] if isinstance(step, str) and not step.startswith(("function-", "tuple["))]
-    where = ".".join(map(str, (*prefix, *names)))
-    if problem["type"] == "extra_forbidden":
-        known = list(_fields_at(model, names[:-1]))
-        near = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.5)
-        return "", f"unknown key {where}" + (
-            f", did you mean {'.'.join([*map(str, prefix), *names[:-1], near[0]])}"
-            if near
-            else f", known are {', '.join(known)}"
-        )
-    message = problem["msg"].removeprefix("Value error, ")
-    value = problem.get("input")
+    names = [name for name in problem["loc"] if isinstance(name, str) and not name.startswith(("function-", "tuple["))]
+    if problem["type"] == "unknown_key":
+        key, known = problem["ctx"]["key"], problem["ctx"]["known"]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        advice = f"did you mean {'.'.join([*names, *near])}" if near else f"known are {', '.join(known)}"
+        return "", f"unknown key {'.'.join([*names, key])}, {advice}"
+    message, value = problem["msg"].removeprefix("Value error, "), problem.get("input")
     shown = "" if isinstance(value, dict | Table) or problem["type"] == "value_error" else f", found {value!r:.80}"
-    return where, f"{message}{shown}"
-
-
-def _fields_at(model: type[BaseModel], path: list[str]) -> typing.Iterable[str]:
-    for name in path:
-        annotation = model.model_fields[name].annotation
-        options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-        model = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return model.model_fields
+    return ".".join(names), f"{message}{shown}"
 
 
 def _toml_value(text: str) -> Any:
+    """Return a value in TOML; text that is none is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text.strip()
-
-
-def _without_none(table: Any) -> Any:
-    if isinstance(table, dict):
-        return {key: _without_none(value) for key, value in table.items() if value is not None}
-    return [_without_none(value) for value in table] if isinstance(table, list) else table
 
 
 def load_preset(name: str) -> Config:
@@ -343,10 +323,10 @@ def load_preset(name: str) -> Config:
 
 
 def tiny_config(modalities: Iterable[str]) -> Config:
-    """Return the recipe for data of these modalities where none is given: tiny-image, tiny-av and so on.
+    """Return the recipe for data of these modalities if the user names none: tiny-image, tiny-av and so on.
 
-    For a set that no preset is for, the tiny presets of each are put together: their inputs, of which training
-    withholds a share; and the most epochs and the smallest batch among them.
+    A set without a preset gets the tiny presets of its modalities together: all inputs, of which training withholds a
+    share, the most epochs and the smallest batch.
     """
     names = sorted(modalities)
     for preset in preset_names():

@@ -1,4 +1,4 @@
-"""Run folders: numbered, claimed by one process at a time, found again as the latest; and their log of metrics."""
+"""Run folders: their numbers, the lock that one process holds, runs/latest, and the log of metrics."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from typing import Any
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import cannot_write, show_path, write_text
 
+MODEL_FILE = "model.safetensors"
+STATE_FOLDER = "last"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 MAX_LOG_BYTES = 64 << 20
 
 
 @contextmanager
-def claim(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
-    """Make a run folder and hold it for this process, before any time is spent; what it holds stays as it is.
+def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
+    """Make a run folder and lock it for this process, before any time is spent. Files in it stay as they are.
 
     Raises:
         UsageError: it already holds a run, and neither `resume` nor `replace` is set.
@@ -49,8 +51,8 @@ def claim(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
                     run.rmdir()
 
 
-def begin(run: Path, config_toml: str, *, fresh: bool) -> None:
-    """Write a run's config.toml; with `fresh`, drop what an earlier run left behind."""
+def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
+    """Write a run's config.toml; with `fresh`, remove the model, state and log of an earlier run."""
     if fresh:
         for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
             old.unlink(missing_ok=True)
@@ -59,7 +61,7 @@ def begin(run: Path, config_toml: str, *, fresh: bool) -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl: a line per evaluation. A resumed run first drops the lines after its starting step."""
+    """The file metrics.jsonl, a line per evaluation. A resumed run first drops the lines after its starting step."""
 
     def __init__(self, run: Path, step: int) -> None:
         self.path = run / METRICS_FILE
@@ -76,10 +78,10 @@ class MetricsLog:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the evaluations in a run's log, oldest first; none without one. A line that was cut short is left out.
+    """Return the evaluations in a run's log, oldest first; none if there is no log. A line cut short is left out.
 
     Raises:
-        IntegrityError: it holds something else.
+        IntegrityError: the file is no such log.
     """
     path = run / METRICS_FILE
     try:
@@ -116,21 +118,17 @@ def mark_latest(run: Path) -> None:
         raise cannot_write(runs / "latest", error) from error
 
 
-MODEL_FILE = "model.safetensors"
-STATE_FOLDER = "last"
-
-
-def find_model(named: str | None) -> Path:
-    """Return the model file to use: of the run folder or file given, else $PERCEIVER_MODEL, else runs/latest.
+def find_model(name: str | None) -> Path:
+    """Return the model file of a run folder, or the file itself; without a name $PERCEIVER_MODEL, then runs/latest.
 
     Raises:
-        UsageError: there is none; names where it was looked for.
+        UsageError: there is no such file; names the place.
     """
-    wanted = named or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
+    wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
-        if named is None and "PERCEIVER_MODEL" not in os.environ:
+        if name is None and "PERCEIVER_MODEL" not in os.environ:
             raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
         raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
     return file

@@ -36,22 +36,22 @@ def test_by_command(perceive: Perceive, tmp_path: Path) -> None:
     options = [*SETS, "--batch-size", "16", "--steps", "30"]
     done = perceive("lr-find", data, *options, "-o", "curve.svg", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found["rates"]) == len(found["losses"]) == len(found["smoothed"]) <= 30
-    assert found["rates"][0] == RATES[0]
-    assert RATES[0] < found["suggestion"] < RATES[1]
-    assert min(found["smoothed"]) < found["smoothed"][0]
+    curve = json.loads(done.stdout)
+    assert len(curve["rates"]) == len(curve["losses"]) == len(curve["smoothed"]) <= 30
+    assert curve["rates"][0] == RATES[0]
+    assert RATES[0] < curve["suggestion"] < RATES[1]
+    assert min(curve["smoothed"]) < curve["smoothed"][0]
     assert b"<svg" in (tmp_path / "curve.svg").read_bytes()[:2000]
     assert not (tmp_path / "runs").exists()  # nothing else is written
 
-    script = 'perceiver() { printf "%s\\0" "$@"; }\n' + found["command"]
+    script = 'perceiver() { printf "%s\\0" "$@"; }\n' + curve["command"]
     words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
     assert words[:2] == ["train", str(data)]
     assert words[-4:-1] == ["--set", SMALL[-2], "--lr"]
-    assert float(words[-1]) == found["suggestion"]
+    assert float(words[-1]) == curve["suggestion"]
 
     done = perceive("lr-find", data, *options, cwd=tmp_path)
-    assert done.stdout.decode().strip() == found["command"]  # the same seed, the same curve
+    assert done.stdout.decode().strip() == curve["command"]  # the same seed, the same curve
     with Image.open(tmp_path / "lr-find.png") as picture:
         assert picture.size[0] > 300
     assert perceive("lr-find", data, "-o", "curve.pdf").returncode == 2

@@ -26,8 +26,8 @@ SETS = [part for change in SMALL for part in ("--set", change)]
 def read(run: Path) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(run / tensorboard.FOLDER)).Reload()
-    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    events = EventAccumulator(str(run / tensorboard.FOLDER)).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 @needs_tensorboard
@@ -35,11 +35,11 @@ def read(run: Path) -> dict[str, list[tuple[int, float]]]:
 def test_by_command(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
     done = perceive("train", bars, *SETS, "--steps", "12", "-o", tmp_path / "run", "--log", "tensorboard")
     assert done.returncode == 0, done.stderr
-    found = read(tmp_path / "run")
-    assert [step for step, _ in found["train/loss"]] == list(range(1, 13))
+    figures = read(tmp_path / "run")
+    assert [step for step, _ in figures["train/loss"]] == list(range(1, 13))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     expected = [(row["step"], pytest.approx(row["val_loss"], rel=1e-6)) for row in rows]
-    assert found["val/loss"] == expected
+    assert figures["val/loss"] == expected
 
 
 @needs_tensorboard
@@ -52,10 +52,10 @@ def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
 
     for first, last in ((1, 6), (4, 9)):  # killed after step 5, resumed from step 3
         assert len(list(logged(events(first, last), tmp_path))) == last - first + 1
-    found = read(tmp_path)
-    assert found["train/loss"] == [(1, 1), (2, 1), (3, 1), *((step, 4) for step in range(4, 9))]
-    assert [step for step, _ in found["val/accuracy"]] == [8]
-    assert "val/loss" not in found
+    figures = read(tmp_path)
+    assert figures["train/loss"] == [(1, 1), (2, 1), (3, 1), *((step, 4) for step in range(4, 9))]
+    assert [step for step, _ in figures["val/accuracy"]] == [8]
+    assert "val/loss" not in figures
 
 
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,10 +335,10 @@ def test_any_set_of_modalities_trains_as_one_model(pairs: Path, tmp_path: Path, 
     trainer = Trainer(root, tmp_path / "run", overrides=[*SMALL, "train.steps=2", "train.batch_size=4"])
     assert trainer.config.name == f"tiny-{'-'.join(kinds)}"
     list(trainer.fit())
-    (found,) = Predictor(tmp_path / "run").predict(
+    (prediction,) = Predictor(tmp_path / "run").predict(
         {kinds[0]: next(root.rglob("*.png" if kinds[0] == "image" else "*.wav"))}
     )
-    assert found.used == kinds[:1]
+    assert prediction.used == kinds[:1]
 
 
 # ---------------------------------------------------------------- refusals

@@ -174,8 +174,8 @@ def lr_find(
 
     check_plot(output)
     with counting("training") as progress:
-        curve = finder.find(Trainer(data, None, recipe, overrides=overrides), steps, progress)
-    finder.draw(curve, output)
+        curve = finder.range_test(Trainer(data, None, recipe, overrides=overrides), steps, progress)
+    finder.draw_curve(curve, output)
     command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
     show_curve(curve, os.fspath(output), command, json)
 

@@ -24,20 +24,22 @@ if TYPE_CHECKING:
 
     from perceiver_cli.model.perceiver import Perceiver
 
-
+FORMAT = 1
+MAX_HEADER_BYTES = 8 << 20
+DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 DEFAULT_THRESHOLD = 0.5
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """temperature: divides the logits. thresholds: by class, with several labels an example; else empty."""
+    """How logits become answers. temperature: divides them. thresholds: by class, empty with one label an example."""
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], num_classes: int) -> Calibration:
-        """Return the calibration in a model file's header. Raises ValueError where it makes no sense."""
+        """Return the calibration in a model file's header. Raises ValueError if it makes no sense."""
         temperature, thresholds = float(fields["temperature"]), tuple(map(float, fields["thresholds"]))
         if not (isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature {temperature}, expected more than 0")
@@ -46,14 +48,9 @@ class Calibration:
         return cls(temperature, thresholds)
 
 
-FORMAT = 1
-MAX_HEADER_BYTES = 8 << 20
-DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
-
-
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says of itself."""
+    """The header of a model file: everything but the weights."""
 
     config: Config
     classes: tuple[str, ...]
@@ -67,7 +64,7 @@ class ModelInfo:
 
 
 def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
-    """Write a self-contained model file, whole or not at all. Raises ResourceError where it cannot be written."""
+    """Write a self-contained model file, whole or not at all. Raises ResourceError if it cannot be written."""
     header = {
         "kind": "model",
         "format": FORMAT,
@@ -83,17 +80,17 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
 
 
 def store_calibration(path: Path, calibration: Calibration) -> None:
-    """Give a model file a calibration in place of any other; all else stays as it is, or the whole file does.
+    """Replace the calibration in a model file and keep the rest. After an error the whole file is as it was.
 
     Raises:
-        IntegrityError: damaged. ResourceError: it cannot be written.
+        IntegrityError: the file is damaged. ResourceError: it cannot be written.
     """
     _, tensors = read_tensors(path)
     save_model(path, tensors, replace(read_info(path), calibration=calibration))
 
 
 def read_info(path: Path) -> ModelInfo:
-    """Return what a model file says of itself, from its header alone (no torch, no weights).
+    """Return the header of a model file; reads no weights and needs no torch.
 
     Raises:
         IntegrityError: damaged, or of another format version. UsageError: not a model file of this program.
@@ -113,10 +110,10 @@ def read_info(path: Path) -> ModelInfo:
 
 
 def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
-    """Return the model of a file, on the CPU and in evaluation mode, and what the file says of it.
+    """Return the model in a file, on the CPU and in evaluation mode, and its header.
 
     Raises:
-        IntegrityError: damaged (checksum), incomplete, or with tensors that do not fit its configuration.
+        IntegrityError: damaged, incomplete, or with tensors that do not fit its configuration. Or as `read_info`.
     """
     from perceiver_cli.model.perceiver import Perceiver
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -23,6 +24,16 @@ class Table(BaseModel):
     """One table of the TOML file: fixed once made, and strict about keys and numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_key(cls, value: Any) -> Any:
+        """Refuse the first unknown key with the known ones, which pydantic's own error does not hold."""
+        known = list(cls.model_fields)
+        for key in value if isinstance(value, dict) else ():
+            if key not in known:
+                raise PydanticCustomError("unknown_key", "unknown key {key}", {"key": str(key), "known": known})
+        return value
 
 
 # ---------------------------------------------------------------- inputs

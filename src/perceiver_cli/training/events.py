@@ -1,4 +1,4 @@
-"""What a training run says of itself, one event after another."""
+"""The events of a training run, in the order in which they come."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Started:
-    """The run is planned. summary: counts, shapes, sizes, as `--dry-run` prints them."""
+    """The run is planned. summary: counts, shapes and sizes, as `--dry-run` prints them."""
 
     summary: Mapping[str, Any]
     notes: tuple[str, ...]
@@ -18,7 +18,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Files decoded so far, of all; bad: those that could not be."""
+    """Files were read. done: so far; total: to read; bad: unreadable ones."""
 
     done: int
     total: int
@@ -27,14 +27,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Note:
-    """Something worth knowing that came up after the start."""
+    """A message for the user that came up after the start."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimiser step. loss: of its batch (as of the last look, on a GPU); samples_per_s: since the last."""
+    """An optimiser step was done. loss: of its batches; samples_per_s: since the last such event, 16 steps on a GPU."""
 
     step: int
     total_steps: int
@@ -46,7 +46,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A look at the validation split. best: whether this is the best model so far."""
+    """The validation split was evaluated. best: whether this is the best model so far."""
 
     step: int
     epoch: float
@@ -67,7 +67,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended: by its plan, or early because it was asked to. metrics: of the best model."""
+    """The run ended, as planned or because it was asked to stop. metrics: of the best model."""
 
     model: Path
     step: int

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite, sqrt
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, Ste
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import learning_rate, make_average, make_optimizer
 from perceiver_cli.training.plan import Plan
-from perceiver_cli.training.state import TrainingState, save_state, transfer
+from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
 from perceiver_cli.training.timing import Progress, Timing
 
 MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
@@ -46,7 +46,7 @@ class Run:
         train = self.config.train
         model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
         if plan.init_from is not None:
-            plan.notes.extend(transfer(model, self.catalog.classes, plan.init_from))
+            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.init_from))
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training time, those before a resume counted in."""
+        """Seconds of training, those before a resume included."""
         return self.elapsed_before + time.monotonic() - self.plan.started_at
 
     @property
@@ -168,7 +168,7 @@ class Run:
         return loss
 
     def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
-        """Add the gradients of one batch, the `micro`-th of its step; return its loss over `accumulate`."""
+        """Add the gradients of one batch, the `micro`-th of its step; return its loss divided by `accumulate`."""
         device, train = self.compute.device, self.config.train
         segments, targets = batch.segments, [(batch.labels, 1.0)]
         if train.mixup or train.cutmix:
@@ -186,7 +186,7 @@ class Run:
         return loss.detach()
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return softmax cross-entropy, or sigmoid cross-entropy where examples have several labels (paper 4.2)."""
+        """Return softmax cross-entropy, or sigmoid cross-entropy if examples have several labels (paper 4.2)."""
         smoothing = self.config.train.label_smoothing
         if self.config.multi_label:
             # Summed over classes, so that the gradient does not shrink with their number.
@@ -200,7 +200,7 @@ class Run:
             torch.cuda.synchronize()
 
     def _note_bad(self, batch: Batch) -> None:
-        """Remember files that turned out unreadable in training; stop if they are too many."""
+        """Remember the unreadable files of a batch; raise DataError if they are too many."""
         reader = self.plan.reader
         fresh = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
         if not fresh:
@@ -212,10 +212,12 @@ class Run:
             self.plan.check_bad(reader.bad, seen)
 
     def _check_finite(self, lr: float) -> None:
+        """Raise DivergedError if a loss since the last evaluation is not finite."""
         if self.loss_count and not isfinite(float(self.loss_sum)):
             self._diverged(float(self.loss_sum), lr)
 
-    def _diverged(self, loss: float, lr: float) -> None:
+    def _diverged(self, loss: float, lr: float) -> NoReturn:
+        """Raise DivergedError for a loss that is not finite."""
         raise DivergedError(
             f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
             f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
@@ -226,7 +228,7 @@ class Run:
 
     @property
     def judged(self) -> Perceiver:
-        """The model that is evaluated and saved: the average where there is one."""
+        """The model that is evaluated and saved: the average, if the run keeps one."""
         model = self.model if self.average is None else self.average.module
         assert isinstance(model, Perceiver)
         return model
@@ -258,7 +260,7 @@ class Run:
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
-        # The model travels; where the data lay does not.
+        """Write the model file, without the place of the data: the file travels."""
         config = self.config.model_copy(
             update={"data": self.config.data.model_copy(update={"path": None, "split": None})}
         )
@@ -269,6 +271,7 @@ class Run:
                 mark_latest(self.plan.output)
 
     def _save(self) -> Saved:
+        """Commit the state to resume from; return the event."""
         tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
@@ -290,7 +293,7 @@ class Run:
         return Saved(save_state(self.plan.output, tensors, state), self.step)
 
     def _restore(self, saved: TrainingState) -> None:
-        """Put the run where a saved one stood."""
+        """Take over weights, optimiser and place of a saved run; raise IntegrityError if they do not fit."""
         fields = saved.fields
         try:
             self.model.load_state_dict(_below("model.", saved.tensors))

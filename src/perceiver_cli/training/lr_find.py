@@ -7,19 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
+import numpy as np
+
 from perceiver_cli.errors import DivergedError
 from perceiver_cli.report.charts import save_figure
 from perceiver_cli.training.trainer import Trainer
 
 RATES = (1e-5, 1.0)  # first and last
-SMOOTHING = 0.9  # of the moving average of the loss
-WORSE = 1.5  # times the lowest loss: the end
+SMOOTHING = 0.9  # share that the moving average of the loss keeps at each step
+WORSE = 1.5  # times the lowest loss ends the test
 LEAST_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Curve:
-    """rates, losses and smoothed losses by step; the suggested rate; notes on how far it can be trusted."""
+    """The result of a range test. rates, losses, smoothed losses: by step; notes: how far to trust the suggestion."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -28,10 +30,10 @@ class Curve:
     notes: tuple[str, ...] = ()
 
 
-def find(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
-    """Return the losses of up to `steps` optimiser steps of a run, the rate of each a constant times the one before.
+def range_test(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
+    """Return the losses of up to `steps` optimiser steps while the learning rate grows by a constant factor.
 
-    It ends early where the loss has grown well beyond its lowest. Nothing is written.
+    The test ends early if the loss grows well beyond its lowest. Nothing is written.
 
     Raises:
         DivergedError: the loss is not finite from the beginning.
@@ -62,18 +64,21 @@ def find(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> 
 
 
 def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> Curve:
-    """Return the curve with its suggestion, by the smoothed loss.
+    """Return the curve with a suggested learning rate.
 
-    That is halfway (geometrically) between the rate at which it has first done half of its fall, where it is steep, and
-    the one at which it is lowest, beyond which it is unstable.
+    The suggestion lies halfway (geometrically) between two rates: where the smoothed loss has first done half of its
+    fall, so that it is steep, and where it is lowest, beyond which training is unstable.
+
+    Raises:
+        DivergedError: fewer than `LEAST_STEPS` losses are finite.
     """
     if len(rates) < LEAST_STEPS:
         raise DivergedError(
             f"the loss is not finite after {len(rates)} steps of a learning rate up to {rates[-1] if rates else 0:.2g}",
             "look at the data and its scale",
         )
-    best = min(range(len(smoothed)), key=lambda i: smoothed[i])
-    half = next(i for i, loss in enumerate(smoothed) if loss <= (smoothed[0] + smoothed[best]) / 2)
+    best = int(np.argmin(smoothed))
+    half = int(np.argmax(np.asarray(smoothed) <= (smoothed[0] + smoothed[best]) / 2))  # the first
     suggestion = sqrt(rates[half] * rates[best])
     notes = []
     if best == len(rates) - 1:
@@ -83,8 +88,8 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
     return Curve(tuple(rates), tuple(losses), tuple(smoothed), float(f"{suggestion:.2g}"), tuple(notes))
 
 
-def draw(curve: Curve, path: str | os.PathLike[str]) -> None:
-    """Write the curve as PNG or SVG. Raises ResourceError where it cannot be written."""
+def draw_curve(curve: Curve, path: str | os.PathLike[str]) -> None:
+    """Write the curve as PNG or SVG. Raises ResourceError if it cannot be written."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

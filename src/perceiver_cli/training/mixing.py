@@ -11,12 +11,10 @@ from torch import Tensor
 from perceiver_cli.data.loader import Batch
 from perceiver_cli.model.encoding import Segment
 
-# ---------------------------------------------------------------- mixing
-
 
 @dataclass(frozen=True)
-class Mixed:
-    """A batch in which each example is mixed with another: labels of both, and the share of the first (0..1)."""
+class MixedBatch:
+    """A batch in which each example is mixed with another. share: of `labels`, 0..1; `other_labels` have the rest."""
 
     segments: Mapping[str, Segment]
     labels: Tensor
@@ -24,7 +22,7 @@ class Mixed:
     share: float
 
 
-def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> Mixed:
+def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> MixedBatch:
     """Return a batch mixed with itself in reverse order: MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
     `mixup` and `cutmix` are the parameters of the Beta distribution that the share is drawn from, 0 for never; with
@@ -49,4 +47,4 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
         segments[name] = Segment(values, segment.positions)
         pasted = (spans[0].stop - spans[0].start) * (spans[1].stop - spans[1].start)
         share = 1 - pasted / (values.shape[1] * values.shape[2])  # as it came out at the borders
-    return Mixed(segments, batch.labels, batch.labels.flip(0), share)
+    return MixedBatch(segments, batch.labels, batch.labels.flip(0), share)

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 MANIFEST = "MANIFEST.json"
 
 
-def transfer(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
-    """Copy into `model` every weight of a trained one that fits by name and shape; return notes on what did not.
+def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
+    """Copy each weight of a trained model that fits by name and shape into `model`; return a note on how many did.
 
     Rows of the head are matched by class name.
 
     Raises:
-        UsageError: no model there, or nothing of it fits.
+        UsageError: there is no model, or none of its weights fits.
     """
     donor, info = load_model(find_model(os.fspath(source)))
     theirs, ours = donor.state_dict(), model.state_dict()
@@ -84,7 +84,7 @@ def load_state(run: Path) -> TrainingState:
     """Return the newest whole training state of a run.
 
     Raises:
-        UsageError: there is none. IntegrityError: none that is whole.
+        UsageError: there is none. IntegrityError: none is whole.
     """
     folder = run / STATE_FOLDER
     damaged: list[str] = []

@@ -1,4 +1,4 @@
-"""What a run says of itself, as TensorBoard's event files (extra `[tensorboard]`; TensorFlow is not needed)."""
+"""TensorBoard's event files of a run (extra `[tensorboard]`; TensorFlow is not needed)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ FOLDER = "tensorboard"
 
 
 def check_tensorboard() -> None:
-    """Raise UsageError where the package is missing."""
+    """Raise UsageError if the package is missing."""
     if find_spec("tensorboard") is None:
         raise UsageError("--log tensorboard needs the package tensorboard", "pip install 'perceiver-cli[tensorboard]'")
 
 
 def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
-    """Yield a run's events and write their figures below its folder: `tensorboard --logdir RUN` shows them.
+    """Yield a run's events, and write their figures below its folder for `tensorboard --logdir RUN`.
 
-    A resumed run goes on in the same plots: what was logged after its first step is taken back.
+    A resumed run goes on in the same plots and drops the figures after its first step.
     """
     writer: Any = None
     try:
@@ -45,6 +45,7 @@ def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
 
 
 def _write(writer: Any, figures: dict[str, float], step: int) -> None:
+    """Write the figures of a step that are numbers."""
     for name, value in figures.items():
         if not isnan(value):  # there is no validation split, or nothing was seen since the last look
             writer.add_scalar(name, value, step)

@@ -20,7 +20,7 @@ from perceiver_cli.errors import counted
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.report.model_card import write_card
-from perceiver_cli.run_folder import MODEL_FILE, begin, claim
+from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
 from perceiver_cli.training.plan import make_plan
@@ -33,7 +33,7 @@ class Trainer:
     Args:
         data: a folder of class folders; None takes `config.data.path`.
         output: the run folder; None makes runs/<preset>-<n>.
-        config: a complete recipe; None takes that of `init_from`, else a tiny one for the modalities found.
+        config: a complete recipe; None takes that of `init_from`, else a tiny one for the data's modalities.
         overrides: `key=value` changes, as of `--set`.
         resume: continue the run in `output`. Its configuration is used; overrides apply on top.
         init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
@@ -90,7 +90,7 @@ class Trainer:
         self.stopping = True
 
     def new_run(self) -> Run:
-        """Return model, optimiser and place of the run, before its next step."""
+        """Return the run with model and optimiser, before its next step."""
         return Run(self.plan, self.looked_at)
 
     def dry_run(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class Trainer:
             cannot be written, holds another run, or is in use.
         """
         resume = self.plan.saved is not None
-        with claim(self.output, resume=resume, replace=self.replace):
+        with claim_run(self.output, resume=resume, replace=self.replace):
             yield Started(self.summary(), tuple(self.notes))
             num_told = len(self.notes)
             yield from self._preload()
@@ -126,7 +126,7 @@ class Trainer:
                 return
             run = self.new_run()
             # Only now, when nothing but training is left to fail, does an older run give way.
-            begin(self.output, self.config.to_toml(), fresh=not resume)
+            begin_run(self.output, self.config.to_toml(), fresh=not resume)
             if not (resume and (self.output / SPLIT_FILE).exists()):
                 save_split(self.output / SPLIT_FILE, self.catalog)
             yield from map(Note, self.notes[num_told:])
