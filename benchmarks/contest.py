@@ -35,10 +35,10 @@ PRODUCTS_S = 1.0  # at most, to time matrix products alone
 
 @dataclass(frozen=True)
 class Measured(Spent):
-    """What one contender took: seconds of a call and bytes at the peak, and what they are compared with.
+    """One contender's time and memory, and the time of the latents' matrix products alone.
 
-    product_seconds: of the latents' matrix products alone, by PyTorch's own products and by `kernels.product`, the
-    fastest known here. differs: see `peers.Contender`.
+    product_seconds: by PyTorch's own product, and by `kernels.product`, the fastest known here. differs: see
+    `peers.Contender`.
     """
 
     product_seconds: tuple[float, float]
@@ -46,7 +46,7 @@ class Measured(Spent):
 
 
 def measure(name: str, trial: Trial) -> Measured:
-    """Return what one contender takes, measured in this process."""
+    """Return the time and memory of one contender, measured in this process."""
     base = peak_bytes()
     # Others run as they are written: malloc's own settings are part of that.
     if name == "ours":
@@ -72,9 +72,9 @@ def _product_seconds(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seconds: float,
 ) -> float:
-    """Return what the matrix products of all latent Transformers of one forward take here, and nothing else of them.
+    """Return the seconds that the matrix products of all latent Transformers take in one forward pass.
 
-    Those of one latent Transformer, with as many distinct weights as it has, times how often one runs.
+    The products of one latent Transformer are timed, each with its own weight, and multiplied by how often one runs.
     """
     model = config.model
     n, d, heads = model.num_latents, model.latent_channels, model.num_self_heads
@@ -110,7 +110,7 @@ def _stock_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def contest(trial: Trial, against: Sequence[str], sides: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
     """Yield one row per contender and size: its time, memory, and ratios to ours of the same round.
 
-    A peer that is not installed gives a row that says so. "usual" is measured in both its forms.
+    A peer that is not installed has a row that says so. "usual" is measured in both its forms.
 
     Args:
         trial: what each contender does; its `side` is set here.
@@ -156,7 +156,7 @@ def _row(name: str, measured: Mapping[str, list[Measured]], flops: int, passes: 
         "memory_over_ours": median(
             theirs.peak_bytes / mine.peak_bytes for theirs, mine in zip(runs, ours, strict=True)
         ),
-        # How many times longer than the latent Transformers' matrix products alone: of a backward, two more of each.
+        # Beside the latent Transformers' matrix products alone; a backward pass has two more of each.
         "time_over_latent_products": median(run.seconds / (passes * run.product_seconds[0]) for run in runs),
         "time_over_fastest_products": median(run.seconds / (passes * run.product_seconds[1]) for run in runs),
         "product_gflop_per_s": flops / median(run.product_seconds[0] for run in runs) / 1e9,

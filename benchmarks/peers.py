@@ -25,15 +25,15 @@ from perceiver_cli.model.export import Graph, describe_inputs, made_up, missing_
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Layout
 
-# Peers that are packages, and what they are installed as. "usual" is ours, written as everyone writes it; "onnxruntime"
-# runs ours, as `perceiver export` writes it.
+# Peers by name, with the module that each package installs. "onnxruntime" runs our model as `perceiver export` writes
+# it; "usual", which needs no package, is our model computed as everyone computes it.
 PACKAGES = {
     "perceiver-pytorch": "perceiver_pytorch",
     "transformers": "transformers",
     "perceiver-io": "perceiver",
     "onnxruntime": "onnxruntime",
 }
-EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}
+EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}  # what pip installs, where that is not the name
 NAMES = ("usual", *PACKAGES)
 USUAL = ("usual (einsum)", "usual (SDPA)")  # the forms in which "usual" is measured
 
@@ -42,7 +42,7 @@ USUAL = ("usual (einsum)", "usual (SDPA)")  # the forms in which "usual" is meas
 class Contender:
     """Something to time: `call` gives logits (B, classes), or what one cross-attend reads (B, N, W).
 
-    differs: what is not the model that was asked for, in words; empty where it is the same function.
+    differs: how its model differs from the one asked for, in words; empty if it is the same function.
     """
 
     call: Callable[[], Tensor]
@@ -51,7 +51,7 @@ class Contender:
 
 
 def is_installed(name: str) -> bool:
-    """Return whether a contender can be built here. Raises UsageError for a name that is none."""
+    """Return whether a contender's packages are installed. Raises UsageError for an unknown name."""
     if name not in NAMES:
         raise UsageError(f"--against {name}: not a peer", f"expected some of {', '.join(NAMES)}")
     if name == "onnxruntime":
@@ -62,13 +62,13 @@ def is_installed(name: str) -> bool:
 def build(
     name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool
 ) -> Contender:
-    """Return a contender: "ours", "usual (einsum)", "usual (SDPA)" or a package.
+    """Return a contender by name: "ours", "usual (einsum)", "usual (SDPA)" or a package.
 
-    `alone`: what the first cross-attend reads and no more, without the linear layers on latents that follow it. Of
-    the usual way, the byte array is given; of ours, all that stands for it is made.
+    alone: the first cross-attend's read and no more, without the linear layers on latents that follow it. The usual
+    way then starts from a finished byte array, while ours makes all that stands for it.
 
     Raises:
-        UsageError: a peer that cannot build anything of these sizes.
+        UsageError: the peer cannot build a model of these sizes.
     """
     segments = made_up_segments(layouts, batch, device)
     if name == "ours" or name in USUAL:
@@ -126,7 +126,7 @@ def _onnxruntime(model: Perceiver, batch: int) -> Contender:
 
 
 def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
-    """Return (B, N, W), with K and V projected from the whole byte array (B, M, C)."""
+    """Return the latents' read (B, N, W), with K and V projected from the whole byte array (B, M, C)."""
     rows = block.input_norm(byte_array)
     normalised = block.latent_norm(latents)
     query, key, value = (
@@ -152,7 +152,7 @@ def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
 
 
 def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
-    """Return logits (B, classes) of our model, its byte array built and read as every public implementation does."""
+    """Return our model's logits (B, classes), its byte array built and read as in every public implementation."""
     encoding: ByteArrayEncoding = model.encoding
     byte_array = encoding(segments)
     latents = model.latents.expand(len(byte_array), -1, -1)

@@ -58,7 +58,8 @@ def throughput(seconds: float, rounds: int, count: int = RECORDS) -> Iterator[di
     """Yield samples per second of images as files and as records, MB/s of a pipe, and the cost to open `count` records.
 
     Reading is to arrays in memory; the loader also crops to 224 x 224, mirrors and makes batches, in this process.
-    Each figure is a median of `rounds`, taken in turn; `ratio` is that of the rounds, over what is named.
+    Each figure is the median of `rounds`, taken in turn; `ratio` is the median of the ratios within a round to the
+    contender that `over` names.
     """
     with tempfile.TemporaryDirectory() as folder:
         data, shards = Path(folder, "data"), Path(folder, "shards")
@@ -93,7 +94,7 @@ def throughput(seconds: float, rounds: int, count: int = RECORDS) -> Iterator[di
 
 
 def _nothing(data: bytes) -> None:
-    """Take bytes and do nothing with them."""
+    """Drop the bytes."""
 
 
 def _reading(reader: Reader, examples: Sequence[Example], seconds: float) -> float:
@@ -131,7 +132,7 @@ def _preparing(job: Job, workers: int, seconds: float) -> float:
 
 
 def _piping(tars: Sequence[Path], seconds: float) -> float:
-    """Return MB/s of records from a process that writes them to one that reads and checks them."""
+    """Return the MB/s at which this process reads and checks records that another one writes."""
     command = [sys.executable, "-c", POUR, str(seconds), *map(str, tars)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=PIPE_BYTES, cwd=ROOT) as writer:
         assert writer.stdout is not None
@@ -147,16 +148,16 @@ def _piping(tars: Sequence[Path], seconds: float) -> float:
 
 
 def pour(tars: Sequence[str], seconds: float) -> None:
-    """Write the records of tars to stdout, packed anew, again and again for some seconds."""
-    read = []
+    """Write the records of tars to stdout, packed anew, over and over for some seconds."""
+    originals = []
     for tar in tars:
         with open(tar, "rb") as file:
             feed = Feed(file, tar)
-            read += list(read_records(feed, Limits(), feed.take))
+            originals += list(read_records(feed, Limits(), feed.take))
     out = sys.stdout.buffer
-    writer, number, begin = Writer(out.write, read[0][0]), 0, time.perf_counter()
+    writer, number, begin = Writer(out.write, originals[0][0]), 0, time.perf_counter()
     while time.perf_counter() < begin + seconds:
-        for header, record in read:
+        for header, record in originals:
             writer.packed(pack(record.facts, record.arrays, number, header))
             number += 1
     writer.close()
@@ -164,7 +165,7 @@ def pour(tars: Sequence[str], seconds: float) -> None:
 
 
 def opening(count: int) -> Iterator[dict[str, Any]]:
-    """Yield seconds and memory of a process that opens `count` tiny records for training: first, then with an index."""
+    """Yield seconds and memory of a process that opens `count` tiny records for training, without and with an index."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.tar")
         spec = ImageSpec(size=(8, 8), color="grey", mean=(0.5,), std=(0.25,))

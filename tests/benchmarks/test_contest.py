@@ -64,7 +64,7 @@ def test_one_row_per_contender_with_ratios_and_memory(mode: str) -> None:
     assert rows[0]["time_over_ours"] == {"min": 1, "median": 1, "max": 1}
 
 
-def test_a_peer_that_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(peers.PACKAGES, "transformers", "no_such_package")
     trial = Trial("tiny-image", "forward", 0.01, "cpu", "fp32")
     rows = list(contest.contest(trial, ["transformers"], [], 1))

@@ -2,7 +2,7 @@
 
 Where the two are the same function, and how the rest is made so:
 
-| part | perceiver-pytorch 0.11 | ours | here |
+| piece | perceiver-pytorch 0.11 | ours | here |
 |---|---|---|---|
 | Q, K, V | no bias; K and V in one matrix | biases | ours are zero; `to_kv` is both, K first |
 | width of the cross-attend | heads x dim_head | the input's channels C | heads x dim_head = C |
@@ -101,7 +101,7 @@ def test_fourier_features_are_theirs_in_another_order() -> None:
 @pytest.mark.parametrize("heads", [1, 3])
 @pytest.mark.parametrize("form", ["tiled", "folded", "projected"])
 def test_the_cross_attend_is_theirs(heads: int, form: str) -> None:
-    """Attention, residual and dense block on given rows, in each of our forms."""
+    """Attention, residual and dense block on random rows, in each of our forms."""
     block = peer.PerceiverBlock(
         dim=32, context_dim=CHANNELS, cross_heads=heads, cross_dim_head=CHANNELS // heads, self_per_cross_attn=0
     )
@@ -112,8 +112,8 @@ def test_the_cross_attend_is_theirs(heads: int, form: str) -> None:
     ours.form = lambda *sizes: form  # type: ignore[method-assign]
     torch.manual_seed(0)
     latents, rows = torch.randn(2, 8, 32), 2 * torch.randn(2, 40, CHANNELS) + 1
-    found = ours(latents, Memory([Part(rows)]))
-    torch.testing.assert_close(found, block(latents, context=rows), rtol=0, atol=TOLERANCE)
+    ours_out = ours(latents, Memory([Part(rows)]))
+    torch.testing.assert_close(ours_out, block(latents, context=rows), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("tied", "schedule"), [(True, "c0 t0 (c1 t1)x2"), (False, "c0 t0 c1 t1 c2 t2")])

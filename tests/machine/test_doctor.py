@@ -1,4 +1,4 @@
-"""What is said of this machine, and a self-test that can fail."""
+"""`perceiver doctor`: its facts about this machine, and a self-test that can fail."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_by_command(perceive: Perceive) -> None:
     assert facts["problems"] == []
 
 
-def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "av" else real(name))
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.installed_version
+    monkeypatch.setattr(doctor, "installed_version", lambda name: None if name == "av" else real(name))
     monkeypatch.setattr(kernels, "choose", lambda *_: PLAIN)
     facts = doctor.examine()
     assert facts["optional"]["av"] == "not installed: no videos and their sound (pip install 'perceiver-cli[video]')"
@@ -39,9 +39,9 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_self_test_learns_and_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "SELF_TEST_S", 2.5)
     monkeypatch.setattr(doctor, "FALLS_TO", 0.95)  # seconds of training, on shared cores
-    found = doctor.self_test("cpu")
-    assert found["last_loss"] < found["first_loss"]
-    assert found["difference_after_loading"] <= 1e-6
+    results = doctor.self_test("cpu")
+    assert results["last_loss"] < results["first_loss"]
+    assert results["difference_after_loading"] <= 1e-6
     monkeypatch.setattr(doctor, "FALLS_TO", 0.0)
     with pytest.raises(PerceiverError, match=r"self-test: the loss went from .*; please report it"):
         doctor.self_test("cpu")

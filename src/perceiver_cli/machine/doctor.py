@@ -1,4 +1,4 @@
-"""What is installed, what it can do, and whether it works here: to be read, and pasted into reports of bugs."""
+"""`perceiver doctor`: what is installed, what it can do, and whether training works here. Made for bug reports."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.trainer import Trainer
 
 CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh", "pydantic", "typer", "matplotlib")
-# What a missing package takes away, and the extra that brings it.
+# What is missing without the package, and the extra that installs it.
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
     "onnx": ("export to ONNX", "onnx"),
@@ -42,15 +42,15 @@ SIDE, FILES = 16, 60  # of made-up pictures; files in each of three classes
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, decoders, devices, kernels and threads; "problems" lists what is wrong, in words."""
+    """Return versions, decoders, devices, kernels and threads; "problems" lists each problem in a sentence."""
     problems: list[str] = []
     devices = {name: _device(name, problems) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
     return {
         "perceiver": version("perceiver-cli"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in CORE},
-        "optional": {name: _version(name) or _missing(*about) for name, about in OPTIONAL.items()},
+        "packages": {name: installed_version(name) for name in CORE},
+        "optional": {name: installed_version(name) or _missing(*loss) for name, loss in OPTIONAL.items()},
         "decoders": _decoders(),
         "devices": devices,
         "threads": {
@@ -64,33 +64,34 @@ def examine() -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _missing(what: str, extra: str) -> str:
-    return f"not installed: no {what} (pip install 'perceiver-cli[{extra}]')"
+def _missing(ability: str, extra: str) -> str:
+    return f"not installed: no {ability} (pip install 'perceiver-cli[{extra}]')"
 
 
 def _decoders() -> dict[str, str]:
     import soundfile
     from PIL import features
 
-    found = {name: features.version(name) or "missing" for name in ("jpg", "webp", "libtiff", "zlib")}
-    found["libsndfile"] = soundfile.__libsndfile_version__
-    found["mp3"] = "yes" if "MP3" in soundfile.available_formats() else "missing"
-    if _version("av") is not None:
+    decoders = {name: features.version(name) or "missing" for name in ("jpg", "webp", "libtiff", "zlib")}
+    decoders["libsndfile"] = soundfile.__libsndfile_version__
+    decoders["mp3"] = "yes" if "MP3" in soundfile.available_formats() else "missing"
+    if installed_version("av") is not None:
         import av
 
-        found["ffmpeg"] = str(av.ffmpeg_version_info)
-    return found
+        decoders["ffmpeg"] = str(av.ffmpeg_version_info)
+    return decoders
 
 
 def _device(name: str, problems: list[str]) -> dict[str, Any]:
-    """Return what a device is and which attention kernel passes its self-test there."""
+    """Return a device's name, its precision, and the attention kernel that passes its self-test there."""
     compute = choose(name)
     kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
     if kernel is kernels.PLAIN:
@@ -100,10 +101,10 @@ def _device(name: str, problems: list[str]) -> dict[str, Any]:
 
 
 def self_test(device: str = "auto") -> dict[str, Any]:
-    """Return what a short training on made-up pictures gave: the loss fell, and the saved model answers as before.
+    """Return the losses and the accuracy of a short training on made-up pictures.
 
     Raises:
-        PerceiverError: it did not.
+        PerceiverError: the loss did not fall, or the saved model's loss differs from the trained one's.
     """
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "data", Path(folder) / "run"
@@ -115,7 +116,7 @@ def self_test(device: str = "auto") -> dict[str, Any]:
         report = evaluate(predictor, data, "val")
     edge = max(1, len(losses) // 10)
     first, last = float(np.mean(losses[:edge])), float(np.mean(losses[-edge:]))
-    found = {
+    results = {
         "steps": len(losses),
         "first_loss": first,
         "last_loss": last,
@@ -126,7 +127,7 @@ def self_test(device: str = "auto") -> dict[str, Any]:
         raise PerceiverError(f"self-test: the loss went from {first:.4f} to {last:.4f}, expected a fall", _REPORT)
     if not abs(report.loss - before) <= SAME * max(1.0, before):
         raise PerceiverError(f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after", _REPORT)
-    return found
+    return results
 
 
 _REPORT = f"please report it with what perceiver doctor prints ({sys.platform})"

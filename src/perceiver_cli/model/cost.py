@@ -17,6 +17,9 @@ MIN_TILED_INPUTS = 1024  # of a grid; below, its byte array is built, which is s
 TILE_KEY = 40  # about the width of a tile's keys, beside the values
 
 
+MAX_PARAMETERS = 2_000_000_000  # of a model that is built here
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one model costs. Bytes are about, in float32, for one example.

@@ -24,13 +24,12 @@ from perceiver_cli.config import MAX_SCHEDULE_STEPS, Config
 from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.model.checkpoint import ModelInfo, load_tensors, read_table, save_model
-from perceiver_cli.model.cost import estimate
+from perceiver_cli.model.cost import MAX_PARAMETERS, estimate
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import MODEL_FILE
 
 MAX_JSON_BYTES = 4 << 20
-MAX_PARAMETERS = 2_000_000_000
 MAX_INPUTS = 1 << 24
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")

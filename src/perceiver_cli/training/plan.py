@@ -19,12 +19,12 @@ from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.hardware import memory_bytes
 from perceiver_cli.model.checkpoint import read_info
-from perceiver_cli.model.cost import Cost, estimate
+from perceiver_cli.model.cost import MAX_PARAMETERS, Cost, estimate
 from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
 
-MAX_PARAMETERS = 2_000_000_000
 LIST_BAD = 20  # unreadable files named in an error
 
 
@@ -224,7 +224,7 @@ def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
     reads = "+".join(sorted(config.inputs))
     if set(config.inputs) - set(catalog.modalities):
         raise DataError(f"{show_path(path)}: holds {'+'.join(catalog.holds)}, but {config.name} reads {reads}")
-    if (config.train.mixup or config.train.cutmix) and set(config.inputs) != {"image"}:
+    if (config.train.mixup or config.train.cutmix) and not all(modality(name).can_mix for name in config.inputs):
         raise UsageError(f"train.mixup and train.cutmix are for images alone, this run reads {reads}")
     if catalog.multi_label and config.data.class_weight_power:
         raise UsageError("data.class_weight_power is for one label an example")
