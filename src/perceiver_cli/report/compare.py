@@ -47,7 +47,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order given, and by option the value of each where they differ."""
+    """Runs in the order of the arguments, and by option the value of each where they differ."""
 
     runs: tuple[RunFacts, ...]
     differences: Mapping[str, tuple[Any, ...]]

@@ -31,10 +31,6 @@ def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
     config = info.config
     classes = list(summary["classes"].items())
     rest = len(classes) - MAX_LISTED
-    inputs = [
-        (name, f"{' x '.join(map(str, given['shape']))} of {given['channels']} channels, Fourier features included")
-        for name, given in summary["inputs"].items()
-    ]
     several = "several labels an example" if config.multi_label else "one label an example"
     return "\n".join(
         [
@@ -59,17 +55,7 @@ def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
             "",
             "## Model",
             "",
-            *table(
-                ("fact", "value"),
-                [
-                    *inputs,
-                    ("parameters", f"{summary['parameters']:,}"),
-                    ("FLOPs of a forward", f"{summary['flops']:,}"),
-                    ("latents", f"{config.model.num_latents} x {config.model.latent_channels}"),
-                    ("schedule", config.model.schedule),
-                    ("self-attends per block", config.model.self_attends_per_block),
-                ],
-            ),
+            *table(("fact", "value"), _facts(summary, info)),
             "",
             "## Metrics",
             "",
@@ -88,6 +74,23 @@ def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
             "",
         ]
     )
+
+
+def _facts(summary: Mapping[str, Any], info: ModelInfo) -> list[tuple[str, Any]]:
+    """Return names and values of a model's size and shape."""
+    model = info.config.model
+    inputs = [
+        (name, f"{' x '.join(map(str, entry['shape']))} of {entry['channels']} channels, Fourier features included")
+        for name, entry in summary["inputs"].items()
+    ]
+    return [
+        *inputs,
+        ("parameters", f"{summary['parameters']:,}"),
+        ("FLOPs of a forward", f"{summary['flops']:,}"),
+        ("latents", f"{model.num_latents} x {model.latent_channels}"),
+        ("schedule", model.schedule),
+        ("self-attends per block", model.self_attends_per_block),
+    ]
 
 
 def table(head: tuple[str, str], rows: Any) -> list[str]:
