@@ -60,7 +60,7 @@ def preprocess(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once and write them as prepare: a tar that train, evaluate, predict and WebDataset read.
+    """Decode files once and write them as records: a tar that train, evaluate, predict and WebDataset read.
 
     Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
     preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
