@@ -83,7 +83,7 @@ class Graph(nn.Module):
                 sides = values.shape[1:-1]
                 tables = axis_features(layout, [_places(side) for side in sides])
             segment = Segment(values, positions, None if present is None else present.unsqueeze(1))
-            parts.append(self.model.encoding.part(name, segment, tables))
+            parts.append(self.model.encoding.modality_inputs(name, segment, tables))
         return self.decided(self.model.classify(self.model.read(Memory(parts, tileable=False))))
 
     def decided(self, logits: Tensor) -> tuple[Tensor, Tensor]:
