@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_cli.model import attention, kernels
+from perceiver_cli.model import attention, kernels, tiles
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.model.encoding import ByteArrayEncoding, ModalityInputs, Segment
 from perceiver_cli.preprocess.base import Layout
@@ -136,9 +136,9 @@ def test_every_form_is_the_papers_formula(
     block = random_block(encoding.num_channels, 8, heads, form)
     query = torch.randn(1 if same_latents else batch, latents, 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.SLAB_BYTES, "cpu", slab_bytes)
-        patch.setattr(attention, "STATISTICS_BYTES", slab_bytes)
-        patch.setattr(attention, "ROW_TILE", 16)
+        patch.setitem(tiles.SLAB_BYTES, "cpu", slab_bytes)
+        patch.setattr(tiles, "STATISTICS_BYTES", slab_bytes)
+        patch.setattr(tiles, "ROW_TILE", 16)
         patch.setattr(kernels, "ONEDNN_FROM", onednn_from)
         check(block, query, encoding, segments, 1e-5)
 
@@ -273,10 +273,10 @@ def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifte
     mask = torch.zeros(1, 48, 48, dtype=torch.bool)
     mask[:, :20, :16] = True
     (inputs,) = encoding.inputs({"image": Segment(torch.randn(1, 48, 48, 3), None, mask.flatten(1))}).values()
-    tiles = attention.GridTiles(inputs)
+    grid = tiles.GridTiles(inputs)
     u = size * torch.randn(1, 40, encoding.num_channels)
-    shared, along = tiles.queries(u)
-    shift = tiles.shift(shared, along)
+    shared, along = grid.queries(u)
+    shift = grid.shift(shared, along)
     rows = F.layer_norm(inputs.rows().double(), (encoding.num_channels,), eps=attention.EPS)
     scores = (u.double() @ rows.mT).masked_fill(~mask.flatten(1)[:, None], -torch.inf)
     assert (shift is not None) == shifted
@@ -285,7 +285,7 @@ def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifte
         assert (shift - scores.logsumexp(dim=-1)).max() <= kernels.SPAN
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "ONEDNN_FROM", 1)
-        mean, normaliser = tiles.average(u, kernels.ONEDNN)
+        mean, normaliser = grid.average(u, kernels.ONEDNN)
     torch.testing.assert_close(normaliser.double(), scores.logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
     expected = scores.softmax(dim=-1) @ rows
     torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-5 * float(rows.abs().max()))
