@@ -367,7 +367,7 @@ def test_a_class_for_which_nothing_speaks_is_said(trained: Path, bars: Path) -> 
 def test_points_are_written_as_a_coloured_cloud(tmp_path: Path) -> None:
     points = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     heat = np.linspace(0, 1, 50, dtype=np.float32)
-    shown = explain.Shown(points, PointsSpec(), heat / heat.sum(), heat)
+    shown = explain.ExplainedInput(points, PointsSpec(), heat / heat.sum(), heat)
     cloud = explain.Explanation("a.npy", "b", 0.9, "b", 0.9, {"points": shown}, ())
     explain.save(cloud, tmp_path / "out.ply")
     read = decode(Source(str(tmp_path / "out.ply")), PointsSpec(), Limits())

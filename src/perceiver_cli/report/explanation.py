@@ -7,7 +7,7 @@ from pathlib import Path
 
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path, show_text
-from perceiver_cli.inference.explain import MAPS, Explanation, Heat, Shown
+from perceiver_cli.inference.explain import MAPS, ExplainedInput, Explanation, Heat
 from perceiver_cli.report import pictures
 
 
@@ -57,7 +57,7 @@ def to_picture(explanation: Explanation) -> pictures.Picture:
     return pictures.margin(pictures.column(parts))
 
 
-def _medium(name: str, shown: Shown, label: str, *, several: bool) -> pictures.Picture:
+def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> pictures.Picture:
     wide = shown.start_s is not None
     side = 3 * pictures.SIDE // 2 if wide else pictures.SIDE
     start_s = shown.start_s or 0.0
@@ -93,7 +93,7 @@ def _score_pages(explanation: Explanation, width: int) -> list[pictures.Picture]
     return pages
 
 
-def _score_picture(scores: Heat, shown: Shown, side: int) -> pictures.Picture:
+def _score_picture(scores: Heat, shown: ExplainedInput, side: int) -> pictures.Picture:
     values = pictures.spanned(scores)
     if shown.spec.modality == "points":
         count = len(shown.raw)
