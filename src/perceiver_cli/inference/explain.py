@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_cli.data.decoder import Decoded, Row
+from perceiver_cli.data.decoder import Decoded
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Part, Pipe, source_of
 from perceiver_cli.data.listing import looked_at
@@ -128,9 +128,6 @@ class Explanation:
         }
 
 
-# ---------------------------------------------------------------- from an input to an explanation
-
-
 def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | None = None) -> Explanation:
     """Return the Explanation of one input for a class, by default the most probable one.
 
@@ -157,11 +154,10 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
         raise UsageError(f"no class {show_path(label)} in {show_path(predictor.path)}", f"there are {known}")
     target = predictor.classes.index(label)
     several = reader.multi_label_classes > 0
-    device = predictor.compute.device
+    windows = [{name: s.to(predictor.compute.device) for name, s in collate([row]).items()} for row in views]
     with torch.no_grad():
-        odds = torch.cat([log_odds(model(_segments(row, device)), target, several) for row in views])
-    best = int(odds.argmax())
-    segments = _segments(views[best], device)
+        best = int(torch.cat([log_odds(model(segments), target, several) for segments in windows]).argmax())
+    segments = windows[best]
     attention, maps = look(model, segments)
     heat = weighed(evidence(model, segments, target, several), attention)
     notes = []
@@ -197,10 +193,6 @@ def _together(paths: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
         kinds = "+".join(predictor.modalities)
         raise UsageError(f"{spare.source.shown}: one too many, an input is one file of each of {kinds}")
     return sources_of(by_kind, predictor.modalities)
-
-
-def _segments(row: Row, device: torch.device) -> dict[str, Segment]:
-    return {name: segment.to(device) for name, segment in collate([row]).items()}
 
 
 def log_odds(logits: Tensor, target: int, several: bool) -> Tensor:

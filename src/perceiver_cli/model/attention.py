@@ -54,13 +54,10 @@ class Memory:
         """(B, 1, 1, M) bool of all modalities, or None where every row is an input."""
         if all(inputs.mask is None for inputs in self.inputs):
             return None
-        masks = [
-            inputs.values.new_ones(self.batch, prod(inputs.grid), dtype=torch.bool)
-            if inputs.mask is None
-            else inputs.mask
-            for inputs in self.inputs
-        ]
-        return torch.cat(masks, dim=1)[:, None, None]
+        shapes = [(self.batch, prod(inputs.grid)) for inputs in self.inputs]
+        true = self.inputs[0].values.new_ones((), dtype=torch.bool)
+        masks = [true if inputs.mask is None else inputs.mask for inputs in self.inputs]
+        return torch.cat([m.expand(shape) for m, shape in zip(masks, shapes, strict=True)], dim=1)[:, None, None]
 
     @cached_property
     def tiles(self) -> list[Tiles]:

@@ -82,17 +82,14 @@ class Graph(nn.Module):
     def __init__(self, model: Perceiver, calibration: Calibration, *, multi_label: bool) -> None:
         super().__init__()
         self.model, self.temperature, self.multi_label = model, calibration.temperature, multi_label
-        layouts = model.encoding.layouts
-        self.dynamic = {name: is_dynamic(layout) for name, layout in layouts.items()}
-        self.names = list(input_names(layouts))
+        self.names = list(input_names(model.encoding.layouts))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and probabilities (B, classes) of the inputs, in the order of `names`."""
         encoding, inputs = self.model.encoding, []
         for name, segment in segments_of(encoding.layouts, dict(zip(self.names, tensors, strict=True))).items():
-            tables = None
-            if self.dynamic[name]:
-                tables = axis_features(encoding.layouts[name], [_places(side) for side in segment.values.shape[1:-1]])
+            layout, sides = encoding.layouts[name], segment.values.shape[1:-1]
+            tables = axis_features(layout, [_places(side) for side in sides]) if is_dynamic(layout) else None
             inputs.append(encoding.modality_inputs(name, segment, tables))
         return self.with_probabilities(self.model.classify(self.model.read(Memory(inputs, tileable=False))))
 
@@ -154,7 +151,8 @@ def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[byte
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # names folders of this machine
         data, run = _WRITERS[suffix](program, graph.names, metadata)
-        difference = max(_difference(graph, run, made_up(layouts, count, more, rng)) for count, more in CHECKED)
+        # NumPy's maximum of anything and NaN is NaN, which no tolerance admits.
+        difference = float(np.max([_difference(graph, run, made_up(layouts, *sizes, rng)) for sizes in CHECKED]))
     if not difference <= TOLERANCE:
         raise IntegrityError(
             f"the exported model differs from the original by {difference:.2g}, more than {TOLERANCE:g}",
@@ -302,8 +300,8 @@ def _difference(graph: Graph, run: Run, inputs: Mapping[str, Any]) -> float:
     else:
         logits, probabilities = graph(*(torch.from_numpy(inputs[name]) for name in graph.names))
     run_logits, run_probabilities = (torch.from_numpy(np.asarray(out)) for out in run(inputs))
-    scale = max(1.0, float(logits.abs().max()))
-    return max(float((run_logits - logits).abs().max()) / scale, float((run_probabilities - probabilities).abs().max()))
+    off = float((run_logits - logits).abs().max()) / max(1.0, float(logits.abs().max()))
+    return float(np.max([off, float((run_probabilities - probabilities).abs().max())]))
 
 
 @contextmanager

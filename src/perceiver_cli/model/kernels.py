@@ -231,9 +231,6 @@ def _efficient_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: 
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
 
-# ---------------------------------------------------------------- choice
-
-
 def _is_right(kernel: Kernel, device: torch.device) -> bool:
     """Return whether a kernel agrees with the plain one, both ways, on problems of odd sizes, small and large."""
     tolerance = 1e-4 if kernel.dtype == torch.float32 else 3e-2

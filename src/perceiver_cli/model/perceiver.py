@@ -46,20 +46,15 @@ class Perceiver(nn.Module):
         self.encoding = ByteArrayEncoding(layouts, config.modality_channels)
         latent_channels, input_channels = config.latent_channels, self.encoding.num_channels
         width = cross_width(config, input_channels)
+        widening, gelu = config.widening_factor, config.gelu
         self.latents = nn.Parameter(torch.empty(config.num_latents, latent_channels))
         self.cross_attends = nn.ModuleList(
-            CrossAttend(
-                latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor, config.gelu
-            )
+            CrossAttend(latent_channels, input_channels, width, config.num_cross_heads, widening, gelu)
             for _ in range(config.num_cross_sets)
         )
+        blocks = config.self_attends_per_block
         self.latent_transformers = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor, config.gelu)
-                    for _ in range(config.self_attends_per_block)
-                )
-            )
+            nn.Sequential(*(SelfAttend(latent_channels, config.num_self_heads, widening, gelu) for _ in range(blocks)))
             for _ in range(config.num_latent_sets)
         )
         # Make activations of latent Transformers again in the backward pass: a third more time, far less memory.

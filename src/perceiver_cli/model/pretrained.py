@@ -75,6 +75,12 @@ TABLE, STEM = "encoding.learned_positions.image", "encoding.stems.image.weight"
 PROJECTION = "perceiver.input_preprocessor.positions_projection."  # of the table; folded into it
 CLASSES = "perceiver.decoder.decoder.final_layer.weight"
 
+# Fields of ModelConfig, by those of config.json.
+SIZES = {
+    "num_latents": "num_latents", "latent_channels": "d_latents", "widening_factor": "cross_attention_widening_factor",
+    "num_cross_heads": "num_cross_attention_heads", "num_self_heads": "num_self_attention_heads",
+    "self_attends_per_block": "num_self_attends_per_block",
+}  # fmt: skip
 # Defaults of keys that config.json leaves out (PerceiverConfig) ...
 DEFAULTS: dict[str, Any] = {
     "num_latents": 256, "d_latents": 1280, "num_blocks": 1, "num_self_attends_per_block": 26,
@@ -144,8 +150,7 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     classes = _classes(theirs or {}, _integer(show_path(path), CLASSES, next(iter(shapes.get(CLASSES, ())), None)))
     config = _config(architecture, facts, processor, len(classes), variant)
 
-    spec = config.inputs["image"]
-    layouts = {"image": modality("image").layout(spec)}
+    layouts = {"image": modality("image").layout(config.inputs["image"])}
     cost = estimate(config.model, layouts, len(classes))
     if cost.parameters > MAX_PARAMETERS or cost.num_inputs > MAX_INPUTS:
         sizes = f"{cost.parameters:,} parameters and {cost.num_inputs:,} inputs"
@@ -161,9 +166,6 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     if theirs is None:
         metrics["assumed"] = ", ".join(f"{key} {value}" for key, value in PUBLISHED.items())
     return weights, ModelInfo(config, classes, 0, metrics)
-
-
-# ---------------------------------------------------------------- where the files are
 
 
 def _files(source: str) -> Callable[[str], Path | None]:
@@ -223,9 +225,6 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return tables
 
 
-# ---------------------------------------------------------------- configuration
-
-
 def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | None) -> str:
     """Return the architecture that config.json names; with `shapes`, the one that tensor names show must agree."""
     named = None if theirs is None else theirs.get("architectures")
@@ -259,7 +258,7 @@ def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any
 def _config(
     architecture: str, facts: Mapping[str, Any], processor: Mapping[str, Any] | None, num_classes: int, variant: Variant
 ) -> Config:
-    """Return our configuration of a model of transformers; raises UsageError for what cannot be expressed."""
+    """Return our configuration of a model of transformers; raise UsageError if it cannot be expressed."""
     _refuse_others(CONFIG_FILE, facts, FIXED_MODEL)
     count = {key: _integer(CONFIG_FILE, key, facts[key]) for key in DEFAULTS if key not in ("hidden_act", "image_size")}
     if count["self_attention_widening_factor"] != count["cross_attention_widening_factor"]:
@@ -275,19 +274,10 @@ def _config(
         image["size"] = [side, side]
     elif architecture == CONV:
         image["stem"] = "conv-same" if variant == "dm" else "conv-valid"
-    model = {
-        "num_latents": count["num_latents"],
-        "latent_channels": count["d_latents"],
-        "schedule": f"c0 (t0)x{count['num_blocks']}",
-        "self_attends_per_block": count["num_self_attends_per_block"],
-        "num_cross_heads": count["num_cross_attention_heads"],
-        "num_self_heads": count["num_self_attention_heads"],
-        "cross_channels": "input",
-        "widening_factor": count["cross_attention_widening_factor"],
-        "gelu": "erf",
-        "head": "query",
+    model = {ours: count[theirs] for ours, theirs in SIZES.items()} | {
+        "schedule": f"c0 (t0)x{count['num_blocks']}", "cross_channels": "input", "gelu": "erf", "head": "query",
         "query_residual": not (architecture == LEARNED and variant == "dm"),
-    }
+    }  # fmt: skip
     name = {FOURIER: "imported-fourier", LEARNED: "imported-learned", CONV: "imported-conv"}[architecture]
     inputs = {"image": {**image, "crop_area": (0.35, 1.0), "flip": 0.5}}
     tables = {"name": name, "num_classes": num_classes, "model": model, "inputs": inputs, "train": FINE_TUNING}
@@ -343,11 +333,7 @@ def _integer(origin: str, key: str, value: Any) -> int:
 
 def _shown(value: Any) -> str:
     """Return a short printable form of a value from a stranger's file."""
-    plain = value is None or isinstance(value, str | int | float)
-    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
-
-
-# ---------------------------------------------------------------- tensors
+    return f"{value!r:.60}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _their_name(ours: str) -> str:
