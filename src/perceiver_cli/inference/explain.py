@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -322,13 +322,11 @@ def _watched(model: Perceiver) -> Iterator[list[tuple[CrossAttend | SelfAttend, 
         assert isinstance(block, CrossAttend | SelfAttend)
         seen.append((block, arguments))
 
-    blocks = [block for block in model.modules() if isinstance(block, CrossAttend | SelfAttend)]
-    handles = [block.register_forward_pre_hook(note) for block in blocks]
-    try:
+    with ExitStack() as stack:
+        for block in model.modules():
+            if isinstance(block, CrossAttend | SelfAttend):
+                stack.enter_context(block.register_forward_pre_hook(note))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -249,8 +249,7 @@ class Predictor:
         self, examples: Iterable[Example], windows: Windows, batch_size: int, blank: Prediction, embeddings: bool
     ) -> Iterator[Prediction]:
         """Yield the predictions of examples that are cut into windows; `blank` holds their common fields."""
-        cut = self._cut(examples, windows, blank)
-        predicted = self._predicted(cut, batch_size, embeddings)
+        predicted = self._predicted(self._cut(examples, windows, blank), batch_size, embeddings)
         for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
             predictions = (prediction for _, prediction in of_one)
             if windows.aggregate == "none":

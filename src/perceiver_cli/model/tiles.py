@@ -32,9 +32,9 @@ class Tiles:
     A query is for each axis of the tile the scores along it, then what all tiles share (B, n, s), whose last is 0.
 
     batch: B. counts: number of tiles along each axis. sides: of a tile, along each axis that has scores of its own.
-    size: m. key_width: w. masked: the shared columns of a query begin with one for the mask. reach: the largest length
-    of the key columns that meet the others of them, and the largest number that meets the scores along an axis.
-    differentiable: a gradient flows to the keys, from a learned stem, place or modality encoding.
+    size: m. key_width: w. masked: the shared columns begin with the mask's. reach: bounds of all keys, the largest norm
+    of their shared columns (without mask and ones) and the largest number in their one-hot columns. differentiable:
+    keys have a gradient, from a learned stem, position or modality encoding.
     """
 
     batch: int
