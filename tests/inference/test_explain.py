@@ -140,10 +140,10 @@ def test_heat_is_in_the_part_of_a_cloud_that_carries_the_class() -> None:
 
 def dense_rollout(model: Perceiver, segments: Segments) -> dict[str, Tensor]:
     """Return the attention of `explain.look`, from whole (N, M) matrices."""
-    parts = model.encoding.parts(segments)
-    byte_array = torch.cat([part.rows() for part in parts.values()], dim=1)
+    by_name = model.encoding.inputs(segments)
+    byte_array = torch.cat([inputs.rows() for inputs in by_name.values()], dim=1)
     reached = torch.zeros(model.config.num_latents, byte_array.shape[1])
-    latents, memory = model.latents.unsqueeze(0), explain.Memory(list(parts.values()))
+    latents, memory = model.latents.unsqueeze(0), explain.Memory(by_name.values())
 
     def weights(block: CrossAttend | SelfAttend, query: Tensor, key: Tensor) -> Tensor:
         query, key = (split_heads(x, block.heads) for x in (query, key))
@@ -168,8 +168,8 @@ def dense_rollout(model: Perceiver, segments: Segments) -> dict[str, Tensor]:
         query = block.query(block.latent_norm(model.readout.query[None]))
         share = weights(block, query, block.key(block.input_norm(latents)))[0]
     total = share @ reached
-    sizes = [int(np.prod(part.grid)) for part in parts.values()]
-    return dict(zip(parts, (total / total.sum()).split(sizes), strict=True))
+    sizes = [int(np.prod(inputs.grid)) for inputs in by_name.values()]
+    return dict(zip(by_name, (total / total.sum()).split(sizes), strict=True))
 
 
 GRID = Layout((40, 33), 3, 2, 4, (40.0, 33.0))
@@ -367,7 +367,7 @@ def test_a_class_for_which_nothing_speaks_is_said(trained: Path, bars: Path) -> 
 def test_points_are_written_as_a_coloured_cloud(tmp_path: Path) -> None:
     points = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     heat = np.linspace(0, 1, 50, dtype=np.float32)
-    shown = explain.Shown(points, PointsSpec(), heat / heat.sum(), heat)
+    shown = explain.ExplainedInput(points, PointsSpec(), heat / heat.sum(), heat)
     cloud = explain.Explanation("a.npy", "b", 0.9, "b", 0.9, {"points": shown}, ())
     explanation.save(cloud, tmp_path / "out.ply")
     read = decode(Source(str(tmp_path / "out.ply")), PointsSpec(), Limits())
@@ -464,7 +464,7 @@ def test_products_are_those_of_the_rows() -> None:
     encoding = ByteArrayEncoding(layouts, 4)
     for parameter in encoding.parameters():
         torch.nn.init.normal_(parameter)
-    memory = explain.Memory(list(encoding.parts(random_segments(layouts)).values()))
+    memory = explain.Memory(encoding.inputs(random_segments(layouts)).values())
     u = torch.randn(1, 7, memory.num_channels)
     with torch.no_grad():
         found = [tiles.untiled(torch.cat(list(tiles.products(u)), dim=1).movedim(2, 3)) for tiles in memory.tiles]

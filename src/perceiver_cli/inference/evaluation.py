@@ -18,7 +18,7 @@ from perceiver_cli.data.loader import Reader, ordered_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.inference.predictor import Predictor, run
+from perceiver_cli.inference.predictor import Predictor, forward_batches
 from perceiver_cli.inference.statistics import (
     RESAMPLES,
     Bin,
@@ -218,7 +218,7 @@ def label_logits(
     bad: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
-    for batch, outputs in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
+    for batch, outputs in forward_batches(model, reader, ordered_tasks(known, batch_size), compute, workers):
         scored += batch.examples
         used += batch.used
         rows.append(outputs.logits)

@@ -103,7 +103,7 @@ def read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
     """Return what the first cross-attend reads (B, N, W), without the linear layers on latents that follow it."""
     block = model.cross_attends[0]
     assert isinstance(block, CrossAttend)
-    return block.read(model.latents.unsqueeze(0), Memory(list(model.encoding.parts(segments).values())))
+    return block.read(model.latents.unsqueeze(0), Memory(model.encoding.inputs(segments).values()))
 
 
 def timed_call(

@@ -12,7 +12,7 @@ import numpy as np
 
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path, show_text
-from perceiver_cli.inference.explain import MAPS, Explanation, Heat, ScoreMap, Shown
+from perceiver_cli.inference.explain import MAPS, ExplainedInput, Explanation, Heat, ScoreMap
 from perceiver_cli.report import pictures
 from perceiver_cli.report.charts import plain_text
 
@@ -96,7 +96,7 @@ def _panels(figure: Any, panels: Sequence[tuple[str, Draw]], color: str = "black
         draw(below)
 
 
-def _medium(name: str, shown: Shown, label: str, *, several: bool) -> list[Row]:
+def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> list[Row]:
     """Return the rows of a modality: attention and heat side by side with the medium, or below each other if wide."""
     looked, spoke = (f": {share.sum():.0%}" if several else "" for share in (shown.attention, shown.heat))
     heats = {
@@ -114,7 +114,7 @@ def _medium(name: str, shown: Shown, label: str, *, several: bool) -> list[Row]:
     return [(height, partial(_panels, panels=row)) for row in rows]
 
 
-def _score_maps(name: str, shown: Shown, maps: Sequence[ScoreMap]) -> list[Row]:
+def _score_maps(name: str, shown: ExplainedInput, maps: Sequence[ScoreMap]) -> list[Row]:
     """Return the rows of a modality's score maps: a row for each cross-attend, a column for each latent."""
     rows: list[Row] = [(LINE, partial(_write, text=f"{name}: scores before the softmax, one latent each"))]
     heads = any(score.head > 1 for score in maps)
@@ -128,7 +128,7 @@ def _score_maps(name: str, shown: Shown, maps: Sequence[ScoreMap]) -> list[Row]:
     return rows
 
 
-def _score_map(figure: Any, scores: Heat, shown: Shown) -> None:
+def _score_map(figure: Any, scores: Heat, shown: ExplainedInput) -> None:
     axes, values = pictures.bare_axes(figure), pictures.spanned(scores)
     if shown.spec.modality == "points":
         pictures.cloud(axes, shown.raw, pictures.colours(values[: len(shown.raw)], pictures.SCORE))
