@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import File, Listing, file_at, listed, looked_at
+from perceiver_cli.data.listing import File, Listing, listed, looked_at
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
@@ -67,10 +67,7 @@ class Encoded:
     limits: Limits
     seconds: float | None = None
 
-    @property
-    def is_prepared(self) -> bool:
-        """False: crops and augmentation are still to come."""
-        return False
+    is_prepared: ClassVar[bool] = False  # crops and augmentation are still to come
 
     @property
     def origin(self) -> str:
@@ -104,8 +101,8 @@ class Encoded:
         return timed
 
 
-def opened(source: Source | Stored, spec: InputSpec, limits: Limits, seconds: float | None = None) -> Input:
-    """Return a source as an Input of the modality that `spec` is for. seconds: its length, where it has a time axis.
+def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
+    """Return a source as an Input of the modality that `spec` is for, without its length.
 
     Raises:
         DataError: unreadable, of another modality by its content, or a byte array that was prepared otherwise.
@@ -117,10 +114,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits, seconds: fl
         return stored_rows(source, spec.modality, spec, limits)
     if spec.modality not in source.kinds:
         raise other_kind(source, spec.modality)
-    return Encoded(source, spec, limits, seconds)
-
-
-# ---------------------------------------------------------------- from what was named to examples
+    return Encoded(source, spec, limits)
 
 
 @dataclass(frozen=True)
@@ -194,7 +188,7 @@ def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) 
         groups: dict[str | int, list[File]] = defaultdict(list)
         for number, row in rows:
             if row.path:
-                file = row.file or file_at(row.path, listing.folder)
+                file = row.looked_at(listing.folder)
                 # A file of a folder is called by its whole path, one of a manifest as the manifest does.
                 file = replace(file, path=file.source.name) if listing.by_stem else file
                 groups[stem(file.path) if by_stem else number].append(file)
@@ -224,7 +218,7 @@ def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> It
     for header, record in read_records(feed, limits, feed.take):
         if header is not checked:
             header.check(feed.shown, reads, "the model")
-            checked = header
+        checked = header
         facts = record.facts
         stored = {
             name: Stored(facts.path, header, name, facts.seconds.get(name, 0.0), partial(bytes, npy))

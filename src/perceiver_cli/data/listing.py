@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,6 +110,13 @@ def folders_in(parent: Path) -> list[Path]:
     return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
 
 
+def contents_of(folder: Path) -> str:
+    """Return how many folders and files a folder holds, for a message; past 10,000 files it stops counting."""
+    suffixes = Counter(map(suffix_of, islice(walk_files(folder), 10_001)))
+    counts = f"{counted(len(folders_in(folder)), 'folder')} and {counted(suffixes.total(), 'file')}"
+    return counts + (f" ({tally(suffixes)})" if suffixes else "")
+
+
 def parent(path: str) -> str:
     """Return the name of the folder that a file lies in."""
     return os.path.basename(os.path.dirname(path))
@@ -165,6 +173,10 @@ class Row:
     def paths(self) -> tuple[str, ...]:
         """The paths of all its files, as they were named."""
         return (self.path,) if self.path else tuple(self.columns.values())
+
+    def looked_at(self, folder: str) -> File:
+        """Return what its one file, at a path below a folder, is by its content."""
+        return self.file or looked_at(Source(os.path.join(folder, self.path)), self.path)
 
     def below(self, folder: str) -> Row:
         """Return the row with paths that begin with a folder."""
@@ -338,11 +350,6 @@ def looked_at(source: Source, path: str | None = None) -> File:
         return File(path, source, error)
 
 
-def file_at(path: str, folder: str | os.PathLike[str] = "") -> File:
-    """Return what the file at a path below a folder is by its content."""
-    return looked_at(Source(os.path.join(folder, path)), path)
-
-
 Labels = Literal["needed", "optional", "ignored"]
 
 
@@ -373,7 +380,7 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
         DataError: a pattern without a match, a manifest that cannot be read, or, with labels, no folder or manifest.
     """
     name = os.fspath(path)
-    file = None if labels == "needed" or os.path.isdir(name) else file_at(name)
+    file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
     if labels != "optional" and not (file and file.kinds) and (tars := tar_files(name)) is not None:
         return Listing(tars=tuple(tars))
     if os.path.isdir(name):
