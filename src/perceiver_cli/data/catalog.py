@@ -10,7 +10,6 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, combinations, islice
@@ -20,22 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.examples import Example, Examples, Records
-from perceiver_cli.data.listing import (
-    File,
-    Listing,
-    Row,
-    file_at,
-    folders_in,
-    listed,
-    parent,
-    suffix_of,
-    tally,
-    walk_files,
-)
+from perceiver_cli.data.listing import File, Listing, Row, contents_of, listed, looked_at, parent, suffix_of, tally
 from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import formats, look, modality, other_kind
+from perceiver_cli.preprocess import formats, modality, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows
@@ -83,10 +71,8 @@ class Catalog:
 
     def merged(self, splits: Iterable[str]) -> Examples:
         """Return the examples of several splits, sorted by id."""
-        present = [self.splits[split] for split in splits if split in self.splits]
-        if not present:
-            return Examples()
-        return present[0] if len(present) == 1 else present[0].merged(present[1:])
+        first, *others = [self.splits[split] for split in splits if split in self.splits] or [Examples()]
+        return first.merged(others) if others else first
 
     def counts(self, split: str) -> dict[str, int]:
         """Return the number of examples of each class in a split."""
@@ -124,17 +110,15 @@ class Catalog:
         """Raise DataError if examples of one group are in two splits."""
         if self.group_by is None:
             return
-        keys = {name: examples.columns(grouped=True)[0] for name, examples in self.splits.items()}
-        for one, other in combinations(sorted(keys), 2):
+        keys = {name: examples.columns(grouped=True)[0] for name, examples in sorted(self.splits.items())}
+        for one, other in combinations(keys, 2):
             shared = np.intersect1d(keys[one], keys[other])
             if len(shared):
                 example = self.splits[one][int(np.flatnonzero(keys[one] == shared[0])[0])]
                 group = example.group or parent(example.id)
-                raise DataError(
-                    f"{show_path(self.root)}: {counted(len(shared), 'group')} by {show_path(self.group_by)} in both "
-                    f"{one} and {other}, such as {show_path(group)}",
-                    "give each to one split",
-                )
+                groups = f"{counted(len(shared), 'group')} by {show_path(self.group_by)}"
+                places = f"in both {one} and {other}, such as {show_path(group)}"
+                raise DataError(f"{show_path(self.root)}: {groups} {places}", "give each to one split")
 
 
 def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
@@ -159,9 +143,6 @@ def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: fl
         if len(own) > 1 and not any(map(goes, own)):
             lent.update(islice((key for key in own if count[key] == 1 or spare(key)), 1))
     return np.array([key for key in count if goes(key)], np.uint64)
-
-
-# ---------------------------------------------------------------- scanning
 
 
 def scan(
@@ -202,10 +183,7 @@ def scan(
 
 
 def of_listing(
-    listing: Listing,
-    root: str,
-    classes: Sequence[str] | None = None,
-    reads: Iterable[str] | None = None,
+    listing: Listing, root: str, classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
 ) -> Catalog:
     """Return the catalog of the rows of a listing, in their order; as `scan` says. root: what to call the data.
 
@@ -228,10 +206,10 @@ def of_listing(
         missing = sum(name not in example.sources for example, _ in examples)
         if missing:
             notes.append(f"{missing} of {len(examples)} examples have no {name}")
-    known = {name for _, row in examples if row.split == "train" for name in row.labels}
-    known = known or {name for _, row in examples for name in row.labels}
+    counts = Counter(name for _, row in examples for name in row.labels)
+    known = {name for _, row in examples if row.split == "train" for name in row.labels} or set(counts)
     ordered = tuple(classes) if classes is not None else tuple(sorted(known))
-    _note_strangers(Counter(name for _, row in examples for name in row.labels), ordered, classes, "file", notes)
+    _note_strangers(counts, ordered, classes, "file", notes)
     splits = _in_splits(root, examples, {name: place for place, name in enumerate(ordered)})
     return Catalog(
         root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), listing.multi_label
@@ -274,9 +252,10 @@ def _by_column(
     brings = holds if reads is None else holds & reads
     examples = []
     for row in rows:
-        names = sorted(brings & row.columns.keys())
-        if names:
-            sources = {name: Source(os.path.join(folder, row.columns[name])) for name in names}
+        sources = {
+            name: Source(os.path.join(folder, row.columns[name])) for name in sorted(brings & row.columns.keys())
+        }
+        if sources:
             examples.append((Example(identity(row.paths), sources), row))
     if brings and holds - brings:
         notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
@@ -292,7 +271,7 @@ def _by_content(
 
     A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
     """
-    files = [row.file or file_at(row.path, listing.folder) for row in rows]
+    files = [row.looked_at(listing.folder) for row in rows]
     holds = {file.kinds[0] for file in files if file.kinds}
     allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
@@ -345,50 +324,30 @@ def _of_records(
     notes = list(shards.notes)
     order = shards.in_order()
     splits = shards.columns["splits"][order]
-    per_record = np.diff(shards.columns["label_ends"], prepend=0)
+    labels, per_record = shards.columns["labels"], np.diff(shards.columns["label_ends"], prepend=0)
     trained = np.repeat(shards.columns["splits"] == SPLITS.index("train"), per_record)
-    counts = np.bincount(shards.columns["labels"], minlength=len(shards.names))
-    in_training = np.bincount(shards.columns["labels"][trained], minlength=len(shards.names)) > 0
-    known = {n for n, there in zip(shards.names, in_training.tolist(), strict=True) if there} or set(shards.names)
+    known = {shards.names[place] for place in np.unique(labels[trained])} or set(shards.names)
     ordered = tuple(classes) if classes is not None else tuple(sorted(known))
     index = {name: place for place, name in enumerate(ordered)}
     places = np.array([index.get(name, -1) for name in shards.names], np.int64)
-    labelled = Counter(dict(zip(shards.names, counts.tolist(), strict=True)))
+    counts = np.bincount(labels, minlength=len(shards.names)).tolist()
+    labelled = Counter(dict(zip(shards.names, counts, strict=True)))
     _note_strangers(labelled, ordered, classes, "record", notes)
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
         if missing:
             notes.append(f"{missing} of {len(shards)} records have no {name}")
-    return Catalog(
-        root,
-        tuple(brings),
-        tuple(sorted(holds)),
-        ordered,
-        {
-            split: Records(shards, order[splits == number], places, brings)
-            for number, split in enumerate(SPLITS)
-            if (splits == number).any()
-        },
-        notes=tuple(notes),
-        multi_label=shards.header.multi_label,
-        prepared=shards.header,
-        group_by=group_by,
-    )
+    rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
+    records = {split: Records(shards, own, places, brings) for split, own in rows.items() if len(own)}
+    header, kinds = shards.header, tuple(sorted(holds))
+    return Catalog(root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by)
 
 
 def _nothing_usable(top: Path) -> DataError:
     if not top.is_dir():
         return DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
-    suffixes: Counter[str] = Counter()
-    folders = len(folders_in(top))
-    for count, path in enumerate(walk_files(top)):
-        suffixes[suffix_of(path)] += 1
-        if count == 10_000:
-            break
-    contents = f"{counted(folders, 'folder')} and {counted(suffixes.total(), 'file')}"
-    contents += f" ({tally(suffixes)})" if suffixes else ""
     return DataError(
-        f"{show_path(top)}: no usable files: found {contents}",
+        f"{show_path(top)}: no usable files: found {contents_of(top)}",
         f"expected class/file or split/class/file with {formats()}",
     )
 
@@ -410,13 +369,7 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
     for name, spec in specs.items():
         brought = (example.sources.get(name) for example in ranked)
         probes = list(islice((source for source in brought if isinstance(source, Source)), PROBES))
-        if probes and _is_byte_array(probes[0]):
+        if probes and looked_at(probes[0]).source.holds_rows:
             probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
         settled[name] = modality(name).resolve(spec, probes, limits)
     return settled
-
-
-def _is_byte_array(source: Source) -> bool:
-    with suppress(DataError):
-        return look(source).holds_rows
-    return False

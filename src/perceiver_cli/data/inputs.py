@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, ClassVar, Protocol
 
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import File, Listing, file_at, listed, looked_at
+from perceiver_cli.data.listing import File, Listing, listed, looked_at
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
@@ -67,32 +67,24 @@ class Encoded:
     limits: Limits
     seconds: float | None = None
 
-    @property
-    def is_prepared(self) -> bool:
-        """False: crops and augmentation are still to come."""
-        return False
+    is_prepared: ClassVar[bool] = False  # crops and augmentation are still to come
 
     @property
     def origin(self) -> str:
-        """The name of the file."""
         return self.source.name
 
     def array(self, span: Span | None = None) -> Array:
-        """Return the decoded array, or that of a span of seconds. Raises DataError."""
         if span is None:
             return modality(self.spec.modality).load(self.source, self.spec, self.limits)
         return self._timed.load(self.source, self.spec, self.limits, span)
 
     def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, decoded array) of each window; see `TimedModality.windows`."""
         return self._timed.windows(self.source, self.spec, self.limits, window_s, hop_s)
 
     def prepared(self) -> ByteArray:
-        """Raise TypeError: a file is never prepared."""
         raise TypeError(f"{self.source.shown}: an encoded file is not prepared")
 
     def content(self) -> Iterator[bytes]:
-        """Yield the bytes of the file."""
         with self.source.open(self.limits) as file:
             while block := file.read(READ_BYTES):
                 yield block
@@ -104,8 +96,8 @@ class Encoded:
         return timed
 
 
-def opened(source: Source | Stored, spec: InputSpec, limits: Limits, seconds: float | None = None) -> Input:
-    """Return a source as an Input of the modality that `spec` is for. seconds: its length, where it has a time axis.
+def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
+    """Return a source as an Input of the modality that `spec` is for, without its length.
 
     Raises:
         DataError: unreadable, of another modality by its content, or a byte array that was prepared otherwise.
@@ -117,10 +109,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits, seconds: fl
         return stored_rows(source, spec.modality, spec, limits)
     if spec.modality not in source.kinds:
         raise other_kind(source, spec.modality)
-    return Encoded(source, spec, limits, seconds)
-
-
-# ---------------------------------------------------------------- from what was named to examples
+    return Encoded(source, spec, limits)
 
 
 @dataclass(frozen=True)
@@ -188,13 +177,13 @@ def _of_file(file: File, use: Collection[str]) -> Example:
 
 
 def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
-    """Yield the examples of a listing; in a folder, files of one stem are looked at together."""
+    """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
     by_stem = listing.by_stem and len(reads) > 1
     for _, rows in groupby(enumerate(listing.rows, start=1), key=lambda pair: os.path.dirname(pair[1].path)):
         groups: dict[str | int, list[File]] = defaultdict(list)
         for number, row in rows:
             if row.path:
-                file = row.file or file_at(row.path, listing.folder)
+                file = row.looked_at(listing.folder)
                 # A file of a folder is called by its whole path, one of a manifest as the manifest does.
                 file = replace(file, path=file.source.name) if listing.by_stem else file
                 groups[stem(file.path) if by_stem else number].append(file)
@@ -202,16 +191,11 @@ def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) 
                 sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
                 yield Example(identity(row.paths) if sources else f"row {number}", sources)
         for files in groups.values():
-            yield from _of_stem(files, reads, use)
-
-
-def _of_stem(files: Sequence[File], reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
-    """Yield one example if each file is of another modality, else an example for each file."""
-    by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
-    if len(by_kind) > 1 and spare is None:
-        yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
-    else:
-        yield from (_of_file(file, use) for file in files)
+            by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
+            if len(by_kind) > 1 and spare is None:
+                yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
+            else:
+                yield from (_of_file(file, use) for file in files)
 
 
 def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
@@ -224,7 +208,7 @@ def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> It
     for header, record in read_records(feed, limits, feed.take):
         if header is not checked:
             header.check(feed.shown, reads, "the model")
-            checked = header
+        checked = header
         facts = record.facts
         stored = {
             name: Stored(facts.path, header, name, facts.seconds.get(name, 0.0), partial(bytes, npy))

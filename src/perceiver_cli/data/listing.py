@@ -11,6 +11,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,11 +38,11 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
     """
     unlabelled: ColumnError | None = None
     try:
-        if lists := metadata_in(top):
-            return _listed(top, lists, notes, group_by)
+        if described := _by_metadata(top, notes, group_by):
+            return described
     except ColumnError as error:
         unlabelled = error
-    rows = labelled_files(top, notes)
+    rows = _by_folder(top, notes)
     if unlabelled is not None:
         if not rows or group_by is not None:
             raise unlabelled
@@ -51,75 +53,47 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
                 f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent"
             )
         return rows, False
-    lists = split_lists(top)
-    return _listed(top, lists, notes, group_by) if lists else ([], False)
-
-
-@dataclass(frozen=True)
-class _List:
-    """A manifest in a data folder: the split of rows that name none; of metadata the folder that it lies in."""
-
-    path: Path
-    split: str = "train"
-    beside: str | None = None
-
-
-def _listed(top: Path, lists: list[_List], notes: list[str], group_by: str | None) -> tuple[list[Row], bool]:
-    """Return the rows of manifests, and whether there may be several labels a file."""
-    rows: list[Row] = []
-    several = False
-    for manifest in lists:
-        own, multi_label = read_manifest(manifest.path, group_by=group_by, split=manifest.split, beside=manifest.beside)
-        rows += own
-        several = several or multi_label
-    if lists[0].beside is not None:
-        named = {path for row in rows for path in row.paths} | {str(g.path.relative_to(top)) for g in lists}
-        cut = len(os.path.join(os.fspath(top), ""))
-        rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)
-        if rest:
-            notes.append(f"ignored {counted(rest.total(), 'file')} that no metadata names: {tally(rest)}")
-    return rows, several
-
-
-def metadata_in(top: Path) -> list[_List]:
-    """Return the metadata files of a data folder and of the folders of its splits."""
-    places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
-    lists = [_List(top / place / f"metadata{end}", beside=place) for place in places for end in (".csv", ".jsonl")]
-    return [manifest for manifest in lists if manifest.path.is_file()]
-
-
-def split_lists(top: Path) -> list[_List]:
-    """Return the manifests in a folder that are named after a split."""
     named = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
-    return [_List(path, split) for path, split in named if split is not None and path.is_file()]
+    read = [read_manifest(path, group_by=group_by, split=split) for path, split in named if split and path.is_file()]
+    return [row for rows, _ in read for row in rows], any(several for _, several in read)
 
 
-def labelled_files(top: Path, notes: list[str]) -> list[Row]:
+def _by_metadata(top: Path, notes: list[str], group_by: str | None) -> tuple[list[Row], bool] | None:
+    """Return the rows of the metadata in a data folder and the folders of its splits, or None if there is none."""
+    places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
+    paths = {Path(place, f"metadata{end}"): place for place in places for end in (".csv", ".jsonl")}
+    paths = {path: place for path, place in paths.items() if (top / path).is_file()}
+    if not paths:
+        return None
+    read = [read_manifest(top / path, group_by=group_by, beside=place) for path, place in paths.items()]
+    named = {path for rows, _ in read for row in rows for path in row.paths} | set(map(str, paths))
+    cut = len(os.path.join(os.fspath(top), ""))
+    rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)
+    if rest:
+        notes.append(f"ignored {counted(rest.total(), 'file')} that no metadata names: {tally(rest)}")
+    return [row for rows, _ in read for row in rows], any(several for _, several in read)
+
+
+def _by_folder(top: Path, notes: list[str]) -> list[Row]:
     """Return a row for every file below class folders."""
     cut = len(os.fspath(top / "x")) - 1  # of what is before a name in it: nothing where it is "."
-
-    def rows(folder: Path, split: str, name: str) -> list[Row]:
-        return [Row(path[cut:], split=split, labels=(name,)) for path in walk_files(folder)]
-
-    folders = folders_in(top)
-    splits = [folder for folder in folders if folder.name.lower() in SPLIT_NAMES]
-    files: list[Row] = []
-    if splits:
-        outside = [folder.name for folder in folders if folder not in splits]
+    folders = {folder: SPLIT_NAMES.get(folder.name.lower()) for folder in folders_in(top)}
+    places: list[tuple[Path, str, str]] = []  # folder, split, class
+    if any(folders.values()):
+        outside = ", ".join(show_path(folder.name) for folder, split in folders.items() if split is None)
         if outside:
-            notes.append(f"ignored folders beside the splits: {', '.join(map(show_path, outside))}")
-        for split in splits:
-            for label in folders_in(split):
-                files += rows(label, SPLIT_NAMES[split.name.lower()], label.name)
-        return files
-    for label in folders:
-        inside = folders_in(label)
-        if inside and all(folder.name.lower() in SPLIT_NAMES for folder in inside):
-            for split in inside:
-                files += rows(split, SPLIT_NAMES[split.name.lower()], label.name)
-        else:
-            files += rows(label, "train", label.name)
-    return files
+            notes.append(f"ignored folders beside the splits: {outside}")
+        places = [
+            (label, split, label.name) for folder, split in folders.items() if split for label in folders_in(folder)
+        ]
+    else:
+        for label in folders:
+            inside = {folder: SPLIT_NAMES.get(folder.name.lower(), "") for folder in folders_in(label)}
+            inside = inside if inside and all(inside.values()) else {label: "train"}
+            places += [(folder, split, label.name) for folder, split in inside.items()]
+    return [
+        Row(path[cut:], split=split, labels=(name,)) for folder, split, name in places for path in walk_files(folder)
+    ]
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
@@ -134,6 +108,13 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
 def folders_in(parent: Path) -> list[Path]:
     """Return the folders in a folder, sorted, without hidden ones."""
     return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+
+
+def contents_of(folder: Path) -> str:
+    """Return how many folders and files a folder holds, for a message; past 10,000 files it stops counting."""
+    suffixes = Counter(map(suffix_of, islice(walk_files(folder), 10_001)))
+    counts = f"{counted(len(folders_in(folder)), 'folder')} and {counted(suffixes.total(), 'file')}"
+    return counts + (f" ({tally(suffixes)})" if suffixes else "")
 
 
 def parent(path: str) -> str:
@@ -193,6 +174,10 @@ class Row:
         """The paths of all its files, as they were named."""
         return (self.path,) if self.path else tuple(self.columns.values())
 
+    def looked_at(self, folder: str) -> File:
+        """Return what its one file, at a path below a folder, is by its content."""
+        return self.file or looked_at(Source(os.path.join(folder, self.path)), self.path)
+
     def below(self, folder: str) -> Row:
         """Return the row with paths that begin with a folder."""
         columns = {name: os.path.join(folder, path) for name, path in self.columns.items()}
@@ -227,66 +212,51 @@ def read_manifest(
         DataError: not readable as its suffix says, or a row without a label. ColumnError: other columns; names them and
         the nearest to what is missing.
     """
-    shown = show_path(path)
-    suffix = Path(path).suffix.lower()
+    shown, rows = show_path(path), _cells_in(path)
+    columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
+    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    path_columns = _path_columns(columns)
+    missing: list[Sequence[str]] = [] if path_columns else [LIKE_PATH]
+    missing += [LIKE_LABEL] if labelled and label_column is None else []
+    if missing:
+        kinds = ", ".join(sorted(preprocess.names()))
+        expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else "")
+        raise _wrong_columns(shown, columns, missing, expected)
+    if group_by is not None and group_by not in columns:
+        raise _wrong_columns(shown, columns, [(group_by,)], f"{show_path(group_by)} to group by")
+    read = []
+    for number, cells in enumerate(rows, start=1):
+        paths: dict[str, str] = {name: cell for name, column in path_columns.items() if (cell := cells.get(column))}
+        label, group = cells.get(label_column or ""), cells.get(group_by or "")
+        if not all(isinstance(path, str) for path in paths.values()):
+            raise DataError(f"{shown}: row {number} has a path that is not text")
+        if labelled and label is None:
+            raise DataError(f"{shown}: row {number} has no {label_column}")
+        own = split
+        if beside is not None:
+            paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
+            own = next((folder for path in paths.values() if (folder := top_split(path))), split)
+        own = str(cells.get("split") or own).lower()
+        if own not in SPLIT_NAMES:
+            raise DataError(f"{shown}: row {number} has split {show_path(own)}, expected train, val or test")
+        several = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
+        labels = [str(each).strip() for each in several] if label_column == "labels" else [str(label or "")]
+        named, only = tuple(filter(None, labels)), paths.pop("", "")
+        read.append(Row(only, paths, SPLIT_NAMES[own], named, "" if group is None else str(group)))
+    return read, label_column == "labels"
+
+
+def _cells_in(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the cells of each row of a manifest, by column."""
+    shown, suffix = show_path(path), Path(path).suffix.lower()
     with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         text = file.read().decode("utf-8-sig", "surrogateescape")
     if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
         raise DataError(f"{shown}: UTF-16, expected UTF-8")
     try:
-        rows = MANIFESTS[suffix](text)
+        return MANIFESTS[suffix](text)
     except (ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{shown}: not a {suffix} manifest: {error}") from error
-    columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
-    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    path_column, modality_columns = _path_columns(columns)
-    if not (path_column or modality_columns) or (labelled and label_column is None):
-        kinds = ", ".join(sorted(preprocess.names()))
-        missing: list[Sequence[str]] = [LIKE_PATH] if not (path_column or modality_columns) else []
-        missing += [LIKE_LABEL] if labelled and label_column is None else []
-        expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else "")
-        raise _wrong_columns(shown, columns, missing, expected)
-    if group_by is not None and group_by not in columns:
-        raise _wrong_columns(shown, columns, [(group_by,)], f"{show_path(group_by)} to group by")
-    chosen = _Columns(path_column, modality_columns, label_column or "", group_by or "")
-    read = [
-        _row(f"{shown}: row {number}", cells, chosen, labelled, split, beside)
-        for number, cells in enumerate(rows, start=1)
-    ]
-    return read, label_column == "labels"
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns that are read: of the path or one by modality, of the label and the group; "" is none."""
-
-    path: str
-    by_modality: Mapping[str, str]
-    label: str
-    group: str
-
-
-def _row(
-    shown: str, cells: Mapping[str, Any], columns: _Columns, labelled: bool, split: str, beside: str | None
-) -> Row:
-    """Return one row of a manifest; see `read_manifest`."""
-    columns_read = {"": columns.path, **columns.by_modality}
-    paths: dict[str, str] = {name: path for name, column in columns_read.items() if (path := cells.get(column))}
-    label, group = cells.get(columns.label), cells.get(columns.group)
-    if not all(isinstance(path, str) for path in paths.values()):
-        raise DataError(f"{shown} has a path that is not text")
-    if labelled and label is None:
-        raise DataError(f"{shown} has no {columns.label}")
-    if beside is not None:
-        paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
-        split = next((folder for path in paths.values() if (folder := top_split(path))), split)
-    split = str(cells.get("split") or split).lower()
-    if split not in SPLIT_NAMES:
-        raise DataError(f"{shown} has split {show_path(split)}, expected train, val or test")
-    several = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
-    labels = [str(each).strip() for each in several] if columns.label == "labels" else [str(label or "")]
-    path = paths.pop("", "")
-    return Row(path, paths, SPLIT_NAMES[split], tuple(filter(None, labels)), "" if group is None else str(group))
 
 
 def top_split(path: str) -> str | None:
@@ -294,11 +264,13 @@ def top_split(path: str) -> str | None:
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
 
 
-def _path_columns(columns: list[str]) -> tuple[str, dict[str, str]]:
-    """Return the column of paths, or that of each modality; neither where there are both."""
+def _path_columns(columns: list[str]) -> dict[str, str]:
+    """Return the column of each modality, or that of paths under ""; none where there are both."""
     by_modality = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
-    path = next((name for name in PATH_COLUMNS if name in columns), "")
-    return ("", {}) if path and by_modality else (path, by_modality)
+    paths = [name for name in PATH_COLUMNS if name in columns]
+    if paths and by_modality:
+        return {}
+    return {"": paths[0]} if paths else by_modality
 
 
 def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[str]], expected: str) -> ColumnError:
@@ -321,14 +293,11 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _table(delimiter: str) -> Callable[[str], list[dict[str, Any]]]:
-    def rows(text: str) -> list[dict[str, Any]]:
-        table: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-        for number, row in enumerate(table, start=1):
-            if None in row:  # the reader's place for what is too much
-                raise ValueError(f"row {number} has more cells than there are columns")
-        return table
-
+def _table(text: str, delimiter: str = ",") -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+    for number, row in enumerate(rows, start=1):
+        if None in row:  # the reader's place for what is too much
+            raise ValueError(f"row {number} has more cells than there are columns")
     return rows
 
 
@@ -344,14 +313,11 @@ def _path_label_lines(text: str) -> list[dict[str, Any]]:
 
 
 MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
+    ".csv": _table,
+    ".tsv": partial(_table, delimiter="\t"),
     ".jsonl": _json_lines,
     LINES: _path_label_lines,
 }
-
-
-# ---------------------------------------------------------------- what a path stands for
 
 
 @dataclass(frozen=True)
@@ -384,11 +350,6 @@ def looked_at(source: Source, path: str | None = None) -> File:
         return File(path, source, error)
 
 
-def file_at(path: str, folder: str | os.PathLike[str] = "") -> File:
-    """Return what the file at a path below a folder is by its content."""
-    return looked_at(Source(os.path.join(folder, path)), path)
-
-
 Labels = Literal["needed", "optional", "ignored"]
 
 
@@ -419,7 +380,7 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
         DataError: a pattern without a match, a manifest that cannot be read, or, with labels, no folder or manifest.
     """
     name = os.fspath(path)
-    file = None if labels == "needed" or os.path.isdir(name) else file_at(name)
+    file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
     if labels != "optional" and not (file and file.kinds) and (tars := tar_files(name)) is not None:
         return Listing(tars=tuple(tars))
     if os.path.isdir(name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import mmap
 import os
 import re
@@ -10,19 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import load_preset, tiny_config
+from perceiver_cli.config import Config, load_preset, tiny_config
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.inputs import opened
-from perceiver_cli.data.listing import File, Listing, Row, listed
+from perceiver_cli.data.listing import File, Listing, listed, parent
 from perceiver_cli.data.pairing import either, sources_of, streams
 from perceiver_cli.data.workers import in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
@@ -82,13 +81,7 @@ def plan(
     Raises:
         UsageError: options that contradict each other. DataError: nothing usable.
     """
-    if model is not None and preset is not None:
-        raise UsageError("--model and --preset are two recipes", "pass one of them")
-    config = None
-    if model is not None:
-        config = read_info(find_model(model)).config
-    elif preset is not None:
-        config = load_preset(preset)
+    config = _recipe(model, preset)
     reads = None if config is None else config.inputs
     if isinstance(inputs, Source):
         catalog, folder, order = _of_bytes(inputs, reads), "", dict[str, int]()
@@ -117,6 +110,15 @@ def plan(
     return Job(header, examples, folder, limits, catalog.notes, seed, augment, dtype)
 
 
+def _recipe(model: str | None, preset: str | None) -> Config | None:
+    """Return the configuration of a model or a preset, None without either. Raises UsageError for both."""
+    if model is not None and preset is not None:
+        raise UsageError("--model and --preset are two recipes", "pass one of them")
+    if model is not None:
+        return read_info(find_model(model)).config
+    return None if preset is None else load_preset(preset)
+
+
 def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
     """Return the catalog of one input, whose bytes are at hand."""
     file = File(source.name, look(source))
@@ -133,11 +135,10 @@ def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
 def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing, str]:
     """Return the rows of files, folders and manifests together, and what to call them."""
     listings = [listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional") for path in paths]
-    if label_from_parent:
-        listings = [
-            replace(each, rows=[replace(row, labels=(_parent(each.folder, row),)) for row in each.rows])
-            for each in listings
-        ]
+    for place, each in enumerate(listings if label_from_parent else ()):
+        # A path such as "." or "a.png" has its folder's name only once it is whole.
+        wholes = ((row, os.path.abspath(os.path.join(each.folder, next(iter(row.paths), "")))) for row in each.rows)
+        listings[place] = replace(each, rows=[replace(row, labels=(parent(whole),)) for row, whole in wholes])
     if len(paths) == 1:
         return replace(listings[0], rows=list(listings[0].rows)), paths[0]
     # Each below its own folder: only whole paths tell their files apart.
@@ -145,11 +146,6 @@ def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing,
     several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
     by_stem = all(each.by_stem for each in listings)
     return Listing(rows, by_stem=by_stem, multi_label=several, notes=notes), f"{len(paths)} inputs"
-
-
-def _parent(folder: str, row: Row) -> str:
-    """Return the name of the folder that the first file of a row lies in."""
-    return os.path.basename(os.path.dirname(os.path.abspath(os.path.join(folder, next(iter(row.paths), "")))))
 
 
 def _check_prepared(header: Header) -> None:
@@ -162,9 +158,6 @@ def _check_prepared(header: Header) -> None:
             raise UsageError(f"inputs.{name} has learned positions or permuted rows", "leave out --fourier")
         if header.content == "fourier" and layout.stem != "none":
             raise UsageError(f"inputs.{name} has learned layers before its positions", "leave out --fourier")
-
-
-# ---------------------------------------------------------------- making records
 
 
 @dataclass(frozen=True)
@@ -223,7 +216,7 @@ def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Pac
         variants = range(job.augment if split == "train" else 0)
         views = [decoder.views(decoded, (job.seed, epoch, example.key)) for epoch in variants]
         rows = [view for each in views or [decoder.views(decoded)] for view in each]
-        return [(facts, {name: _prepared(job, name, part) for name, part in row.items()}) for row in rows]
+        return [(facts, {name: _prepared(job, name, view) for name, view in row.items()}) for row in rows]
     except DataError as error:
         return [(replace(facts, error=str(error)), {})]
 
@@ -234,9 +227,6 @@ def _prepared(job: Job, name: str, prepared: ByteArray) -> bytes:
 
         return npy_bytes(with_features(prepared, job.header.inputs[name]).astype(job.dtype))
     return npy_bytes(prepared.values if prepared.positions is None else prepared.positions)
-
-
-# ---------------------------------------------------------------- writing them
 
 
 def write_records(
@@ -310,19 +300,11 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
     other = UsageError(f"{show_path(paths[0])}: a shard of other data or another recipe", "remove the shards")
     if shards.header.to_json() != job.header.to_json():
         raise other
-    place, before = -1, ""
-    ids = (example.id for _, example in job.examples)
-    for row in range(len(shards)):
-        name = shards.given_id(row)
-        if name == before:  # another variant of it
-            continue
-        for identity in ids:
-            place += 1
-            if identity == name:
-                break
-        else:
+    place, ids = -1, enumerate(example.id for _, example in job.examples)
+    for name, _ in groupby(map(shards.given_id, range(len(shards)))):  # variants of an example follow each other
+        place = next((place for place, own in ids if own == name), -1)
+        if place < 0:
             raise other
-        before = name
     return len(paths), place + 1, len(shards) - len(shards.errors)
 
 
@@ -334,13 +316,11 @@ def input_recipe(
     Raises:
         UsageError: two recipes given. DataError: a file of another modality than the recipe reads.
     """
-    if model is not None and preset is not None:
-        raise UsageError("--model and --preset are two recipes", "pass one of them")
+    config = _recipe(model, preset)
     kind, *others = look(source).kinds
-    recipe = preset or modality(kind).paper_preset
-    if model is None and recipe is None:
+    config = config or _recipe(None, modality(kind).paper_preset)
+    if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
-    config = load_preset(recipe) if model is None and recipe else read_info(find_model(model)).config
     limits = Limits.model_validate({**vars(config.data.limits), **raised})
     for name in (kind, *others):  # a video may also be read for its sound
         if name in config.inputs:
@@ -351,16 +331,10 @@ def input_recipe(
 
 def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: str) -> tuple[int, int]:
     """Write a file's byte array (M, C) to FILE.npy or FILE.safetensors; return (M, C)."""
-
     rows = np.ascontiguousarray(byte_array(source, spec, limits))
-    if Path(output).suffix.lower() == ".safetensors":
-        data = safetensors_rows(rows, spec.modality, spec)
-    else:
-        stream = io.BytesIO()
-        np.save(stream, rows)
-        data = stream.getvalue()
+    named = Path(output).suffix.lower() == ".safetensors"
     with atomic_write(output) as file:
-        file.write(data)
+        file.write(safetensors_rows(rows, spec.modality, spec) if named else npy_bytes(rows))
     return rows.shape[0], rows.shape[1]
 
 

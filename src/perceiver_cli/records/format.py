@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.npy import parse_npy
 
 FORMAT = 1
-# Without a dot, and wrapped in underscores: WebDataset and Hugging Face pass over members of such names.
 HEAD_BYTES = 512  # that tell what a stream is
 MAX_VALUE = 1e10  # beyond, squares come near the end of float32
 SPLITS = ("train", "val", "test")
@@ -89,20 +88,15 @@ class Header:
 
     def to_json(self) -> bytes:
         """Return the header member."""
+        inputs = {name: spec.model_dump(mode="json") for name, spec in sorted(self.inputs.items())}
         arrays = {}
-        for name, spec in self.inputs.items():
-            if self.content == "decoded":
-                dtype, shape = modality(name).loaded(spec)
-                arrays[name] = {"dtype": dtype, "shape": [side if side is None else int(side) for side in shape]}
+        for name, spec in self.inputs.items() if self.content == "decoded" else ():
+            dtype, shape = modality(name).loaded(spec)
+            arrays[name] = {"dtype": dtype, "shape": [side if side is None else int(side) for side in shape]}
         facts = {
-            "format": FORMAT,
-            "content": self.content,
-            "hash": self.hash,
-            "inputs": {name: spec.model_dump(mode="json") for name, spec in sorted(self.inputs.items())},
-            "arrays": arrays,
-            "classes": list(self.classes),
-            "multi_label": self.multi_label,
-        }
+            "format": FORMAT, "content": self.content, "hash": self.hash, "inputs": inputs, "arrays": arrays,
+            "classes": list(self.classes), "multi_label": self.multi_label,
+        }  # fmt: skip
         return json.dumps(facts).encode() + b"\n"
 
     @classmethod
@@ -112,9 +106,9 @@ class Header:
         if facts.get("format") != FORMAT:
             raise IntegrityError(f"{shown}: records of format {facts.get('format')!r:.20}, expected {FORMAT}")
         names, content = facts.get("classes"), facts.get("content")
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not are_names(names):
             raise IntegrityError(f"{shown}: the header has no list of classes")
-        if content not in ("decoded", "prepared", "fourier"):
+        if content not in get_args(Content):
             raise IntegrityError(f"{shown}: records of content {content!r:.20}, expected decoded, prepared or fourier")
         try:
             inputs = Config.parse({"inputs": facts.get("inputs")}, f"{shown}: the header").inputs
@@ -158,18 +152,18 @@ class Facts:
     def parse(cls, data: bytes, shown: str) -> Facts:
         """Return the facts in a member. Raises IntegrityError."""
         facts = parse_json(data, shown)
-        path, label = facts.get("path"), facts.get("label")
+        path, label, error = facts.get("path"), facts.get("label"), facts.get("error")
         labels = [label] if label is not None else facts.get("labels", [])
         identity, split, seconds = facts.get("id", path), facts.get("split", "train"), facts.get("seconds", {})
-        if not isinstance(path, str) or not isinstance(identity, str) or split not in SPLITS:
-            raise IntegrityError(f"{shown}: expected path, id and split of a record")
-        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-            raise IntegrityError(f"{shown}: labels that are not names")
-        if not isinstance(seconds, dict) or not all(isinstance(s, float | int) and s >= 0 for s in seconds.values()):
-            raise IntegrityError(f"{shown}: seconds that are not lengths")
-        error = facts.get("error")
-        if not isinstance(error, str | None):
-            raise IntegrityError(f"{shown}: an error that is not text")
+        lengths = seconds.values() if isinstance(seconds, dict) else [None]
+        for fits, fault in (
+            (are_names([path, identity]) and split in SPLITS, "expected path, id and split of a record"),
+            (are_names(labels), "labels that are not names"),
+            (all(isinstance(s, float | int) and s >= 0 for s in lengths), "seconds that are not lengths"),
+            (isinstance(error, str | None), "an error that is not text"),
+        ):
+            if not fits:
+                raise IntegrityError(f"{shown}: {fault}")
         return cls(path, identity, split, tuple(labels), seconds, error)
 
 
@@ -185,6 +179,11 @@ class Record(Generic[T]):
     arrays: Mapping[str, T]
 
 
+def are_names(value: Any) -> bool:
+    """Return whether a value from JSON is a list of texts."""
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
 def parse_json(data: bytes, shown: str) -> dict[str, Any]:
     try:
         facts = json.loads(data)
@@ -193,9 +192,6 @@ def parse_json(data: bytes, shown: str) -> dict[str, Any]:
     if not isinstance(facts, dict):
         raise IntegrityError(f"{shown}: not a JSON object")
     return facts
-
-
-# ---------------------------------------------------------------- arrays
 
 
 @dataclass(frozen=True)
@@ -241,14 +237,8 @@ class Stored:
         Raises:
             DataError: not such an array, empty or not finite.
         """
-        spec = self.header.inputs[self.modality]
-        dtype, shape = modality(self.modality).loaded(spec)
-        array = self._parsed()
-        self._expect(array, (dtype,), shape)
-        if span is not None:
-            first = max(0, round(span[0] * self._steps_hz))
-            array = array[first : first + max(1, round(span[1] * self._steps_hz))]
-        return self._sane(array)
+        dtype, shape = modality(self.modality).loaded(self.header.inputs[self.modality])
+        return self._checked((dtype,), shape, span)
 
     def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
         """Yield (start in seconds, array) of each window, as `TimedModality.windows` does of a file."""
@@ -266,30 +256,28 @@ class Stored:
         Raises:
             DataError: not such an array, or not finite.
         """
-        spec = self.header.inputs[self.modality]
-        layout, dtype = modality(self.modality).layout(spec), np.dtype(modality(self.modality).loaded(spec)[0])
-        array = self._parsed()
+        kind, spec = modality(self.modality), self.header.inputs[self.modality]
+        layout, dtype = kind.layout(spec), np.dtype(kind.loaded(spec)[0])
         if self.header.content == "fourier":
-            self._expect(array, ("float32", "float16"), (layout.num_inputs, layout.num_channels))
-            return from_rows(self._sane(array).astype(np.float32, copy=False), layout, dtype)
+            rows = self._checked(("float32", "float16"), (layout.num_inputs, layout.num_channels))
+            return from_rows(rows.astype(np.float32, copy=False), layout, dtype)
         if layout.is_grid:
-            self._expect(array, (dtype.name,), layout.prepared_shape)
-            return ByteArray(self._sane(array))
-        self._expect(array, ("float32",), (layout.num_inputs, layout.dims))
-        return ByteArray(np.empty((len(array), 0), np.float32), self._sane(array))
+            return ByteArray(self._checked((dtype.name,), layout.prepared_shape))
+        positions = self._checked(("float32",), (layout.num_inputs, layout.dims))
+        return ByteArray(np.empty((len(positions), 0), np.float32), positions)
 
-    def _parsed(self) -> Array:
-        return parse_npy(self.read(), f"{self.shown}: {self.modality}")
-
-    def _expect(self, array: Array, dtypes: Sequence[str], shape: tuple[int | None, ...]) -> None:
+    def _checked(self, dtypes: Sequence[str], shape: tuple[int | None, ...], span: Span | None = None) -> Array:
+        """Return the array of one of these dtypes and this shape, or a span of it; only what is returned is read."""
+        array = parse_npy(self.read(), f"{self.shown}: {self.modality}")
         fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
         if array.dtype.name not in dtypes or not fits:
             sides = ", ".join("n" if side is None else str(side) for side in shape)
             raise DataError(
                 f"{self.shown}: {self.modality} of {array.dtype} {array.shape}, expected {dtypes[0]} ({sides})"
             )
-
-    def _sane(self, array: Array) -> Array:
+        if span is not None:
+            first = max(0, round(span[0] * self._steps_hz))
+            array = array[first : first + max(1, round(span[1] * self._steps_hz))]
         check_contract(Source(self.name), array, "values")
         if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
             raise DataError(f"{self.shown}: {self.modality} of values above {MAX_VALUE:g}")

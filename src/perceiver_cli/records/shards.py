@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from array import array
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -192,9 +193,6 @@ def spooled(file: BinaryIO, name: str) -> Shards:
     return replace(shards, notes=(where,))
 
 
-# ---------------------------------------------------------------- the index
-
-
 IndexedTar = tuple[Tar, Header, tuple[str, ...], Columns, dict[int, str]]
 
 
@@ -205,7 +203,8 @@ def _indexed(file: BinaryIO, path: str) -> IndexedTar:
         raise DataError(f"{show_path(path)}: the file is empty")
     tar = Tar(file, path)
     identity = {"format": INDEX_FORMAT, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    places = [Path(f"{path}.index"), _cache_folder() / f"{key_of(os.path.abspath(path)):016x}.index"]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "perceiver"
+    places = [Path(f"{path}.index"), cache / f"{key_of(os.path.abspath(path)):016x}.index"]
     for place in places:
         kept = _read_index(place, identity)
         if kept is not None:
@@ -222,65 +221,64 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> IndexedTar:
     """Return a tar with a new index: its members are gone through, their arrays passed over."""
     feed = Feed(file, shown)
     names: dict[str, int] = {}
-    ids, id_ends, keys, splits = bytearray(), array("q"), array("Q"), array("B")
-    labels, label_ends = array("i"), array("q")
     errors: dict[int, str] = {}
     first: Header | None = None
-    places: dict[str, tuple[array[int], array[int], array[float]]] = {}
+    columns: dict[str, array[Any]] = {}
     for header, record in read_records(feed, UNLIMITED, feed.skip):
         if first is None:
             first = header
-            places = {name: (array("q"), array("q"), array("d")) for name in sorted(header.inputs)}
+            columns = {key: array(code) for key, code in _type_codes(header).items()}
         facts = record.facts
         if facts.error is not None:
-            errors[len(keys)] = facts.error
-        ids += facts.id.encode("utf-8", "surrogatepass")
-        id_ends.append(len(ids))
-        keys.append(key_of(facts.id))
-        splits.append(SPLITS.index(facts.split))
-        labels.extend(names.setdefault(sys.intern(name), len(names)) for name in facts.labels)
-        label_ends.append(len(labels))
-        for name, (at, size, seconds) in places.items():
-            place = record.arrays.get(name, (0, -1))
-            at.append(place[0])
-            size.append(place[1])
-            seconds.append(facts.seconds.get(name, 0.0))
+            errors[len(columns["keys"])] = facts.error
+        columns["ids"].frombytes(facts.id.encode("utf-8", "surrogatepass"))
+        columns["labels"].extend(names.setdefault(sys.intern(name), len(names)) for name in facts.labels)
+        row: dict[str, float] = {
+            "id_ends": len(columns["ids"]), "keys": key_of(facts.id), "splits": SPLITS.index(facts.split),
+            "label_ends": len(columns["labels"]),
+        }  # fmt: skip
+        for name in first.inputs:
+            row[f"at_{name}"], row[f"size_{name}"] = record.arrays.get(name, (0, -1))
+            row[f"seconds_{name}"] = facts.seconds.get(name, 0.0)
+        for key, value in row.items():
+            columns[key].append(value)
     if first is None:
         raise DataError(f"{shown}: no records in it")
-    columns: Columns = {
-        "ids": np.frombuffer(bytes(ids), np.uint8), "id_ends": np.array(id_ends), "keys": np.array(keys),
-        "splits": np.array(splits), "labels": np.array(labels, np.int32), "label_ends": np.array(label_ends),
-    }  # fmt: skip
-    for name, (at, size, seconds) in places.items():
-        columns |= {f"at_{name}": np.array(at), f"size_{name}": np.array(size), f"seconds_{name}": np.array(seconds)}
-    return tar, first, tuple(names), columns, errors
+    return tar, first, tuple(names), {key: np.array(column) for key, column in columns.items()}, errors
+
+
+def _type_codes(header: Header) -> dict[str, str]:
+    """Return the columns of an index and the type of each, as `array` and NumPy name it."""
+    codes = {"ids": "B", "id_ends": "q", "keys": "Q", "splits": "B", "labels": "i", "label_ends": "q"}
+    for name in sorted(header.inputs):
+        codes |= {f"at_{name}": "q", f"size_{name}": "q", f"seconds_{name}": "d"}
+    return codes
 
 
 def _joined(indexed: Sequence[IndexedTar]) -> Shards:
     """Return the rows of several tars one after another, labels by name."""
-    tars, headers, _, tables, _ = zip(*indexed, strict=True)
+    tars, headers, *_ = zip(*indexed, strict=True)
     for tar, header in zip(tars, headers, strict=True):
         header_check(show_path(tar.path), headers[0], header)
     names = tuple(dict.fromkeys(name for _, _, own, _, _ in indexed for name in own))
     index = {name: place for place, name in enumerate(names)}
-    joined: dict[str, list[NDArray[Any]]] = {key: [] for key in tables[0]}
-    files, num_rows, num_ids, num_labels = [], 0, 0, 0
+    joined: dict[str, list[NDArray[Any]]] = defaultdict(list)
+    num_rows = num_ids = num_labels = 0
     errors: dict[int, str] = {}
     for number, (_, _, own, table, bad) in enumerate(indexed):
-        labels = np.array([index[name] for name in own], np.int32)[table["labels"]]
-        ends = {"id_ends": table["id_ends"] + num_ids, "label_ends": table["label_ends"] + num_labels}
-        for key, column in {**table, **ends, "labels": labels}.items():
+        moved = {
+            "id_ends": table["id_ends"] + num_ids,
+            "label_ends": table["label_ends"] + num_labels,
+            "labels": np.array([index[name] for name in own], np.int32)[table["labels"]],
+            "files": np.full(len(table["keys"]), number, np.int32),
+        }
+        for key, column in (table | moved).items():
             joined[key].append(column)
-        files.append(np.full(len(table["keys"]), number, np.int32))
         errors |= {num_rows + row: error for row, error in bad.items()}
-        num_rows += len(files[-1])
-        num_ids, num_labels = num_ids + len(table["ids"]), num_labels + len(labels)
+        num_rows, num_ids = num_rows + len(table["keys"]), num_ids + len(table["ids"])
+        num_labels += len(table["labels"])
     columns = {key: each[0] if len(each) == 1 else np.concatenate(each) for key, each in joined.items()}
-    return Shards(tars, headers[0], names, {**columns, "files": np.concatenate(files)}, errors)
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "perceiver"
+    return Shards(tars, headers[0], names, columns, errors)
 
 
 def _write_index(place: Path, identity: dict[str, int], indexed: IndexedTar) -> None:
@@ -295,7 +293,7 @@ def _write_index(place: Path, identity: dict[str, int], indexed: IndexedTar) -> 
 def _read_index(
     place: Path, identity: dict[str, int]
 ) -> tuple[Header, tuple[str, ...], Columns, dict[int, str]] | None:
-    """Return what was kept, None where there is nothing, of another file or state of it, or not whole."""
+    """Return the cached index, or None if it is missing, stale or corrupt."""
     if not place.is_file():
         return None
     from safetensors import SafetensorError, safe_open
@@ -309,10 +307,9 @@ def _read_index(
         header = Header.parse(facts["header"].encode(), show_path(place))
         names = tuple(map(str, facts["names"]))
         errors = {int(row): str(error) for row, error in facts["errors"]}
-        fits = _sound(columns, header, len(names), identity["size"])
-        if not fits or not all(0 <= row < len(columns["keys"]) for row in errors):
-            return None
-        return header, names, columns, errors
+        sound = _sound(columns, header, len(names), identity["size"])
+        sound = sound and all(0 <= row < len(columns["keys"]) for row in errors)
+        return (header, names, columns, errors) if sound else None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError, IntegrityError):
         return None
 
@@ -320,22 +317,19 @@ def _read_index(
 def _sound(columns: Columns, header: Header, num_names: int, num_bytes: int) -> bool:
     """Return whether columns fit together and point into the file."""
     rows = len(columns["keys"])
-    kinds = {"ids": "u1", "id_ends": "i8", "keys": "u8", "splits": "u1", "labels": "i4", "label_ends": "i8"}
-    for name in header.inputs:
-        kinds |= {f"at_{name}": "i8", f"size_{name}": "i8", f"seconds_{name}": "f8"}
-    if columns.keys() != kinds.keys() or any(columns[key].dtype != np.dtype(kind) for key, kind in kinds.items()):
+    codes = _type_codes(header)
+    if columns.keys() != codes.keys() or any(columns[key].dtype != np.dtype(code) for key, code in codes.items()):
         return False
-    if any(columns[key].shape != (rows,) for key in kinds if key not in ("ids", "labels")):
+    if any(columns[key].shape != (rows,) for key in codes if key not in ("ids", "labels")):
         return False
     ends = [(columns[f"{key}_ends"], columns[f"{key}s"]) for key in ("id", "label")]
-    rising = all((np.diff(end, prepend=0) >= 0).all() and int(end[-1]) == len(flat) for end, flat in ends)
-    at = [columns[f"at_{name}"] for name in header.inputs]
-    size = [columns[f"size_{name}"] for name in header.inputs]
-    inside = all(
-        (a >= 0).all() and (s >= -1).all() and (s <= num_bytes).all() and (a <= num_bytes - s).all()
-        for a, s in zip(at, size, strict=True)
-    )
-    known = columns["labels"]
+    places = [(columns[f"at_{name}"], columns[f"size_{name}"]) for name in header.inputs]
+    labels = columns["labels"]
     return bool(
-        rising and inside and (columns["splits"] < len(SPLITS)).all() and ((known >= 0) & (known < num_names)).all()
+        all((np.diff(end, prepend=0) >= 0).all() and int(end[-1]) == len(flat) for end, flat in ends)
+        and all(
+            ((at >= 0) & (size >= -1) & (size <= num_bytes) & (at <= num_bytes - size)).all() for at, size in places
+        )
+        and (columns["splits"] < len(SPLITS)).all()
+        and ((labels >= 0) & (labels < num_names)).all()
     )

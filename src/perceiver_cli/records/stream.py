@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Generic
+from typing import BinaryIO, Generic
 from zlib import adler32
 
 from perceiver_cli.errors import DataError, IntegrityError, LimitError, UsageError
@@ -24,6 +24,7 @@ from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Facts, Header, Record, T, header_check, parse_json
 
+# Without a dot, and wrapped in underscores: WebDataset and Hugging Face pass over members of such names.
 HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver__/end"
 BLOCK = 512
 ZEROS = bytes(BLOCK)
@@ -31,9 +32,6 @@ MAX_NAME = 100  # bytes, of a member in USTAR
 MAX_JSON_BYTES = 1 << 20  # of a record's facts
 MAX_HEADER_BYTES = 64 << 20  # class names are in it
 COMPRESSED = {b"\x1f\x8b": "zcat", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zXZ\0": "xz -dc", b"BZh": "bzcat"}
-
-
-# ---------------------------------------------------------------- writing
 
 
 class Writer:
@@ -108,27 +106,23 @@ def _tar_header(name: str, size: int) -> bytes:
     return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_END
 
 
-# ---------------------------------------------------------------- reading
-
-
 class Feed:
     """The bytes of a stream in order.
 
     Attributes:
-        at: how many were taken or passed over. shown: the name of the stream, safe to print.
+        at: how many were taken or passed over. records: how many records were read. shown: the name, safe to print.
     """
 
     def __init__(self, file: BinaryIO, shown: str, begun: bytes = b"") -> None:
-        self.file, self.shown, self.at = file, shown, 0
+        self.file, self.shown = file, shown
+        self.at = self.records = 0
         self._begun = begun  # taken from the file before
         self._seekable = file.seekable()
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer at the end."""
         begun, self._begun = self._begun[:count], self._begun[count:]
-        data = self.file.read(count - len(begun))
-        if begun:
-            data = begun + data
+        data = begun + self.file.read(count - len(begun))
         self.at += len(data)
         return data
 
@@ -143,6 +137,27 @@ class Feed:
                 left -= len(data)
         self.at += count
         return place, count
+
+    def content(self, name: str, size: int, most: int) -> bytes:
+        """Return the content of a member. Raises IntegrityError if it is larger than `most` or cut short."""
+        if size > most:
+            raise self.damaged(f"{show_path(name)} of {size} bytes, expected {most} at most")
+        padded = size + -size % BLOCK
+        data = self.take(padded)
+        if len(data) < padded:
+            raise self.cut()
+        return data[:size]
+
+    def cut(self) -> IntegrityError:
+        """Return the error of a stream that ends too early."""
+        return IntegrityError(
+            f"{self.shown}: the stream was cut short after {self.records} records",
+            "what wrote it did not finish: see its error",
+        )
+
+    def damaged(self, what: str) -> IntegrityError:
+        """Return the error of a stream that holds what it must not."""
+        return IntegrityError(f"{self.shown}: {what} (after {self.records} records, byte {self.at})")
 
 
 def is_tar(head: bytes) -> bool:
@@ -164,30 +179,36 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
         DataError: no such stream at all. LimitError: a larger array than `limits`, before it is read.
         IntegrityError: cut short, or damaged; says after how many records.
     """
-    total = 0
     header: Header | None = None
-    while (following := _next_header(feed, header, total)) is not None:
-        header, count, errors = following, 0, 0
+    while (header := _next_header(feed, header)) is not None:
+        count = errors = 0
         pending: _Pending[T] | None = None
         before = ""  # the key of the last record
         while True:
-            name, size = _member(feed, total)
-            key, _, rest = name.partition(".")
+            name, size = _parse_member(feed, feed.take(BLOCK))
+            key = name.partition(".")[0]
             if pending is not None and key != pending.key:
-                yield header, pending.record(feed, total)
-                before, pending, total, count = pending.key, None, total + 1, count + 1
+                yield header, pending.record(feed)
+                before, pending, count = pending.key, None, count + 1
+                feed.records += 1
             if name == END:
-                _check_end(_content(feed, size, MAX_JSON_BYTES, name, total), count, errors, feed, total)
+                counts = parse_json(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {END}")
+                for kind, number in (("records", count), ("errors", errors)):
+                    if counts.get(kind) != number:
+                        raise feed.damaged(f"{number} {kind}, where its end says {counts.get(kind)!r:.20}")
                 break
             if name == ERROR:
-                yield header, _failed(feed, size, total)
+                facts = Facts.parse(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {ERROR}")
+                if facts.error is None:
+                    raise feed.damaged(f"{ERROR} without an error in it")
+                yield header, Record("", facts, {})
                 errors += 1
                 continue
             if pending is None:
                 if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or key <= before:
-                    raise _damaged(feed, total, f"a member {show_path(name)}, expected keys that rise, then {END}")
+                    raise feed.damaged(f"a member {show_path(name)}, expected keys that rise, then {END}")
                 pending = _Pending(key)
-            pending.add(feed, name, rest, size, header, limits, take, total)
+            pending.add(feed, name, size, header, limits, take)
 
 
 @dataclass
@@ -199,16 +220,14 @@ class _Pending(Generic[T]):
     label: bytes | None = None
     arrays: dict[str, T] = field(default_factory=dict)
 
-    def add(
-        self, feed: Feed, name: str, rest: str, size: int, header: Header, limits: Limits,
-        take: Callable[[int], T], total: int,
-    ) -> None:  # fmt: skip
+    def add(self, feed: Feed, name: str, size: int, header: Header, limits: Limits, take: Callable[[int], T]) -> None:
         """Read one member."""
+        rest = name.partition(".")[2]
         kind, _, suffix = rest.rpartition(".")
         if rest == "json" and self.facts is None:
-            self.facts = _content(feed, size, MAX_JSON_BYTES, name, total)
+            self.facts = feed.content(name, size, MAX_JSON_BYTES)
         elif rest == "cls" and self.label is None:
-            self.label = _content(feed, size, BLOCK, name, total)
+            self.label = feed.content(name, size, BLOCK)
         elif suffix == "npy" and kind in header.inputs and kind not in self.arrays:
             if size > limits.decoded_bytes:
                 raise LimitError(f"{feed.shown}: {name}", size, "bytes", "decoded_bytes", limits.decoded_bytes)
@@ -216,59 +235,47 @@ class _Pending(Generic[T]):
             self.arrays[kind] = take(size)
             feed.take(padding)
             if feed.at - before < size + padding:
-                raise _cut(feed, total)
+                raise feed.cut()
         else:
             expected = ", ".join(f"{kind}.npy" for kind in header.inputs)
-            raise _damaged(feed, total, f"a member {show_path(name)}, expected one each of json, cls, {expected}")
+            raise feed.damaged(f"a member {show_path(name)}, expected one each of json, cls, {expected}")
 
-    def record(self, feed: Feed, total: int) -> Record[T]:
+    def record(self, feed: Feed) -> Record[T]:
         if self.facts is None:
-            raise _damaged(feed, total, f"no {self.key}.json")
+            raise feed.damaged(f"no {self.key}.json")
         return Record(self.key, Facts.parse(self.facts, f"{feed.shown}: {self.key}.json"), self.arrays)
 
 
-def _next_header(feed: Feed, before: Header | None, total: int) -> Header | None:
+def _next_header(feed: Feed, before: Header | None) -> Header | None:
     """Return the header of the next stream, None at the end; blocks of zeros lie between and after streams."""
     block = ZEROS
     while block == ZEROS:
         block = feed.take(BLOCK)
     if len(block) == 0 and before is not None:
         return None
+    hint = "expected records as `perceiver preprocess` writes them"
     if before is None:
         command = compression(block)
         if command is not None:
             raise DataError(f"{feed.shown}: compressed", f"unpack it on the way: {command} FILE | perceiver ... -")
         if block[257:262] != b"ustar":
-            what = "nothing in it" if not block else "not a tar"
-            raise DataError(f"{feed.shown}: {what}", "expected records as `perceiver preprocess` writes them")
+            raise DataError(f"{feed.shown}: {'not a tar' if block else 'nothing in it'}", hint)
     if not block.startswith(HEADER.encode() + b"\0"):
         name = show_path(block[:MAX_NAME].rstrip(b"\0").decode("ascii", "replace"))
-        raise DataError(
-            f"{feed.shown}: a tar that begins with {name}, not with {HEADER}",
-            "expected records as `perceiver preprocess` writes them",
-        )
-    name, size = _parse_member(feed, block, total)
-    header = Header.parse(_content(feed, size, MAX_HEADER_BYTES, name, total), feed.shown)
+        raise DataError(f"{feed.shown}: a tar that begins with {name}, not with {HEADER}", hint)
+    header = Header.parse(feed.content(*_parse_member(feed, block), MAX_HEADER_BYTES), feed.shown)
     if before is not None:
         header_check(feed.shown, before, header)
     return header
 
 
-def _member(feed: Feed, total: int) -> tuple[str, int]:
-    """Return name and size of the next member, which must be there."""
-    block = feed.take(BLOCK)
-    if len(block) < BLOCK or block == ZEROS:
-        raise _cut(feed, total)
-    return _parse_member(feed, block, total)
-
-
 _SIZE = re.compile(rb"[0-7]{1,11}[ \0]")
 
 
-def _parse_member(feed: Feed, block: bytes, total: int) -> tuple[str, int]:
+def _parse_member(feed: Feed, block: bytes) -> tuple[str, int]:
     """Return name and size of a member by its header block: a regular file, its name in ASCII, its checksum right."""
-    if len(block) < BLOCK:
-        raise _cut(feed, total)
+    if len(block) < BLOCK or block == ZEROS:
+        raise feed.cut()
     field_ = block[148:156]
     try:
         declared = int(field_.strip(b" \0"), 8)
@@ -278,44 +285,8 @@ def _parse_member(feed: Feed, block: bytes, total: int) -> tuple[str, int]:
     checksum = adler32(block) % 65536 - 1 - sum(field_) + 8 * 0x20
     size = _SIZE.match(block, 124, 136)
     if (declared - checksum) % 65521 or block[257:262] != b"ustar" or size is None:
-        raise _damaged(feed, total, "a damaged tar header")
+        raise feed.damaged("a damaged tar header")
     name = block[:100].rstrip(b"\0").decode("ascii", "replace")
     if block[156:157] not in (b"0", b"\0") or block[345:346] != b"\0":
-        raise _damaged(feed, total, f"{show_path(name)} of tar type {block[156:157]!r:.10}, expected regular files")
+        raise feed.damaged(f"{show_path(name)} of tar type {block[156:157]!r:.10}, expected regular files")
     return name, int(size[0][:-1], 8)
-
-
-def _content(feed: Feed, size: int, most: int, name: str, total: int) -> bytes:
-    """Return the content of a small member."""
-    if size > most:
-        raise _damaged(feed, total, f"{show_path(name)} of {size} bytes, expected {most} at most")
-    padded = size + -size % BLOCK
-    data = feed.take(padded)
-    if len(data) < padded:
-        raise _cut(feed, total)
-    return data[:size]
-
-
-def _failed(feed: Feed, size: int, total: int) -> Record[Any]:
-    """Return the record of an input that could not be read."""
-    facts = Facts.parse(_content(feed, size, MAX_JSON_BYTES, ERROR, total), f"{feed.shown}: {ERROR}")
-    if facts.error is None:
-        raise _damaged(feed, total, f"{ERROR} without an error in it")
-    return Record("", facts, {})
-
-
-def _check_end(data: bytes, count: int, errors: int, feed: Feed, total: int) -> None:
-    counts = parse_json(data, f"{feed.shown}: {END}")
-    for kind, number in (("records", count), ("errors", errors)):
-        if counts.get(kind) != number:
-            raise _damaged(feed, total, f"{number} {kind}, where its end says {counts.get(kind)!r:.20}")
-
-
-def _cut(feed: Feed, total: int) -> IntegrityError:
-    return IntegrityError(
-        f"{feed.shown}: the stream was cut short after {total} records", "what wrote it did not finish: see its error"
-    )
-
-
-def _damaged(feed: Feed, total: int, what: str) -> IntegrityError:
-    return IntegrityError(f"{feed.shown}: {what} (after {total} records, byte {feed.at})")
