@@ -232,9 +232,6 @@ MODALITY = AudioModality()
 register(MODALITY)
 
 
-# ---------------------------------------------------------------- time
-
-
 @dataclass(frozen=True)
 class _Cut:
     """Which samples of a file to decode for a span, and which of the resampled ones are the span.
@@ -308,9 +305,6 @@ def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s:
     else:
         clip[: max(0, raw.size - wanted)] = raw[wanted:]
     return clip
-
-
-# ---------------------------------------------------------------- features
 
 
 def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:

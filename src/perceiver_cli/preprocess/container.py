@@ -179,9 +179,6 @@ class Track:
             yield packet
 
 
-# ---------------------------------------------------------------- the sizes that a file declares
-
-
 def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None:
     """Raise DataError if a file is shorter than it declares, or counts more samples than it has bytes.
 

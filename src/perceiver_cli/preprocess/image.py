@@ -98,8 +98,6 @@ _ORIENTATION = 0x0112  # EXIF tag
 # Without a handler, Python prints Pillow's log records to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-# ---------------------------------------------------------------- decoding
-
 _pillow_limit = threading.Lock()
 
 
@@ -175,9 +173,6 @@ def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
     turn = _UPRIGHT.get(_orientation(image))  # after load: in a PNG, EXIF may follow the pixels
     flat = flatten(image)
     return flat if turn is None else flat.transpose(turn)
-
-
-# ---------------------------------------------------------------- the modality
 
 
 class ImageModality(Modality[ImageSpec]):

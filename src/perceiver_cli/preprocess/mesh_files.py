@@ -45,9 +45,6 @@ XYZ_SUFFIXES = ("xyz", "txt", "pts")
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
 
 
-# ---------------------------------------------------------------- what every format needs
-
-
 @contextmanager
 def quietly(source: Source) -> Iterator[None]:
     """Turn every exception of a reader into a DataError, and keep its warnings off the terminal."""
@@ -90,8 +87,6 @@ def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
 
 NO_FACES = np.empty((0, 3), np.int64)
 
-
-# ---------------------------------------------------------------- formats read with NumPy
 
 # trimesh 5.2 reads OBJ 2.5 to 11 times slower (198,000 triangles: 2.5 s instead of 0.7 s) and in another order of
 # faces, binary STL 5 to 60 times slower, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
@@ -159,9 +154,6 @@ def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
         raise DataError(f"{source.shown}: declared {declared} bytes of numbers, found {available}")
     array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if column_major else "C")
     return array[:, :3].astype(np.float64), NO_FACES
-
-
-# ---------------------------------------------------------------- formats read by trimesh
 
 
 def _scene(source: Source, data: bytes, file_type: str) -> Any:
@@ -343,9 +335,6 @@ def _check_nodes(source: Source, nodes: list[dict[str, Any]]) -> None:
     while level := [child for node in level for child in nodes[node].get("children", [])]:
         if (depth := depth + 1) > MAX_DEPTH:  # a node's transform is the product of all transforms above it
             raise DataError(f"{source.shown}: nodes more than {MAX_DEPTH} deep")
-
-
-# ---------------------------------------------------------------- the table of formats
 
 
 @dataclass(frozen=True)

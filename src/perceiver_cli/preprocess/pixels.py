@@ -89,8 +89,6 @@ def check_crops(spec: CropOptions) -> None:
             raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
 
 
-# ---------------------------------------------------------------- geometry
-
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 

@@ -143,9 +143,6 @@ MODALITY = PointsModality()
 register(MODALITY)
 
 
-# ---------------------------------------------------------------- geometry
-
-
 def _centred(points: Array) -> Array:
     # The first point is subtracted first: equal points become exact zeros, which a rounded mean would not give.
     points = points - points[0]

@@ -61,9 +61,6 @@ class Sound:
     read: Callable[[int, float], Iterator[Samples]]
 
 
-# ---------------------------------------------------------------- reading
-
-
 def is_sound(head: bytes) -> bool:
     """Return whether the first bytes of a file are those of one of `FORMATS`."""
     return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())

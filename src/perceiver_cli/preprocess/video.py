@@ -225,9 +225,6 @@ MODALITY = VideoModality()
 register(MODALITY)
 
 
-# ---------------------------------------------------------------- time
-
-
 def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: float, held: float) -> Iterator[Array]:
     """Yield the picture shown at each instant k / rate, from k = `first` to before `stop` or the end of the file.
 
@@ -273,9 +270,6 @@ def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s:
         start = int(rng.integers(spare, 1)) if rng is not None else 0
     indices = np.arange(start, start + spec.num_frames)
     return indices % count if spec.short == "loop" else indices.clip(0, count - 1)
-
-
-# ---------------------------------------------------------------- decoding
 
 
 def _frames(
@@ -377,9 +371,6 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
     return False, d < 0, a < 0
 
 
-# ---------------------------------------------------------------- animations
-
-
 def _is_animated(head: bytes) -> bool:
     """Return whether a GIF, WebP or PNG declares in its first bytes that it is an animation."""
     if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
@@ -434,9 +425,6 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
     values = to_array(flatten(file).convert("RGB"))
     return resize(values, (0, 0, file.width, file.height), size)
-
-
-# ---------------------------------------------------------------- augmentation
 
 
 def _cropped(frames: Array, box: Box) -> Array:
