@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, Self
 
@@ -26,10 +25,8 @@ from perceiver_cli.preprocess.base import (
     Layout,
     Span,
     TimedModality,
-    at_least_one,
     check_contract,
     check_decoded,
-    cut_windows,
     patchify,
     position_options,
 )
@@ -71,7 +68,6 @@ class AudioSpec(InputSpec):
         return self
 
 
-__all__ = ["MODALITY", "AudioModality"]
 RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times the span of soxr's filter
 POWER_FLOOR = 1e-10  # power relative to a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # standard deviation of log power; a flatter spectrogram is silence
@@ -82,6 +78,7 @@ class AudioModality(TimedModality[AudioSpec]):
     """Sound files that libsndfile reads and that have a signature of their own; the sound of videos."""
 
     name = "audio"
+    steps = "samples"
     precedence = 3
     formats = f"{', '.join(FORMATS)}, and the sound of MP4, M4A, MOV, MKV, WebM, AVI, MPEG"
     decides = ("rate_hz", "channel")
@@ -93,23 +90,16 @@ class AudioModality(TimedModality[AudioSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether `head` has the signature of a sound file, or of a container that can hold sound."""
         return is_sound(head) or container.format_of(head) is not None
 
     def clip_s(self, spec: AudioSpec) -> float:
-        """Return the length of a clip in seconds."""
         return spec.clip_s
 
     def steps_hz(self, spec: AudioSpec) -> float:
-        """Return the sample rate."""
         return _rate(spec)
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares; without a declaration its samples are decoded and counted.
-
-        Raises:
-            AbsentError: no sound in the file. DataError: unreadable. LimitError: longer than `limits` allow.
-        """
+        """Return the length in seconds that a file declares; without a declaration its samples are decoded."""
         with open_sound(source, "mix", limits) as sound:
             if sound.samples is not None:
                 return sound.samples / sound.rate_hz
@@ -121,18 +111,15 @@ class AudioModality(TimedModality[AudioSpec]):
         A span equals the same samples of the whole, to rounding; in MKV to 1 ms, the resolution of its times.
 
         Raises:
-            UsageError: the rate is still "auto".
-            AbsentError: a video without sound.
-            DataError: undecodable, shorter than declared, without that channel, without samples, not finite.
-            LimitError: more seconds, channels or bytes than `limits`, refused before they are decoded.
+            UsageError: the rate is still "auto". DataError: no such channel, or as for every modality.
         """
         rate_hz = _rate(spec)
         with open_sound(source, spec.channel, limits) as sound:
-            cut = _Cut.of(span, sound.rate_hz, rate_hz)
+            begin, end, first, stop = _cut(span, sound.rate_hz, rate_hz)
             growth = max(1.0, rate_hz / sound.rate_hz)
-            check_decoded(source, min(cut.end - cut.begin, sound.samples or 0) * growth, 4, limits)
+            check_decoded(source, min(end - begin, sound.samples or 0) * growth, 4, limits)
             blocks, total = [], 0
-            for block in sound.read(cut.begin, cut.end):
+            for block in sound.read(begin, end):
                 total += len(block)
                 check_decoded(source, total * growth, 4, limits)  # again: a stream may declare no length
                 blocks.append(block)
@@ -142,15 +129,11 @@ class AudioModality(TimedModality[AudioSpec]):
             import soxr
 
             samples = check_contract(source, soxr.resample(samples, sound.rate_hz, rate_hz, "HQ"), "samples")
-        return samples if span is None else check_contract(source, samples[cut.first : int(cut.stop)], noun)
+        return samples if span is None else check_contract(source, samples[first : int(stop)], noun)
 
-    def windows(
-        self, source: Source, spec: AudioSpec, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Samples]]:
-        """Yield (start in seconds, (samples,) float32) of overlapping windows; see `TimedModality.windows`."""
+    def blocks(self, source: Source, spec: AudioSpec, limits: Limits, window_s: float) -> Iterator[Samples]:
         with open_sound(source, spec.channel, limits) as sound:
-            blocks = resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
-            yield from at_least_one(source, cut_windows(blocks, _rate(spec), window_s, hop_s), "samples")
+            yield from resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with a rate: the commonest in the headers of `sources`, at most `max_auto_rate_hz`.
@@ -178,16 +161,12 @@ class AudioModality(TimedModality[AudioSpec]):
         return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
 
     def loaded(self, spec: AudioSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return float32, (samples,)."""
         return "float32", (None,)
 
     def layout(self, spec: AudioSpec) -> Layout:
         """Return a grid of (samples // patch,) for raw sound, or of (frames, mels) // patch for a spectrogram.
 
         Paper 4.2: 1.28 s at 48 kHz are 61,440 samples; in segments of 128 they are a byte array of 480 x 128.
-
-        Raises:
-            UsageError: a clip shorter than a window or a patch, or a max_resolution of the wrong length.
         """
         shape = (_num_samples(spec),) if spec.features == "raw" else _mel_shape(spec)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
@@ -220,7 +199,6 @@ class AudioModality(TimedModality[AudioSpec]):
         return ByteArray(patchify(features[:, :, None], spec.patch))
 
     def num_views(self, spec: AudioSpec) -> int:
-        """Return how many clips of each file evaluation averages over."""
         return spec.eval_windows
 
     def fault(self, raw: Array) -> str | None:
@@ -232,33 +210,23 @@ MODALITY = AudioModality()
 register(MODALITY)
 
 
-@dataclass(frozen=True)
-class _Cut:
-    """Which samples of a file to decode for a span, and which of the resampled ones are the span.
+def _cut(span: Span | None, file_hz: int, rate_hz: int) -> tuple[int, float, int, float]:
+    """Return (begin, end, first, stop) of a span in seconds, or of the whole file.
 
-    begin, end: samples at the file's rate, with a margin at both ends for the resampling filter.
-    first, stop: samples at the target rate, counted from `begin`.
+    begin, end: the samples to decode, at the file's rate, with a margin at both ends for the resampling filter.
+    first, stop: the samples of the span, at the target rate, counted from `begin`.
     """
-
-    begin: int
-    end: float
-    first: int
-    stop: float
-
-    @classmethod
-    def of(cls, span: Span | None, file_hz: int, rate_hz: int) -> _Cut:
-        """Return the cut of a span in seconds, or of the whole file."""
-        if span is None:
-            return cls(0, math.inf, 0, math.inf)
-        common = math.gcd(file_hz, rate_hz)
-        step = file_hz // common  # the samples of both rates coincide at every step-th sample of the file
-        first = max(0, round(span[0] * rate_hz))
-        stop = first + max(1, round(span[1] * rate_hz))
-        margin = 0 if file_hz == rate_hz else RESAMPLING_MARGIN * max(1.0, file_hz / rate_hz)
-        begin = max(0, math.floor(first * file_hz / rate_hz - margin)) // step * step
-        end = math.ceil(stop * file_hz / rate_hz + margin)
-        offset = begin // step * (rate_hz // common)
-        return cls(begin, end, first - offset, stop - offset)
+    if span is None:
+        return 0, math.inf, 0, math.inf
+    common = math.gcd(file_hz, rate_hz)
+    step = file_hz // common  # the samples of both rates coincide at every step-th sample of the file
+    first = max(0, round(span[0] * rate_hz))
+    stop = first + max(1, round(span[1] * rate_hz))
+    margin = 0 if file_hz == rate_hz else RESAMPLING_MARGIN * max(1.0, file_hz / rate_hz)
+    begin = max(0, math.floor(first * file_hz / rate_hz - margin)) // step * step
+    end = math.ceil(stop * file_hz / rate_hz + margin)
+    offset = begin // step * (rate_hz // common)
+    return begin, end, first - offset, stop - offset
 
 
 def _rate(spec: AudioSpec) -> int:

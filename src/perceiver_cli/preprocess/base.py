@@ -90,7 +90,6 @@ class Layout:
 
 
 S = TypeVar("S", bound=InputSpec)
-T = TypeVar("T")
 
 
 class Modality(ABC, Generic[S]):
@@ -146,6 +145,8 @@ class Modality(ABC, Generic[S]):
 class TimedModality(Modality[S]):
     """A modality with a time axis: one clip can be read without the rest, at a time that sound and picture share."""
 
+    steps: ClassVar[str]  # the noun of the items along its time axis, for messages
+
     @abstractmethod
     def clip_s(self, spec: S) -> float:
         """Return the length in seconds of the byte arrays that `prepare` returns."""
@@ -164,10 +165,10 @@ class TimedModality(Modality[S]):
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:
-        """Return the decoded array of a span of seconds, or of the whole file; a span past the end is cut.
+        """Return the decoded array of a span of seconds, cut at the end of the file, or of the whole file.
 
         Raises:
-            DataError: unreadable, truncated, empty, not finite or over a limit. AbsentError: no such stream in it.
+            AbsentError: no such stream in the file. DataError: as for every modality.
         """
 
     @abstractmethod
@@ -175,6 +176,9 @@ class TimedModality(Modality[S]):
         """Return the clip of `raw` from `start_s` seconds on; None means a random start with `rng`, else the middle."""
 
     @abstractmethod
+    def blocks(self, source: Source, spec: S, limits: Limits, window_s: float) -> Iterator[Array]:
+        """Yield what `load` returns in blocks, from end to end, for a caller that keeps `window_s` seconds of them."""
+
     def windows(
         self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
     ) -> Iterator[tuple[float, Array]]:
@@ -183,6 +187,12 @@ class TimedModality(Modality[S]):
         Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
         ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
         """
+        empty = True
+        for window in cut_windows(self.blocks(source, spec, limits, window_s), self.steps_hz(spec), window_s, hop_s):
+            empty = False
+            yield window
+        if empty:
+            raise DataError(f"{source.shown}: no {self.steps} in the file")
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:
@@ -254,13 +264,3 @@ def check_contract(source: Source, values: Array, noun: str) -> Array:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{source.shown}: {noun} that are not finite numbers")
     return values
-
-
-def at_least_one(source: Source, items: Iterable[T], noun: str) -> Iterator[T]:
-    """Yield the items of a file. Raises DataError if there are none."""
-    empty = True
-    for item in items:
-        empty = False
-        yield item
-    if empty:
-        raise DataError(f"{source.shown}: no {noun} in the file")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import Array, Layout
 
 CROP_TRIES = 10
 
 
-class CropOptions(Protocol):
-    """The options that images and videos share: colour statistics, the evaluation crop, the Inception crop."""
+class ColorSpec(Protocol):
+    """The options that images and videos share."""
 
     @property
     def modality(self) -> str: ...
 
+    bands: int
+    max_resolution: tuple[float, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop: float
@@ -43,11 +45,9 @@ def flatten(image: Image.Image) -> Image.Image:
         if isinstance(clear, int):
             grey[values == clear] = 255
         return Image.fromarray(grey)
-    if clear is not None and mode in ("1", "L", "RGB"):
-        image = image.convert("RGBA" if mode == "RGB" else "LA")
-    elif mode in ("P", "PA", "RGBa"):
+    if mode in ("P", "PA", "RGBa") or (clear is not None and mode == "RGB"):
         image = image.convert("RGBA")
-    elif mode == "La":
+    elif mode == "La" or (clear is not None and mode in ("1", "L")):
         image = image.convert("LA")
     flat = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.mode not in ("LA", "RGBA"):
@@ -68,31 +68,31 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
     return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
 
 
-def per_channel(spec: CropOptions, key: str, colors: int) -> tuple[float, ...]:
-    """Return the spec's "mean" or "std" with one number for each colour, in units of the uint8 values.
+def color_layout(spec: ColorSpec, grid: tuple[int, ...], colors: int, patch_area: int, **options: Any) -> Layout:
+    """Return the layout of a grid of patches of pixels; mean and std are in units of the uint8 values.
 
     Raises:
-        UsageError: neither one number nor one for each colour.
+        UsageError: a max_resolution, crop, mean or std that contradicts the rest.
     """
-    numbers: tuple[float, ...] = getattr(spec, key)
-    if colors == 1 and len(numbers) == 3:
-        numbers = (sum(numbers) / 3,)
-    if len(numbers) not in (1, colors):
-        raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
-    return tuple(number * 255 for number in (numbers if len(numbers) == colors else numbers * colors))
-
-
-def check_crops(spec: CropOptions) -> None:
-    """Raise UsageError if a range of the Inception crop does not rise."""
+    resolution = spec.max_resolution or tuple(map(float, grid))
+    if len(resolution) != len(grid):
+        raise UsageError(f"{spec.modality} max_resolution needs {len(grid)} numbers, found {len(resolution)}")
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
+    for key, numbers in (("mean", spec.mean), ("std", spec.std)):
+        if colors == 1 and len(numbers) == 3:
+            numbers = (sum(numbers) / 3,)
+        if len(numbers) not in (1, colors):
+            raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
+        options[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
+    return Layout(grid, colors * patch_area, len(grid), spec.bands, resolution, **options)
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
+def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
     """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio.
 
     Sides are rounded down as in transformers' image processor: published weights see the pixels of their evaluation.
@@ -100,11 +100,10 @@ def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
     height, width = raw.shape[:2]
     crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
     crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
+    return _centred(width, height, crop_width, crop_height)
 
 
-def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.random.Generator) -> Box:
+def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
     """Return the Inception crop: a box of random area, aspect ratio (log-uniform) and place.
 
     `crop_aspect` is relative to the target's aspect ratio.
@@ -122,7 +121,10 @@ def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.ran
             return left, top, left + crop_width, top + crop_height
     # No try fitted: the largest centred box of an allowed aspect ratio.
     crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
-    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    return _centred(width, height, max(1, crop_width), max(1, crop_height))
+
+
+def _centred(width: int, height: int, crop_width: int, crop_height: int) -> Box:
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 

@@ -26,23 +26,12 @@ from perceiver_cli.preprocess.base import (
     Layout,
     Span,
     TimedModality,
-    at_least_one,
     check_decoded,
     check_limit,
-    cut_windows,
     patchify,
     position_options,
 )
-from perceiver_cli.preprocess.pixels import (
-    Box,
-    center_box,
-    check_crops,
-    flatten,
-    per_channel,
-    random_box,
-    resize,
-    to_array,
-)
+from perceiver_cli.preprocess.pixels import Box, center_box, color_layout, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -67,8 +56,6 @@ class VideoSpec(InputSpec):
     flip: Fraction = 0.0
     color: Fraction = 0.0
 
-
-__all__ = ["MODALITY", "VideoModality"]
 
 COLORS = 3
 # Containers round times to their tick: a frame counts as shown from half a tick earlier, so that no frame is skipped.
@@ -96,6 +83,7 @@ class VideoModality(TimedModality[VideoSpec]):
     """Video files to (frames, height, width, colours) uint8, then to a grid of space-time patches (paper 4.2)."""
 
     name = "video"
+    steps = "frames"
     precedence = 1  # before image, which also reads animations, and before audio, which also reads containers
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
     decides = ("frame_rate_hz", "size", "eval_crop")
@@ -107,25 +95,18 @@ class VideoModality(TimedModality[VideoSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the bytes begin a container that can hold pictures, or an animation."""
         if container.format_of(head) is not None:
             return not container.holds_sound_only(head, name)
         return _is_animated(head)
 
     def clip_s(self, spec: VideoSpec) -> float:
-        """Return the length of a clip in seconds: 1.28 in the paper, 32 frames of 25 Hz."""
         return spec.num_frames / spec.frame_rate_hz
 
     def steps_hz(self, spec: VideoSpec) -> float:
-        """Return the frame rate."""
         return spec.frame_rate_hz
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited.
-
-        Raises:
-            AbsentError: no picture in the file. DataError: unreadable. LimitError: longer than `limits` allow.
-        """
+        """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited."""
         if container.format_of(source.head()) is not None:
             with container.open_track(source, limits, "video") as track:
                 duration_s = track.duration_s
@@ -138,11 +119,6 @@ class VideoModality(TimedModality[VideoSpec]):
         """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` seconds of the file or of a span.
 
         H and W are those at which the evaluation crop has the size of the spec, or the file's own if that is smaller.
-
-        Raises:
-            AbsentError: no picture in the file.
-            LimitError: more seconds, pixels or bytes than `limits`, by the header or while decoding.
-            DataError: unreadable, truncated, damaged, or without frames.
         """
         first, stop = 0, math.inf
         if span is not None:
@@ -158,43 +134,20 @@ class VideoModality(TimedModality[VideoSpec]):
             raise DataError(f"{source.shown}: no frames" + (f" at {span[0]:g} s" if span else " in the file"))
         return np.stack(pictures)
 
-    def windows(
-        self, source: Source, spec: VideoSpec, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, (T, H, W, 3) uint8) of overlapping windows; see `TimedModality.windows`."""
-        pictures = _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz)
-        windows = cut_windows((picture[None] for picture in pictures), spec.frame_rate_hz, window_s, hop_s)
-        yield from at_least_one(source, windows, "frames")
+    def blocks(self, source: Source, spec: VideoSpec, limits: Limits, window_s: float) -> Iterator[Array]:
+        for picture in _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz):
+            yield picture[None]
 
     def loaded(self, spec: VideoSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return uint8, (T, H, W, 3)."""
         return "uint8", (None, None, None, COLORS)
 
     def layout(self, spec: VideoSpec) -> Layout:
-        """Return a (time, height, width) grid of patches; the defaults give 16 x 28 x 28 = 12,544 inputs of 384 values.
-
-        Raises:
-            UsageError: a patch larger than the clip, or a max_resolution, mean or crop that contradicts the rest.
-        """
+        """Return a (time, height, width) grid of patches; by default 16 x 28 x 28 = 12,544 inputs of 384 values."""
         shape = (spec.num_frames, *spec.size)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"video patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        resolution = spec.max_resolution or tuple(map(float, grid))
-        if len(resolution) != len(grid):
-            raise UsageError(f"video max_resolution needs {len(grid)} numbers, found {len(resolution)}")
-        check_crops(spec)
-        volume = math.prod(spec.patch)
-        return Layout(
-            grid=grid,
-            channels=COLORS * volume,
-            dims=len(grid),
-            bands=spec.bands,
-            max_resolution=resolution,
-            mean=per_channel(spec, "mean", COLORS) * volume,
-            std=per_channel(spec, "std", COLORS) * volume,
-            **position_options(spec),
-        )
+        return color_layout(spec, grid, COLORS, math.prod(spec.patch), **position_options(spec))
 
     def prepare(
         self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
@@ -217,7 +170,6 @@ class VideoModality(TimedModality[VideoSpec]):
         return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
 
     def num_views(self, spec: VideoSpec) -> int:
-        """Return how many clips of each file evaluation averages over."""
         return spec.eval_windows
 
 
@@ -309,10 +261,8 @@ class _Canvas:
         from av.video.reformatter import VideoReformatter
 
         self.source, self.spec, self.limits = source, spec, limits
-        self.resize, self.convert = (
-            VideoReformatter(),
-            VideoReformatter(),
-        )  # one each: both keep their setup between frames
+        # One each: both keep their setup between frames.
+        self.resize, self.convert = VideoReformatter(), VideoReformatter()
         aspect = float(codec.sample_aspect_ratio or 1)  # width of a pixel by its height
         self.aspect = aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0
         _check_pixels(source, codec, limits)
