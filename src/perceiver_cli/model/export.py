@@ -36,6 +36,7 @@ from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, ModelInfo, load_model
 from perceiver_cli.model.encoding import Segment, axis_features
 from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import find_model
 
@@ -319,17 +320,6 @@ def _quiet() -> Iterator[None]:
 
 # ---------------------------------------------------------------- description
 
-PREPARATION = {
-    "image": "decode to RGB (or grey) uint8, turned as EXIF says; crop the centre: eval_crop of the largest box of the "
-    "aspect of size, rounded down; resize to size (height, width), bicubic with antialias; keep 0..255: mean and std "
-    "are applied in the graph; cut into patches",
-    "audio": "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, a shorter sound repeated "
-    "(or zero-padded, as short says); raw samples, or a log-mel spectrogram of zero mean and unit variance; cut "
-    "into patches",
-    "video": "the middle num_frames frames at frame_rate_hz, each cropped and resized as an image is, 0..255; cut into "
-    "patches of time, height, width",
-    "points": "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate",
-}
 PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
 
 
@@ -363,7 +353,7 @@ def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
         "decision": decision,
         "inputs": describe_inputs(model.encoding.layouts),
         "preparation": {
-            name: {"in_words": PREPARATION.get(name, ""), "options": spec.model_dump(mode="json")}
+            name: {"in_words": modality(name).preparation, "options": spec.model_dump(mode="json")}
             for name, spec in config.inputs.items()
         },
         "metrics": dict(info.metrics),
