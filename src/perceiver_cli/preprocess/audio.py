@@ -8,6 +8,7 @@ imported with the first file.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -30,7 +31,7 @@ from perceiver_cli.preprocess.base import (
     patchify,
     position_options,
 )
-from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound, resampled
+from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound, resampled
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
@@ -90,7 +91,8 @@ class AudioModality(TimedModality[AudioSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        return is_sound(head) or container.format_of(head) is not None
+        is_sound = any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
+        return is_sound or container.format_of(head) is not None
 
     def clip_s(self, spec: AudioSpec) -> float:
         return spec.clip_s
@@ -138,17 +140,13 @@ class AudioModality(TimedModality[AudioSpec]):
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with a rate: the commonest in the headers of `sources`, at most `max_auto_rate_hz`.
 
-        Without sources the rate is `max_auto_rate_hz`.
-
-        Raises:
-            DataError: no source can be read.
+        Without sources the rate is `max_auto_rate_hz`. Raises DataError if no source can be read.
         """
         if spec.rate_hz != "auto":
             return spec
         if not sources:
             return spec.model_copy(update={"rate_hz": spec.max_auto_rate_hz})
         rates: Counter[int] = Counter()
-        failure = DataError("no sound files to take the sample rate from", "set inputs.audio.rate_hz")
         for source in sources:
             try:
                 with open_sound(source, "mix", limits) as sound:
@@ -168,7 +166,7 @@ class AudioModality(TimedModality[AudioSpec]):
 
         Paper 4.2: 1.28 s at 48 kHz are 61,440 samples; in segments of 128 they are a byte array of 480 x 128.
         """
-        shape = (_num_samples(spec),) if spec.features == "raw" else _mel_shape(spec)
+        shape = (_num_samples(spec, spec.clip_s),) if spec.features == "raw" else _mel_shape(spec)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip's {list(shape)}")
@@ -235,18 +233,17 @@ def _rate(spec: AudioSpec) -> int:
     return spec.rate_hz
 
 
-def _num_samples(spec: AudioSpec) -> int:
-    return math.floor(spec.clip_s * _rate(spec) + 0.5)
+def _num_samples(spec: AudioSpec, seconds: float) -> int:
+    return math.floor(seconds * _rate(spec) + 0.5)
 
 
 def _window_and_hop(spec: AudioSpec) -> tuple[int, int]:
-    rate = _rate(spec)
-    return max(1, math.floor(spec.window_s * rate + 0.5)), max(1, math.floor(spec.hop_s * rate + 0.5))
+    return max(1, _num_samples(spec, spec.window_s)), max(1, _num_samples(spec, spec.hop_s))
 
 
 def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     """Return (frames, mels) of a clip. Frames lie wholly inside the clip, without padding."""
-    samples, (window, hop) = _num_samples(spec), _window_and_hop(spec)
+    samples, (window, hop) = _num_samples(spec, spec.clip_s), _window_and_hop(spec)
     if samples < window:
         raise UsageError(f"inputs.audio.clip_s is {samples} samples, shorter than one window of {window}")
     if spec.min_hz >= _rate(spec) / 2:
@@ -256,7 +253,7 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
 
 def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
-    samples = _num_samples(spec)
+    samples = _num_samples(spec, spec.clip_s)
     spare = raw.size - samples
     wanted = None if start_s is None else round(start_s * _rate(spec))
     if spare >= 0:
@@ -267,11 +264,9 @@ def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s:
         phase = int(rng.integers(raw.size)) if rng is not None else 0
         return raw.take(np.arange(samples) + (phase if wanted is None else wanted), mode="wrap")
     start = int(rng.integers(1 - spare)) if rng is not None else 0
+    kept = raw[wanted or 0 :]
     clip = np.zeros(samples, np.float32)
-    if wanted is None:
-        clip[start : start + raw.size] = raw
-    else:
-        clip[: max(0, raw.size - wanted)] = raw[wanted:]
+    clip[start if wanted is None else 0 :][: kept.size] = kept
     return clip
 
 

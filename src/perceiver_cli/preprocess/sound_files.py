@@ -7,15 +7,13 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import container
 from perceiver_cli.preprocess.base import Array, check_contract, check_limit
 from perceiver_cli.preprocess.source import Source
@@ -48,8 +46,7 @@ FORMATS = {
 }
 
 
-@dataclass(frozen=True)
-class Sound:
+class Sound(NamedTuple):
     """An open sound file.
 
     samples: the number of samples per channel that the file declares, or None.
@@ -59,11 +56,6 @@ class Sound:
     rate_hz: int
     samples: int | None
     read: Callable[[int, float], Iterator[Samples]]
-
-
-def is_sound(head: bytes) -> bool:
-    """Return whether the first bytes of a file are those of one of `FORMATS`."""
-    return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
 
 
 class _Reader:
@@ -86,23 +78,6 @@ class _Reader:
             return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
         except (OSError, ValueError):  # a failing disk: the sound ends here, shorter than declared
             return 0
-
-
-@contextmanager
-def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
-    """Yield the soundfile.SoundFile over `file`. Every exception of libsndfile becomes a DataError."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound:
-            # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
-            sound.seekable = lambda: False
-            yield sound
-    except DataError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "error_string", None) or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the sound: {show_text(str(reason))}") from error
 
 
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
@@ -171,7 +146,15 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
             read = partial(_read_track, source, track, rate_hz, channel, limits)
             yield Sound(rate_hz, round(track.duration_s * rate_hz), read)
         return
-    with source.open(limits) as file, _sound_file(source, file) as sound:
+    import soundfile
+
+    with (
+        source.open(limits) as file,
+        container.as_data_errors(source, "sound"),
+        soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound,
+    ):
+        # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
+        sound.seekable = lambda: False
         rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
         declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
         _check_seconds(source, (declared or 0) / rate_hz, limits)
@@ -179,7 +162,7 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
 
 
 def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channel, limits: Limits) -> int:
-    """Return `rate_hz`. Raises DataError for a rate out of range, a missing channel, or too many channels."""
+    """Return `rate_hz` if rate and channels are allowed. Raises DataError."""
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     check_limit(source, channels, "channels", "audio_channels", limits)
