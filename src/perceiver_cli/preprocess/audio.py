@@ -20,17 +20,7 @@ from pydantic import Field, model_validator
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Span,
-    TimedModality,
-    check_contract,
-    check_decoded,
-    patchify,
-    position_options,
-)
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, check_contract, patchify
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound, resampled
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
@@ -119,11 +109,11 @@ class AudioModality(TimedModality[AudioSpec]):
         with open_sound(source, spec.channel, limits) as sound:
             begin, end, first, stop = _cut(span, sound.rate_hz, rate_hz)
             growth = max(1.0, rate_hz / sound.rate_hz)
-            check_decoded(source, min(end - begin, sound.samples or 0) * growth, 4, limits)
+            source.check_decoded(min(end - begin, sound.samples or 0) * growth, 4, limits)
             blocks, total = [], 0
             for block in sound.read(begin, end):
                 total += len(block)
-                check_decoded(source, total * growth, 4, limits)  # again: a stream may declare no length
+                source.check_decoded(total * growth, 4, limits)  # again: a stream may declare no length
                 blocks.append(block)
         noun = "samples" if span is None else f"samples at {span[0]:g} s"
         samples = check_contract(source, np.concatenate(blocks) if blocks else np.empty(0, np.float32), noun)
@@ -170,12 +160,10 @@ class AudioModality(TimedModality[AudioSpec]):
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        resolution = spec.max_resolution or tuple(float(side) for side in grid)
-        if len(resolution) != len(grid):
-            raise UsageError(
-                f"inputs.audio.max_resolution has {len(resolution)} number(s), expected {len(grid)} for {spec.features}"
-            )
-        return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution, **position_options(spec))
+        if (count := len(spec.max_resolution or grid)) != len(grid):
+            expected = f"expected {len(grid)} for {spec.features}"
+            raise UsageError(f"inputs.audio.max_resolution has {count} number(s), {expected}")
+        return Layout.of_grid(spec, grid, math.prod(spec.patch))
 
     def prepare(
         self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None

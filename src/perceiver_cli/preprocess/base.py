@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
@@ -67,6 +67,14 @@ class Layout:
     stem: str = "none"
     stem_channels: int = 0
     values_grid: tuple[int, ...] | None = None
+
+    @classmethod
+    def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
+        """Return the layout of a regular grid with the bands, resolution, positions and permutation of a spec."""
+        options["learned_channels"] = spec.learned_channels if spec.positions == "learned" else 0
+        resolution = spec.max_resolution or tuple(map(float, grid))
+        return cls(grid, channels, len(grid), spec.bands, resolution, learned_std=spec.learned_std,
+                   permutation=spec.permutation, **options)  # fmt: skip
 
     @property
     def prepared_shape(self) -> tuple[int, ...]:
@@ -237,24 +245,6 @@ def cut_windows(
             held.popleft()
     if total and (count == 0 or total - end > 0.1 * hop_s * rate_hz):
         yield window(max(0, total - size), total)
-
-
-def position_options(spec: InputSpec) -> dict[str, Any]:
-    """Return the fields of a Layout that every grid takes from its spec: learned positions and permutation."""
-    learned = spec.learned_channels if spec.positions == "learned" else 0
-    return {"learned_channels": learned, "learned_std": spec.learned_std, "permutation": spec.permutation}
-
-
-def check_limit(source: Source, amount: float, unit: str, name: str, limits: Limits) -> None:
-    """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
-    allowed = getattr(limits, name)
-    if amount > allowed:
-        raise LimitError(source.shown, amount, unit, name, allowed)
-
-
-def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:
-    """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
-    check_limit(source, count * itemsize, "decoded bytes", "decoded_bytes", limits)
 
 
 def check_contract(source: Source, values: Array, noun: str) -> Array:

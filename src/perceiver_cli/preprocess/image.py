@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -23,18 +23,8 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Modality,
-    check_contract,
-    check_decoded,
-    check_limit,
-    patchify,
-    position_options,
-)
-from perceiver_cli.preprocess.pixels import center_box, color_layout, flatten, random_box, resize, to_array
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, patchify
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.randaugment import randaugment
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
@@ -83,10 +73,9 @@ PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
 WIDE_PIXEL_BYTES = 8  # of integers and floats, which become float64 on their way to 8 bits
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
 T = TypeVar("T")
-
 # By EXIF orientation, from 2 on.
-UPRIGHT = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE)
-UPRIGHT += (Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90)
+UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
+UPRIGHT += [Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]
 
 # Without a handler, Python prints Pillow's log records to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
@@ -130,8 +119,8 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
 
 
 def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -> None:
-    check_limit(source, pixels, "pixels", "image_pixels", limits)
-    check_decoded(source, pixels, pixel_bytes, limits)
+    source.check_limit(pixels, "pixels", "image_pixels", limits)
+    source.check_decoded(pixels, pixel_bytes, limits)
 
 
 def _reason(error: Exception) -> str:
@@ -204,9 +193,10 @@ class ImageModality(Modality[ImageSpec]):
         if patch[0] > height or patch[1] > width:
             raise UsageError(f"image patch {list(patch)} is larger than image size {[height, width]}")
         values_grid = (height // patch[0], width // patch[1])
-        stem = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": values_grid}
+        stem: dict[str, Any] = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": values_grid}
         grid, colors = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3
-        return color_layout(spec, grid, colors, math.prod(patch), **stem, **position_options(spec))
+        area = math.prod(patch)
+        return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, 2, colors, area))
 
     def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
@@ -228,11 +218,8 @@ class ImageModality(Modality[ImageSpec]):
         """Return `spec` with values for size, patch and color; grey gets one mean and one deviation.
 
         Size is the median height and width in the headers, scaled down to `max_auto_size` on the longer side, in whole
-        patches. Color is grey if no probe has a colour. Unreadable sources are skipped. Without sources, images become
-        squares of `max_auto_size` in RGB.
-
-        Raises:
-            DataError: an option is "auto" and no source can be read.
+        patches. Color is grey if no probe has a colour. Without sources, images become squares of `max_auto_size` in
+        RGB. Unreadable sources are skipped. Raises DataError if none can be read.
         """
         if not sources:
             known = {"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"}
@@ -242,7 +229,8 @@ class ImageModality(Modality[ImageSpec]):
         patch = (side, side) if spec.patch == "auto" else spec.patch
         if spec.size == "auto":  # whole patches, the nearest size that is not above max_auto_size
             most = spec.max_auto_size
-            size = tuple(max(1, min(round(s / p), most // p)) * p for s, p in zip(size, patch, strict=True))
+            height, width = (max(1, min(round(s / p), most // p)) * p for s, p in zip(size, patch, strict=True))
+            size = height, width
         spec = spec.model_copy(update={"size": size, "patch": patch})
         if spec.color == "auto":
             spec = spec.model_copy(update={"color": _auto_color(spec, sources, limits)})

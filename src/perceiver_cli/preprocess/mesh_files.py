@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, show_text
-from perceiver_cli.preprocess.base import Array, check_decoded, check_limit
+from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -64,8 +64,8 @@ def quietly(source: Source) -> Iterator[None]:
 
 def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
     """Raise LimitError if a mesh has more vertices or faces than the limits allow."""
-    check_limit(source, vertices, "vertices", "vertices", limits)
-    check_limit(source, faces, "faces", "faces", limits)
+    source.check_limit(vertices, "vertices", "vertices", limits)
+    source.check_limit(faces, "faces", "faces", limits)
 
 
 def _check_claim(source: Source, claimed: int, available: int) -> None:
@@ -301,16 +301,16 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
         raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
     for view in views:
         _check_claim(source, view["byteLength"], binary_bytes)
-    check_decoded(source, sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
+    source.check_decoded(sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
     total = 0
     for accessor in accessors:
         needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
         if accessor["count"] > 3 * limits.faces:
-            check_limit(source, accessor["count"], "vertices", "vertices", limits)
+            source.check_limit(accessor["count"], "vertices", "vertices", limits)
         if "bufferView" in accessor:
             _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
         total += needed
-    check_decoded(source, total, 1, limits)
+    source.check_decoded(total, 1, limits)
     sizes = []  # of each mesh: vertices and corners of triangles
     for mesh in tree.get("meshes", []):
         shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
 from PIL.Image import Resampling
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess.base import Array, Layout
+from perceiver_cli.preprocess.base import Array
 
 CROP_TRIES = 10
 
@@ -21,7 +21,6 @@ class ColorSpec(Protocol):
     @property
     def modality(self) -> str: ...
 
-    bands: int
     max_resolution: tuple[float, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -68,25 +67,25 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
     return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
 
 
-def color_layout(spec: ColorSpec, grid: tuple[int, ...], colors: int, patch_area: int, **options: Any) -> Layout:
-    """Return the layout of a grid of patches of pixels; mean and std are in units of the uint8 values.
+def color_statistics(spec: ColorSpec, dims: int, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
+    """Return the mean and std of a Layout, one number for each channel of a patch, in units of the uint8 values.
 
     Raises:
         UsageError: a max_resolution, crop, mean or std that contradicts the rest.
     """
-    resolution = spec.max_resolution or tuple(map(float, grid))
-    if len(resolution) != len(grid):
-        raise UsageError(f"{spec.modality} max_resolution needs {len(grid)} numbers, found {len(resolution)}")
+    if spec.max_resolution and len(spec.max_resolution) != dims:
+        raise UsageError(f"{spec.modality} max_resolution needs {dims} numbers, found {len(spec.max_resolution)}")
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
+    statistics = {}
     for key, numbers in (("mean", spec.mean), ("std", spec.std)):
         if colors == 1 and len(numbers) == 3:
             numbers = (sum(numbers) / 3,)
         if len(numbers) not in (1, colors):
             raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
-        options[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
-    return Layout(grid, colors * patch_area, len(grid), spec.bands, resolution, **options)
+        statistics[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
+    return statistics
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels

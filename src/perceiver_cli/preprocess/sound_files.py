@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import container
-from perceiver_cli.preprocess.base import Array, check_contract, check_limit
+from perceiver_cli.preprocess.base import Array, check_contract
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -165,14 +165,14 @@ def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channe
     """Return `rate_hz` if rate and channels are allowed. Raises DataError."""
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    check_limit(source, channels, "channels", "audio_channels", limits)
+    source.check_limit(channels, "channels", "audio_channels", limits)
     if channel != "mix" and channel >= channels:
         raise DataError(f"{source.shown}: no channel {channel}, found {channels} channel(s) counted from 0")
     return rate_hz
 
 
 def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    check_limit(source, seconds, "seconds", "audio_seconds", limits)
+    source.check_limit(seconds, "seconds", "audio_seconds", limits)
 
 
 def _checked(source: Source, samples: Array, channel: Channel) -> Samples:

@@ -77,9 +77,8 @@ class Source:
             file.seek(0)
             return file
         file.close()
-        if size == 0:
-            raise DataError(f"{self.shown}: the file is empty")
-        raise LimitError(self.shown, size, "bytes", "file_bytes", limits.file_bytes)
+        self.check_limit(size, "bytes", "file_bytes", limits)
+        raise DataError(f"{self.shown}: the file is empty")
 
     def read(self, limits: Limits) -> bytes:
         """Return all bytes of the input, under the same checks as `open`."""
@@ -87,6 +86,16 @@ class Source:
             return self.data
         with self.open(limits) as file:
             return file.read()
+
+    def check_limit(self, amount: float, unit: str, name: str, limits: Limits) -> None:
+        """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
+        allowed = getattr(limits, name)
+        if amount > allowed:
+            raise LimitError(self.shown, amount, unit, name, allowed)
+
+    def check_decoded(self, count: float, itemsize: int, limits: Limits) -> None:
+        """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
+        self.check_limit(count * itemsize, "decoded bytes", "decoded_bytes", limits)
 
     def _opened(self) -> BinaryIO:
         if self.data is not None:

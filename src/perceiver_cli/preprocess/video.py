@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,18 +20,8 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Span,
-    TimedModality,
-    check_decoded,
-    check_limit,
-    patchify,
-    position_options,
-)
-from perceiver_cli.preprocess.pixels import Box, center_box, color_layout, flatten, random_box, resize, to_array
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, patchify
+from perceiver_cli.preprocess.pixels import Box, center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -69,14 +59,11 @@ Change = Callable[[Image.Image], Image.Image]
 
 
 class Shown(NamedTuple):
-    """A frame, and the time in seconds from which and until which it is shown.
-
-    picture: decodes the frame to (H, W, 3) uint8.
-    """
+    """A frame, and when it is shown."""
 
     start_s: float
     end_s: float
-    picture: Callable[[], Array]
+    picture: Callable[[], Array]  # decodes the frame to (H, W, 3) uint8
 
 
 class VideoModality(TimedModality[VideoSpec]):
@@ -126,7 +113,7 @@ class VideoModality(TimedModality[VideoSpec]):
             stop = first + max(1, round(span[1] * spec.frame_rate_hz))
         pictures: list[Array] = []
         for picture in _sampled(source, spec, limits, first, stop, stop - first):
-            check_decoded(source, (len(pictures) + 1) * picture.size, 1, limits)
+            source.check_decoded((len(pictures) + 1) * picture.size, 1, limits)
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(f"{source.shown}: frames of {pictures[0].shape[:2]} and of {picture.shape[:2]}")
             pictures.append(picture)
@@ -147,7 +134,8 @@ class VideoModality(TimedModality[VideoSpec]):
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"video patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        return color_layout(spec, grid, COLORS, math.prod(spec.patch), **position_options(spec))
+        volume = math.prod(spec.patch)
+        return Layout.of_grid(spec, grid, COLORS * volume, **color_statistics(spec, len(grid), COLORS, volume))
 
     def prepare(
         self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
@@ -203,25 +191,25 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
 
 
 def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    check_limit(source, seconds, "seconds", "video_seconds", limits)
+    source.check_limit(seconds, "seconds", "video_seconds", limits)
 
 
-def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
-    """Return the indices of a clip's frames among `count` frames: from `start_s`, a random or a central frame on.
+def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
+    """Return the indices of a clip's frames among `total` frames: from `start_s`, a random or a central frame on.
 
     A video shorter than the clip is repeated, or its first and last frames are held, as `spec.short` says.
     """
-    spare = count - spec.num_frames
+    spare = total - spec.num_frames
     if start_s is not None:
         start = min(round(start_s * spec.frame_rate_hz), max(0, spare))
     elif spare >= 0:
         start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
     elif spec.short == "loop":
-        start = int(rng.integers(count)) if rng is not None else 0
+        start = int(rng.integers(total)) if rng is not None else 0
     else:
         start = int(rng.integers(spare, 1)) if rng is not None else 0
     indices = np.arange(start, start + spec.num_frames)
-    return indices % count if spec.short == "loop" else indices.clip(0, count - 1)
+    return indices % total if spec.short == "loop" else indices.clip(0, total - 1)
 
 
 def _frames(
@@ -243,14 +231,15 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
         duration_s = track.duration_s
         _check_seconds(source, duration_s, limits)
         pictures = max(1.0, min(held, (duration_s - start_s) * spec.frame_rate_hz))
-        check_decoded(source, pictures * math.prod(canvas.size), COLORS, limits)
+        source.check_decoded(pictures * math.prod(canvas.size), COLORS, limits)
         slack_s = min(track.tick_s / 2, MAX_SLACK_S) + EPSILON_S
         before_s = None
         for time_s, frame in track.frames(start_s):
             length_s = (frame.duration or 0) * float(frame.time_base) or track.step_s
             if length_s == 0 and before_s is not None:
                 length_s = time_s - before_s
-            yield Shown(time_s - slack_s, time_s + length_s - slack_s, partial(canvas, frame))
+            picture = container.as_data_errors(source)(partial(canvas, frame))
+            yield Shown(time_s - slack_s, time_s + length_s - slack_s, picture)
             before_s = time_s
 
 
@@ -276,10 +265,6 @@ class _Canvas:
         return (width, height) if turned else (height, width)
 
     def __call__(self, frame: Any) -> Array:
-        with container.as_data_errors(self.source):
-            return self._picture(frame)
-
-    def _picture(self, frame: Any) -> Array:
         _check_pixels(self.source, frame, self.limits)
         turned, upside_down, mirrored = _orientation(frame)
         height, width = self._kept(turned)
@@ -294,8 +279,8 @@ class _Canvas:
 
 
 def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
-    check_limit(source, frame.width * frame.height, "pixels in a frame", "video_pixels", limits)
-    check_limit(source, max(frame.width, frame.height), "pixels along a side of a frame", "video_side", limits)
+    source.check_limit(frame.width * frame.height, "pixels in a frame", "video_pixels", limits)
+    source.check_limit(max(frame.width, frame.height), "pixels along a side of a frame", "video_side", limits)
 
 
 def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
@@ -358,8 +343,7 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
         size = _kept_size(file.height, file.width, spec)
         time_s = 0.0
         # A PNG may begin with a still image for programs that cannot show animations.
-        index = 1 if getattr(file, "default_image", False) else 0
-        while True:
+        for index in count(1 if getattr(file, "default_image", False) else 0):
             try:
                 file.seek(index)
             except EOFError:
@@ -369,7 +353,6 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
             length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
             yield Shown(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
             time_s += length_s
-            index += 1
 
 
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
