@@ -26,11 +26,7 @@ METADATA = "perceiver"  # the one entry of a .safetensors, the header of a strea
 
 
 def register(new: Modality[Any]) -> None:
-    """Make a modality known under its name.
-
-    Raises:
-        UsageError: its `InputSpec` subclass is not defined, or the name belongs to a file of this folder.
-    """
+    """Make a modality known. Raises UsageError without an `InputSpec` of its name, or if a file here has the name."""
     owner = f"{__name__}.{new.name}"
     if new.name not in InputSpec.kinds or (new.name in _files() and type(new).__module__ != owner):
         raise UsageError(f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default")
@@ -77,11 +73,7 @@ def settled(spec: InputSpec) -> InputSpec:
 
 
 def look(source: Source) -> Source:
-    """Return the source with its kinds, judged by its first bytes. A source is looked at once.
-
-    Raises:
-        DataError: empty, unreadable, or of no known format.
-    """
+    """Return the source with its kinds, judged by its first bytes, once. Raises DataError if it has none."""
     if source.kinds:
         return source
     head, every = source.head(), names()

@@ -101,9 +101,6 @@ class AudioModality(TimedModality[AudioSpec]):
         """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
 
         A span equals the same samples of the whole, to rounding; in MKV to 1 ms, the resolution of its times.
-
-        Raises:
-            UsageError: the rate is still "auto". DataError: no such channel, or as for every modality.
         """
         rate_hz = _rate(spec)
         with open_sound(source, spec.channel, limits) as sound:

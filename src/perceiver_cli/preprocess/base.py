@@ -165,18 +165,13 @@ class TimedModality(Modality[S]):
 
     @abstractmethod
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares, without decoding it.
-
-        Raises:
-            DataError: unreadable or over a limit. AbsentError: no such stream in the file.
-        """
+        """Return the length in seconds that a file declares, without decoding it. Raises as `load` does."""
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:
         """Return the decoded array of a span of seconds, cut at the end of the file, or of the whole file.
 
-        Raises:
-            AbsentError: no such stream in the file. DataError: as for every modality.
+        Raises AbsentError, a DataError, if the file has no such stream.
         """
 
     @abstractmethod

@@ -70,8 +70,7 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
 def color_statistics(spec: ColorSpec, dims: int, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
     """Return the mean and std of a Layout, one number for each channel of a patch, in units of the uint8 values.
 
-    Raises:
-        UsageError: a max_resolution, crop, mean or std that contradicts the rest.
+    Raises UsageError if they, max_resolution or a crop contradict the rest.
     """
     if spec.max_resolution and len(spec.max_resolution) != dims:
         raise UsageError(f"{spec.modality} max_resolution needs {dims} numbers, found {len(spec.max_resolution)}")

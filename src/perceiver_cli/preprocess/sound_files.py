@@ -28,7 +28,6 @@ UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 frames if a stream decla
 # Full scale is 1; floats that hold 32-bit integers reach 2^31. Above this limit, power would overflow float32.
 MAX_AMPLITUDE = 1e10
 MAX_CHUNKS = 10_000
-WAVE_MAGIC = (b"RIFF", b"RIFX", b"RF64")
 SETTLING_S = 0.2  # decoded and dropped before a span, for decoders whose output depends on earlier samples
 JITTER_S = 0.05  # largest difference between a container's times and the count of samples that is ignored
 # MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
@@ -83,21 +82,18 @@ class _Reader:
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
     """Return `file`, rewound; for a WAV that was streamed with size 0, a copy that declares the largest size.
 
-    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error.
-
-    Raises:
-        DataError: the file declares more bytes of sound than it holds.
+    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error: they
+    are refused here by a DataError.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     header = file.read(24)
-    file.seek(0)
     magic, at, long_size = header[:4], 12, 0
     if magic == b".snd" and len(header) == 24:
         at, declared = struct.unpack_from(">2I", header, 4)
         _check_sound_bytes(source, declared, size - at)
     order = "<" if magic in (b"RIFF", b"RF64") else ">"
-    for _ in range(MAX_CHUNKS if magic in (*WAVE_MAGIC, b"FORM") else 0):
+    for _ in range(MAX_CHUNKS if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM") else 0):
         file.seek(at)
         if len(header := file.read(24)) < 8:
             break
@@ -133,16 +129,12 @@ def _is_chunk(data: bytes, room: int, order: str) -> bool:
 
 @contextmanager
 def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
-    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet.
-
-    Raises:
-        AbsentError: a video without sound. DataError: unreadable. LimitError: more channels or seconds than `limits`.
-    """
+    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet."""
     if container.format_of(source.head()) is not None:
         with container.open_track(source, limits, "audio") as track:
             codec = track.stream.codec_context
             rate_hz = _checked_header(source, codec.sample_rate, codec.layout.nb_channels, channel, limits)
-            _check_seconds(source, track.duration_s, limits)
+            source.check_limit(track.duration_s, "seconds", "audio_seconds", limits)
             read = partial(_read_track, source, track, rate_hz, channel, limits)
             yield Sound(rate_hz, round(track.duration_s * rate_hz), read)
         return
@@ -157,7 +149,7 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
         sound.seekable = lambda: False
         rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
         declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
-        _check_seconds(source, (declared or 0) / rate_hz, limits)
+        source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
         yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, channel, limits))
 
 
@@ -169,10 +161,6 @@ def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channe
     if channel != "mix" and channel >= channels:
         raise DataError(f"{source.shown}: no channel {channel}, found {channels} channel(s) counted from 0")
     return rate_hz
-
-
-def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    source.check_limit(seconds, "seconds", "audio_seconds", limits)
 
 
 def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
@@ -199,7 +187,9 @@ def _read_file(
         sound.seek(at)
     buffer = np.empty((min(BLOCK_FRAMES, max(1, BLOCK_FRAMES if declared is None else declared)), sound.channels), "f4")
     while at < stop and len(samples := sound.read(out=buffer[: int(min(len(buffer), stop - at))])):
-        _check_seconds(source, (at + len(samples)) / sound.samplerate, limits)  # again: a stream may declare no length
+        source.check_limit(
+            (at + len(samples)) / sound.samplerate, "seconds", "audio_seconds", limits
+        )  # again: a stream may declare no length
         if at + len(samples) > first:
             yield _checked(source, samples[max(0, first - at) :], channel)
         at += len(samples)
@@ -225,7 +215,7 @@ def _read_track(
         for converted in resampler.resample(frame):
             samples = converted.to_ndarray().T
             following = place + len(samples)
-            _check_seconds(source, following / rate_hz, limits)
+            source.check_limit(following / rate_hz, "seconds", "audio_seconds", limits)
             while at < min(place, stop):
                 silence = np.zeros(int(min(place, stop, at + BLOCK_FRAMES)) - at, np.float32)
                 yield silence

@@ -50,11 +50,7 @@ class Source:
         return None if status is None else (self.name, status.st_size, status.st_mtime_ns)
 
     def head(self) -> bytes:
-        """Return the first `HEAD_BYTES` bytes, for detection by content.
-
-        Raises:
-            DataError: missing, not a regular file, unreadable or empty.
-        """
+        """Return the first `HEAD_BYTES` bytes. Raises DataError if there are none or it is no regular file."""
         try:
             with self._opened() as file:
                 head = file.read(HEAD_BYTES)
@@ -65,12 +61,7 @@ class Source:
         return head
 
     def open(self, limits: Limits) -> BinaryIO:
-        """Return a seekable binary file object over the input.
-
-        Raises:
-            LimitError: larger than `limits.file_bytes`, known from its size alone.
-            DataError: as `head` does.
-        """
+        """Return a seekable binary file object over the input. Raises as `head`, and LimitError for its size."""
         file = self._opened()
         size = file.seek(0, os.SEEK_END)
         if 0 < size <= limits.file_bytes:

@@ -21,7 +21,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, patchify
-from perceiver_cli.preprocess.pixels import Box, center_box, color_statistics, flatten, random_box, resize, to_array
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -99,7 +99,7 @@ class VideoModality(TimedModality[VideoSpec]):
                 duration_s = track.duration_s
         else:
             duration_s = max((shown.end_s for shown in _frames(source, VideoSpec(), limits)), default=0.0) + EPSILON_S
-        _check_seconds(source, duration_s, limits)
+        source.check_limit(duration_s, "seconds", "video_seconds", limits)
         return duration_s
 
     def load(self, source: Source, spec: VideoSpec, limits: Limits, span: Span | None = None) -> Array:
@@ -146,10 +146,11 @@ class VideoModality(TimedModality[VideoSpec]):
         time if `start_s` is None, and one Inception crop, mirror and change of colours for all frames.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
+        box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
+        left, top, right, bottom = box
+        frames = frames[:, top:bottom, left:right]
         if rng is None:
-            box = center_box(frames[0], spec, spec.size)
-            return ByteArray(patchify(_resized(_cropped(frames, box), spec.size), spec.patch))
-        frames = _cropped(frames, random_box(frames[0], spec, spec.size, rng))
+            return ByteArray(patchify(_resized(frames, spec.size), spec.patch))
         changes: list[Change] = []
         if rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
@@ -173,7 +174,7 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
     rate_hz = spec.frame_rate_hz
     k, shown = first, None
     for following in _frames(source, spec, limits, first / rate_hz, held):
-        _check_seconds(source, following.start_s, limits)
+        source.check_limit(following.start_s, "seconds", "video_seconds", limits)
         after = min(stop, math.ceil(following.start_s * rate_hz))
         if shown is not None and k < after:
             yield from repeat(shown.picture(), int(after) - k)
@@ -182,16 +183,12 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
             return
         shown = following
     if shown is not None:
-        _check_seconds(source, shown.end_s, limits)
+        source.check_limit(shown.end_s, "seconds", "video_seconds", limits)
         after = math.ceil(shown.end_s * rate_hz)
         if after <= k == first <= after + 1:  # the last frame may end a little before its declared end
             after = k + 1
         if k < (after := min(stop, after)):
             yield from repeat(shown.picture(), int(after) - k)
-
-
-def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    source.check_limit(seconds, "seconds", "video_seconds", limits)
 
 
 def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
@@ -229,7 +226,7 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
     with container.open_track(source, limits, "video") as track:
         canvas = _Canvas(source, track.stream.codec_context, spec, limits)
         duration_s = track.duration_s
-        _check_seconds(source, duration_s, limits)
+        source.check_limit(duration_s, "seconds", "video_seconds", limits)
         pictures = max(1.0, min(held, (duration_s - start_s) * spec.frame_rate_hz))
         source.check_decoded(pictures * math.prod(canvas.size), COLORS, limits)
         slack_s = min(track.tick_s / 2, MAX_SLACK_S) + EPSILON_S
@@ -253,16 +250,16 @@ class _Canvas:
         # One each: both keep their setup between frames.
         self.resize, self.convert = VideoReformatter(), VideoReformatter()
         aspect = float(codec.sample_aspect_ratio or 1)  # width of a pixel by its height
-        self.aspect = aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0
         _check_pixels(source, codec, limits)
-        self.height, self.width = codec.height, codec.width
+        square = codec.width * (aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0)
+        self.shape = codec.height, max(1, round(square))
         self.size = self._kept(False)
 
     def _kept(self, turned: bool) -> tuple[int, int]:
         """Return (height, width) at which frames are kept; `turned` frames before they are transposed."""
-        shape = self.height, max(1, round(self.width * self.aspect))
-        height, width = _kept_size(*(shape[::-1] if turned else shape), self.spec)
-        return (width, height) if turned else (height, width)
+        if turned:
+            return _kept_size(*self.shape[::-1], self.spec)[::-1]
+        return _kept_size(*self.shape, self.spec)
 
     def __call__(self, frame: Any) -> Array:
         _check_pixels(self.source, frame, self.limits)
@@ -358,11 +355,6 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
     values = to_array(flatten(file).convert("RGB"))
     return resize(values, (0, 0, file.width, file.height), size)
-
-
-def _cropped(frames: Array, box: Box) -> Array:
-    left, top, right, bottom = box
-    return frames[:, top:bottom, left:right]
 
 
 def _resized(
