@@ -37,6 +37,7 @@ from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, ModelInfo, load_model
 from perceiver_cli.model.encoding import Segment, axis_features
 from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import find_model
 
@@ -347,7 +348,7 @@ def metadata_of(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
         "decision": decision,
         "inputs": describe_inputs(model.encoding.layouts),
         "preparation": {
-            name: {"in_words": PREPARATION.get(name, ""), "options": spec.model_dump(mode="json")}
+            name: {"in_words": modality(name).preparation, "options": spec.model_dump(mode="json")}
             for name, spec in config.inputs.items()
         },
         "metrics": dict(info.metrics),
