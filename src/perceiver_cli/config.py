@@ -28,9 +28,6 @@ MAX_SCHEDULE_STEPS = 4096
 TINY_DROPOUT = 0.2  # of each modality, where tiny presets are put together
 
 
-# ---------------------------------------------------------------- model
-
-
 class ModelConfig(Table):
     """The Perceiver's size and weight sharing (paper sections 3.1 and 4.1; defaults: the ImageNet model).
 
@@ -76,9 +73,7 @@ class ModelConfig(Table):
         text = self.schedule
         while "(" in text:
             expanded = re.sub(
-                r"\(([^()]*)\)x(\d{1,4})",
-                lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)),
-                text,
+                r"\(([^()]*)\)x(\d{1,4})", lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)), text
             )
             if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
                 raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
@@ -175,9 +170,6 @@ class TrainConfig(Table):
     # Make activations of latent Transformers again in the backward pass instead of keeping them: a third more time.
     recompute: bool = False
     compile: bool = False  # latent Transformers through torch.compile: a minute at the start, for GPUs
-
-
-# ---------------------------------------------------------------- the whole
 
 
 def _with_type(key: str, table: Any) -> Any:

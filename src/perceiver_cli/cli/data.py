@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from perceiver_cli.data.prepare import Done
 
 
-# ---------------------------------------------------------------- preprocess, info, presets, bench
-
-
 def preprocess(
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Files, folders, manifests, or - for the bytes of one on stdin.")
@@ -125,9 +122,6 @@ def lint(
 
 LISTED = 20  # findings of a kind that are shown to people
 NAMED = 5  # of several names on a line
-
-
-# ---------------------------------------------------------------- preparing
 
 
 def follow_preparing(done: Iterator[Done]) -> int:

@@ -18,7 +18,6 @@ from perceiver_cli.files import show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 
-# ---------------------------------------------------------------- options that several commands share
 
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, - for stdin."
 
@@ -164,9 +163,6 @@ def inputs_to_prepare(
     if files_from == "-":
         _piped_stdin()
     return [*inputs, *(_listed(files_from, b"\0" if null else b"\n") if files_from is not None else ())]
-
-
-# ---------------------------------------------------------------- small parsers
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
 
 
-# ---------------------------------------------------------------- evaluate and predict
-
-
 def evaluate(
     data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
     model: options.Model = None,
@@ -185,9 +182,6 @@ def explain(
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
 
 
-# ---------------------------------------------------------------- predictions
-
-
 def show_predictions(
     predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
 ) -> int:
@@ -280,9 +274,6 @@ def _table_rows(
         cells = zip(extra, _extra(prediction, extra), strict=True)
         further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
         yield f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
-
-
-# ---------------------------------------------------------------- evaluation and info
 
 
 def show_report(report: Report, as_json: bool) -> None:

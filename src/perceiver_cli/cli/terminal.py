@@ -39,9 +39,6 @@ quiet = False  # -q: errors and nothing else
 verbose = False  # -v: also what libraries have to say
 
 
-# ---------------------------------------------------------------- the whole program
-
-
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: expected errors become one line and their exit code; a bug says so and exits with 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler

@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 
 
-# ---------------------------------------------------------------- train
-
-
 def train(
     data: Annotated[str | None, typer.Argument(help=options.DATA_HELP)] = None,
     output: Annotated[
@@ -181,9 +178,6 @@ def lr_find(
 
 
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-
-
-# ---------------------------------------------------------------- training
 
 
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:

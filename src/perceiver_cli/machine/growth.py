@@ -60,9 +60,6 @@ class Spent:
     peak_bytes: int
 
 
-# ---------------------------------------------------------------- one measurement
-
-
 def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
     """Return a preset's layouts, with images of side x side pixels unless side is None.
 
@@ -147,8 +144,6 @@ def measure_model(trial: Trial) -> Spent:
         call = timed_call(trial, compute, lambda: model(segments), list(model.parameters()))
     return Spent(time_calls(call, trial.seconds, compute.device).median, peak_above(base, compute))
 
-
-# ---------------------------------------------------------------- growth
 
 OURS: Mapping[str, Callable[[Trial], Spent]] = {"ours": measure_model}
 

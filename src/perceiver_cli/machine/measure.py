@@ -31,12 +31,7 @@ def time_calls(call: Callable[[], object], seconds: float, device: torch.device 
     On a GPU each time includes the work that the call left running. Threads and the garbage collector are as they are
     in a program, where `Timer` alone would take one thread and no collector.
     """
-    timer = Timer(
-        "call()",
-        setup="gc.enable()",
-        globals={"call": call, "gc": gc},
-        num_threads=torch.get_num_threads(),
-    )
+    timer = Timer("call()", setup="gc.enable()", globals={"call": call, "gc": gc}, num_threads=torch.get_num_threads())
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return timer.blocked_autorange(min_run_time=seconds)
 

@@ -60,9 +60,6 @@ class ModelInfo:
     calibration: Calibration | None = None
 
 
-# ---------------------------------------------------------------- model files
-
-
 def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
     """Write a self-contained model file, whole or not at all. Raises ResourceError if it cannot be written."""
     header = {
@@ -128,9 +125,6 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
         raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit its configuration: {shown}")
     model.load_state_dict(tensors)
     return model.eval(), info
-
-
-# ---------------------------------------------------------------- safetensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:

@@ -7,8 +7,6 @@ from importlib import resources
 
 from perceiver_cli.errors import UsageError
 
-# ---------------------------------------------------------------- presets and files
-
 
 def preset_names() -> list[str]:
     """Return the names of the recipes that ship with the package, sorted."""
@@ -26,7 +24,6 @@ def preset_text(name: str) -> str:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         raise UsageError(
-            f"no preset named {name!r}",
-            f"did you mean {near[0]}" if near else f"there are {', '.join(names)}",
+            f"no preset named {name!r}", f"did you mean {near[0]}" if near else f"there are {', '.join(names)}"
         )
     return (resources.files("perceiver_cli") / "presets" / f"{name}.toml").read_text("utf-8")

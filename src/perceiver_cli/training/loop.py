@@ -143,8 +143,6 @@ class Run:
         workers = self.compute.default_workers if workers is None else workers
         return self.plan.reader.batches(self.tasks(count), workers, pin=self.compute.device.type == "cuda")
 
-    # ------------------------------------------------------------ one step
-
     def update(self, batches: Iterator[Batch]) -> Tensor:
         """Do one optimiser step; return its mean loss, still on the device."""
         train = self.config.train
@@ -223,8 +221,6 @@ class Run:
             f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
             "train.warmup or train.clip_norm",
         )
-
-    # ------------------------------------------------------------ evaluation and saving
 
     @property
     def judged(self) -> Perceiver:

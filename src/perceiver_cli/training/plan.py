@@ -216,9 +216,6 @@ def _scan(
     return scan(path, None, reads, options.group_by)
 
 
-# ---------------------------------------------------------------- checks
-
-
 def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
     """Raise DataError or UsageError if the recipe cannot learn from this data."""
     reads = "+".join(sorted(config.inputs))

@@ -50,9 +50,6 @@ def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.
     ]
 
 
-# ---------------------------------------------------------------- training state
-
-
 class TrainingState(NamedTuple):
     """Where a run stood. damaged: a note on each newer state that was not whole."""
 
