@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -158,11 +158,6 @@ def _print(message: str) -> None:
         talk.print(Text(printable(message)))
 
 
-def is_live() -> bool:
-    """Return whether there is somebody to show a bar to."""
-    return talk.is_terminal and not quiet
-
-
 def emit(text: str, *, styled: bool = False) -> None:
     """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
 
@@ -222,11 +217,16 @@ def emit_table(table: Table) -> None:
     emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
+def bar(*more: ProgressColumn) -> Progress:
+    """Return a bar on stderr with further columns; it shows nothing if that is no terminal, or with -q."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), *more)
+    return Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal or quiet)
+
+
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while something is counted, if that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not is_live()) as progress:
+    """Show a bar while something is counted."""
+    with bar() as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

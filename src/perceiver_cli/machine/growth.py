@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import Config, ModelConfig, load_preset
 from perceiver_cli.errors import UsageError
-from perceiver_cli.machine.measure import in_new_process, peak_above, time_calls
+from perceiver_cli.machine.measure import forward_pass, in_new_process, peak_above, time_calls
 from perceiver_cli.malloc import keep_freed, peak_bytes
 from perceiver_cli.model.attention import CrossAttend, Memory
 from perceiver_cli.model.device import Compute, choose
@@ -76,16 +76,15 @@ def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
 
 def made_up_segments(layouts: Mapping[str, Layout], batch: int, device: torch.device) -> dict[str, Segment]:
     """Return a batch of random inputs, the same ones every time."""
-    return {name: _made_up_segment(layout, batch, device) for name, layout in layouts.items()}
-
-
-def _made_up_segment(layout: Layout, batch: int, device: torch.device) -> Segment:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(batch, *layout.prepared_shape, generator=generator)
-    positions = None
-    if not layout.is_grid:
-        positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
-    return Segment(values, positions).to(device)
+    segments = {}
+    for name, layout in layouts.items():
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(batch, *layout.prepared_shape, generator=generator)
+        positions = None
+        if not layout.is_grid:
+            positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
+        segments[name] = Segment(values, positions).to(device)
+    return segments
 
 
 def new_model(config: ModelConfig, layouts: Mapping[str, Layout], device: torch.device) -> Perceiver:
@@ -108,12 +107,7 @@ def timed_call(
 ) -> Callable[[], None]:
     """Return a function that runs `call` once in the trial's mode; a training step changes `parameters`."""
     if trial.mode == "forward":
-
-        def forward() -> None:
-            with torch.inference_mode(), compute.autocast():
-                call()
-
-        return forward
+        return forward_pass(call, compute)
     optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1e-6)
     labels = torch.zeros(trial.batch, dtype=torch.long, device=compute.device)
 
@@ -136,12 +130,9 @@ def measure_model(trial: Trial) -> Spent:
     layouts = layouts_of(config, trial.side)
     segments = made_up_segments(layouts, trial.batch, compute.device)
     model = new_model(config.model, layouts, compute.device)
-    if trial.alone:
-        call = timed_call(
-            trial, compute, lambda: read_alone(model, segments), list(model.cross_attends[0].parameters())
-        )
-    else:
-        call = timed_call(trial, compute, lambda: model(segments), list(model.parameters()))
+    read = (lambda: read_alone(model, segments)) if trial.alone else (lambda: model(segments))
+    parameters = list((model.cross_attends[0] if trial.alone else model).parameters())
+    call = timed_call(trial, compute, read, parameters)
     return Spent(time_calls(call, trial.seconds, compute.device).median, peak_above(base, compute))
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite, sqrt
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,20 +33,15 @@ ENDLESS = 1 << 40  # batches
 
 
 class Run:
-    """Model, optimiser and position of a run in progress.
-
-    Args:
-        plan: what it works from.
-        looked_at: files decoded before the first step.
-    """
+    """Model, optimiser and position of a run in progress. looked_at: files decoded before the first step."""
 
     def __init__(self, plan: Plan, looked_at: int = 0) -> None:
         self.plan, self.looked_at = plan, looked_at
         self.config, self.compute, self.catalog = plan.config, plan.compute, plan.catalog
         train = self.config.train
         model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
-        if plan.init_from is not None:
-            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.init_from))
+        if plan.asked.init_from is not None:
+            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.asked.init_from))
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -74,7 +69,7 @@ class Run:
     @property
     def elapsed(self) -> float:
         """Seconds of training, those before a resume included."""
-        return self.elapsed_before + time.monotonic() - self.plan.started_at
+        return self.elapsed_before + time.monotonic() - self.plan.asked.started_at
 
     @property
     def progress(self) -> Progress:
@@ -110,15 +105,14 @@ class Run:
             self.total_steps = timing.stepped(self.progress)
             if self.step % check_every == 0 or timing.over(self.progress):
                 step_loss = float(loss)
-                if not isfinite(step_loss):
-                    self._diverged(step_loss, lr)
+                self._check_finite(step_loss, lr)
                 now = time.perf_counter()
                 rate = (self.step - looked_step) * plan.examples_per_step / max(1e-9, now - looked_s)
                 looked_s, looked_step = now, self.step
                 yield StepDone(self.step, self.total_steps, self.epoch, step_loss, lr, rate)
             evaluate = timing.evaluation_due(self.progress)
             if evaluate or timing.save_due(self.progress):
-                self._check_finite(lr)
+                self._check_finite(float(self.loss_sum), lr)
                 if evaluate:
                     evaluated = self._evaluate(metrics, lr)
                     evaluated_at = self.step
@@ -149,8 +143,7 @@ class Run:
         loss = torch.zeros((), device=self.compute.device)
         for micro in range(train.accumulate):
             batch = next(batches)
-            if batch.bad:
-                self._note_bad(batch)
+            self._note_bad(batch)
             if batch.examples:
                 loss += self.backward(batch, train.accumulate, micro)
         self.scaler.unscale_(self.optimizer)
@@ -192,11 +185,6 @@ class Run:
             return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
         return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.compute.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def _note_bad(self, batch: Batch) -> None:
         """Remember the unreadable files of a batch; raise DataError if they are too many."""
         reader = self.plan.reader
@@ -204,23 +192,18 @@ class Run:
         if not fresh:
             return
         reader.bad.update(fresh)
-        seen = min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples))
-        seen = max(seen, self.looked_at)
+        seen = max(self.looked_at, min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples)))
         if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
             self.plan.check_bad(reader.bad, seen)
 
-    def _check_finite(self, lr: float) -> None:
-        """Raise DivergedError if a loss since the last evaluation is not finite."""
-        if self.loss_count and not isfinite(float(self.loss_sum)):
-            self._diverged(float(self.loss_sum), lr)
-
-    def _diverged(self, loss: float, lr: float) -> NoReturn:
-        """Raise DivergedError for a loss that is not finite."""
-        raise DivergedError(
-            f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
-            f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
-            "train.warmup or train.clip_norm",
-        )
+    def _check_finite(self, loss: float, lr: float) -> None:
+        """Raise DivergedError if a loss is not finite."""
+        if not isfinite(loss):
+            raise DivergedError(
+                f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
+                f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
+                "train.warmup or train.clip_norm",
+            )
 
     @property
     def judged(self) -> Perceiver:
@@ -239,8 +222,7 @@ class Run:
         if examples := self.plan.val_examples:
             batch_size = max(self.config.train.batch_size, 64)
             report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
-            if not isfinite(report.loss):
-                self._diverged(report.loss, lr)
+            self._check_finite(report.loss, lr)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
@@ -257,20 +239,18 @@ class Run:
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
         """Write the model file, without the place of the data: the file travels."""
-        config = self.config.model_copy(
-            update={"data": self.config.data.model_copy(update={"path": None, "split": None})}
-        )
+        data = self.config.data.model_copy(update={"path": None, "split": None})
+        config = self.config.model_copy(update={"data": data})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
-        if self.plan.latest:
+        if self.plan.asked.latest:
             with suppress(ResourceError):  # a convenience; the current folder may well be read-only
                 mark_latest(self.plan.output)
 
     def _save(self) -> Saved:
         """Commit the state to resume from; return the event."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        modules = {"model": self.model} | ({} if self.average is None else {"average": self.average})
+        tensors = {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
         state = {
@@ -299,9 +279,7 @@ class Run:
             for name, tensor in _below("optimizer.", saved.tensors).items():
                 index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = tensor
-            self.optimizer.load_state_dict(
-                {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
-            )
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             if fields["scaler"]:
                 self.scaler.load_state_dict(fields["scaler"])
             self.step, self.best, self.top = int(fields["step"]), dict(fields["best"]), float(fields["top"])

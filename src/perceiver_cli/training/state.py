@@ -43,7 +43,7 @@ def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.
             for mine, other in rows:
                 ours["head.weight"][mine] = theirs["head.weight"][other]
                 ours["head.bias"][mine] = theirs["head.bias"][other]
-    fresh = sum(1 for name in ours if name not in taken and "head." not in name)
+    fresh = sum(name not in taken and "head." not in name for name in ours)
     return [
         f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
         f"{len(rows)} of {counted(len(classes), 'class')} known to it"
