@@ -179,12 +179,8 @@ def seconds(text: str | None) -> float | None:
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    total = (
-        sum(float(digits or 0) * unit for digits, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-        if match
-        else 0
-    )
-    if total <= 0:
+    hours, minutes, rest = (float(digits or 0) for digits in match.groups()) if match else (0.0, 0.0, 0.0)
+    if (total := hours * 3600 + minutes * 60 + rest) <= 0:
         raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
     return total
 

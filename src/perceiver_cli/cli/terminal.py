@@ -161,10 +161,8 @@ def _print(message: str) -> None:
 def emit(text: str, *, styled: bool = False) -> None:
     """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
 
-    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own.
-
-    Raises:
-        ResourceError: stdout is closed, or its disk is full.
+    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own. Raises
+    ResourceError if stdout is closed or its disk is full.
     """
     if is_terminal() and not styled:
         text = printable(text, "\n\t")

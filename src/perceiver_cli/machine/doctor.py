@@ -29,9 +29,7 @@ CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh
 # What is missing without the package, and the extra that installs it.
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
-    "onnx": ("export to ONNX", "onnx"),
-    "onnxscript": ("export to ONNX", "onnx"),
-    "onnxruntime": ("export to ONNX", "onnx"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),
 }
@@ -102,8 +100,7 @@ def _device(name: str, problems: list[str]) -> dict[str, Any]:
 def self_test(device: str = "auto") -> dict[str, Any]:
     """Return the losses and the accuracy of a short training on made-up pictures.
 
-    Raises:
-        PerceiverError: the loss did not fall, or the saved model's loss differs from the trained one's.
+    Raises PerceiverError if the loss did not fall, or the saved model's loss differs from the trained one's.
     """
     report_it = f"please report it with what perceiver doctor prints ({sys.platform})"
     with tempfile.TemporaryDirectory() as folder:

@@ -61,11 +61,7 @@ class Spent:
 
 
 def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
-    """Return a preset's layouts, with images of side x side pixels unless side is None.
-
-    Raises:
-        UsageError: a side, but the preset reads something other than images.
-    """
+    """Return a preset's layouts, with a side those of side x side pixels; raise UsageError if it reads no images."""
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
     if side is not None:
         if set(specs) != {"image"}:

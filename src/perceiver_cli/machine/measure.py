@@ -56,8 +56,7 @@ def peak_above(base: int, compute: Compute) -> int:
 def in_new_process(name: str, measure: Callable[[Asked], Answer], asked: Asked) -> Answer:
     """Return `measure(asked)`, called in a fresh process that ends when this one does.
 
-    Raises:
-        ResourceError: the process died, most likely for want of memory; it names `name`.
+    Raises a ResourceError that names `name` if the process died.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:

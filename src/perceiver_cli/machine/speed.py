@@ -32,10 +32,7 @@ def bench(
 
     Each is the median over as many calls as fit in `seconds`; of a loader with workers it is the mean. The loader
     decodes, augments and batches made-up files (500 x 375 JPEG, 5 s of 16 kHz WAV, STL meshes of 5,120 triangles, MP4
-    of 320 x 240); nothing is kept in memory between visits.
-
-    Raises:
-        UsageError: no such preset, or a device that is not there.
+    of 320 x 240); nothing is kept in memory between visits. Raises UsageError if there is no such preset or device.
     """
     config = load_preset(preset)
     specs = {name: settled(spec) for name, spec in config.inputs.items()}

@@ -19,7 +19,7 @@ from perceiver_cli.files import show_path
 from perceiver_cli.inference.evaluation import score
 from perceiver_cli.model.checkpoint import ModelInfo, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
-from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, MetricsLog, mark_latest
+from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import learning_rate, make_average, make_optimizer
@@ -92,7 +92,7 @@ class Run:
         plan, train = self.plan, self.config.train
         timing = Timing(train, plan.steps_per_epoch, len(plan.val_examples), self.progress)
         batches = self._batches()
-        metrics = MetricsLog(plan.output, self.step)
+        cut_log(plan.output, self.step)
         check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
         looked_s, looked_step = time.perf_counter(), self.step  # time and step of the last look at the loss
         evaluated_at = self.step
@@ -114,7 +114,7 @@ class Run:
             if evaluate or timing.save_due(self.progress):
                 self._check_finite(float(self.loss_sum), lr)
                 if evaluate:
-                    evaluated = self._evaluate(metrics, lr)
+                    evaluated = self._evaluate(lr)
                     evaluated_at = self.step
                     timing.evaluated(self.elapsed)
                     yield evaluated
@@ -124,7 +124,7 @@ class Run:
                 looked_s, looked_step = time.perf_counter(), self.step
         stopped = stopping()
         if evaluated_at != self.step and not stopped:
-            yield self._evaluate(metrics, lr)
+            yield self._evaluate(lr)
         yield self._save()
         if not (plan.output / MODEL_FILE).exists():
             self._save_model({})  # stopped before the first evaluation
@@ -212,7 +212,7 @@ class Run:
         assert isinstance(model, Perceiver)
         return model
 
-    def _evaluate(self, metrics: MetricsLog, lr: float) -> Evaluated:
+    def _evaluate(self, lr: float) -> Evaluated:
         """Score the validation split, log the scores, keep the model if it is the best; return the event."""
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
@@ -233,7 +233,7 @@ class Run:
             self.best = record
             self._save_model(record)
         # The time stays out of the model file: the same seed gives the same bytes.
-        metrics.write({**record, "elapsed_s": round(self.elapsed, 3), "best": better})
+        append_log(self.plan.output, {**record, "elapsed_s": round(self.elapsed, 3), "best": better})
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 

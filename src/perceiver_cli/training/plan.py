@@ -116,11 +116,7 @@ class Plan:
         }
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many training and validation files of those tried are unreadable, as `bad` says by id.
-
-        Raises:
-            DataError: more than allowed.
-        """
+        """Return how many files of those looked at are unreadable, as `bad` says by id; raise DataError if too many."""
         if not bad:
             return 0
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}

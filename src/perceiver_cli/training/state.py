@@ -25,10 +25,7 @@ MANIFEST = "MANIFEST.json"
 def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
     """Copy each weight of a trained model that fits by name and shape into `model`; return a note on how many did.
 
-    Rows of the head are matched by class name.
-
-    Raises:
-        UsageError: there is no model, or none of its weights fits.
+    Rows of the head are matched by class name. Raises UsageError if there is no model, or none of its weights fits.
     """
     donor, info = load_model(find_model(os.fspath(source)))
     theirs, ours = donor.state_dict(), model.state_dict()
@@ -78,11 +75,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
 
 
 def load_state(run: Path) -> TrainingState:
-    """Return the newest whole training state of a run.
-
-    Raises:
-        UsageError: there is none. IntegrityError: none is whole.
-    """
+    """Return the newest whole training state of a run; raise UsageError without any, IntegrityError if none is whole."""
     folder = run / STATE_FOLDER
     damaged: list[str] = []
     for entry in _committed(folder):
