@@ -16,11 +16,10 @@ from rich.text import Text
 from perceiver_cli.cli import options, terminal
 from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, say_notes
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import show_path, show_text
+from perceiver_cli.files import check_suffix, show_path, show_text
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
-    from perceiver_cli.inference.explain import Explanation
     from perceiver_cli.inference.predictor import Prediction
 
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
@@ -121,12 +120,12 @@ def predict(
     017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
     input lacks is missing, and "used" says what there was.
     """
-    from perceiver_cli.inference.embeddings import check_suffix, keeping_embeddings
+    from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
 
     sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
     windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
-        check_suffix(embeddings)
+        check_embeddings(embeddings)
     predictor = options.open_predictor(model, device, precision, limit, use)
     predictions = predictor.predict(
         sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
@@ -156,8 +155,8 @@ def explain(
     """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
-    if output is not None and output.suffix.lower() not in (".png", ".ply"):
-        raise UsageError(f"-o {show_path(output)}: not a kind of file that is written here", "expected .png or .ply")
+    if output is not None:
+        check_suffix(output, (".png", ".ply"), "-o", "not a kind of file that is written here")
     named = list(options.inputs_to_predict(inputs, None, False, "-"))
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
@@ -169,7 +168,14 @@ def explain(
     if output is not None:
         save(explanation, output)
         say(f"wrote {show_path(output)}")
-    show_explanation(explanation, json)
+    say_notes(explanation.notes)
+    facts = explanation.to_dict()
+    if json:
+        emit_json(facts)
+        return
+    emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
+    for name, shares in facts["inputs"].items():
+        emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")
 
 
 def show_predictions(
@@ -266,15 +272,3 @@ def show_report(report: Report, as_json: bool) -> None:
         numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
         table.add_row(Text(show_text(name)), *numbers)
     emit_table(table)
-
-
-def show_explanation(explanation: Explanation, as_json: bool) -> None:
-    """Print what an explanation says in numbers: a line for each modality, or one JSON object."""
-    say_notes(explanation.notes)
-    facts = explanation.to_dict()
-    if as_json:
-        emit_json(facts)
-        return
-    emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
-    for name, shares in facts["inputs"].items():
-        emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
+from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError
 from perceiver_cli.files import printable, show_text
 
 
@@ -46,30 +46,27 @@ def guarded(app: Callable[[], None]) -> None:
     try:
         app()
     except PerceiverError as error:
-        if debug:
-            traceback.print_exc()
-        complain(f"perceiver: {error}")
-        if isinstance(error, ResourceError):
-            _libraries.last_words()
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except MemoryError:
-        complain("perceiver: out of memory; try a smaller --batch-size")
-        sys.exit(EXIT_RESOURCE)
+        _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise
-        complain(f"perceiver: stdout: cannot write: {error.strerror}")
-        sys.exit(EXIT_RESOURCE)
+        _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        complain(
-            f"perceiver: this is a bug: {type(error).__name__}: {error}; run it again with --debug before the command"
-        )
-        _libraries.last_words()
-        sys.exit(EXIT_BUG)
+        bug = f"this is a bug: {type(error).__name__}: {error}"
+        _fail(f"{bug}; run it again with --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:
         _libraries.heard()
+
+
+def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    complain(f"perceiver: {message}")
+    if quote_libraries:
+        _libraries.last_words()
+    sys.exit(exit_code)
 
 
 class _Escaped(io.TextIOWrapper):
@@ -249,9 +246,3 @@ def flat_items(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str
             yield prefix + name, " ".join(show_text(v) if isinstance(v, str) else str(v) for v in value)
         elif value is not None:
             yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_text(str(value))
-
-
-def refuse_terminal(what: str) -> None:
-    """Raise UsageError if binary data were about to fill a terminal."""
-    if is_terminal():
-        raise UsageError(f"{what} is binary and stdout is a terminal", "pass -o FILE, or pipe it on")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import TextColumn
@@ -18,9 +18,6 @@ from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_si
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
 from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
-
-if TYPE_CHECKING:
-    from perceiver_cli.training.lr_find import Curve
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
@@ -155,7 +152,12 @@ def lr_find(
         curve = finder.range_test(Trainer(data, None, recipe, overrides=overrides), steps, progress)
     finder.draw_curve(curve, output)
     command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
-    show_curve(curve, os.fspath(output), command, json)
+    say_notes(curve.notes)
+    if json:
+        emit_json({**vars(curve), "plot": os.fspath(output), "command": command})
+        return
+    say(f"the curve of {len(curve.rates)} steps is in {show_path(output)}; next:")
+    emit(f"{command}\n")
 
 
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
@@ -273,13 +275,3 @@ def _clock(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
-    """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
-    say_notes(curve.notes)
-    if as_json:
-        emit_json({**vars(curve), "plot": plot, "command": command})
-        return
-    say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
-    emit(f"{command}\n")

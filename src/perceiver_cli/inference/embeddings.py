@@ -12,22 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from perceiver_cli.errors import UsageError
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.files import atomic_write, check_suffix
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
 
-SUFFIXES = (".npy", ".safetensors")
 
-
-def check_suffix(path: str | os.PathLike[str]) -> str:
+def check_embeddings(path: str | os.PathLike[str]) -> str:
     """Return the suffix of an output, if it is one that can be written. Raises UsageError."""
-    suffix = os.path.splitext(os.fspath(path))[1].lower()
-    if suffix not in SUFFIXES:
-        problem = f"--embeddings {show_path(path)}: not a format written here"
-        raise UsageError(problem, f"expected {' or '.join(SUFFIXES)}")
-    return suffix
+    return check_suffix(path, (".npy", ".safetensors"), "--embeddings", "not a format written here")
 
 
 def keeping_embeddings(
@@ -40,7 +33,7 @@ def keeping_embeddings(
     formats and is known at the end: npy's header is written over, and what safetensors holds waits in temporary files.
     Raises UsageError if the suffix is another, ResourceError if the file cannot be written.
     """
-    named = check_suffix(path) == ".safetensors"
+    named = check_embeddings(path) == ".safetensors"
     count, folder = 0, os.path.dirname(path) or "."  # where there is to be room for the file itself
     with atomic_write(path) as file, TemporaryFile(dir=folder) as waiting, TemporaryFile(dir=folder) as names:
         if not named:

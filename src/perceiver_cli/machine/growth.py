@@ -132,20 +132,16 @@ def measure_model(trial: Trial) -> Spent:
     return Spent(time_calls(call, trial.seconds, compute.device).median, peak_above(base, compute))
 
 
-OURS: Mapping[str, Callable[[Trial], Spent]] = {"ours": measure_model}
+Measure = Callable[[Trial], Spent]
+OURS: Mapping[str, Measure] = {"ours": measure_model}
 
 
-def growth(
-    trial: Trial, rounds: int, contenders: Mapping[str, Callable[[Trial], Spent]] = OURS
-) -> Iterator[dict[str, Any]]:
+def growth(trial: Trial, rounds: int, contenders: Mapping[str, Measure] = OURS) -> Iterator[dict[str, Any]]:
     """Yield rows of one cross-attend, then of the whole model, for GROWTH_INPUTS inputs.
 
-    The last rows of each, one per contender, hold `slope`: of log time over log inputs from SLOPE_FROM inputs on.
-
-    Args:
-        trial: what to measure; its `side` and `alone` are set here.
-        rounds: processes per contender and size, in turn.
-        contenders: functions that measure a trial, by name. They are called in processes of their own.
+    The last rows of each, one per contender, hold `slope`: of log time over log inputs from SLOPE_FROM inputs on. The
+    trial's `side` and `alone` are set here. rounds: processes per contender and size, in turn; contenders: functions
+    that measure a trial, by name, each called in a process of its own.
     """
     for alone in (True, False):
         about = {"what": "cross-attend" if alone else "model"}
@@ -173,11 +169,9 @@ def slope(points: Sequence[tuple[int, float]]) -> float:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     """Write a plot of `growth` rows (SVG or PNG by suffix): time and memory over inputs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis, (key, label) in zip(axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True):

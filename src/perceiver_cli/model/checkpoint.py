@@ -95,8 +95,7 @@ def read_info(path: Path) -> ModelInfo:
 def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     """Return the model in a file, on the CPU and in evaluation mode, and its header.
 
-    Raises:
-        IntegrityError: damaged, incomplete, or with tensors that do not fit its configuration. Or as `read_info`.
+    Raises IntegrityError if the tensors do not fit its configuration, or as `read_info` and `read_tensors`.
     """
     from perceiver_cli.model.perceiver import Perceiver
 
@@ -127,10 +126,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str
 def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shape of each tensor that any safetensors file lists, and its metadata; no torch, no weights.
 
-    The library checks that names, types, shapes and offsets agree with each other and with the size of the file.
-
-    Raises:
-        UsageError: cannot be read. IntegrityError: cut short, damaged, or of types that are not read here.
+    The library checks that names, types, shapes and offsets agree with each other and with the size of the file. Raises
+    UsageError if it cannot be read, IntegrityError if it is cut short, damaged, or of types that are not read here.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -157,8 +154,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 def read_header(path: Path) -> dict[str, Any]:
     """Return the JSON fields in a header of this program; "sha256" is their checksum with the tensors.
 
-    Raises:
-        UsageError: of another program. IntegrityError: damaged, or of another format version. Or as `read_table`.
+    Raises UsageError if it is of another program, IntegrityError if it is damaged or of another format version.
     """
     shown = show_path(path)
     text = read_table(path)[1].get("perceiver")

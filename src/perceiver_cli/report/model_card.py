@@ -20,10 +20,7 @@ MAX_LISTED = 200  # classes
 
 
 def write_card(run: Path, summary: Mapping[str, Any], info: ModelInfo) -> None:
-    """Write README.md beside a run's model.
-
-    summary: of `Trainer`; info: of the best model so far. The data are named, but not where they lay.
-    """
+    """Write README.md beside a run's best model so far, whose header is `info`. Where the data lay stays out of it."""
     write_text(run / "README.md", card(summary, info))
 
 

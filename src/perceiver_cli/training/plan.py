@@ -231,10 +231,8 @@ def _check_size(plan: Plan) -> None:
     """Raise UsageError if the model cannot be built or trained here, before anything is allocated."""
     parameters = plan.cost.parameters
     if parameters > MAX_PARAMETERS:
-        raise UsageError(
-            f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)",
-            f"at most {MAX_PARAMETERS:,} are built here",
-        )
+        size = f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)"
+        raise UsageError(size, f"at most {MAX_PARAMETERS:,} are built here")
     memory = memory_bytes()
     if plan.compute.device.type == "cpu" and memory is not None and plan.training_bytes > memory:
         raise UsageError(

@@ -6,18 +6,16 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
 from perceiver_cli.files import show_path, write_text
 from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, write_tensors
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import STATE_FOLDER, find_model
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
 
@@ -75,7 +73,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
 
 
 def load_state(run: Path) -> TrainingState:
-    """Return the newest whole training state of a run; raise UsageError without any, IntegrityError if none is whole."""
+    """Return a run's newest whole state; raise UsageError if there is none at all, IntegrityError if none is whole."""
     folder = run / STATE_FOLDER
     damaged: list[str] = []
     for entry in _committed(folder):
