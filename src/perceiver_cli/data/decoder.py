@@ -62,6 +62,11 @@ class Decoder:
         self.timed = {name: timed for name in self.specs if (timed := timed_modality(name)) is not None}
 
     @property
+    def layouts(self) -> dict[str, Layout]:
+        """The shape of each modality's input."""
+        return {name: modality(name).layout(spec) for name, spec in self.specs.items()}
+
+    @property
     def num_views(self) -> int:
         """In how many windows an example is looked at in evaluation."""
         return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)

@@ -50,17 +50,6 @@ TRACED_BATCH = 2  # 1 would be taken for a constant
 CHECKED = ((1, 0), (3, 1))  # examples, and by how much the sides of dynamic grids differ from the layout's
 BATCH = torch.export.Dim("batch")
 
-PREPARATION = {
-    "image": "decode to RGB (or grey) uint8, turned as EXIF says; crop the centre: eval_crop of the largest box of the "
-    "aspect of size, rounded down; resize to size (height, width), bicubic with antialias; keep 0..255: mean and std "
-    "are applied in the graph; cut into patches",
-    "audio": "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, a shorter sound repeated "
-    "(or zero-padded, as short says); raw samples, or a log-mel spectrogram of zero mean and unit variance; cut "
-    "into patches",
-    "video": "the middle num_frames frames at frame_rate_hz, each cropped and resized as an image is, 0..255; cut into "
-    "patches of time, height, width",
-    "points": "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate",
-}
 PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
 
 
