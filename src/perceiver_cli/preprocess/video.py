@@ -142,8 +142,7 @@ class VideoModality(TimedModality[VideoSpec]):
     ) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
-        Without `rng`: the centre crop of `eval_crop`, and the middle in time if `start_s` is None. With `rng`: a random
-        time if `start_s` is None, and one Inception crop, mirror and change of colours for all frames.
+        Without `rng`: the centre crop of `eval_crop`. With `rng`: one Inception crop, mirror and recolouring for all.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
