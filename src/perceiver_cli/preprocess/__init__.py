@@ -38,17 +38,22 @@ def _files() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
+@cache
+def _import(name: str) -> None:
+    import_module(f"{__name__}.{name}")
+
+
 def names() -> tuple[str, ...]:
     """Return the names of all modalities in the order in which detection asks them."""
     for name in _files():
-        import_module(f"{__name__}.{name}")
+        _import(name)
     return tuple(sorted(_registered, key=lambda name: _registered[name].precedence))
 
 
 def modality(name: str) -> Modality[Any]:
     """Return the modality of that name. Raises UsageError where there is none."""
     if name not in _registered and name in _files():
-        import_module(f"{__name__}.{name}")  # that file alone: the others may import slow libraries
+        _import(name)  # that file alone: the others may import slow libraries
     if name not in _registered:
         raise UsageError(f"no modality named {name!r}", f"there are {', '.join(names())}")
     return _registered[name]
@@ -63,7 +68,7 @@ def timed_modality(name: str) -> TimedModality[Any] | None:
 def spec_type(name: str) -> type[InputSpec] | None:
     """Return the class of a modality's options, or None where there is no such modality."""
     if name not in InputSpec.kinds and name in _files():
-        import_module(f"{__name__}.{name}")
+        _import(name)
     return InputSpec.kinds.get(name)
 
 

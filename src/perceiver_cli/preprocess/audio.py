@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, check_contract, patchify
-from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound, resampled
+from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
@@ -122,7 +122,15 @@ class AudioModality(TimedModality[AudioSpec]):
 
     def blocks(self, source: Source, spec: AudioSpec, limits: Limits, window_s: float) -> Iterator[Samples]:
         with open_sound(source, spec.channel, limits) as sound:
-            yield from resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
+            if sound.rate_hz == _rate(spec):
+                yield from sound.read(0, math.inf)
+                return
+            import soxr
+
+            stream = soxr.ResampleStream(sound.rate_hz, _rate(spec), 1, dtype="float32", quality="HQ")
+            for block in sound.read(0, math.inf):
+                yield stream.resample_chunk(block)
+            yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with a rate: the commonest in the headers of `sources`, at most `max_auto_rate_hz`.
@@ -167,8 +175,7 @@ class AudioModality(TimedModality[AudioSpec]):
     ) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.
 
-        The clip begins at `start_s`; if that is None, at a random place with `rng`, in the middle without. `rng` also
-        draws the gain and the masks of SpecAugment (mel mode).
+        `rng` also draws the gain and the masks of SpecAugment (mel mode).
         """
         clip = _clip(raw, spec, rng, start_s)
         if rng is not None and spec.gain_db:

@@ -87,9 +87,7 @@ _pillow_limit = threading.Lock()
 def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
     """Yield the image with its size checked by its header; no pixel is decoded yet.
 
-    Raises:
-        LimitError: more pixels or bytes than `limits`.
-        DataError: in place of every exception of Pillow, here or in the body of the `with`.
+    Every exception of Pillow, here or in the body of the `with`, becomes a DataError.
     """
     with source.open(limits) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")

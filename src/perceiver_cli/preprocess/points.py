@@ -1,7 +1,4 @@
-"""Point clouds and the surfaces of meshes: positions only, as in the paper's ModelNet40 model (section 4.3).
-
-`mesh_files` reads the files; a new file format is one entry of its table `FORMATS`.
-"""
+"""Point clouds and the surfaces of meshes: positions only, as in the paper's ModelNet40 model (section 4.3)."""
 
 from __future__ import annotations
 

@@ -229,19 +229,6 @@ def _read_track(
             return
 
 
-def resampled(blocks: Iterator[Samples], file_hz: int, rate_hz: int) -> Iterator[Samples]:
-    """Yield blocks at another rate; joined, they equal the joined input resampled at once."""
-    if file_hz == rate_hz:
-        yield from blocks
-        return
-    import soxr
-
-    stream = soxr.ResampleStream(file_hz, rate_hz, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield stream.resample_chunk(block)
-    yield stream.resample_chunk(np.empty(0, np.float32), last=True)
-
-
 def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
     """Return whether the file itself states its frame count; for an MP3 without a Xing header libsndfile estimates it.
 

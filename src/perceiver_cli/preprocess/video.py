@@ -58,7 +58,7 @@ LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
 Change = Callable[[Image.Image], Image.Image]
 
 
-class Shown(NamedTuple):
+class TimedFrame(NamedTuple):
     """A frame, and when it is shown."""
 
     start_s: float
@@ -142,8 +142,7 @@ class VideoModality(TimedModality[VideoSpec]):
     ) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
-        Without `rng`: the centre crop of `eval_crop`, and the middle in time if `start_s` is None. With `rng`: a random
-        time if `start_s` is None, and one Inception crop, mirror and change of colours for all frames.
+        Without `rng`: the centre crop of `eval_crop`. With `rng`: one Inception crop, mirror and recolouring for all.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
@@ -211,7 +210,7 @@ def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s:
 
 def _frames(
     source: Source, spec: VideoSpec, limits: Limits, start_s: float = 0.0, held: float = 0.0
-) -> Iterator[Shown]:
+) -> Iterator[TimedFrame]:
     """Return the frames of a file, from the frame shown at `start_s` or an earlier one on."""
     head = source.head()
     if container.format_of(head) is not None:
@@ -221,7 +220,7 @@ def _frames(
     raise DataError(f"{source.shown}: not a video by its content", f"expected {MODALITY.formats}")
 
 
-def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[Shown]:
+def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[TimedFrame]:
     """Yield the frames of a container, with the decoded bytes of `held` pictures checked first."""
     with container.open_track(source, limits, "video") as track:
         canvas = _Canvas(source, track.stream.codec_context, spec, limits)
@@ -236,7 +235,7 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
             if length_s == 0 and before_s is not None:
                 length_s = time_s - before_s
             picture = container.as_data_errors(source)(partial(canvas, frame))
-            yield Shown(time_s - slack_s, time_s + length_s - slack_s, picture)
+            yield TimedFrame(time_s - slack_s, time_s + length_s - slack_s, picture)
             before_s = time_s
 
 
@@ -333,7 +332,7 @@ def _is_animated_gif(head: bytes) -> bool:
     return frames > 1 or (timed and not ended)
 
 
-def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Shown]:
+def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[TimedFrame]:
     """Yield the frames of a GIF, WebP or PNG from the first on, because each is drawn over the one before."""
     with image.open_image(source, limits) as file:
         _check_pixels(source, file, limits)
@@ -348,7 +347,7 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
             file.load()
             length_s = float(file.info.get("duration", 0)) / 1000
             length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
-            yield Shown(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
+            yield TimedFrame(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
             time_s += length_s
 
 
