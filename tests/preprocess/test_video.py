@@ -622,3 +622,10 @@ def test_mutants_give_an_array_or_a_data_error(seed: tuple[str, str], capfd: pyt
     assert messages
     assert not any("\n" in message for message in messages)
     assert capfd.readouterr().err == ""
+
+
+def test_a_picture_that_has_no_pixels_to_show_is_a_data_error() -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(file, "TIFF")
+    with pytest.raises(DataError, match="not finite numbers"):
+        VIDEO.load(Source("x.tif", file.getvalue()), VideoSpec.model_validate(KEPT), LIMITS)

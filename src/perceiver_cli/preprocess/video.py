@@ -347,7 +347,8 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Time
             file.load()
             length_s = float(file.info.get("duration", 0)) / 1000
             length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
-            yield TimedFrame(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
+            picture = container.as_data_errors(source)(partial(_picture, file.copy(), size))
+            yield TimedFrame(time_s - EPSILON_S, time_s + length_s - EPSILON_S, picture)
             time_s += length_s
 
 
