@@ -14,7 +14,7 @@ from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, timed_modality
-from perceiver_cli.preprocess.base import Array, ByteArray
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import Stored
