@@ -183,10 +183,7 @@ def scan(
 
 
 def of_listing(
-    listing: Listing,
-    root: str,
-    classes: Sequence[str] | None = None,
-    reads: Iterable[str] | None = None,
+    listing: Listing, root: str, classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
 ) -> Catalog:
     """Return the catalog of the rows of a listing, in their order; as `scan` says. root: what to call the data.
 

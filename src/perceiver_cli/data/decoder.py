@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from math import inf
-from typing import Any
 
 import numpy as np
 
@@ -15,8 +13,8 @@ from perceiver_cli.data.inputs import Encoded, Input, brought, opened
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import AbsentError, DataError, PerceiverError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, TimedModality
+from perceiver_cli.preprocess import modality, timed_modality
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import Stored
@@ -61,9 +59,7 @@ class Decoder:
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
         self._decoded: dict[str, Decoded] = {}
         self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
-        self.timed: dict[str, TimedModality[Any]] = {
-            name: kind for name in self.specs if isinstance(kind := modality(name), TimedModality)
-        }
+        self.timed = {name: timed for name in self.specs if (timed := timed_modality(name)) is not None}
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -76,11 +72,7 @@ class Decoder:
         return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)
 
     def decode(self, example: Example) -> Decoded:
-        """Return the decoded arrays of an example: of the modalities that it has, at least one.
-
-        Raises:
-            DataError: a file is bad, or there is nothing of what is read here.
-        """
+        """Return the decoded arrays of an example. Raises DataError if a file is bad or nothing of it is read here."""
         if example.id in self._decoded:
             return self._decoded[example.id]
         arrays: dict[str, Array] = {}
@@ -90,14 +82,11 @@ class Decoder:
         for name, each in inputs.items():
             if each.is_prepared:
                 ready[name] = each.prepared()
-            elif (each.seconds or 0) > LONG_CLIPS * self._clip_s(name):
+            elif name in self.timed and (each.seconds or 0) > LONG_CLIPS * self.timed[name].clip_s(self.specs[name]):
                 long[name] = each
             else:
                 arrays[name] = each.array()
         return Decoded(arrays, long, seconds_of(inputs), ready)
-
-    def _clip_s(self, name: str) -> float:
-        return self.timed[name].clip_s(self.specs[name]) if name in self.timed else inf
 
     def windows(
         self, example: Example, window_s: float, hop_s: float
@@ -105,10 +94,8 @@ class Decoder:
         """Yield ((start, end) in seconds, what is decoded of it) of every window of an example, as if it were a file.
 
         What has no time axis is the same in each; without anything that has, there is one window and no time. Where
-        sound and picture are not of one length, the rest of the longer is without the other.
-
-        Raises:
-            DataError: a file is bad, at once or only after some windows.
+        sound and picture are not of one length, the rest of the longer is without the other. Raises DataError for a bad
+        file, at once or only after some windows.
         """
         inputs = self.inputs(example)
         if any(each.is_prepared for each in inputs.values()):
@@ -128,11 +115,7 @@ class Decoder:
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
 
     def inputs(self, example: Example) -> dict[str, Input]:
-        """Return what an example brings of each modality that it has; nothing is decoded yet.
-
-        Raises:
-            DataError: a file is bad, or there is nothing of what is read here.
-        """
+        """Return an example's inputs by modality, not decoded yet. Raises DataError as `decode` does."""
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
         inputs: dict[str, Input] = {}
@@ -166,14 +149,13 @@ class Decoder:
         """
         used = sum(decoded.nbytes for decoded in self._decoded.values())
         todo = [example for example in examples if example.id not in self.bad and example.id not in self._decoded]
-        done = len(examples) - len(todo)
-        for example, outcome in zip(todo, in_order(self._outcome, todo, workers), strict=False):
+        outcomes = zip(todo, in_order(self._outcome, todo, workers), strict=False)
+        for done, (example, outcome) in enumerate(outcomes, start=len(examples) - len(todo) + 1):
             if isinstance(outcome, str):
                 self.bad[example.id] = outcome
             else:
                 self._decoded[example.id] = outcome
                 used += outcome.nbytes
-            done += 1
             yield done
             if used >= budget_bytes:
                 return
@@ -187,18 +169,15 @@ class Decoder:
     def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[Row]:
         """Return what the model sees of an example: with `seeds`, one augmented view; else `num_views` of evaluation.
 
-        Sound and picture share their window: one time in seconds, drawn once from where there are both, is given to
-        both.
+        Sound and picture share their window: one time in seconds, drawn once from where there are both.
         """
         names, rng = decoded.names, None
         if seeds is not None:
             rng = np.random.default_rng(seeds)
             dropout = {name: self.specs[name].dropout for name in names}
             names = kept(dropout, np.random.default_rng([*seeds, DROPOUT_STREAM]))
-        return [
-            {name: self._prepare(name, decoded, rng, start_s) for name in names}
-            for start_s in self.starts(decoded, rng)
-        ]
+        starts = self.starts(decoded, rng)
+        return [{name: self._prepare(name, decoded, rng, start_s) for name in names} for start_s in starts]
 
     def starts(self, decoded: Decoded, rng: np.random.Generator | None = None) -> list[float | None]:
         """Return the seconds at which each view begins; None leaves it to the modality, which knows its samples."""
@@ -233,9 +212,7 @@ class Decoder:
         if timed is None:
             return modality(name).prepare(decoded.arrays[name], spec, rng)
         if name in decoded.long:
-            assert start_s is not None
-            span = decoded.long[name].array((start_s, timed.clip_s(spec)))
-            return timed.prepare(span, spec, rng, 0.0)
+            return timed.prepare(self.clip(name, decoded, start_s)[0], spec, rng, 0.0)
         return timed.prepare(decoded.arrays[name], spec, rng, start_s)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -71,25 +71,20 @@ class Encoded:
 
     @property
     def origin(self) -> str:
-        """The name of the file."""
         return self.source.name
 
     def array(self, span: Span | None = None) -> Array:
-        """Return the decoded array, or that of a span of seconds. Raises DataError."""
         if span is None:
             return modality(self.spec.modality).load(self.source, self.spec, self.limits)
         return self._timed.load(self.source, self.spec, self.limits, span)
 
     def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, decoded array) of each window; see `TimedModality.windows`."""
         return self._timed.windows(self.source, self.spec, self.limits, window_s, hop_s)
 
     def prepared(self) -> ByteArray:
-        """Raise TypeError: a file is never prepared."""
         raise TypeError(f"{self.source.shown}: an encoded file is not prepared")
 
     def content(self) -> Iterator[bytes]:
-        """Yield the bytes of the file."""
         with self.source.open(self.limits) as file:
             while block := file.read(READ_BYTES):
                 yield block
@@ -182,7 +177,7 @@ def _of_file(file: File, use: Collection[str]) -> Example:
 
 
 def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
-    """Yield the examples of a listing; in a folder, files of one stem are looked at together."""
+    """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
     by_stem = listing.by_stem and len(reads) > 1
     for _, rows in groupby(enumerate(listing.rows, start=1), key=lambda pair: os.path.dirname(pair[1].path)):
         groups: dict[str | int, list[File]] = defaultdict(list)
@@ -196,16 +191,11 @@ def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) 
                 sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
                 yield Example(identity(row.paths) if sources else f"row {number}", sources)
         for files in groups.values():
-            yield from _of_stem(files, reads, use)
-
-
-def _of_stem(files: Sequence[File], reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
-    """Yield one example if each file is of another modality, else an example for each file."""
-    by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
-    if len(by_kind) > 1 and spare is None:
-        yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
-    else:
-        yield from (_of_file(file, use) for file in files)
+            by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
+            if len(by_kind) > 1 and spare is None:
+                yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
+            else:
+                yield from (_of_file(file, use) for file in files)
 
 
 def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:

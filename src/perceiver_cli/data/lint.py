@@ -89,19 +89,18 @@ class LintReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of `lint --json`."""
+        faults = {
+            kind: [{"path": name, "split": split, "modality": m} for split, name, m in self.faults.get(kind, ())]
+            for kind in FAULTS
+        }
         return {
             "data": self.data,
             "modalities": list(self.modalities),
-            "splits": {
-                name: {"num_examples": size, "classes": dict(self.counts[name])} for name, size in self.sizes.items()
-            },
+            "splits": {s: {"num_examples": size, "classes": dict(self.counts[s])} for s, size in self.sizes.items()},
             "failed": self.failed,
             "unreadable": [{"path": name, "split": split, "error": error} for split, name, error in self.unreadable],
             "duplicates": [group.to_dict() for group in self.copies],
-            **{
-                kind: [{"path": name, "split": split, "modality": m} for split, name, m in self.faults.get(kind, ())]
-                for kind in FAULTS
-            },
+            **faults,
             "imbalance": self.imbalance,
             "missing_classes": self.missing,
             "notes": list(self.notes),
@@ -142,22 +141,16 @@ def lint(
             progress(number + 1, ends[-1])
     copies = []
     for same in _same(digests, set(unreadable)):
-        same_content = []
+        members = []
         for number in same:
             place = bisect(ends, number)
             example = catalog.splits[splits[place]][number - (ends[place - 1] if place else 0)]
-            same_content.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
-        copies.append(Copies(tuple(same_content), len(np.unique(digests[same, 1], axis=0)) == 1))
-    return LintReport(
-        os.fspath(data),
-        catalog.modalities,
-        {split: len(catalog.splits[split]) for split in splits},
-        {split: catalog.counts(split) for split in splits},
-        tuple(unreadable.values()),
-        tuple(copies),
-        faults,
-        catalog.notes,
-    )
+            members.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
+        copies.append(Copies(tuple(members), len(np.unique(digests[same, 1], axis=0)) == 1))
+    sizes = {split: len(catalog.splits[split]) for split in splits}
+    counts = {split: catalog.counts(split) for split in splits}
+    bad, same_content = tuple(unreadable.values()), tuple(copies)
+    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, same_content, faults, catalog.notes)
 
 
 def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:
@@ -171,12 +164,9 @@ def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int
     yield from sorted(group for group in readable if len(group) > 1)
 
 
-# ---------------------------------------------------------------- one example
-
-
 @dataclass(frozen=True)
 class _Seen:
-    """An example after a look: hashes of what it decodes to and of its files, and what is wrong with it."""
+    """Hashes of what an example decodes to and of its files, and what is wrong with it."""
 
     id: str
     digests: bytes = bytes(2 * DIGEST_BYTES)

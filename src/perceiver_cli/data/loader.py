@@ -21,12 +21,10 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.workers import worker_died
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.model.encoding import Segment
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import Array, ByteArray
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
 AHEAD = 2  # batches that a worker reads before they are asked for
-
-# ---------------------------------------------------------------- reading
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Reader(Decoder, Dataset[Batch]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
-            collate_fn=_unchanged,  # type: ignore[arg-type]  # one task is one batch
+            collate_fn=lambda batch: batch,  # type: ignore[arg-type,return-value]  # one task is one batch
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
         )
@@ -156,16 +154,16 @@ def collate(rows: Sequence[Row], shared: SharedMemory | None = None) -> dict[str
     """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
     segments = {}
     for name in sorted({name for row in rows for name in row}):
-        arrays = [row.get(name) for row in rows]
-        first = next(array for array in arrays if array is not None)
-        values = [np.zeros_like(first.values) if array is None else array.values for array in arrays]
-        positions = None
-        if first.positions is not None:
-            blank = np.zeros_like(first.positions)
-            places = [blank if array is None or array.positions is None else array.positions for array in arrays]
-            positions = _stacked(places, f"{name} positions", shared)
-        mask = torch.tensor([[array is not None] for array in arrays])
-        segments[name] = Segment(_stacked(values, name, shared), positions, None if mask.all() else mask)
+        first = next(row[name] for row in rows if name in row)
+        blank = ByteArray(
+            np.zeros_like(first.values), None if first.positions is None else np.zeros_like(first.positions)
+        )
+        arrays = [row.get(name, blank) for row in rows]
+        places = [array.positions for array in arrays if array.positions is not None]
+        positions = _stacked(places, f"{name} positions", shared) if places else None
+        mask = torch.tensor([[name in row] for row in rows])
+        values = _stacked([array.values for array in arrays], name, shared)
+        segments[name] = Segment(values, positions, None if mask.all() else mask)
     return segments
 
 
@@ -177,13 +175,6 @@ def _stacked(arrays: Sequence[Array], name: str, shared: SharedMemory | None) ->
     stacked = shared.tensor(name, (len(arrays), *arrays[0].shape), dtype)
     np.stack(arrays, out=stacked.numpy())
     return stacked
-
-
-def _unchanged(batch: Batch) -> Batch:
-    return batch
-
-
-# ---------------------------------------------------------------- order
 
 
 def training_tasks(examples: Sequence[Example], batch_size: int, seed: int, start: int, stop: int) -> Iterator[Task]:

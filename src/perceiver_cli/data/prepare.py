@@ -216,7 +216,7 @@ def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Pac
         variants = range(job.augment if split == "train" else 0)
         views = [decoder.views(decoded, (job.seed, epoch, example.key)) for epoch in variants]
         rows = [view for each in views or [decoder.views(decoded)] for view in each]
-        return [(facts, {name: _prepared(job, name, part) for name, part in row.items()}) for row in rows]
+        return [(facts, {name: _prepared(job, name, view) for name, view in row.items()}) for row in rows]
     except DataError as error:
         return [(replace(facts, error=str(error)), {})]
 

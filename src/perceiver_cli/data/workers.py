@@ -20,9 +20,6 @@ AHEAD = 2  # chunks of each process that may wait for those before them
 Given = TypeVar("Given")
 Made = TypeVar("Made")
 
-
-# ---------------------------------------------------------------- several processes
-
 _call: Callable[[Any], Any] | None = None  # of a working process, inherited by the fork
 
 

@@ -220,9 +220,7 @@ class _Pending(Generic[T]):
     label: bytes | None = None
     arrays: dict[str, T] = field(default_factory=dict)
 
-    def add(
-        self, feed: Feed, name: str, size: int, header: Header, limits: Limits, take: Callable[[int], T]
-    ) -> None:  # fmt: skip
+    def add(self, feed: Feed, name: str, size: int, header: Header, limits: Limits, take: Callable[[int], T]) -> None:
         """Read one member."""
         rest = name.partition(".")[2]
         kind, _, suffix = rest.rpartition(".")
