@@ -17,12 +17,11 @@ from perceiver_cli.config import tiny_config
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.inputs import Input
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.hardware import cores
 from perceiver_cli.preprocess import modality, settled
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.spec import Limits
 
 DIGEST_BYTES = 16
@@ -116,10 +115,7 @@ def lint(
     """Return what is wrong with a folder, a manifest or records, each example decoded once as a tiny preset would.
 
     raised: limits of what one input may cost. workers: processes; None is one a core. Memory does not grow with the
-    size of what is decoded: 32 bytes of hashes an example.
-
-    Raises:
-        DataError: no such data, or nothing usable in it.
+    size of what is decoded: 32 bytes of hashes an example. Raises DataError if nothing usable is there.
     """
     catalog = scan(data)
     splits = sorted(catalog.splits)
@@ -195,7 +191,8 @@ class _Look:
         try:
             inputs = self.decoder.inputs(example)
             for name, each in inputs.items():
-                array = _values(each)
+                ready = each.prepared() if each.is_prepared else ByteArray(each.array())
+                array = ready.values if ready.positions is None else ready.positions
                 decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
                 decoded.update(np.ascontiguousarray(array).data)
                 kind = None if each.is_prepared else modality(name).fault(array)
@@ -206,11 +203,3 @@ class _Look:
         except PerceiverError as error:
             return _Seen(example.id, error=str(error))
         return _Seen(example.id, decoded.digest() + files.digest(), tuple(faults))
-
-
-def _values(one: Input) -> Array:
-    """Return what is compared of an input: what it decodes to, or what the model is given of a prepared one."""
-    if not one.is_prepared:
-        return one.array()
-    ready = one.prepared()
-    return ready.values if ready.positions is None else ready.positions

@@ -104,11 +104,7 @@ class Reader(Decoder, Dataset[Batch]):
         return labels
 
     def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
-        """Yield the batch of each task, in order, read ahead by `workers` processes (0: in this one).
-
-        Raises:
-            ResourceError: a worker died, usually for want of memory.
-        """
+        """Yield the batch of each task, read by `workers` processes (0: this one). Raises ResourceError if one dies."""
         loader: DataLoader[Batch] = DataLoader(
             self,
             sampler=tasks,

@@ -76,10 +76,8 @@ def plan(
     """Return what is to be done with inputs: files, folders and manifests, or the bytes of one.
 
     They are prepared as a model or a preset does, else as the tiny preset for what they hold, "auto" settled by the
-    training files just as training would. label_from_parent: a file's label is the name of its folder.
-
-    Raises:
-        UsageError: options that contradict each other. DataError: nothing usable.
+    training files just as training would. label_from_parent: a file's label is the name of its folder. Raises
+    UsageError for options that contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
     reads = None if config is None else config.inputs
@@ -311,11 +309,7 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
 def input_recipe(
     source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
 ) -> tuple[InputSpec, Limits]:
-    """Return how to prepare a file: as a model or a preset does, or as the paper does for its modality.
-
-    Raises:
-        UsageError: two recipes given. DataError: a file of another modality than the recipe reads.
-    """
+    """Return how a model, a preset or else the paper prepares a file. Raises DataError if that reads other files."""
     config = _recipe(model, preset)
     kind, *others = look(source).kinds
     config = config or _recipe(None, modality(kind).paper_preset)

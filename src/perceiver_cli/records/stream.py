@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, Generic
@@ -87,11 +88,9 @@ def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     return b"".join(data)
 
 
-# The fields of a header that are the same in each: mode, owner and group; time; then, after the checksum, a regular
-# file, no link, magic and version, no names of owner and group, no device, no prefix.
-_TAR_OWNER, _TAR_TIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
-_TAR_END = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
-_TAR_END_SUM = sum(_TAR_END) + 8 * ord(" ")  # the checksum counts itself as eight blanks
+# Of a regular file without owner and time; a record's header differs from it in name, size and checksum.
+_TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_TAR_END_SUM = sum(_TAR_HEADER[156:]) + 8 * ord(" ")  # the checksum counts itself as eight blanks
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -102,8 +101,8 @@ def _tar_header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
-    begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_OWNER + b"%011o\0" % size + _TAR_TIME
-    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_END
+    begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_HEADER[100:124] + b"%011o\0" % size + _TAR_HEADER[136:148]
+    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_HEADER[156:]
 
 
 class Feed:
