@@ -161,10 +161,8 @@ def scan(
     in two splits.
 
     Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
-
-    Raises:
-        DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
-        IntegrityError: records that are damaged, or a stream that was cut short.
+    Raises DataError if nothing usable is there, and says what was looked for; IntegrityError if records are damaged or
+    a stream was cut short.
     """
     name = os.fspath(data)
     if name == "-":
@@ -193,7 +191,11 @@ def of_listing(
     else:
         examples, holds, brings = _by_content(listing, full, wanted, notes)
     if not holds:
-        raise _nothing_usable(Path(root))
+        top = Path(root)
+        if not top.is_dir():
+            raise DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
+        reason = f"{show_path(top)}: no usable files: found {contents_of(top)}"
+        raise DataError(reason, f"expected class/file or split/class/file with {formats()}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
             error = f"{show_path(root)}: row {number} names no file"
@@ -326,15 +328,6 @@ def _of_records(
     records = {split: Records(shards, own, places, brings) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
     return Catalog(root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by)
-
-
-def _nothing_usable(top: Path) -> DataError:
-    if not top.is_dir():
-        return DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
-    return DataError(
-        f"{show_path(top)}: no usable files: found {contents_of(top)}",
-        f"expected class/file or split/class/file with {formats()}",
-    )
 
 
 def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:

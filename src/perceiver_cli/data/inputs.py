@@ -134,11 +134,8 @@ def examples_of(
     named: a path or bytes, a mapping of these by modality, a pipe, or an example. A folder stands for the files below
     it (those of one stem, each of another modality, make one example of a model of several modalities), a manifest for
     its rows, a tar, or a folder or pattern of tars, for its records. reads: the inputs of the model. use: those of them
-    to answer from, all if unset. An input that cannot be read is an example with an error.
-
-    Raises:
-        DataError: a manifest that cannot be read, or records that were not prepared as `reads` says.
-        IntegrityError: records that are damaged or cut short.
+    to answer from, all if unset. An input that cannot be read is an example with an error. Raises DataError for a
+    manifest that cannot be read or records not prepared as `reads` says, IntegrityError for damaged records.
     """
     if isinstance(named, Example):
         yield named

@@ -204,11 +204,8 @@ def read_manifest(
     text file has no columns: each line is a path and, after its last blank, a label.
 
     split: of rows that name none. beside: for metadata that lies with its files, their folder below that of the data;
-    a row that names no split is then of the folder's that its file lies in, where that is one.
-
-    Raises:
-        DataError: not readable as its suffix says, or a row without a label. ColumnError: other columns; names them and
-        the nearest to what is missing.
+    a row that names no split is then of the folder's that its file lies in, where that is one. Raises DataError for a
+    file that is not what its suffix says or a row without a label; ColumnError for other columns, naming the nearest.
     """
     shown, rows = show_path(path), _cells_in(path)
     columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]

@@ -38,7 +38,6 @@ from perceiver_cli.records.shards import open_shards
 from perceiver_cli.records.stream import Writer, pack
 from perceiver_cli.run_folder import find_model
 
-DEFAULT_SHARD_BYTES = 256_000_000
 PLACE_BYTES = 4 << 20  # of shared memory for what one input becomes; taken when it is first written
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
@@ -232,18 +231,15 @@ def write_records(
     output: str,
     emit: Callable[[bytes], None],
     workers: int = 0,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int = 256_000_000,
     *,
     resume: bool = False,
 ) -> Iterator[Done]:
     """Write the records of a job: to FILE.tar, to shards such as 'x-%06d.tar', or for "-" through `emit`.
 
     A file has its name once it is whole. A shard ends before the record that would make it larger than `shard_bytes`.
-    With `resume`, shards that are there are kept, and the examples in them are not read again.
-
-    Raises:
-        UsageError: another output; shards in the way, or of other data where they are to be resumed.
-        ResourceError: the output cannot be written.
+    With `resume`, shards that are there are kept, and the examples in them are not read again. Raises UsageError for
+    another output, shards in the way or of other data; ResourceError if the output cannot be written.
     """
     if output != "-" and Path(output).suffix.lower() != ".tar":
         raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")

@@ -159,10 +159,9 @@ def open_shards(paths: Sequence[str]) -> Shards:
 
 
 def spooled(file: BinaryIO, name: str) -> Shards:
-    """Return the records of a stream that is copied to disk, where it stays until they are let go of.
+    """Return the records of a stream, which lies on disk until they are let go of.
 
-    Raises:
-        DataError: no such stream. IntegrityError: cut short or damaged. ResourceError: the disk is full.
+    Raises DataError if it is no such stream, IntegrityError if it is damaged, ResourceError if the disk is full.
     """
     shown = show_path(name)
     head = file.read(HEAD_BYTES)

@@ -116,7 +116,6 @@ class Feed:
         self.file, self.shown = file, shown
         self.at = self.records = 0
         self._begun = begun  # taken from the file before
-        self._seekable = file.seekable()
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer at the end."""
@@ -126,16 +125,10 @@ class Feed:
         return data
 
     def skip(self, count: int) -> tuple[int, int]:
-        """Pass over `count` bytes; return where they lie and how many they are."""
-        place = self.at
-        if self._seekable:
-            self.file.seek(count, io.SEEK_CUR)
-        else:
-            left = count
-            while left and (data := self.file.read(min(left, 1 << 20))):
-                left -= len(data)
+        """Pass over `count` bytes of a file; return where they lie and how many they are."""
+        self.file.seek(count, io.SEEK_CUR)
         self.at += count
-        return place, count
+        return self.at - count, count
 
     def content(self, name: str, size: int, most: int) -> bytes:
         """Return the content of a member. Raises IntegrityError if it is larger than `most` or cut short."""
@@ -172,11 +165,9 @@ def compression(head: bytes) -> str | None:
 def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
     """Yield the header and each record of a stream, or of several that follow each other; errors are not counted.
 
-    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place.
-
-    Raises:
-        DataError: no such stream at all. LimitError: a larger array than `limits`, before it is read.
-        IntegrityError: cut short, or damaged; says after how many records.
+    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place. Raises
+    DataError if it is no such stream, LimitError for an array larger than `limits` before it is read, IntegrityError
+    with the number of records before it if the stream is cut short or damaged.
     """
     header: Header | None = None
     while (header := _next_header(feed, header)) is not None:
