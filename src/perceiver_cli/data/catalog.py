@@ -31,6 +31,8 @@ from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled
 
 PARENT = "parent"  # to group by the folder that a file lies in
+Labelled = list[tuple[Example, Row]]  # examples without labels yet, and the row that has them
+Sighted = tuple[Labelled, set[str], set[str]]  # examples, the modalities that there are, those that examples bring
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ class Catalog:
         An example goes by its own hash alone, so that adding files never moves old ones. Two exceptions see to it that
         every class is learned and judged: of a class that would go whole, the group with the largest hash stays; of
         one that would stay whole, the group with the smallest goes, if there are two. Test examples are never touched.
-
-        Raises:
-            DataError: there are groups, and none can go because each class has only one.
+        Raises DataError if there are groups, but each class has only one.
         """
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
@@ -161,10 +161,8 @@ def scan(
     in two splits.
 
     Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
-
-    Raises:
-        DataError: no such folder or manifest, or no usable files; says what was looked for and what was found.
-        IntegrityError: records that are damaged, or a stream that was cut short.
+    Raises DataError if nothing usable is there, and says what was looked for; IntegrityError if records are damaged or
+    a stream was cut short.
     """
     name = os.fspath(data)
     if name == "-":
@@ -185,11 +183,7 @@ def scan(
 def of_listing(
     listing: Listing, root: str, classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
 ) -> Catalog:
-    """Return the catalog of the rows of a listing, in their order; as `scan` says. root: what to call the data.
-
-    Raises:
-        DataError: no usable files.
-    """
+    """Return the catalog of a listing's rows, in their order, called `root`. Raises DataError if no file is usable."""
     wanted, notes, rows = None if reads is None else set(reads), list(listing.notes), list(listing.rows)
     full = [row for row in rows if row.paths]
     if any(row.columns for row in full):
@@ -197,7 +191,11 @@ def of_listing(
     else:
         examples, holds, brings = _by_content(listing, full, wanted, notes)
     if not holds:
-        raise _nothing_usable(Path(root))
+        top = Path(root)
+        if not top.is_dir():
+            raise DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
+        reason = f"{show_path(top)}: no usable files: found {contents_of(top)}"
+        raise DataError(reason, f"expected class/file or split/class/file with {formats()}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
             error = f"{show_path(root)}: row {number} names no file"
@@ -207,19 +205,16 @@ def of_listing(
         if missing:
             notes.append(f"{missing} of {len(examples)} examples have no {name}")
     counts = Counter(name for _, row in examples for name in row.labels)
-    known = {name for _, row in examples if row.split == "train" for name in row.labels} or set(counts)
-    ordered = tuple(classes) if classes is not None else tuple(sorted(known))
-    _note_strangers(counts, ordered, classes, "file", notes)
-    splits = _in_splits(root, examples, {name: place for place, name in enumerate(ordered)})
-    return Catalog(
-        root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), listing.multi_label
-    )
+    trained = {name for _, row in examples if row.split == "train" for name in row.labels}
+    ordered = _class_names(counts, trained, classes, "file", notes)
+    splits = _in_splits(root, examples, ordered)
+    brought, held = tuple(sorted(brings)), tuple(sorted(holds))
+    return Catalog(root, brought, held, ordered, splits, tuple(notes), listing.multi_label)
 
 
-def _in_splits(
-    root: str, examples: Iterable[tuple[Example, Row]], class_index: Mapping[str, int]
-) -> dict[str, Examples]:
+def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
     """Return the examples of each split, labelled. Raises DataError if two different ones have the same id."""
+    class_index = {name: place for place, name in enumerate(classes)}
     splits: dict[str, list[Example]] = defaultdict(list)
     sources: dict[str, Mapping[str, object]] = {}
     for example, row in examples:
@@ -230,31 +225,27 @@ def _in_splits(
     return {split: Examples(own) for split, own in splits.items()}
 
 
-def _note_strangers(
-    counts: Counter[str], ordered: Sequence[str], classes: Sequence[str] | None, noun: str, notes: list[str]
-) -> None:
-    """Note how many examples are of classes that are not learned or not known to the model."""
-    known = set(ordered)
+def _class_names(
+    counts: Counter[str], trained: set[str], classes: Sequence[str] | None, noun: str, notes: list[str]
+) -> tuple[str, ...]:
+    """Return the model's `classes`, else those trained on, else all; how many examples are of others is noted."""
+    names = tuple(sorted(trained or counts)) if classes is None else tuple(classes)
+    known = set(names)
     strangers = Counter({name: count for name, count in counts.items() if name not in known})
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
         notes.append(f"{counted(strangers.total(), noun)} of classes not among {whose}: {tally(strangers)}")
+    return names
 
 
-Labelled = list[tuple[Example, Row]]  # examples without labels yet, and the row that has them
-
-
-def _by_column(
-    folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
-) -> tuple[Labelled, set[str], set[str]]:
+def _by_column(folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
     """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
     holds = {name for row in rows for name in row.columns}
     brings = holds if reads is None else holds & reads
     examples = []
     for row in rows:
-        sources = {
-            name: Source(os.path.join(folder, row.columns[name])) for name in sorted(brings & row.columns.keys())
-        }
+        names = sorted(brings & row.columns.keys())
+        sources = {name: Source(os.path.join(folder, row.columns[name])) for name in names}
         if sources:
             examples.append((Example(identity(row.paths), sources), row))
     if brings and holds - brings:
@@ -264,9 +255,7 @@ def _by_column(
     return examples, holds, brings
 
 
-def _by_content(
-    listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
-) -> tuple[Labelled, set[str], set[str]]:
+def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
     """Return the examples of rows that name one file each, what there is, and what of it they bring.
 
     A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
@@ -325,14 +314,12 @@ def _of_records(
     order = shards.in_order()
     splits = shards.columns["splits"][order]
     labels, per_record = shards.columns["labels"], np.diff(shards.columns["label_ends"], prepend=0)
-    trained = np.repeat(shards.columns["splits"] == SPLITS.index("train"), per_record)
-    known = {shards.names[place] for place in np.unique(labels[trained])} or set(shards.names)
-    ordered = tuple(classes) if classes is not None else tuple(sorted(known))
+    in_training = np.repeat(shards.columns["splits"] == SPLITS.index("train"), per_record)
+    trained = {shards.names[place] for place in np.unique(labels[in_training])}
+    counts = np.bincount(labels, minlength=len(shards.names)).tolist()
+    ordered = _class_names(Counter(dict(zip(shards.names, counts, strict=True))), trained, classes, "record", notes)
     index = {name: place for place, name in enumerate(ordered)}
     places = np.array([index.get(name, -1) for name in shards.names], np.int64)
-    counts = np.bincount(labels, minlength=len(shards.names)).tolist()
-    labelled = Counter(dict(zip(shards.names, counts, strict=True)))
-    _note_strangers(labelled, ordered, classes, "record", notes)
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
         if missing:
@@ -343,22 +330,10 @@ def _of_records(
     return Catalog(root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by)
 
 
-def _nothing_usable(top: Path) -> DataError:
-    if not top.is_dir():
-        return DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
-    return DataError(
-        f"{show_path(top)}: no usable files: found {contents_of(top)}",
-        f"expected class/file or split/class/file with {formats()}",
-    )
-
-
 def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:
-    """Return the specs with every "auto" settled by a sample of the training examples that have the modality.
+    """Return the specs with every "auto" settled: by the header of records, else by a sample of training examples.
 
-    Of records it is settled already.
-
-    Raises:
-        DataError: records that were prepared otherwise; names the first option that differs.
+    Raises DataError for records that were prepared otherwise, and names the first option that differs.
     """
     if catalog.prepared is not None:
         settled = catalog.prepared.settled(specs)

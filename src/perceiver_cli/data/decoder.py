@@ -72,11 +72,7 @@ class Decoder:
         return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)
 
     def decode(self, example: Example) -> Decoded:
-        """Return the decoded arrays of an example: of the modalities that it has, at least one.
-
-        Raises:
-            DataError: a file is bad, or there is nothing of what is read here.
-        """
+        """Return the decoded arrays of an example. Raises DataError if a file is bad or nothing of it is read here."""
         if example.id in self._decoded:
             return self._decoded[example.id]
         arrays: dict[str, Array] = {}
@@ -98,10 +94,8 @@ class Decoder:
         """Yield ((start, end) in seconds, what is decoded of it) of every window of an example, as if it were a file.
 
         What has no time axis is the same in each; without anything that has, there is one window and no time. Where
-        sound and picture are not of one length, the rest of the longer is without the other.
-
-        Raises:
-            DataError: a file is bad, at once or only after some windows.
+        sound and picture are not of one length, the rest of the longer is without the other. Raises DataError for a bad
+        file, at once or only after some windows.
         """
         inputs = self.inputs(example)
         if any(each.is_prepared for each in inputs.values()):
@@ -121,11 +115,7 @@ class Decoder:
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
 
     def inputs(self, example: Example) -> dict[str, Input]:
-        """Return what an example brings of each modality that it has; nothing is decoded yet.
-
-        Raises:
-            DataError: a file is bad, or there is nothing of what is read here.
-        """
+        """Return an example's inputs by modality, not decoded yet. Raises DataError as `decode` does."""
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
         inputs: dict[str, Input] = {}

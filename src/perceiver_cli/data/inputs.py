@@ -66,7 +66,6 @@ class Encoded:
     spec: InputSpec
     limits: Limits
     seconds: float | None = None
-
     is_prepared: ClassVar[bool] = False  # crops and augmentation are still to come
 
     @property
@@ -97,11 +96,7 @@ class Encoded:
 
 
 def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
-    """Return a source as an Input of the modality that `spec` is for, without its length.
-
-    Raises:
-        DataError: unreadable, of another modality by its content, or a byte array that was prepared otherwise.
-    """
+    """Return a source as an Input. Raises DataError if it is unreadable, of another modality or prepared otherwise."""
     if isinstance(source, Stored):
         return source
     source = look(source)
@@ -139,11 +134,8 @@ def examples_of(
     named: a path or bytes, a mapping of these by modality, a pipe, or an example. A folder stands for the files below
     it (those of one stem, each of another modality, make one example of a model of several modalities), a manifest for
     its rows, a tar, or a folder or pattern of tars, for its records. reads: the inputs of the model. use: those of them
-    to answer from, all if unset. An input that cannot be read is an example with an error.
-
-    Raises:
-        DataError: a manifest that cannot be read, or records that were not prepared as `reads` says.
-        IntegrityError: records that are damaged or cut short.
+    to answer from, all if unset. An input that cannot be read is an example with an error. Raises DataError for a
+    manifest that cannot be read or records not prepared as `reads` says, IntegrityError for damaged records.
     """
     if isinstance(named, Example):
         yield named
@@ -199,11 +191,7 @@ def _of_listing(listing: Listing, reads: Collection[str], use: Collection[str]) 
 
 
 def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
-    """Yield the examples of a stream of records as they arrive; no more than one is held.
-
-    Raises:
-        DataError: no such stream, or not prepared as `reads` says. IntegrityError: damaged or cut short.
-    """
+    """Yield the examples of a stream of records as they arrive; no more than one is held. Raises as `examples_of`."""
     checked = None
     for header, record in read_records(feed, limits, feed.take):
         if header is not checked:
@@ -218,11 +206,7 @@ def _of_stream(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> It
 
 
 def brought(example: Example, reads: Iterable[str]) -> dict[str, Source | Stored]:
-    """Return the source of each modality of `reads` that an example brings, sorted; at least one.
-
-    Raises:
-        DataError: it cannot be read, or brings none of them; says what it is, or that there is nothing.
-    """
+    """Return the sources that an example brings of `reads`, sorted. Raises DataError if it is bad or brings none."""
     if example.error is not None:
         raise DataError(example.error)
     wanted = set(reads)

@@ -17,12 +17,11 @@ from perceiver_cli.config import tiny_config
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.inputs import Input
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.hardware import cores
 from perceiver_cli.preprocess import modality, settled
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.spec import Limits
 
 DIGEST_BYTES = 16
@@ -116,10 +115,7 @@ def lint(
     """Return what is wrong with a folder, a manifest or records, each example decoded once as a tiny preset would.
 
     raised: limits of what one input may cost. workers: processes; None is one a core. Memory does not grow with the
-    size of what is decoded: 32 bytes of hashes an example.
-
-    Raises:
-        DataError: no such data, or nothing usable in it.
+    size of what is decoded: 32 bytes of hashes an example. Raises DataError if nothing usable is there.
     """
     catalog = scan(data)
     splits = sorted(catalog.splits)
@@ -130,13 +126,13 @@ def lint(
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
     unreadable: dict[int, tuple[str, str, str]] = {}
     faults: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in FAULTS}
-    for number, seen in enumerate(in_order(look, examples, workers)):
+    for number, (identity, hashes, wrong, error) in enumerate(in_order(look, examples, workers)):
         split = splits[bisect(ends, number)]
-        if seen.error is not None:
-            unreadable[number] = (split, seen.id, seen.error)
-        digests[number] = np.frombuffer(seen.digests, np.uint8).reshape(2, DIGEST_BYTES)
-        for kind, name in seen.faults:
-            faults[kind].append((split, seen.id, name))
+        if error is not None:
+            unreadable[number] = (split, identity, error)
+        digests[number] = np.frombuffer(hashes, np.uint8).reshape(2, DIGEST_BYTES)
+        for kind, name in wrong:
+            faults[kind].append((split, identity, name))
         if progress is not None:
             progress(number + 1, ends[-1])
     copies = []
@@ -164,16 +160,6 @@ def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int
     yield from sorted(group for group in readable if len(group) > 1)
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Hashes of what an example decodes to and of its files, and what is wrong with it."""
-
-    id: str
-    digests: bytes = bytes(2 * DIGEST_BYTES)
-    faults: tuple[tuple[str, str], ...] = ()  # (kind, modality)
-    error: str | None = None
-
-
 class _Look:
     """Decodes one example and lets go of it."""
 
@@ -189,13 +175,15 @@ class _Look:
                 specs = {name: settled(spec) for name, spec in specs.items()}
         self.decoder = Decoder({name: specs[name] for name in catalog.modalities}, limits, catalog.bad)
 
-    def __call__(self, example: Example) -> _Seen:
+    def __call__(self, example: Example) -> tuple[str, bytes, list[tuple[str, str]], str | None]:
+        """Return its id, hashes of its arrays and its files, faults as (kind, modality), and why it is unreadable."""
         decoded, files = (hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in range(2))
-        faults = []
+        faults: list[tuple[str, str]] = []
         try:
             inputs = self.decoder.inputs(example)
             for name, each in inputs.items():
-                array = _values(each)
+                ready = each.prepared() if each.is_prepared else ByteArray(each.array())
+                array = ready.values if ready.positions is None else ready.positions
                 decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
                 decoded.update(np.ascontiguousarray(array).data)
                 kind = None if each.is_prepared else modality(name).fault(array)
@@ -204,13 +192,5 @@ class _Look:
                 for block in each.content():
                     files.update(block)
         except PerceiverError as error:
-            return _Seen(example.id, error=str(error))
-        return _Seen(example.id, decoded.digest() + files.digest(), tuple(faults))
-
-
-def _values(one: Input) -> Array:
-    """Return what is compared of an input: what it decodes to, or what the model is given of a prepared one."""
-    if not one.is_prepared:
-        return one.array()
-    ready = one.prepared()
-    return ready.values if ready.positions is None else ready.positions
+            return example.id, bytes(2 * DIGEST_BYTES), [], str(error)
+        return example.id, decoded.digest() + files.digest(), faults, None

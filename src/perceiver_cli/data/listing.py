@@ -31,10 +31,8 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
     The first of these that there is: metadata.csv or metadata.jsonl with labels, beside the files that its column
     file_name names, in the folder or in each split's (Hugging Face's imagefolder and audiofolder); class folders,
     `split/class/file`, `class/split/file` (ModelNet's) or `class/file`; manifests named after splits (train.txt,
-    val.csv). `group_by` is a column. What is passed over goes into `notes`.
-
-    Raises:
-        DataError: manifests that cannot be read, or no column to group by.
+    val.csv). `group_by` is a column. What is passed over goes into `notes`. Raises DataError for a manifest that cannot
+    be read, or without a column to group by.
     """
     unlabelled: ColumnError | None = None
     try:
@@ -206,11 +204,8 @@ def read_manifest(
     text file has no columns: each line is a path and, after its last blank, a label.
 
     split: of rows that name none. beside: for metadata that lies with its files, their folder below that of the data;
-    a row that names no split is then of the folder's that its file lies in, where that is one.
-
-    Raises:
-        DataError: not readable as its suffix says, or a row without a label. ColumnError: other columns; names them and
-        the nearest to what is missing.
+    a row that names no split is then of the folder's that its file lies in, where that is one. Raises DataError for a
+    file that is not what its suffix says or a row without a label; ColumnError for other columns, naming the nearest.
     """
     shown, rows = show_path(path), _cells_in(path)
     columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
@@ -374,10 +369,8 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
 
     labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": those where there are any,
     else all files of a folder, records excepted; "ignored": every file of a folder, in the order of its names.
-    group_by: a column of the manifest.
-
-    Raises:
-        DataError: a pattern without a match, a manifest that cannot be read, or, with labels, no folder or manifest.
+    group_by: a column of the manifest. Raises DataError for a pattern without a match, a manifest that cannot be read,
+    or, with labels, neither folder nor manifest.
     """
     name = os.fspath(path)
     file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))

@@ -104,18 +104,14 @@ class Reader(Decoder, Dataset[Batch]):
         return labels
 
     def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
-        """Yield the batch of each task, in order, read ahead by `workers` processes (0: in this one).
-
-        Raises:
-            ResourceError: a worker died, usually for want of memory.
-        """
+        """Yield the batch of each task, read by `workers` processes (0: this one). Raises ResourceError if one dies."""
         loader: DataLoader[Batch] = DataLoader(
             self,
             sampler=tasks,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
-            collate_fn=lambda batch: batch,  # type: ignore[arg-type,return-value]  # one task is one batch
+            collate_fn=lambda batch: batch,  # one task is one batch
             pin_memory=pin,
             multiprocessing_context="fork" if workers else None,
         )
@@ -200,16 +196,15 @@ def training_tasks(examples: Sequence[Example], batch_size: int, seed: int, star
 def ordered_tasks(examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
     """Yield the tasks of an evaluation: examples in the order given, without augmentation."""
     chunk: list[Example] = []
-    failure = None
     try:
         for example in examples:
             chunk.append(example)
             if len(chunk) == batch_size:
                 yield Task(tuple(chunk))
                 chunk = []
-    except PerceiverError as error:  # such as a stream that was cut short: what came before it is still answered
-        failure = error
+    except PerceiverError:  # such as a stream that was cut short: what came before it is still answered
+        if chunk:
+            yield Task(tuple(chunk))
+        raise
     if chunk:
         yield Task(tuple(chunk))
-    if failure is not None:
-        raise failure

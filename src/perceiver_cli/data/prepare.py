@@ -38,7 +38,6 @@ from perceiver_cli.records.shards import open_shards
 from perceiver_cli.records.stream import Writer, pack
 from perceiver_cli.run_folder import find_model
 
-DEFAULT_SHARD_BYTES = 256_000_000
 PLACE_BYTES = 4 << 20  # of shared memory for what one input becomes; taken when it is first written
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
@@ -76,10 +75,8 @@ def plan(
     """Return what is to be done with inputs: files, folders and manifests, or the bytes of one.
 
     They are prepared as a model or a preset does, else as the tiny preset for what they hold, "auto" settled by the
-    training files just as training would. label_from_parent: a file's label is the name of its folder.
-
-    Raises:
-        UsageError: options that contradict each other. DataError: nothing usable.
+    training files just as training would. label_from_parent: a file's label is the name of its folder. Raises
+    UsageError for options that contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
     reads = None if config is None else config.inputs
@@ -234,18 +231,15 @@ def write_records(
     output: str,
     emit: Callable[[bytes], None],
     workers: int = 0,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int = 256_000_000,
     *,
     resume: bool = False,
 ) -> Iterator[Done]:
     """Write the records of a job: to FILE.tar, to shards such as 'x-%06d.tar', or for "-" through `emit`.
 
     A file has its name once it is whole. A shard ends before the record that would make it larger than `shard_bytes`.
-    With `resume`, shards that are there are kept, and the examples in them are not read again.
-
-    Raises:
-        UsageError: another output; shards in the way, or of other data where they are to be resumed.
-        ResourceError: the output cannot be written.
+    With `resume`, shards that are there are kept, and the examples in them are not read again. Raises UsageError for
+    another output, shards in the way or of other data; ResourceError if the output cannot be written.
     """
     if output != "-" and Path(output).suffix.lower() != ".tar":
         raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")
@@ -311,11 +305,7 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
 def input_recipe(
     source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
 ) -> tuple[InputSpec, Limits]:
-    """Return how to prepare a file: as a model or a preset does, or as the paper does for its modality.
-
-    Raises:
-        UsageError: two recipes given. DataError: a file of another modality than the recipe reads.
-    """
+    """Return how a model, a preset or else the paper prepares a file. Raises DataError if that reads other files."""
     config = _recipe(model, preset)
     kind, *others = look(source).kinds
     config = config or _recipe(None, modality(kind).paper_preset)

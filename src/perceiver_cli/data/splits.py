@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -65,20 +64,15 @@ class SavedSplit:
 def save_split(path: Path, catalog: Catalog) -> None:
     """Write the training and validation split of a catalog, whole or not at all. Raises ResourceError."""
     header = {"format": FORMAT, "classes": list(catalog.classes), "group_by": catalog.group_by}
-    lines = (
-        {"path": name, "split": split} for split in ("train", "val") for name, _ in catalog.examples(split).named()
-    )
     with atomic_write(path) as file:
-        for line in chain([header], lines):
-            file.write(json.dumps(line).encode() + b"\n")
+        file.write(json.dumps(header).encode() + b"\n")
+        for split in ("train", "val"):
+            for name, _ in catalog.examples(split).named():
+                file.write(json.dumps({"path": name, "split": split}).encode() + b"\n")
 
 
 def read_split(path: str | os.PathLike[str]) -> SavedSplit:
-    """Return the split in a file that `save_split` wrote.
-
-    Raises:
-        UsageError: it cannot be read. IntegrityError: it is something else, or damaged.
-    """
+    """Return the split that `save_split` wrote. Raises UsageError if it is unreadable, IntegrityError if damaged."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())

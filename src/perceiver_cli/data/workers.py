@@ -29,11 +29,7 @@ def in_progress(workers: int) -> int:
 
 
 def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Iterator[Made]:
-    """Yield `call(item)` of each item, in order, made by `workers` processes (0: by this one). Few wait at a time.
-
-    Raises:
-        ResourceError: a process died, usually for want of memory.
-    """
+    """Yield `call(item)` in order, made by `workers` processes (0: this one). Raises ResourceError if one dies."""
     global _call
     if workers == 0:
         yield from map(call, items)

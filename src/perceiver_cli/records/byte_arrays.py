@@ -16,11 +16,7 @@ from perceiver_cli.records.npy import npy_bytes, parse_npy
 
 
 def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> Stored:
-    """Return the byte array in a file, .npy or .safetensors, as a record of one modality brings it.
-
-    Raises:
-        DataError: damaged, or prepared otherwise than `spec` says, as far as the file tells.
-    """
+    """Return a file's byte array as a record brings it. Raises DataError if it is damaged or not of `spec`."""
     layout = modality(name).layout(spec)
     if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
         raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",

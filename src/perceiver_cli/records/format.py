@@ -105,7 +105,8 @@ class Header:
         facts = parse_json(data, f"{shown}: the header")
         if facts.get("format") != FORMAT:
             raise IntegrityError(f"{shown}: records of format {facts.get('format')!r:.20}, expected {FORMAT}")
-        names, content = facts.get("classes"), facts.get("content")
+        names: Any = facts.get("classes")
+        content: Any = facts.get("content")
         if not are_names(names):
             raise IntegrityError(f"{shown}: the header has no list of classes")
         if content not in get_args(Content):
@@ -137,22 +138,20 @@ class Facts:
 
     def to_json(self, multi_label: bool) -> bytes:
         """Return the member KEY.json, or ERROR."""
-        facts: dict[str, Any] = {"path": self.path, "id": self.id, "split": self.split}
-        if multi_label:
-            facts["labels"] = list(self.labels)
-        elif self.labels:
-            facts["label"] = self.labels[0]
-        if self.seconds:
-            facts["seconds"] = dict(self.seconds)
-        if self.error is not None:
-            facts["error"] = self.error
-        return json.dumps(facts).encode() + b"\n"
+        facts = {
+            "path": self.path, "id": self.id, "split": self.split,
+            "labels": list(self.labels) if multi_label else None,
+            "label": self.labels[0] if self.labels and not multi_label else None,
+            "seconds": dict(self.seconds) or None, "error": self.error,
+        }  # fmt: skip
+        return json.dumps({key: value for key, value in facts.items() if value is not None}).encode() + b"\n"
 
     @classmethod
     def parse(cls, data: bytes, shown: str) -> Facts:
         """Return the facts in a member. Raises IntegrityError."""
         facts = parse_json(data, shown)
-        path, label, error = facts.get("path"), facts.get("label"), facts.get("error")
+        path: Any = facts.get("path")
+        label, error = facts.get("label"), facts.get("error")
         labels = [label] if label is not None else facts.get("labels", [])
         identity, split, seconds = facts.get("id", path), facts.get("split", "train"), facts.get("seconds", {})
         lengths = seconds.values() if isinstance(seconds, dict) else [None]
@@ -232,11 +231,7 @@ class Stored:
         yield self.read()
 
     def array(self, span: Span | None = None) -> Array:
-        """Return what decoding the input gave, or a span of seconds of it; it cannot be written to.
-
-        Raises:
-            DataError: not such an array, empty or not finite.
-        """
+        """Return the decoded array or a span of seconds, read-only. Raises DataError if it is no such array."""
         dtype, shape = modality(self.modality).loaded(self.header.inputs[self.modality])
         return self._checked((dtype,), shape, span)
 
@@ -251,11 +246,7 @@ class Stored:
         return timed.steps_hz(self.header.inputs[self.modality])
 
     def prepared(self) -> ByteArray:
-        """Return what the model is given, from a record that holds that.
-
-        Raises:
-            DataError: not such an array, or not finite.
-        """
+        """Return what the model is given. Raises DataError if the record has no such array, or not of numbers."""
         kind, spec = modality(self.modality), self.header.inputs[self.modality]
         layout, dtype = kind.layout(spec), np.dtype(kind.loaded(spec)[0])
         if self.header.content == "fourier":

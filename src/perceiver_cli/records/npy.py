@@ -29,11 +29,7 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 def parse_npy(data: bytes | memoryview, shown: str) -> Array:
-    """Return the array in bytes of the format of NPY, which it shares. Numbers only: nothing is ever unpickled.
-
-    Raises:
-        DataError: another format or version, objects, another order or size than declared.
-    """
+    """Return the array in bytes of format NPY 1.0, which it shares. Raises DataError for all but numbers in C order."""
     view = memoryview(data)
     length = int.from_bytes(view[8:10], "little")
     if bytes(view[:8]) != b"\x93NUMPY\x01\x00" or length > MAX_NPY_HEADER:

@@ -116,14 +116,12 @@ class Shards:
     def stored(self, row: int, name: str, modalities: Sequence[str]) -> dict[str, Stored]:
         """Return what a record brings of those modalities that it has; its arrays stay on disk until they are read."""
         columns, tar = self.columns, self.tars[int(self.columns["files"][row])]
-        brings = [m for m in modalities if columns[f"size_{m}"][row] >= 0]
-        return {
-            m: Stored(
-                name, self.header, m, float(columns[f"seconds_{m}"][row]),
-                partial(tar.bytes_at, int(columns[f"at_{m}"][row]), int(columns[f"size_{m}"][row])),
-            )
-            for m in brings
-        }  # fmt: skip
+        stored = {}
+        for kind in modalities:
+            at, size, seconds = (columns[f"{key}_{kind}"][row].item() for key in ("at", "size", "seconds"))
+            if size >= 0:
+                stored[kind] = Stored(name, self.header, kind, seconds, partial(tar.bytes_at, at, size))
+        return stored
 
     def in_order(self) -> NDArray[np.int64]:
         """Return the rows sorted by id."""
@@ -133,11 +131,7 @@ class Shards:
 
 
 def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
-    """Return the tars that a path stands for: a tar, a folder that holds tars, a pattern; None where it is neither.
-
-    Raises:
-        DataError: a pattern that nothing matches.
-    """
+    """Return the tars that a tar, a folder or a pattern stands for, else None. Raises DataError if nothing matches."""
     path = os.fspath(data)
     if os.path.isdir(path):
         return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) or None
@@ -153,11 +147,7 @@ def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
 
 
 def open_shards(paths: Sequence[str]) -> Shards:
-    """Return the records of tars on disk.
-
-    Raises:
-        DataError: not such tars, or not prepared alike. IntegrityError: cut short or damaged.
-    """
+    """Return the records of tars. Raises DataError if they are not prepared alike, IntegrityError if one is damaged."""
     tars = []
     for path in paths:
         try:
@@ -169,10 +159,9 @@ def open_shards(paths: Sequence[str]) -> Shards:
 
 
 def spooled(file: BinaryIO, name: str) -> Shards:
-    """Return the records of a stream that is copied to disk, where it stays until they are let go of.
+    """Return the records of a stream, which lies on disk until they are let go of.
 
-    Raises:
-        DataError: no such stream. IntegrityError: cut short or damaged. ResourceError: the disk is full.
+    Raises DataError if it is no such stream, IntegrityError if it is damaged, ResourceError if the disk is full.
     """
     shown = show_path(name)
     head = file.read(HEAD_BYTES)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import BinaryIO, Generic
@@ -87,11 +88,9 @@ def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     return b"".join(data)
 
 
-# The fields of a header that are the same in each: mode, owner and group; time; then, after the checksum, a regular
-# file, no link, magic and version, no names of owner and group, no device, no prefix.
-_TAR_OWNER, _TAR_TIME = b"0000644\0" + 2 * b"0000000\0", b"00000000000\0"
-_TAR_END = b"0" + bytes(100) + b"ustar\00000" + bytes(247)
-_TAR_END_SUM = sum(_TAR_END) + 8 * ord(" ")  # the checksum counts itself as eight blanks
+# Of a regular file without owner and time; a record's header differs from it in name, size and checksum.
+_TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
+_TAR_END_SUM = sum(_TAR_HEADER[156:]) + 8 * ord(" ")  # the checksum counts itself as eight blanks
 
 
 def _tar_header(name: str, size: int) -> bytes:
@@ -102,8 +101,8 @@ def _tar_header(name: str, size: int) -> bytes:
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
-    begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_OWNER + b"%011o\0" % size + _TAR_TIME
-    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_END
+    begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_HEADER[100:124] + b"%011o\0" % size + _TAR_HEADER[136:148]
+    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_HEADER[156:]
 
 
 class Feed:
@@ -117,7 +116,6 @@ class Feed:
         self.file, self.shown = file, shown
         self.at = self.records = 0
         self._begun = begun  # taken from the file before
-        self._seekable = file.seekable()
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer at the end."""
@@ -127,16 +125,10 @@ class Feed:
         return data
 
     def skip(self, count: int) -> tuple[int, int]:
-        """Pass over `count` bytes; return where they lie and how many they are."""
-        place = self.at
-        if self._seekable:
-            self.file.seek(count, io.SEEK_CUR)
-        else:
-            left = count
-            while left and (data := self.file.read(min(left, 1 << 20))):
-                left -= len(data)
+        """Pass over `count` bytes of a file; return where they lie and how many they are."""
+        self.file.seek(count, io.SEEK_CUR)
         self.at += count
-        return place, count
+        return self.at - count, count
 
     def content(self, name: str, size: int, most: int) -> bytes:
         """Return the content of a member. Raises IntegrityError if it is larger than `most` or cut short."""
@@ -173,11 +165,9 @@ def compression(head: bytes) -> str | None:
 def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
     """Yield the header and each record of a stream, or of several that follow each other; errors are not counted.
 
-    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place.
-
-    Raises:
-        DataError: no such stream at all. LimitError: a larger array than `limits`, before it is read.
-        IntegrityError: cut short, or damaged; says after how many records.
+    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place. Raises
+    DataError if it is no such stream, LimitError for an array larger than `limits` before it is read, IntegrityError
+    with the number of records before it if the stream is cut short or damaged.
     """
     header: Header | None = None
     while (header := _next_header(feed, header)) is not None:
