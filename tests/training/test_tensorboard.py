@@ -58,6 +58,14 @@ def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
     assert "val/loss" not in figures
 
 
+@needs_tensorboard
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_an_evaluation_may_come_first(tmp_path: Path) -> None:
+    """On a GPU the loss of a step is read every 16 steps only."""
+    list(logged(iter([Evaluated(3, 0.0, nan, 0.5, 0.25, True, 1.0)]), tmp_path))
+    assert read(tmp_path)["val/loss"] == [(3, 0.25)]
+
+
 def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'perceiver-cli\[tensorboard\]'"):

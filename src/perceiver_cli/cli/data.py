@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from perceiver_cli.data.lint import Copies, LintReport
     from perceiver_cli.data.prepare import Done
 
+LISTED = 20  # findings of a kind that are shown to people
+NAMED = 5  # of several names on a line
+
 
 def preprocess(
     inputs: Annotated[
@@ -118,10 +121,6 @@ def lint(
     show_lint(report, json)
     if report.failed:
         raise typer.Exit(EXIT_DATA)
-
-
-LISTED = 20  # findings of a kind that are shown to people
-NAMED = 5  # of several names on a line
 
 
 def follow_preparing(done: Iterator[Done]) -> int:

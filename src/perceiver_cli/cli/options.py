@@ -121,17 +121,16 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
         raise UsageError("stdin can be read once", "pass - once, or --files-from -")
     if "-" in inputs or files_from == "-":
         _piped_stdin()
-    return _named(inputs, files_from, b"\0" if null else b"\n", stdin_name)
+    return _named(inputs, files_from, null, stdin_name)
 
 
-def _named(inputs: list[str], files_from: str | None, separator: bytes, stdin_name: str) -> Iterator[Any]:
+def _named(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
     from perceiver_cli.data.inputs import Pipe
 
     for path in inputs:
         stdin = path == "-"
         yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else path
-    if files_from is not None:
-        yield from _listed(files_from, separator)
+    yield from _listed(files_from, null)
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
@@ -141,15 +140,17 @@ def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> 
     return sys.stdin.fileno()
 
 
-def _listed(path: str, separator: bytes) -> Iterator[str]:
+def _listed(path: str | None, null: bool) -> Iterator[str]:
     """Yield the paths in a list, as they arrive."""
+    if path is None:
+        return
     try:
         stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
     rest = b""
     while chunk := stream.read1(1 << 16):
-        *names, rest = (rest + chunk).split(separator)
+        *names, rest = (rest + chunk).split(b"\0" if null else b"\n")
         yield from (os.fsdecode(name) for name in names if name)
     if rest:
         yield os.fsdecode(rest)
@@ -171,7 +172,7 @@ def inputs_to_prepare(
             return Source(stdin_name, received(stream, Limits.model_validate(raised_limits(limit))))
     if files_from == "-":
         _piped_stdin()
-    return [*inputs, *(_listed(files_from, b"\0" if null else b"\n") if files_from is not None else ())]
+    return [*inputs, *_listed(files_from, null)]
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:

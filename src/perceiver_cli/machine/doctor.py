@@ -43,6 +43,7 @@ SIDE, FILES = 16, 60  # of made-up pictures; files in each of three classes
 def examine() -> dict[str, Any]:
     """Return versions, decoders, devices, kernels and threads; "problems" lists each problem in a sentence."""
     problems: list[str] = []
+    variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     devices = {name: _device(name, problems) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
     return {
         "perceiver": version("perceiver-cli"),
@@ -55,11 +56,7 @@ def examine() -> dict[str, Any]:
         },
         "decoders": _decoders(),
         "devices": devices,
-        "threads": {
-            "torch": torch.get_num_threads(),
-            "cores": cores(),
-            **{name: os.environ[name] for name in VARIABLES if name in os.environ},
-        },
+        "threads": {"torch": torch.get_num_threads(), "cores": cores(), **variables},
         "memory_bytes": memory_bytes(),
         "free_bytes": {"here": shutil.disk_usage(".").free, "temporary": shutil.disk_usage(tempfile.gettempdir()).free},
         "problems": problems,

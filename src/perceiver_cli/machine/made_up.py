@@ -17,40 +17,37 @@ def made_up_files(folder: Path, modality: str, count: int) -> list[Source]:
     suffix, make = _MAKERS[modality]
     paths = [folder / f"{number}{suffix}" for number in range(count)]
     for number, path in enumerate(paths):
-        path.write_bytes(make(np.random.default_rng(number)))
+        stream = io.BytesIO()
+        make(np.random.default_rng(number), stream)
+        path.write_bytes(stream.getvalue())
     return [Source(str(path)) for path in paths]
 
 
-def _jpeg(rng: np.random.Generator) -> bytes:
+def _jpeg(rng: np.random.Generator, stream: io.BytesIO) -> None:
     from PIL import Image
 
     # Smooth noise: as hard to decode as a photograph, which plain noise is not.
     small = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
-    stream = io.BytesIO()
     small.resize((500, 375), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
-    return stream.getvalue()
 
 
-def _wav(rng: np.random.Generator) -> bytes:
+def _wav(rng: np.random.Generator, stream: io.BytesIO) -> None:
     import soundfile
 
-    stream = io.BytesIO()
     soundfile.write(stream, rng.normal(0, 0.1, 80_000), 16_000, format="WAV", subtype="PCM_16")
-    return stream.getvalue()
 
 
-def _stl(rng: np.random.Generator) -> bytes:
+def _stl(rng: np.random.Generator, stream: io.BytesIO) -> None:
     import trimesh
 
     mesh = trimesh.creation.icosphere(subdivisions=4)
     mesh.vertices *= rng.uniform(0.5, 2.0, 3)
-    return bytes(mesh.export(file_type="stl"))
+    stream.write(mesh.export(file_type="stl"))
 
 
-def _mp4(rng: np.random.Generator) -> bytes:
+def _mp4(rng: np.random.Generator, stream: io.BytesIO) -> None:
     import av
 
-    stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as container:
         track = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
         track.width, track.height, track.pix_fmt = 320, 240, "yuv420p"
@@ -59,10 +56,9 @@ def _mp4(rng: np.random.Generator) -> bytes:
             picture = np.roll(still, 3 * number, axis=1)
             container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(track.encode(None))
-    return stream.getvalue()
 
 
-_MAKERS: dict[str, tuple[str, Callable[[np.random.Generator], bytes]]] = {
+_MAKERS: dict[str, tuple[str, Callable[[np.random.Generator, io.BytesIO], None]]] = {
     "image": (".jpg", _jpeg),
     "audio": (".wav", _wav),
     "points": (".stl", _stl),

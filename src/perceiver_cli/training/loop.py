@@ -91,9 +91,12 @@ class Run:
         """Yield the events of the loop, which ends after the step in progress once `stopping` returns True."""
         plan, train = self.plan, self.config.train
         timing = Timing(train, plan.steps_per_epoch, len(plan.val_examples), self.progress)
-        batches = self._batches()
+        workers = self.compute.default_workers if self.config.data.workers is None else self.config.data.workers
+        count = ENDLESS if train.max_time_s else (self.total_steps - self.step) * train.accumulate
+        on_cuda = self.compute.device.type == "cuda"
+        batches = plan.reader.batches(self.tasks(count), workers, pin=on_cuda)
         cut_log(plan.output, self.step)
-        check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
+        check_every = CUDA_CHECK_EVERY if on_cuda else 1
         looked_s, looked_step = time.perf_counter(), self.step  # time and step of the last look at the loss
         evaluated_at = self.step
         while not timing.over(self.progress) and not stopping():
@@ -129,13 +132,6 @@ class Run:
         if not (plan.output / MODEL_FILE).exists():
             self._save_model({})  # stopped before the first evaluation
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
-
-    def _batches(self) -> Iterator[Batch]:
-        """Return the batches of the steps to come: without end if time limits the run."""
-        train, workers = self.config.train, self.config.data.workers
-        count = ENDLESS if train.max_time_s else (self.total_steps - self.step) * train.accumulate
-        workers = self.compute.default_workers if workers is None else workers
-        return self.plan.reader.batches(self.tasks(count), workers, pin=self.compute.device.type == "cuda")
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
         """Do one optimiser step; return its mean loss, still on the device."""
