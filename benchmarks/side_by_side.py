@@ -29,7 +29,7 @@ import typer
 
 from benchmarks.command import start
 from perceiver_cli.cli.options import Json
-from perceiver_cli.cli.terminal import emit_json, emit_table, new_table, say, show_facts
+from perceiver_cli.cli.terminal import emit_json, emit_table, say, show_facts
 from perceiver_cli.errors import DataError, ResourceError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.hardware import cores
@@ -229,14 +229,14 @@ def main(
     if json:
         emit_json({"rows": rows, **facts})
         return
-    table = new_table("name", "base", "here", "here/base", "min - max", "better")
+    cells = []
     for row in rows:
         ratio = row["here_over_base"]
-        table.add_row(
-            row["name"], f"{row['base']:.4g}", f"{row['here']:.4g}", f"{ratio['median']:.3f}",
-            f"{ratio['min']:.3f} - {ratio['max']:.3f}", row["better"],
-        )  # fmt: skip
-    emit_table(table)
+        spread = f"{ratio['min']:.3f} - {ratio['max']:.3f}"
+        cells.append(
+            [row["name"], f"{row['base']:.4g}", f"{row['here']:.4g}", f"{ratio['median']:.3f}", spread, row["better"]]
+        )
+    emit_table(["name", "base", "here", "here/base", "min - max", "better"], cells)
     show_facts(facts, as_json=False)
 
 

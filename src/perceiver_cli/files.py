@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,7 +70,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     folder = target.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{target.name[:80]}.{secrets.token_hex(8)}.tmp"
+        temporary = folder / f".{target.name[:80]}.{os.urandom(8).hex()}.tmp"
         handle, nameless = _opened(folder, temporary)
     except OSError as error:
         raise cannot_write(target, error) from error

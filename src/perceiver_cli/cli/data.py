@@ -8,10 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, say_notes, talk
+from perceiver_cli.cli.terminal import (
+    complain,
+    counting,
+    emit,
+    emit_json,
+    emit_table,
+    say,
+    say_notes,
+    stderr_is_terminal,
+)
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
@@ -132,7 +140,7 @@ def follow_preparing(done: Iterator[Done]) -> int:
                 failed += 1
                 complain(f"perceiver preprocess: {last.error}")
             progress(last.count, last.total)
-            if not talk.is_terminal and time.monotonic() - said > PLAIN_EVERY_S:
+            if not stderr_is_terminal() and time.monotonic() - said > PLAIN_EVERY_S:
                 said = time.monotonic()
                 say(f"prepared {last.count} of {last.total}")
     bad = f", {failed} of them unreadable: errors in their place" if failed else ""
@@ -145,11 +153,9 @@ def show_lint(report: LintReport, as_json: bool) -> None:
     if as_json:
         emit_json(report.to_dict())
         return
-    table = new_table("class", *report.sizes)
-    for name in next(iter(report.counts.values())):
-        table.add_row(Text(show_text(name)), *(str(report.counts[split][name]) for split in report.sizes))
-    table.add_row("examples", *(str(size) for size in report.sizes.values()), style="bold")
-    emit_table(table)
+    counts = report.counts
+    rows = ([show_text(n), *(str(counts[split][n]) for split in report.sizes)] for n in next(iter(counts.values())))
+    emit_table(["class", *report.sizes], rows, ["examples", *map(str, report.sizes.values())])
     if report.imbalance is not None and report.imbalance > 1:
         emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
     for split, names in report.missing.items():

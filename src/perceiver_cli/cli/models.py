@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, new_table, say, say_notes
+from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_path, show_text
 
@@ -166,15 +165,15 @@ def show_comparison(comparison: Comparison, as_json: bool) -> None:
         return
     precise = any(run.mAP is not None for run in comparison.runs)
     columns = ["accuracy", "interval", *(["mAP"] if precise else []), "loss", "examples", "seconds", "parameters"]
-    table = new_table("name", *columns, *(show_text(key) for key in comparison.differences))
+    rows = []
     for place, run in enumerate(comparison.runs):
         interval = "-" if run.interval_95 is None else "{:.3f}-{:.3f}".format(*run.interval_95)
         measured = [_cell_of(run.accuracy, ".4f"), interval, *([_cell_of(run.mAP, ".4f")] if precise else [])]
         costs = [_cell_of(run.loss, ".4f"), _cell_of(run.num_examples, ","), _cell_of(run.seconds, ".0f")]
         settings = [values[place] for values in comparison.differences.values()]
-        words = [Text("-" if value is None else show_text(str(value))) for value in settings]
-        table.add_row(Text(show_text(run.run)), *measured, *costs, f"{run.parameters:,}", *words)
-    emit_table(table)
+        words = ["-" if value is None else show_text(str(value)) for value in settings]
+        rows.append([show_text(run.run), *measured, *costs, f"{run.parameters:,}", *words])
+    emit_table(["name", *columns, *map(show_text, comparison.differences)], rows)
 
 
 def _cell_of(value: float | None, style: str) -> str:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.text import Text
 
 from perceiver_cli.cli import options, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, say_notes
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_notes
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import check_suffix, show_path, show_text
 
@@ -266,9 +265,10 @@ def show_report(report: Report, as_json: bool) -> None:
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
-    table = new_table("class", *columns)
+    rows = []
     for name, row in report.per_class.items():
         cells = ((key, row[key]) for key in columns)
-        numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
-        table.add_row(Text(show_text(name)), *numbers)
-    emit_table(table)
+        rows.append(
+            [show_text(name), *("-" if v is None else str(v) if k == "count" else f"{v:.3f}" for k, v in cells)]
+        )
+    emit_table(["class", *columns], rows)

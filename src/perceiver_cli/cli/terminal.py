@@ -1,4 +1,7 @@
-"""What people and pipes see: data on stdout, talk on stderr, exit codes, progress. The only user of rich."""
+"""What people and pipes see: data on stdout, talk on stderr, exit codes, progress.
+
+The only user of rich, which is imported when something is drawn: `--help` does not wait for it.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +13,41 @@ import signal
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from functools import cache
+from typing import IO, TYPE_CHECKING, Any
 
 from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError
 from perceiver_cli.files import printable, show_text
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
-class _Talk(Console):
-    """Lines on stderr. A reader that leaves is no reason for a run to end."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
-# In a pipe or a log a line stays a line; on a terminal words wrap.
-talk = _Talk(stderr=True, highlight=False, markup=False, soft_wrap=sys.stderr is None or not sys.stderr.isatty())
 LAST_WORDS = 5  # lines of libraries that are shown when something went wrong
 LIBRARY_BYTES = 1 << 16  # read at a time of what libraries wrote: all that a pipe holds
 debug = False
 quiet = False  # -q: errors and nothing else
 verbose = False  # -v: also what libraries have to say
+_stderr: IO[str] | None = None  # file 2 as it was before libraries were kept from it
+
+
+@cache
+def talk() -> Console:
+    """Return the console on stderr. A reader that leaves is no reason for a run to end."""
+    from rich.console import Console
+
+    # In a pipe or a log a line stays a line; on a terminal words wrap.
+    console = Console(file=_stderr or sys.stderr, highlight=False, markup=False, soft_wrap=not stderr_is_terminal())
+    console.on_broken_pipe = lambda: setattr(console, "quiet", True)  # type: ignore[method-assign]
+    return console
+
+
+def stderr_is_terminal() -> bool:
+    """Return whether somebody looks at stderr."""
+    stream = _stderr or sys.stderr
+    return stream is not None and stream.isatty()
 
 
 def guarded(app: Callable[[], None]) -> None:
@@ -81,8 +92,9 @@ def _guard_stderr() -> None:
     """Let only `talk` write as it likes to stderr; what else Python writes there (usage, warnings) is escaped."""
     if sys.stderr is None:
         return
+    global _stderr
     own = os.dup(2)
-    talk.file = open(own, "w", 1, sys.stderr.encoding, "backslashreplace")  # noqa: SIM115  # until the end
+    _stderr = open(own, "w", 1, sys.stderr.encoding, "backslashreplace")  # noqa: SIM115  # until the end
     sys.stderr = _Escaped(open(own, "wb", 0, closefd=False), "utf-8", "backslashreplace", write_through=True)  # noqa: SIM115
 
 
@@ -152,7 +164,9 @@ def complain(message: str) -> None:
 
 def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # nobody may be listening
-        talk.print(Text(printable(message)))
+        from rich.text import Text
+
+        talk().print(Text(printable(message)))
 
 
 def emit(text: str, *, styled: bool = False) -> None:
@@ -197,14 +211,19 @@ def emit_json(record: Mapping[str, Any]) -> None:
     emit(json.dumps(record) + "\n")
 
 
-def new_table(*columns: str) -> Table:
+def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> None:
+    """Write a table to stdout, names to the left and figures to the right; total: the cells of a last row."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, justify="left" if column in ("class", "name", "") else "right", overflow="fold")
-    return table
-
-
-def emit_table(table: Table) -> None:
+    for row in rows:
+        table.add_row(*map(Text, row))
+    if total:
+        table.add_row(*map(Text, total), style="bold")
     stream = io.StringIO()
     # In a pipe a row is a line, however long.
     width = None if is_terminal() else 1000
@@ -212,10 +231,13 @@ def emit_table(table: Table) -> None:
     emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
-def bar(*more: ProgressColumn) -> Progress:
-    """Return a bar on stderr with further columns; it shows nothing if that is no terminal, or with -q."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), *more)
-    return Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal or quiet)
+def bar(*more: str) -> Progress:
+    """Return a bar on stderr with further texts; it shows nothing if that is no terminal, or with -q."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    disable = not stderr_is_terminal() or quiet
+    return Progress(*columns, *map(TextColumn, more), console=talk(), transient=True, disable=disable)
 
 
 @contextmanager

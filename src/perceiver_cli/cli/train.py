@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import TextColumn
 
 from perceiver_cli.cli import completion, options
 from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_signal, is_terminal, say, say_notes
@@ -201,7 +200,7 @@ class _Display:
     """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
 
     def __init__(self) -> None:
-        self.bar = bar(TextColumn("{task.fields[facts]}"))
+        self.bar = bar("{task.fields[facts]}")
         self.task = self.bar.add_task("reading", total=None, facts="")
         self.live, self.header_shown, self.last_line = not self.bar.disable, False, time.monotonic()
 
