@@ -15,7 +15,7 @@ import numpy as np
 
 from perceiver_cli import ByteArray, InputSpec, Layout, Modality, Source, register
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess.base import Array, check_contract, check_decoded
+from perceiver_cli.preprocess.base import Array, check_contract
 from perceiver_cli.preprocess.spec import Limits
 
 HEADER = b"# curve\n"
@@ -43,7 +43,7 @@ class CurveModality(Modality[CurveSpec]):
     def load(self, source: Source, spec: CurveSpec, limits: Limits) -> Array:
         """Return (n,) float32. Raises DataError for a line that is not a number, or no numbers."""
         text = source.read(limits)
-        check_decoded(source, text.count(b"\n"), 4, limits)
+        source.check_decoded(text.count(b"\n"), 4, limits)
         try:
             values = np.array(text.splitlines()[1:], dtype=np.float32)
         except ValueError as error:

@@ -6,66 +6,47 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_cli.config import Config, load_config, load_preset
-    from perceiver_cli.data.prepare import byte_array
-    from perceiver_cli.errors import PerceiverError
-    from perceiver_cli.inference.evaluation import Report
-    from perceiver_cli.inference.predictor import Prediction, Predictor, Windows
-    from perceiver_cli.model.checkpoint import load_model as load
-    from perceiver_cli.model.encoding import Segment
-    from perceiver_cli.model.perceiver import Perceiver
-    from perceiver_cli.preprocess import register
-    from perceiver_cli.preprocess.base import ByteArray, Layout, Modality
-    from perceiver_cli.preprocess.source import Source
-    from perceiver_cli.preprocess.spec import InputSpec
-    from perceiver_cli.training.optimizer import Lamb
-    from perceiver_cli.training.trainer import Trainer
+    from perceiver_cli.config import Config as Config
+    from perceiver_cli.config import load_config as load_config
+    from perceiver_cli.config import load_preset as load_preset
+    from perceiver_cli.data.prepare import byte_array as byte_array
+    from perceiver_cli.errors import PerceiverError as PerceiverError
+    from perceiver_cli.inference.evaluation import Report as Report
+    from perceiver_cli.inference.predictor import Prediction as Prediction
+    from perceiver_cli.inference.predictor import Predictor as Predictor
+    from perceiver_cli.inference.predictor import Windows as Windows
+    from perceiver_cli.model.checkpoint import load_model
+    from perceiver_cli.model.encoding import Segment as Segment
+    from perceiver_cli.model.perceiver import Perceiver as Perceiver
+    from perceiver_cli.preprocess import register as register
+    from perceiver_cli.preprocess.base import ByteArray as ByteArray
+    from perceiver_cli.preprocess.base import Layout as Layout
+    from perceiver_cli.preprocess.base import Modality as Modality
+    from perceiver_cli.preprocess.source import Source as Source
+    from perceiver_cli.preprocess.spec import InputSpec as InputSpec
+    from perceiver_cli.training.optimizer import Lamb as Lamb
+    from perceiver_cli.training.trainer import Trainer as Trainer
 
-_HOMES = {
-    "ByteArray": "preprocess.base",
-    "Config": "config",
-    "InputSpec": "preprocess.spec",
-    "Lamb": "training.optimizer",
-    "Layout": "preprocess.base",
-    "Modality": "preprocess.base",
-    "Perceiver": "model.perceiver",
-    "PerceiverError": "errors",
-    "Prediction": "inference.predictor",
-    "Predictor": "inference.predictor",
-    "Report": "inference.evaluation",
-    "Segment": "model.encoding",
-    "Source": "preprocess.source",
-    "Trainer": "training.trainer",
-    "Windows": "inference.predictor",
-    "byte_array": "data.prepare",
-    "load": "model.checkpoint:load_model",
-    "load_config": "config",
-    "load_preset": "config",
-    "register": "preprocess",
+    load = load_model
+
+_NAMES = {
+    "config": ("Config", "load_config", "load_preset"),
+    "data.prepare": ("byte_array",),
+    "errors": ("PerceiverError",),
+    "inference.evaluation": ("Report",),
+    "inference.predictor": ("Prediction", "Predictor", "Windows"),
+    "model.checkpoint": ("load",),
+    "model.encoding": ("Segment",),
+    "model.perceiver": ("Perceiver",),
+    "preprocess": ("register",),
+    "preprocess.base": ("ByteArray", "Layout", "Modality"),
+    "preprocess.source": ("Source",),
+    "preprocess.spec": ("InputSpec",),
+    "training.optimizer": ("Lamb",),
+    "training.trainer": ("Trainer",),
 }
-
-__all__ = [
-    "ByteArray",
-    "Config",
-    "InputSpec",
-    "Lamb",
-    "Layout",
-    "Modality",
-    "Perceiver",
-    "PerceiverError",
-    "Prediction",
-    "Predictor",
-    "Report",
-    "Segment",
-    "Source",
-    "Trainer",
-    "Windows",
-    "byte_array",
-    "load",
-    "load_config",
-    "load_preset",
-    "register",
-]
+_HOMES = dict(sorted((name, module) for module, names in _NAMES.items() for name in names))
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -75,9 +56,8 @@ def __getattr__(name: str) -> Any:
         return version("perceiver-cli")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, _, renamed = _HOMES[name].partition(":")
-    return getattr(import_module(f"{__name__}.{home}"), renamed or name)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), "load_model" if name == "load" else name)
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return __all__

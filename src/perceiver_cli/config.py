@@ -28,9 +28,6 @@ MAX_SCHEDULE_STEPS = 4096
 TINY_DROPOUT = 0.2  # of each modality, where tiny presets are put together
 
 
-# ---------------------------------------------------------------- model
-
-
 class ModelConfig(Table):
     """The Perceiver's size and weight sharing (paper sections 3.1 and 4.1; defaults: the ImageNet model).
 
@@ -76,9 +73,7 @@ class ModelConfig(Table):
         text = self.schedule
         while "(" in text:
             expanded = re.sub(
-                r"\(([^()]*)\)x(\d{1,4})",
-                lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)),
-                text,
+                r"\(([^()]*)\)x(\d{1,4})", lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)), text
             )
             if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
                 raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
@@ -177,16 +172,13 @@ class TrainConfig(Table):
     compile: bool = False  # latent Transformers through torch.compile: a minute at the start, for GPUs
 
 
-# ---------------------------------------------------------------- the whole
-
-
-def _with_type(key: str, table: Any) -> Any:
+def _with_type(key: str, table: Any) -> tuple[type[InputSpec], Any]:
     """Return a table of inputs with the class of its options, by the modality that it names, else by its key.
 
-    Options that are validated already come back as they are. Raises ValueError for an unknown modality.
+    Raises ValueError for an unknown modality.
     """
     if isinstance(table, InputSpec):
-        return table
+        return type(table), table
     name = table.get("modality", key) if isinstance(table, dict) else key
     options = preprocess.spec_type(name) if isinstance(name, str) else None
     if options is None:
@@ -197,10 +189,7 @@ def _with_type(key: str, table: Any) -> Any:
 
 def _validated_spec(typed: Any) -> Any:
     """Return the options in what `_with_type` returns. Pydantic puts the place of the table before that of an error."""
-    if not isinstance(typed, tuple):
-        return typed
-    options, table = typed
-    return options.model_validate(table)
+    return typed[0].model_validate(typed[1]) if isinstance(typed, tuple) else typed
 
 
 class Config(Table):
@@ -233,11 +222,7 @@ class Config(Table):
 
     @classmethod
     def parse(cls, tables: dict[str, Any], origin: str = "configuration") -> Config:
-        """Return the validated Config.
-
-        Raises:
-            UsageError: one line that names the first wrong key or value; for an unknown key, the nearest real one.
-        """
+        """Return the validated Config, or raise a UsageError that names the first wrong key or value."""
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
@@ -247,8 +232,7 @@ class Config(Table):
     def override(self, assignments: list[str]) -> Config:
         """Return this Config changed by `a.b=value` assignments, values in TOML (bare words are strings).
 
-        Raises:
-            UsageError: names the first wrong assignment as it was typed.
+        Raises a UsageError that names the first wrong assignment as it was typed.
         """
         tables = self.to_dict()
         typed: dict[str, str] = {}
@@ -334,21 +318,13 @@ def tiny_config(modalities: Iterable[str]) -> Config:
             return recipe
     presets = [load_preset(f"tiny-{name}") for name in names]
     inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, presets, strict=True)}
-    train = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
-    return Config(
-        name=f"tiny-{'-'.join(names)}",
-        model=presets[0].model,
-        inputs=inputs,
-        train=presets[0].train.model_copy(update=train),
-    )
+    length = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
+    train = presets[0].train.model_copy(update=length)
+    return Config(name=f"tiny-{'-'.join(names)}", model=presets[0].model, inputs=inputs, train=train)
 
 
 def load_config(path: Path) -> Config:
-    """Return the Config in a TOML file; the split that it names lies beside it.
-
-    Raises:
-        UsageError: the file cannot be read, is not TOML, or holds a wrong key or value.
-    """
+    """Return the Config in a TOML file; the split that it names lies beside it. Raises UsageError if it is wrong."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
@@ -362,6 +338,5 @@ def load_config(path: Path) -> Config:
     config = Config.parse({"name": path.stem, **tables}, show_path(path))
     if config.data.split is None:
         return config
-    return config.model_copy(
-        update={"data": config.data.model_copy(update={"split": str(path.parent / config.data.split)})}
-    )
+    options = config.data.model_copy(update={"split": str(path.parent / config.data.split)})
+    return config.model_copy(update={"data": options})

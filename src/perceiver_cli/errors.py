@@ -1,7 +1,7 @@
 """Every error a user can meet, with the exit code that scripts see.
 
-The message is one line that names the input, what was found and what was expected; the hint says what to do
-next. Anything else that escapes is a bug and exits with 1.
+The message is one line that names the input, what it is and what was expected; the hint says what to do next. Anything
+else that escapes is a bug and exits with 1.
 """
 
 from __future__ import annotations
@@ -17,19 +17,13 @@ EXIT_INTEGRITY = 7
 
 
 class PerceiverError(Exception):
-    """Base of all expected errors.
-
-    Args:
-        message: one line: the input, what was found, what was expected.
-        hint: what to do next, e.g. the flag that raises a limit.
-    """
+    """Base of all expected errors. hint: what to do next, e.g. the flag that raises a limit."""
 
     exit_code: int = EXIT_BUG
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = message, hint
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
@@ -58,8 +52,8 @@ class AbsentError(DataError):
 class LimitError(DataError):
     """Input data that is larger than a limit allows; the hint names the flag that raises it."""
 
-    def __init__(self, what: str, found: float, unit: str, limit: str, allowed: float) -> None:
-        needed = ceil(found)
+    def __init__(self, what: str, size: float, unit: str, limit: str, allowed: float) -> None:
+        needed = ceil(size)
         super().__init__(f"{what}: {needed} {unit} > {allowed:.0f}", f"pass --limit {limit}={needed} to allow it")
 
     def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:

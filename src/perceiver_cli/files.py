@@ -6,7 +6,7 @@ import os
 import secrets
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -64,10 +64,8 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
     The order write, fsync(file), rename, fsync(folder) means that after a crash or a power cut the name holds
     either the old content or the new, never a part (ALICE, OSDI 2014). Where the system can, the file has no name until
-    then, so that not even a killed process leaves one behind.
-
-    Raises:
-        ResourceError: the folder cannot be made or written, or the disk is full.
+    then, so that not even a killed process leaves one behind. Raises ResourceError if the folder cannot be made or
+    written, or the disk is full.
     """
     target = Path(path)
     folder = target.parent
@@ -107,12 +105,17 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
+def check_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], option: str, problem: str) -> str:
+    """Return the suffix of an output, in small letters. Raises UsageError if it is none of `suffixes`."""
+    suffix = Path(path).suffix.lower()
+    if suffix not in suffixes:
+        raise UsageError(f"{option} {show_path(path)}: {problem}", f"expected {' or '.join(suffixes)}")
+    return suffix
+
+
 def check_plot(path: str | os.PathLike[str]) -> str:
     """Return the format of a plot by its suffix. Raises UsageError where it is neither PNG nor SVG."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".png", ".svg"):
-        raise UsageError(f"-o {show_path(path)}: not a format drawn here", "expected .png or .svg")
-    return suffix[1:]
+    return check_suffix(path, (".png", ".svg"), "-o", "not a format drawn here")[1:]
 
 
 def sync_folder(folder: Path) -> None:

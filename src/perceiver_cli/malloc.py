@@ -43,10 +43,8 @@ def _set(parameter: int, value: int) -> bool:
 def peak_bytes() -> int:
     """Return the largest resident size this process has had. Linux's own figure: getrusage's begins at the parent's."""
     status = Path("/proc/self/status")
-    if status.exists():
-        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if match:
-            return int(match[1]) * 1024
+    if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return int(match[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

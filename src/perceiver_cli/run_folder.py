@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ MAX_LOG_BYTES = 64 << 20
 def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
     """Make a run folder and lock it for this process, before any time is spent. Files in it stay as they are.
 
-    Raises:
-        UsageError: it already holds a run, and neither `resume` nor `replace` is set.
-        ResourceError: it cannot be written, or another process holds it.
+    Raises UsageError if it already holds a run, which neither `resume` nor `replace` expects; ResourceError if it
+    cannot be written or another process holds it.
     """
     exists = (run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()
     if exists and not resume and not replace:
@@ -60,28 +60,25 @@ def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
     write_text(run / "config.toml", config_toml)
 
 
-class MetricsLog:
-    """The file metrics.jsonl, a line per evaluation. A resumed run first drops the lines after its starting step."""
+def cut_log(run: Path, step: int) -> None:
+    """Drop the lines of a run's log after a step, from which the run goes on; make the log if there is none."""
+    kept = [record for record in read_log(run) if record["step"] <= step]
+    write_text(run / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = run / METRICS_FILE
-        kept = [record for record in read_log(run) if record["step"] <= step]
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one line."""
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+def append_log(run: Path, record: Mapping[str, Any]) -> None:
+    """Append an evaluation to a run's log."""
+    try:
+        with (run / METRICS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+    except OSError as error:
+        raise cannot_write(run / METRICS_FILE, error) from error
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
     """Return the evaluations in a run's log, oldest first; none if there is no log. A line cut short is left out.
 
-    Raises:
-        IntegrityError: the file is no such log.
+    Raises IntegrityError if the file is no such log.
     """
     path = run / METRICS_FILE
     try:
@@ -99,10 +96,8 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def next_run(name: str) -> Path:
     """Return the first free folder runs/<name>-<n>."""
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+    paths = (Path("runs", f"{name}-{number}") for number in count(1))
+    return next(path for path in paths if not path.exists())
 
 
 def mark_latest(run: Path) -> None:
@@ -121,8 +116,7 @@ def mark_latest(run: Path) -> None:
 def find_model(name: str | None) -> Path:
     """Return the model file of a run folder, or the file itself; without a name $PERCEIVER_MODEL, then runs/latest.
 
-    Raises:
-        UsageError: there is no such file; names the place.
+    Raises a UsageError that names the place if there is no such file.
     """
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.model.attention import CrossAttend, Dense, Memory, SelfAttend
-from perceiver_cli.model.encoding import Part, Segment, fourier_features, grid_positions
+from perceiver_cli.model.encoding import ModalityInputs, Segment, fourier_features, grid_positions
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Layout
 
@@ -112,7 +112,7 @@ def test_the_cross_attend_is_theirs(heads: int, form: str) -> None:
     ours.form = lambda *sizes: form  # type: ignore[method-assign]
     torch.manual_seed(0)
     latents, rows = torch.randn(2, 8, 32), 2 * torch.randn(2, 40, CHANNELS) + 1
-    ours_out = ours(latents, Memory([Part(rows)]))
+    ours_out = ours(latents, Memory([ModalityInputs(rows)]))
     torch.testing.assert_close(ours_out, block(latents, context=rows), rtol=0, atol=TOLERANCE)
 
 

@@ -27,7 +27,7 @@ from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.video import VideoSpec
-from perceiver_cli.report import pictures
+from perceiver_cli.report import explanation, pictures
 from tests.conftest import Perceive, decode
 
 SMALL = {"num_latents": 8, "latent_channels": 32, "num_self_heads": 2, "self_attends_per_block": 1}
@@ -140,10 +140,10 @@ def test_heat_is_in_the_part_of_a_cloud_that_carries_the_class() -> None:
 
 def dense_rollout(model: Perceiver, segments: Segments) -> dict[str, Tensor]:
     """Return the attention of `explain.look`, from whole (N, M) matrices."""
-    parts = model.encoding.parts(segments)
-    byte_array = torch.cat([part.rows() for part in parts.values()], dim=1)
+    by_name = model.encoding.inputs(segments)
+    byte_array = torch.cat([inputs.rows() for inputs in by_name.values()], dim=1)
     reached = torch.zeros(model.config.num_latents, byte_array.shape[1])
-    latents, memory = model.latents.unsqueeze(0), explain.Memory(list(parts.values()))
+    latents, memory = model.latents.unsqueeze(0), explain.Memory(by_name.values())
 
     def weights(block: CrossAttend | SelfAttend, query: Tensor, key: Tensor) -> Tensor:
         query, key = (split_heads(x, block.heads) for x in (query, key))
@@ -168,8 +168,8 @@ def dense_rollout(model: Perceiver, segments: Segments) -> dict[str, Tensor]:
         query = block.query(block.latent_norm(model.readout.query[None]))
         share = weights(block, query, block.key(block.input_norm(latents)))[0]
     total = share @ reached
-    sizes = [int(np.prod(part.grid)) for part in parts.values()]
-    return dict(zip(parts, (total / total.sum()).split(sizes), strict=True))
+    sizes = [int(np.prod(inputs.grid)) for inputs in by_name.values()]
+    return dict(zip(by_name, (total / total.sum()).split(sizes), strict=True))
 
 
 GRID = Layout((40, 33), 3, 2, 4, (40.0, 33.0))
@@ -336,12 +336,12 @@ def test_a_pair_is_drawn_in_two_ways(paired: Path, pairs: Path, tmp_path: Path) 
     assert sum(float(part.heat.sum()) for part in both.shown.values()) == pytest.approx(1, abs=1e-4)
     assert sum(float(part.attention.sum()) for part in both.shown.values()) == pytest.approx(1, abs=1e-4)
     assert both.shown["audio"].end_s == pytest.approx(0.275, abs=0.01)  # the middle 0.25 s of 0.3 s
-    explain.save(both, tmp_path / "both.png")
+    explanation.save(both, tmp_path / "both.png")
     one = explain.explain(predictor, f"{stem}.png")
     assert list(one.shown) == ["image"]
     assert one.notes == ("audio: missing in this input",)
     assert next(predictor.predict([f"{stem}.png"])).prob == pytest.approx(one.predicted_prob)
-    assert explain.to_picture(one).height < explain.to_picture(both).height
+    assert explanation.to_picture(one).height < explanation.to_picture(both).height
 
 
 def test_a_film_is_a_strip_with_its_sound(filmed: Path, clips: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_film_is_a_strip_with_its_sound(filmed: Path, clips: Path) -> None:
     assert facts["class"] == "bottom-high"
     assert np.shape(facts["inputs"]["video"]["heat"]) == (2, 4, 4)
     assert facts["inputs"]["video"]["start_s"] == pytest.approx(0.25)
-    assert explain.to_picture(found).width < 1200
+    assert explanation.to_picture(found).width < 1200
 
 
 def test_a_class_for_which_nothing_speaks_is_said(trained: Path, bars: Path) -> None:
@@ -361,15 +361,15 @@ def test_a_class_for_which_nothing_speaks_is_said(trained: Path, bars: Path) -> 
     found = explain.explain(predictor, str(bars / "test" / "left" / "000.png"), "left")
     assert "nothing in this input speaks for 'left'" in found.notes[0]
     assert not found.shown["image"].heat.any()
-    explain.to_picture(found)
+    explanation.to_picture(found)
 
 
 def test_points_are_written_as_a_coloured_cloud(tmp_path: Path) -> None:
     points = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     heat = np.linspace(0, 1, 50, dtype=np.float32)
-    shown = explain.Shown(points, PointsSpec(), heat / heat.sum(), heat)
+    shown = explain.ExplainedInput(points, PointsSpec(), heat / heat.sum(), heat)
     cloud = explain.Explanation("a.npy", "b", 0.9, "b", 0.9, {"points": shown}, ())
-    explain.save(cloud, tmp_path / "out.ply")
+    explanation.save(cloud, tmp_path / "out.ply")
     read = decode(Source(str(tmp_path / "out.ply")), PointsSpec(), Limits())
     np.testing.assert_allclose(read, points, rtol=1e-6)
     tail = (tmp_path / "out.ply").read_bytes()[-19:]
@@ -381,7 +381,7 @@ def test_points_are_written_as_a_coloured_cloud(tmp_path: Path) -> None:
     picture = cloud.shown["points"]
     assert explain._folded(picture.heat, 20).sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(UsageError, match="a PLY holds points"):
-        explain.to_ply(explain.Explanation("a", "b", 1, "b", 1, {}, ()))
+        explanation.to_ply(explain.Explanation("a", "b", 1, "b", 1, {}, ()))
 
 
 # ---------------------------------------------------------------- drawing
@@ -425,7 +425,37 @@ def test_every_medium_is_drawn_without_heat_too() -> None:
     assert (
         pictures.sample(rng.integers(0, 255, (9, 4, 1), dtype=np.uint8), ImageSpec(size=(4, 4))).height == pictures.SIDE
     )
-    assert pictures.line("x" * 500, 100).width == 100
+
+
+def test_scores_of_any_grid_have_the_colours_of_their_key() -> None:
+    """The highest is yellow, the lowest violet; of three axes and more, the middles of the first stand side by side."""
+    for shape in ((12,), (3, 12), (4, 3, 12), (4, 2, 3, 12)):
+        figure = pictures.new_figure(240, 60)
+        values = np.zeros(shape)
+        values[..., 6:] = 1
+        pictures.grid(pictures.bare_axes(figure), values, pictures.SCORE)
+        pixels = np.asarray(pictures.rendered(figure), np.int64)
+        yellow = (pixels == (253, 231, 36)).all(axis=-1)
+        violet = (pixels == (68, 1, 84)).all(axis=-1)
+        assert yellow.mean() == pytest.approx(violet.mean(), abs=0.02)
+        assert yellow.mean() > 0.4
+        starts = (np.diff(yellow[30].astype(int)) == 1).sum()
+        assert starts == {1: 1, 2: 1, 3: 4, 4: 8}[len(shape)]
+
+
+def test_names_on_the_page_are_text_and_end_where_their_room_ends() -> None:
+    """A dollar sign starts no mathematics, a letter that the font lacks no warning, and no line leaves its panel."""
+    raw = np.full((8, 8, 3), 200, np.uint8)
+    shown = explain.Shown(raw, ImageSpec(size=(8, 8)), np.ones((8, 8), np.float32), np.ones((8, 8), np.float32))
+    maps = tuple(explain.ScoreMap(1, k, 2, {"image": np.eye(8, dtype=np.float32)}) for k in range(1, 7))
+    for name in ("$x^$ 猫 $", "W" * 190):
+        page = explanation.to_picture(explain.Explanation(name, name, 0.5, f"{name}b", 0.5, {"image": shown}, maps))
+        pixels = np.asarray(page.convert("L"))
+        gap, side = explanation.GAP, pictures.SIDE
+        for right in (gap + side, 2 * (gap + side), 3 * (gap + side)):
+            below = 2 * explanation.LINE + explanation.HEAD if right < explanation.WIDTH else 0
+            assert (pixels[below : below + side, right : right + gap] > 250).all(), right
+        assert (pixels[: explanation.HEAD] < 100).any()
 
 
 def test_products_are_those_of_the_rows() -> None:
@@ -434,7 +464,7 @@ def test_products_are_those_of_the_rows() -> None:
     encoding = ByteArrayEncoding(layouts, 4)
     for parameter in encoding.parameters():
         torch.nn.init.normal_(parameter)
-    memory = explain.Memory(list(encoding.parts(random_segments(layouts)).values()))
+    memory = explain.Memory(encoding.inputs(random_segments(layouts)).values())
     u = torch.randn(1, 7, memory.num_channels)
     with torch.no_grad():
         found = [tiles.untiled(torch.cat(list(tiles.products(u)), dim=1).movedim(2, 3)) for tiles in memory.tiles]

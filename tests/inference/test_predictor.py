@@ -15,7 +15,7 @@ import torch
 from perceiver_cli.config import load_preset
 from perceiver_cli.data.loader import collate
 from perceiver_cli.errors import UsageError
-from perceiver_cli.inference.predictor import Prediction, Predictor, Windows, answer, summed_up
+from perceiver_cli.inference.predictor import Prediction, Predictor, Windows, aggregated, forward
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.preprocess import modality
 from tests.conftest import RATE_HZ, TONES_HZ, tone_of, write_clip
@@ -180,8 +180,8 @@ def test_windows_of_several_inputs_keep_the_order_and_the_bad(filmed: Path, tmp_
 
 def test_an_input_with_a_bad_window_is_bad() -> None:
     good, bad = Prediction("x", ("a", "b"), (0.2, 0.8), used=("audio",)), Prediction("x", ("a", "b"), error="why")
-    assert summed_up([good, bad], "mean").error == "why"
-    assert summed_up([good, Prediction("x", ("a", "b"), (0.6, 0.4))], "max").probs == (0.6, 0.8)
+    assert aggregated([good, bad], "mean").error == "why"
+    assert aggregated([good, Prediction("x", ("a", "b"), (0.6, 0.4))], "max").probs == (0.6, 0.8)
 
 
 def test_windows_need_time_and_a_length(trained: Path, bars: Path) -> None:
@@ -217,11 +217,13 @@ def test_views_are_averaged_as_probabilities(filmed: Path, tmp_path: Path) -> No
     reader.specs = {name: spec.model_copy(update={"eval_windows": 3}) for name, spec in reader.specs.items()}
     (mean,) = predictor.predict([path])
     rows = reader.views(reader.decode(*predictor.examples(path)))
-    each = [answer(predictor.model, collate([row]), 1, predictor.compute, False).logits.softmax(dim=-1) for row in rows]
+    each = [
+        forward(predictor.model, collate([row]), 1, predictor.compute, False).logits.softmax(dim=-1) for row in rows
+    ]
     assert len(each) == 3
     np.testing.assert_allclose(mean.probs, torch.cat(each).mean(dim=0), rtol=1e-5)
-    logits = answer(predictor.model, collate(rows), 3, predictor.compute, multi_label=True).logits
-    singly = [answer(predictor.model, collate([row]), 1, predictor.compute, True).logits.sigmoid() for row in rows]
+    logits = forward(predictor.model, collate(rows), 3, predictor.compute, multi_label=True).logits
+    singly = [forward(predictor.model, collate([row]), 1, predictor.compute, True).logits.sigmoid() for row in rows]
     np.testing.assert_allclose(logits.sigmoid()[0], torch.cat(singly).mean(dim=0), rtol=1e-5)
 
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from perceiver_cli.model import attention, kernels
+from perceiver_cli.model import attention, kernels, tiles
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
-from perceiver_cli.model.encoding import ByteArrayEncoding, Part, Segment
+from perceiver_cli.model.encoding import ByteArrayEncoding, ModalityInputs, Segment
 from perceiver_cli.preprocess.base import Layout
 
 FORMS = ["tiled", "folded", "projected"]
@@ -51,17 +51,17 @@ def check(
     """Compare outputs, and the gradients of every parameter, with float64 on the byte array."""
     exact = copy.deepcopy(block).double()
     # Features are float32 in the model: positions are part of its definition, so both sides get the same ones.
-    parts = {
-        name: replace(part, values=part.values.double(), tables=tuple(table.double() for table in part.tables))
-        for name, part in encoding.parts(segments).items()
+    by_name = {
+        name: replace(inputs, values=inputs.values.double(), tables=tuple(table.double() for table in inputs.tables))
+        for name, inputs in encoding.inputs(segments).items()
     }
-    byte_array = torch.cat([part.rows() for part in parts.values()], dim=1)
+    byte_array = torch.cat([inputs.rows() for inputs in by_name.values()], dim=1)
     masks = [
-        torch.ones(part.rows().shape[:2], dtype=torch.bool) if part.mask is None else part.mask
-        for part in parts.values()
+        torch.ones(inputs.rows().shape[:2], dtype=torch.bool) if inputs.mask is None else inputs.mask
+        for inputs in by_name.values()
     ]
     expected = reference(exact, latents.double(), byte_array, torch.cat(masks, dim=1))
-    found = block(latents, Memory(list(encoding.parts(segments).values())))
+    found = block(latents, Memory(encoding.inputs(segments).values()))
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
     target = torch.randn_like(expected)
@@ -136,9 +136,9 @@ def test_every_form_is_the_papers_formula(
     block = random_block(encoding.num_channels, 8, heads, form)
     query = torch.randn(1 if same_latents else batch, latents, 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(attention.SLAB_BYTES, "cpu", slab_bytes)
-        patch.setattr(attention, "STATISTICS_BYTES", slab_bytes)
-        patch.setattr(attention, "ROW_TILE", 16)
+        patch.setitem(tiles.SLAB_BYTES, "cpu", slab_bytes)
+        patch.setattr(tiles, "STATISTICS_BYTES", slab_bytes)
+        patch.setattr(tiles, "ROW_TILE", 16)
         patch.setattr(kernels, "ONEDNN_FROM", onednn_from)
         check(block, query, encoding, segments, 1e-5)
 
@@ -171,9 +171,9 @@ def test_a_modality_masked_as_a_whole_is_a_modality_left_out(form: str) -> None:
     for name in segments:
         masked = {**segments, name: replace(segments[name], mask=torch.zeros(2, 1, dtype=torch.bool))}
         rest = {other: segment for other, segment in segments.items() if other != name}
-        with_mask, without = (block(latents, Memory(list(encoding.parts(s).values()))) for s in (masked, rest))
+        with_mask, without = (block(latents, Memory(encoding.inputs(s).values())) for s in (masked, rest))
         torch.testing.assert_close(with_mask, without, rtol=0, atol=2e-6)
-        assert (without - block(latents, Memory(list(encoding.parts(segments).values())))).abs().max() > 1e-3
+        assert (without - block(latents, Memory(encoding.inputs(segments).values()))).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -195,10 +195,10 @@ def test_the_cheapest_form_is_chosen(
 
 
 def test_width_of_tiles() -> None:
-    image = Part(torch.empty(1, 224, 224, 3, device="meta"), (torch.empty(224, 258), torch.empty(224, 258)))
+    image = ModalityInputs(torch.empty(1, 224, 224, 3, device="meta"), (torch.empty(224, 258), torch.empty(224, 258)))
     assert Memory([image]).tiled_width() == 16 + 16 + 3 + 2
-    assert Memory([Part(torch.empty(1, 50_176, 261, device="meta"))]).tiled_width() == 261
-    small = Part(torch.empty(1, 8, 8, 3, device="meta"), (torch.empty(8, 258), torch.empty(8, 258)))
+    assert Memory([ModalityInputs(torch.empty(1, 50_176, 261, device="meta"))]).tiled_width() == 261
+    small = ModalityInputs(torch.empty(1, 8, 8, 3, device="meta"), (torch.empty(8, 258), torch.empty(8, 258)))
     assert Memory([small]).tiled_width() == 261
 
 
@@ -207,7 +207,7 @@ def test_nothing_of_the_size_of_the_scores_or_of_the_byte_array_is_kept() -> Non
     layout = Layout((64, 64), 3, 2, 64, (64.0, 64.0))
     block = random_block(layout.num_channels, 8, 1, "tiled")
     memory = Memory(
-        list(ByteArrayEncoding({"image": layout}, 4).parts({"image": Segment(torch.randn(1, 64, 64, 3))}).values())
+        list(ByteArrayEncoding({"image": layout}, 4).inputs({"image": Segment(torch.randn(1, 64, 64, 3))}).values())
     )
     kept: dict[int, int] = {}
 
@@ -272,12 +272,12 @@ def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifte
     encoding = ByteArrayEncoding({"image": layout}, 4)
     mask = torch.zeros(1, 48, 48, dtype=torch.bool)
     mask[:, :20, :16] = True
-    (part,) = encoding.parts({"image": Segment(torch.randn(1, 48, 48, 3), None, mask.flatten(1))}).values()
-    tiles = attention.GridTiles(part)
+    (inputs,) = encoding.inputs({"image": Segment(torch.randn(1, 48, 48, 3), None, mask.flatten(1))}).values()
+    grid = tiles.GridTiles(inputs)
     u = size * torch.randn(1, 40, encoding.num_channels)
-    shared, along = tiles.queries(u)
-    shift = tiles.shift(shared, along)
-    rows = F.layer_norm(part.rows().double(), (encoding.num_channels,), eps=attention.EPS)
+    shared, along = grid.queries(u)
+    shift = grid.shift(shared, along)
+    rows = F.layer_norm(inputs.rows().double(), (encoding.num_channels,), eps=attention.EPS)
     scores = (u.double() @ rows.mT).masked_fill(~mask.flatten(1)[:, None], -torch.inf)
     assert (shift is not None) == shifted
     if shift is not None:
@@ -285,7 +285,7 @@ def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifte
         assert (shift - scores.logsumexp(dim=-1)).max() <= kernels.SPAN
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "ONEDNN_FROM", 1)
-        mean, normaliser = tiles.average(u, kernels.ONEDNN)
+        mean, normaliser = grid.average(u, kernels.ONEDNN)
     torch.testing.assert_close(normaliser.double(), scores.logsumexp(dim=-1), rtol=1e-5, atol=1e-5)
     expected = scores.softmax(dim=-1) @ rows
     torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-5 * float(rows.abs().max()))

@@ -52,12 +52,12 @@ def build(config: Config) -> tuple[Perceiver, ModelInfo]:
 def runner(data: bytes, suffix: str, names: list[str]) -> exporting.Run:
     if suffix == ".pt2":
         module = torch.export.load(io.BytesIO(data)).module()
-        return lambda given: [out.detach().numpy() for out in module(*(torch.from_numpy(given[n]) for n in names))]
+        return lambda inputs: [out.detach().numpy() for out in module(*(torch.from_numpy(inputs[n]) for n in names))]
     import onnxruntime
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == names
-    return lambda given: session.run(["logits", "probabilities"], dict(given))
+    return lambda inputs: session.run(["logits", "probabilities"], dict(inputs))
 
 
 def check(model: Perceiver, info: ModelInfo, suffix: str) -> bytes:
@@ -68,14 +68,14 @@ def check(model: Perceiver, info: ModelInfo, suffix: str) -> bytes:
     run = runner(data, suffix, list(metadata["inputs"]))
     rng = np.random.default_rng(7)
     for count in (1, 5):
-        given = made_up(layouts, count, 0, rng)
+        inputs = made_up(layouts, count, 0, rng)
         for missing in [None, *layouts] if len(layouts) > 1 else [None]:
             for name in layouts:
                 if len(layouts) > 1:
-                    given[f"{name}_present"] = np.full(count, name != missing)
+                    inputs[f"{name}_present"] = np.full(count, name != missing)
             with torch.inference_mode():
-                expected = model(segments_of(layouts, given))
-            logits, probabilities = run(given)
+                expected = model(segments_of(layouts, inputs))
+            logits, probabilities = run(inputs)
             assert float(expected.std()) > 0.01  # something was said
             np.testing.assert_allclose(logits, expected, atol=1e-4)
             np.testing.assert_allclose(probabilities, expected.softmax(-1), atol=1e-4)
@@ -145,8 +145,8 @@ def test_a_run_by_command(perceive: Perceive, trained: Path, bars: Path, tmp_pat
 
 
 def example(predictor: Predictor, path: Path) -> object:
-    (found,) = predictor.examples(str(path))
-    return found
+    (only,) = predictor.examples(str(path))
+    return only
 
 
 @needs_onnx
@@ -183,7 +183,7 @@ def test_metadata_is_enough_to_use_it(trained: Path, bars: Path, tmp_path: Path)
 
 def test_missing_modalities_by_name() -> None:
     model, info = build(load_preset("tiny-av"))
-    inputs = exporting.describe(model, info)["inputs"]
+    inputs = exporting.metadata_of(model, info)["inputs"]
     assert list(inputs) == ["audio", "audio_present", "video", "video_present"]
     assert inputs["audio_present"] == {"modality": "audio", "shape": ["batch"], "dtype": "bool"}
 
@@ -203,13 +203,13 @@ def test_places_are_those_of_a_grid() -> None:
 def test_a_difference_is_an_error_and_nothing_is_written(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = exporting._FORMATS[".pt2"]
+    real = exporting._WRITERS[".pt2"]
 
     def wrong(*arguments: object) -> tuple[bytes, exporting.Run]:
         data, run = real(*arguments)  # type: ignore[arg-type]
-        return data, lambda given: [out + 2e-4 for out in run(given)]
+        return data, lambda inputs: [out + 2e-4 for out in run(inputs)]
 
-    monkeypatch.setitem(exporting._FORMATS, ".pt2", wrong)
+    monkeypatch.setitem(exporting._WRITERS, ".pt2", wrong)
     with pytest.raises(IntegrityError, match=r"differs from the original by 0.0002, more than 0.0001"):
         export_model(trained, tmp_path / "m.pt2")
     assert list(tmp_path.iterdir()) == []

@@ -16,22 +16,12 @@ import pytest
 
 import perceiver_cli
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess import (
-    candidates,
-    container,
-    decode,
-    detect,
-    image,
-    mesh_files,
-    modality,
-    names,
-    register,
-    sound_files,
-)
+from perceiver_cli.preprocess import container, image, look, mesh_files, modality, names, register, sound_files
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsModality, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
+from tests.conftest import decode, detect
 
 PACKAGE = Path(perceiver_cli.__file__).parent
 EXAMPLE = PACKAGE.parents[1] / "examples" / "custom_modality.py"
@@ -120,10 +110,10 @@ def test_a_modality_is_one_file(extended: Path) -> None:
 def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:
     script = (
         "import sys\n"
-        "from perceiver_cli.preprocess import candidates, names\n"
+        "from perceiver_cli.preprocess import look, names\n"
         "from perceiver_cli.preprocess.source import Source\n"
-        "print(candidates(Source('x', b'# curve\\n1\\n')))\n"
-        "print(candidates(Source('x.curve', b'# other\\n1 2 3\\n')))\n"
+        "print(look(Source('x', b'# curve\\n1\\n')).kinds)\n"
+        "print(look(Source('x.curve', b'# other\\n1 2 3\\n')).kinds)\n"
         "print(names())\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -181,7 +171,7 @@ def test_a_format_of_sound_or_video_is_one_entry(
     source = Source("x", b"MADE UP")
     assert kind not in kinds_of(source)
     monkeypatch.setitem(module.FORMATS, "made up", rb"MADE.UP")
-    assert candidates(source)[0] == kind
+    assert look(source).kinds[0] == kind
 
 
 def test_an_image_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

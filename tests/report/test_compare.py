@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -82,3 +84,15 @@ def test_the_command(perceive: Perceive, trained: Path, short: Path, tmp_path: P
     done = perceive("compare", trained, short, "-o", tmp_path / "plot.gif")
     assert (done.returncode, done.stdout) == (2, b"")
     assert perceive("compare", trained, tmp_path / "none").returncode == 2
+
+
+def test_runs_are_compared_and_drawn_without_torch(trained: Path, short: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from perceiver_cli.cli.app import app\n"
+        "try: app(sys.argv[1:])\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    arguments = ["compare", str(trained), str(short), "-o", str(tmp_path / "plot.png")]
+    subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.DEVNULL)
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from perceiver_cli.data.prepare import Done
 
 
-# ---------------------------------------------------------------- preprocess, info, presets, bench
-
-
 def preprocess(
     inputs: Annotated[
         list[str] | None, typer.Argument(help="Files, folders, manifests, or - for the bytes of one on stdin.")
@@ -60,7 +57,7 @@ def preprocess(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once and write them as prepare: a tar that train, evaluate, predict and WebDataset read.
+    """Decode files once and write them as records: a tar that train, evaluate, predict and WebDataset read.
 
     Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
     preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
@@ -72,8 +69,8 @@ def preprocess(
         return
     from perceiver_cli.data import prepare
 
-    if output == "-":
-        terminal.refuse_terminal("a stream of records")
+    if output == "-" and terminal.is_terminal():
+        raise UsageError("a stream of records is binary and stdout is a terminal", "pass -o FILE, or pipe it on")
     job = prepare.plan(
         named, model=model, preset=preset, changes=changes or [], raised=options.raised_limits(limit),
         label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
@@ -127,9 +124,6 @@ LISTED = 20  # findings of a kind that are shown to people
 NAMED = 5  # of several names on a line
 
 
-# ---------------------------------------------------------------- preparing
-
-
 def follow_preparing(done: Iterator[Done]) -> int:
     """Show what becomes of inputs that are prepared; return the exit code: 0, or 3 where any input was bad."""
     last, failed, said = None, 0, time.monotonic()
@@ -161,10 +155,9 @@ def show_lint(report: LintReport, as_json: bool) -> None:
         emit(f"the largest class of train is {report.imbalance:.3g} times the smallest\n")
     for split, names in report.missing.items():
         emit(f"{split} has no example of {counted(len(names), 'class')}: {_some(map(show_path, names))}\n")
-    across = [group for group in report.copies if group.across]
     kinds = {
         "unreadable": [error for _, _, error in report.unreadable],
-        "the same content in several splits": list(map(_group, across)),
+        "the same content in several splits": [_group(group) for group in report.copies if group.across],
         "the same content within a split": [_group(group) for group in report.copies if not group.across],
         "the same content with different labels": [_group(group) for group in report.copies if group.conflict],
         "silent sound": [show_path(name) for _, name, _ in report.faults["silent"]],

@@ -41,13 +41,7 @@ def export(
 
     What is written is run beside the model on random inputs; a difference of more than 1e-4 is an error.
     """
-    from perceiver_cli.model.checkpoint import read_info
-    from perceiver_cli.run_folder import find_model
-
-    path = find_model(model)
-    read_info(path)  # what is wrong with a name or a header is said before torch has been waited for
-    if model is None:
-        say(f"using {show_path(path)}")
+    path = options.model_file(model)
     from perceiver_cli.model.export import export_model
 
     written = export_model(path, output)

@@ -18,7 +18,6 @@ from perceiver_cli.files import show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 
-# ---------------------------------------------------------------- options that several commands share
 
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, - for stdin."
 
@@ -74,19 +73,29 @@ def check_data(data: str | None) -> None:
         )
 
 
-def open_predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
-    """Return the Predictor that the options ask for. What is wrong with its file is said before torch is imported."""
+def model_file(model: str | None) -> Path:
+    """Return the model file that is named, or the one that is used without a name, which is said.
+
+    What is wrong with the file is said before torch is imported.
+    """
     from perceiver_cli.model.checkpoint import read_info
-    from perceiver_cli.preprocess.spec import Limits
     from perceiver_cli.run_folder import find_model
 
     path = find_model(model)
     read_info(path)
+    if model is None:
+        terminal.say(f"using {show_path(path)}")
+    return path
+
+
+def open_predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
+    """Return the Predictor that the options ask for."""
+    from perceiver_cli.preprocess.spec import Limits
+
+    path = model_file(model)
     from perceiver_cli.inference.predictor import Predictor
 
     predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
-    if model is None:
-        terminal.say(f"using {show_path(predictor.path)}")
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **raised_limits(limit)})
     return predictor
 
@@ -105,14 +114,13 @@ def windows_of(window: float | None, hop: float | None, aggregate: Aggregate | N
 
 
 def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
-    """Yield what to predict: paths as given, listed paths, bytes on stdin."""
+    """Yield what to predict: the paths themselves, listed paths, bytes on stdin."""
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
         raise UsageError("stdin can be read once", "pass - once, or --files-from -")
     if "-" in inputs or files_from == "-":
         _piped_stdin()
-
     return _named(inputs, files_from, b"\0" if null else b"\n", stdin_name)
 
 
@@ -166,9 +174,6 @@ def inputs_to_prepare(
     return [*inputs, *(_listed(files_from, b"\0" if null else b"\n") if files_from is not None else ())]
 
 
-# ---------------------------------------------------------------- small parsers
-
-
 def recipe_of(preset: str | None, config: Path | None) -> Any:
     """Return the Config of a preset or a TOML file, None where neither was named."""
     from perceiver_cli.config import load_config, load_preset
@@ -183,12 +188,8 @@ def seconds(text: str | None) -> float | None:
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    total = (
-        sum(float(digits or 0) * unit for digits, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-        if match
-        else 0
-    )
-    if total <= 0:
+    hours, minutes, rest = (float(digits or 0) for digits in match.groups()) if match else (0.0, 0.0, 0.0)
+    if (total := hours * 3600 + minutes * 60 + rest) <= 0:
         raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
     return total
 

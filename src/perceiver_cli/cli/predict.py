@@ -6,35 +6,24 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.text import Text
 
-from perceiver_cli.cli import options
-from perceiver_cli.cli.terminal import (
-    complain,
-    counting,
-    emit,
-    emit_json,
-    emit_table,
-    is_terminal,
-    new_table,
-    say,
-    say_notes,
-)
+from perceiver_cli.cli import options, terminal
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, new_table, say, say_notes
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import show_path, show_text
+from perceiver_cli.files import check_suffix, show_path, show_text
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
-    from perceiver_cli.inference.explain import Explanation
     from perceiver_cli.inference.predictor import Prediction
 
-
-# ---------------------------------------------------------------- evaluate and predict
+EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet's formula begins with
 
 
 def evaluate(
@@ -131,12 +120,12 @@ def predict(
     017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
     input lacks is missing, and "used" says what there was.
     """
-    from perceiver_cli.inference.embeddings import check_suffix, keeping_embeddings
+    from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
 
     sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
     windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
-        check_suffix(embeddings)
+        check_embeddings(embeddings)
     predictor = options.open_predictor(model, device, precision, limit, use)
     predictions = predictor.predict(
         sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
@@ -166,8 +155,8 @@ def explain(
     """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
-    if output is not None and output.suffix.lower() not in (".png", ".ply"):
-        raise UsageError(f"-o {show_path(output)}: not a kind of file that is written here", "expected .png or .ply")
+    if output is not None:
+        check_suffix(output, (".png", ".ply"), "-o", "not a kind of file that is written here")
     named = list(options.inputs_to_predict(inputs, None, False, "-"))
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
@@ -179,13 +168,14 @@ def explain(
     if output is not None:
         save(explanation, output)
         say(f"wrote {show_path(output)}")
-    show_explanation(explanation, json)
-
-
-EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
-
-
-# ---------------------------------------------------------------- predictions
+    say_notes(explanation.notes)
+    facts = explanation.to_dict()
+    if json:
+        emit_json(facts)
+        return
+    emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
+    for name, shares in facts["inputs"].items():
+        emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")
 
 
 def show_predictions(
@@ -193,59 +183,50 @@ def show_predictions(
 ) -> int:
     """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
 
-    extra: further columns of tables: start_s and end_s of windows, used of models of several modalities, labels where
-    there may be several an example.
+    extra: further columns of tables, of those in EXTRA_WIDTH.
     """
     if style == "auto":
-        style = "table" if is_terminal() else "jsonl"
-    writer = {"table": _table_rows, "jsonl": _json_rows, "csv": _csv_rows, "tsv": _csv_rows}[style]
-    failed = 0
-
-    def watched() -> Iterator[Prediction]:
-        nonlocal failed
-        for prediction in predictions:
-            if prediction.error is not None:
-                failed += 1
-                complain(f"perceiver predict: {prediction.error}")
-            yield prediction
-
-    for row in writer(watched(), "\t" if style == "tsv" else ",", top_k, all_probs, extra):
-        emit(row)
+        style = "table" if terminal.is_terminal() else "jsonl"
+    if style == "table":
+        emit(f"{'file':<40} {_padded(extra, extra)}{'label':<16} {'prob':>6}  others\n")
+    delimiter, begun, failed = "\t" if style == "tsv" else ",", False, 0
+    for prediction in predictions:
+        if prediction.error is not None:
+            failed += 1
+            complain(f"perceiver predict: {prediction.error}")
+        if style == "table":
+            emit(_table_row(prediction, top_k, all_probs, extra))
+        elif style == "jsonl":
+            emit(json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n")
+        else:
+            if not begun:
+                emit(_csv_row(_heads(prediction, top_k, all_probs, extra), delimiter))
+            emit(_csv_row(_cells(prediction, top_k, all_probs, extra), delimiter))
+            begun = True
     return EXIT_DATA if failed else 0
 
 
-def _json_rows(
-    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
-) -> Iterator[str]:
-    for prediction in predictions:
-        yield json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n"
-
-
-def _csv_rows(
-    predictions: Iterable[Prediction], delimiter: str, top_k: int, all_probs: bool, extra: Sequence[str]
-) -> Iterator[str]:
+def _csv_row(cells: list[Any], delimiter: str) -> str:
+    """Return a row of CSV in which no spreadsheet takes a cell for a formula."""
+    safe = [f"'{c}" if isinstance(c, str) and c != "-" and c.startswith(FORMULAS) else c for c in cells]
     stream = io.StringIO()
-    writer = csv.writer(stream, delimiter=delimiter)  # which quotes what it ends lines with: \r and \n both
+    csv.writer(stream, delimiter=delimiter).writerow(safe)  # quotes what it ends lines with: \r and \n both
+    return stream.getvalue().removesuffix("\r\n") + "\n"
 
-    def row(cells: list[Any]) -> str:
-        stream.seek(0)
-        stream.truncate()
-        writer.writerow([_cell(cell) for cell in cells])
-        return stream.getvalue().removesuffix("\r\n") + "\n"
 
-    header = False
-    for prediction in predictions:
-        count = min(top_k, len(prediction.classes))
-        if not header:
-            header = True
-            ranks = [
-                f"{name}{rank}" for rank in ["", *(f"_{i}" for i in range(2, count + 1))] for name in ("label", "prob")
-            ]
-            yield row(["path", *extra, *ranks, *(f"p_{name}" for name in prediction.classes if all_probs), "error"])
-        best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
-        best[0] = prediction.label if prediction.error is None else ""
-        every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
-        yield row([prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""])
+def _heads(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> list[str]:
+    """Return the names of the columns of `_cells`."""
+    ranks = ["", *(f"_{rank}" for rank in range(2, min(top_k, len(prediction.classes)) + 1))]
+    best = [f"{name}{rank}" for rank in ranks for name in ("label", "prob")]
+    return ["path", *extra, *best, *(f"p_{name}" for name in prediction.classes if all_probs), "error"]
+
+
+def _cells(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> list[Any]:
+    count = min(top_k, len(prediction.classes))
+    best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
+    best[0] = prediction.label if prediction.error is None else ""
+    every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
+    return [prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""]
 
 
 def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
@@ -256,33 +237,19 @@ def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
     return ["" if facts[name] is None else str(facts[name]) for name in names]
 
 
-def _cell(value: Any) -> Any:
-    """Return a cell that no spreadsheet takes for a formula."""
-    return (
-        f"'{value}"
-        if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") and value != "-"
-        else value
-    )
+def _padded(cells: Sequence[str], extra: Sequence[str]) -> str:
+    """Return the cells of further columns for a table."""
+    return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in zip(extra, cells, strict=True))
 
 
-def _table_rows(
-    predictions: Iterable[Prediction], _: str, top_k: int, all_probs: bool, extra: Sequence[str]
-) -> Iterator[str]:
-    further = "".join(f"{name:<{EXTRA_WIDTH[name]}} " for name in extra)
-    yield f"{'file':<40} {further}{'label':<16} {'prob':>6}  others\n"
-    for prediction in predictions:
-        shown = show_text(prediction.path)
-        if prediction.error is not None:
-            yield f"{shown:<40} (not read)\n"
-            continue
-        (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
-        rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
-        cells = zip(extra, _extra(prediction, extra), strict=True)
-        further = "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells)
-        yield f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
-
-
-# ---------------------------------------------------------------- evaluation and info
+def _table_row(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
+    shown = show_text(prediction.path)
+    if prediction.error is not None:
+        return f"{shown:<40} (not read)\n"
+    (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
+    rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
+    further = _padded(_extra(prediction, extra), extra)
+    return f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 def show_report(report: Report, as_json: bool) -> None:
@@ -305,15 +272,3 @@ def show_report(report: Report, as_json: bool) -> None:
         numbers = ("-" if v is None else str(v) if key == "count" else f"{v:.3f}" for key, v in cells)
         table.add_row(Text(show_text(name)), *numbers)
     emit_table(table)
-
-
-def show_explanation(explanation: Explanation, as_json: bool) -> None:
-    """Print what an explanation says in numbers: a line for each modality, or one JSON object."""
-    say_notes(explanation.notes)
-    facts = explanation.to_dict()
-    if as_json:
-        emit_json(facts)
-        return
-    emit(f"{show_text(explanation.label)} {explanation.prob:.4f}\n")
-    for name, shares in facts["inputs"].items():
-        emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError, UsageError
+from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError
 from perceiver_cli.files import printable, show_text
 
 
@@ -39,9 +39,6 @@ quiet = False  # -q: errors and nothing else
 verbose = False  # -v: also what libraries have to say
 
 
-# ---------------------------------------------------------------- the whole program
-
-
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: expected errors become one line and their exit code; a bug says so and exits with 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
@@ -49,30 +46,27 @@ def guarded(app: Callable[[], None]) -> None:
     try:
         app()
     except PerceiverError as error:
-        if debug:
-            traceback.print_exc()
-        complain(f"perceiver: {error}")
-        if isinstance(error, ResourceError):
-            _libraries.last_words()
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except MemoryError:
-        complain("perceiver: out of memory; try a smaller --batch-size")
-        sys.exit(EXIT_RESOURCE)
+        _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             raise
-        complain(f"perceiver: stdout: cannot write: {error.strerror}")
-        sys.exit(EXIT_RESOURCE)
+        _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        complain(
-            f"perceiver: this is a bug: {type(error).__name__}: {error}; run it again with --debug before the command"
-        )
-        _libraries.last_words()
-        sys.exit(EXIT_BUG)
+        bug = f"this is a bug: {type(error).__name__}: {error}"
+        _fail(f"{bug}; run it again with --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:
         _libraries.heard()
+
+
+def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> None:
+    if debug:
+        traceback.print_exc()
+    complain(f"perceiver: {message}")
+    if quote_libraries:
+        _libraries.last_words()
+    sys.exit(exit_code)
 
 
 class _Escaped(io.TextIOWrapper):
@@ -161,18 +155,11 @@ def _print(message: str) -> None:
         talk.print(Text(printable(message)))
 
 
-def is_live() -> bool:
-    """Return whether there is somebody to show a bar to."""
-    return talk.is_terminal and not quiet
-
-
 def emit(text: str, *, styled: bool = False) -> None:
     """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
 
-    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own.
-
-    Raises:
-        ResourceError: stdout is closed, or its disk is full.
+    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own. Raises
+    ResourceError if stdout is closed or its disk is full.
     """
     if is_terminal() and not styled:
         text = printable(text, "\n\t")
@@ -225,11 +212,16 @@ def emit_table(table: Table) -> None:
     emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
+def bar(*more: ProgressColumn) -> Progress:
+    """Return a bar on stderr with further columns; it shows nothing if that is no terminal, or with -q."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(), *more)
+    return Progress(*columns, console=talk, transient=True, disable=not talk.is_terminal or quiet)
+
+
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on stderr while something is counted, if that is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=talk, transient=True, disable=not is_live()) as progress:
+    """Show a bar while something is counted."""
+    with bar() as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
@@ -254,9 +246,3 @@ def flat_items(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str
             yield prefix + name, " ".join(show_text(v) if isinstance(v, str) else str(v) for v in value)
         elif value is not None:
             yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_text(str(value))
-
-
-def refuse_terminal(what: str) -> None:
-    """Raise UsageError if binary data were about to fill a terminal."""
-    if is_terminal():
-        raise UsageError(f"{what} is binary and stdout is a terminal", "pass -o FILE, or pipe it on")

@@ -5,38 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import TextColumn
 
 from perceiver_cli.cli import completion, options
-from perceiver_cli.cli.terminal import (
-    counting,
-    emit,
-    emit_json,
-    end_by_signal,
-    is_live,
-    is_terminal,
-    say,
-    say_notes,
-    talk,
-)
+from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_signal, is_terminal, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
-
-if TYPE_CHECKING:
-    from perceiver_cli.training.events import Evaluated, Event, StepDone
-    from perceiver_cli.training.lr_find import Curve
-
+from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
-
-
-# ---------------------------------------------------------------- train
+PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
 
 
 def train(
@@ -114,14 +98,12 @@ def train(
     }
     overrides: list[str] = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
-        # A length given here replaces every length of the recipe.
+        # A length on the command line replaces every length of the recipe.
         lengths = {"max_steps": None, "steps": steps, "max_time_s": options.seconds(max_time)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
-    overrides += [
-        Flag(f"--limit {name}={value}", f"data.limits.{name}", value)
-        for name, value in options.raised_limits(limit).items()
-    ]
+    raised = options.raised_limits(limit).items()
+    overrides += [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
     if resume and output is None:
         output = Path("runs/latest").resolve()
     options.check_data(data)
@@ -130,16 +112,9 @@ def train(
     from perceiver_cli.training.trainer import Trainer  # torch, after what can be refused without it
 
     trainer = Trainer(
-        data,
-        output,
-        recipe,
-        overrides=overrides,
-        resume=resume,
-        init_from=init_from,
-        replace=replace,
-        latest=True,
+        data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
         started_at=STARTED_AT,
-    )
+    )  # fmt: skip
     if dry_run:
         say_notes(trainer.notes)
         show_plan(trainer.dry_run())
@@ -163,8 +138,8 @@ def lr_find(
 ) -> None:
     """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
     recipe = options.recipe_of(preset, config)
-    flags = {"--preset": preset, "--config": config, "--batch-size": batch_size}
-    flags |= {"--device": None if device == "auto" else device}
+    chosen = None if device == "auto" else device
+    flags = {"--preset": preset, "--config": config, "--batch-size": batch_size, "--device": chosen}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
     overrides = [*(changes or []), f"train.device={device}"]
@@ -177,13 +152,12 @@ def lr_find(
         curve = finder.range_test(Trainer(data, None, recipe, overrides=overrides), steps, progress)
     finder.draw_curve(curve, output)
     command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
-    show_curve(curve, os.fspath(output), command, json)
-
-
-PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-
-
-# ---------------------------------------------------------------- training
+    say_notes(curve.notes)
+    if json:
+        emit_json({**vars(curve), "plot": os.fspath(output), "command": command})
+        return
+    say(f"the curve of {len(curve.rates)} steps is in {show_path(output)}; next:")
+    emit(f"{command}\n")
 
 
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
@@ -192,8 +166,6 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
     second ends it at once.
     """
-    from perceiver_cli.training.events import Evaluated, Finished, Loaded, Note, Started, StepDone
-
     received: list[int] = []
     finished: Finished | None = None
 
@@ -204,31 +176,19 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
-    with _TrainingDisplay() as display:
+    display = _Display()
+    with display.bar:
         for event in events:
-            match event:
-                case Started(summary, notes):
-                    display.started(summary, notes)
-                case Loaded(done, total, bad):
-                    display.loaded(done, total, bad)
-                case Note(message):
-                    say(f"note: {message}")
-                case StepDone():
-                    display.stepped(event)
-                case Evaluated():
-                    display.evaluated(event)
-                case Finished():
-                    finished = event
-                case _:
-                    pass
+            display.show(event)
+            if isinstance(event, Finished):
+                finished = event
     if finished is None:
         say("stopped before the first step")
         end_by_signal(received[0])
         return
-    if "val_accuracy" in finished.metrics:
-        best = f"best validation accuracy {finished.metrics['val_accuracy']:.4f} at step {finished.metrics['step']}, "
-    else:
-        best = ""
+    best, metrics = "", finished.metrics
+    if "val_accuracy" in metrics:
+        best = f"best validation accuracy {metrics['val_accuracy']:.4f} at step {metrics['step']}, "
     ending = "stopped early and saved" if finished.stopped_early else "done"
     say(f"{ending}: {best}{counted(finished.step, 'step')} in {_clock(finished.elapsed_s)}")
     if received:
@@ -237,56 +197,42 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     emit(f"{finished.model}\n")
 
 
-class _TrainingDisplay:
+class _Display:
     """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
 
-    def __enter__(self) -> _TrainingDisplay:
-        self.live = is_live()
-        self.header_shown = False
-        self.last_line = time.monotonic()
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"), console=talk, transient=True, disable=not self.live,
-        )  # fmt: skip
-        self.task = self.progress.add_task("reading", total=None, facts="")
-        self.progress.start()
-        return self
+    def __init__(self) -> None:
+        self.bar = bar(TextColumn("{task.fields[facts]}"))
+        self.task = self.bar.add_task("reading", total=None, facts="")
+        self.live, self.header_shown, self.last_line = not self.bar.disable, False, time.monotonic()
 
-    def __exit__(self, *exception: object) -> None:
-        self.progress.stop()
-
-    def started(self, summary: Mapping[str, Any], notes: Iterable[str]) -> None:
-        """Say what the run is."""
-        for line in plan_lines(summary):
-            say(line)
-        say_notes(notes)
-
-    def loaded(self, done: int, total: int, bad: int) -> None:
-        """Show files decoded."""
-        facts = f"{bad} unreadable" if bad else ""
-        self.progress.update(self.task, description="reading", completed=done, total=total, facts=facts)
-        if done == total and not self.live:
-            say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
-
-    def stepped(self, event: StepDone) -> None:
-        """Show a step."""
-        facts = f"loss {event.loss:.3f}  {event.samples_per_s:.0f}/s  epoch {event.epoch:.1f}"
-        self.progress.update(
-            self.task, description="training", completed=event.step, total=event.total_steps, facts=facts
-        )
-        if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
-            self.last_line = time.monotonic()
-            say(f"step {event.step} of {event.total_steps}  {facts}")
-
-    def evaluated(self, event: Evaluated) -> None:
-        """Show a row of the table of evaluations."""
-        if not self.header_shown:
-            self.header_shown = True
-            say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
-        mark = " *" if event.best else ""
-        losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
-        say(f"{event.epoch:8.2f} {event.step:8d} {losses} {_clock(event.elapsed_s):>8}{mark}")
-        self.last_line = time.monotonic()
+    def show(self, event: Event) -> None:
+        """Show an event while the run goes on."""
+        match event:
+            case Started(summary, notes):
+                for line in plan_lines(summary):
+                    say(line)
+                say_notes(notes)
+            case Note(message):
+                say_notes([message])
+            case Loaded(done, total, bad):
+                facts = f"{bad} unreadable" if bad else ""
+                self.bar.update(self.task, completed=done, total=total, facts=facts)
+                if done == total and not self.live:
+                    say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
+            case StepDone(step, total, epoch, loss, _, rate):
+                facts = f"loss {loss:.3f}  {rate:.0f}/s  epoch {epoch:.1f}"
+                self.bar.update(self.task, description="training", completed=step, total=total, facts=facts)
+                if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
+                    self.last_line = time.monotonic()
+                    say(f"step {step} of {total}  {facts}")
+            case Evaluated():
+                if not self.header_shown:
+                    self.header_shown = True
+                    say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
+                losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
+                mark = " *" if event.best else ""
+                say(f"{event.epoch:8.2f} {event.step:8d} {losses} {_clock(event.elapsed_s):>8}{mark}")
+                self.last_line = time.monotonic()
 
 
 def plan_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -296,8 +242,8 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{name} {' x '.join(map(str, layout['shape']))} of {counted(layout['channels'], 'channel')}"
         for name, layout in summary["inputs"].items()
     )
-    steps, limit_s = summary["steps"], summary["max_time_s"]
-    length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(limit_s)}"
+    steps = summary["steps"]
+    length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(summary['max_time_s'])}"
     classes = counted(len(summary["classes"]), "class")
     return [
         f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(summary['data'])}",
@@ -313,11 +259,9 @@ def show_plan(summary: Mapping[str, Any]) -> None:
     if not is_terminal():
         emit_json(summary)
         return
-    lines = plan_lines(summary)
-    for name, count in summary["classes"].items():
-        lines.append(f"  {show_path(name)} {count}")
-    lines.append(f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all")
-    emit("\n".join(lines) + "\n")
+    classes = [f"  {show_path(name)} {count}" for name, count in summary["classes"].items()]
+    length = f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all"
+    emit("\n".join([*plan_lines(summary), *classes, length]) + "\n")
 
 
 def _figure(value: float) -> str:
@@ -328,16 +272,6 @@ def _figure(value: float) -> str:
 
 
 def _clock(seconds: float) -> str:
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def show_curve(curve: Curve, plot: str, command: str, as_json: bool) -> None:
-    """Print the learning rate that is suggested and the command to run next; or one JSON object with the curve."""
-    say_notes(curve.notes)
-    if as_json:
-        emit_json({**vars(curve), "plot": plot, "command": command})
-        return
-    say(f"the curve of {len(curve.rates)} steps is in {show_path(plot)}; next:")
-    emit(f"{command}\n")
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

@@ -1,4 +1,4 @@
-"""Metrics of a model on labelled examples, and the files that keep them."""
+"""Metrics of a model on labelled examples; the splits that they are of; the calibration of a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from perceiver_cli.data.loader import Reader, ordered_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.inference.predictor import Predictor, run
+from perceiver_cli.inference.predictor import Predictor, forward_batches
 from perceiver_cli.inference.statistics import (
     RESAMPLES,
     Bin,
@@ -43,7 +43,7 @@ MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities gone through for the 
 
 @dataclass(frozen=True)
 class Report:
-    """What a model did on a set of examples.
+    """Metrics of a model on examples, and a record of each.
 
     accuracy, top5: shares in 0..1 of examples whose label is the first, or among the first five; with several labels an
     example: of which any label is. loss: mean cross-entropy in nats (several labels: binary, mean over classes).
@@ -218,7 +218,7 @@ def label_logits(
     bad: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
-    for batch, outputs in run(model, reader, ordered_tasks(known, batch_size), compute, workers):
+    for batch, outputs in forward_batches(model, reader, ordered_tasks(known, batch_size), compute, workers):
         scored += batch.examples
         used += batch.used
         rows.append(outputs.logits)
@@ -400,8 +400,8 @@ def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalo
 def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> tuple[Catalog, str]:
     """Return the catalog with the training and validation split of the model's run, and who says so: "run" or "data".
 
-    The run's is what it saved, also when files were added since; of a model file that was moved away from its run, what
-    is found again by hash, if the data is as it was. Neither is looked for where it is not asked for.
+    The run saved its split, which holds even if files were added since. A model file that lies outside its run has the
+    split by hash of its data, if they did not change. A test split, or all of the data, needs neither.
     """
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
         return catalog, "data"
@@ -411,7 +411,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
         return saved, "run"
     held = catalog.hold_out(predictor.info.config.data.val_fraction)
     if "val" not in catalog.splits and held.fingerprint == predictor.info.data_fingerprint:
-        return replace(held, notes=(*held.notes, "val is what the run held out, found again by hash")), "run"
+        return replace(held, notes=(*held.notes, "val is the split that the run held out, by hash")), "run"
     return catalog, "data"
 
 

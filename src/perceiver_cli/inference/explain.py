@@ -1,4 +1,4 @@
-"""Where a model looked and what it found there for a class: attention rolled out, evidence, heat, and score maps.
+"""Attention, evidence, heat and score maps: the inputs that a model read, and those that speak for a class.
 
 Axes: M inputs, N latents, H heads, n = H N queries, C input channels.
 
@@ -7,20 +7,20 @@ From one input and one class:
 - Score maps, the paper's Figure 3: q . k before the softmax of one latent, in the first, second and last cross-attend.
 - Attention: how much of each input reaches the class if every attention only mixes what it reads (rollout: Abnar and
   Zuidema 2020). It is carried from the class to the latents of each cross-attend as N weights, and from there to the
-  inputs a block of tiles at a time, so nothing of size N x M exists. It does not know which class is asked for.
-- Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, on the way from a blank input to
-  this one. Blank is the input's own mean in all places; of a cloud, all points in its centre. What is gained at an
-  input is summed over its channels, averaged with its neighbours' within a few percent of the side of a grid, so that
-  noise cancels, and what remains above zero is kept.
-- Heat: evidence times the square root of attention. Where the answer is known, neither factor alone finds it in
-  pictures, sound and clouds alike (CHANGELOG.md has what was compared).
+  inputs a block of tiles at a time, so nothing of size N x M exists. It is the same for every class.
+- Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, on the path from a blank input to
+  this one. A blank input has its own mean in all places; a blank cloud has all points in its centre. The gain of an
+  input is summed over its channels and averaged with its neighbours' within a few percent of the side of a grid, so
+  that noise cancels; only positive gains are kept.
+- Heat: evidence times the square root of attention. In tests with known evidence, neither factor alone locates it in
+  pictures, sound and clouds alike (CHANGELOG.md has the comparison).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perceiver_cli.data.decoder import Decoded, Row
+from perceiver_cli.data.decoder import Decoded
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Part, Pipe, source_of
 from perceiver_cli.data.listing import looked_at
@@ -52,7 +52,7 @@ Heat = NDArray[np.float32]
 
 PATH_STEPS = 4  # of the integral; 4, 8 and 16 gave the same heat within 0.01
 NEIGHBOURHOOD = 0.03  # of a grid's side: one standard deviation of the average over neighbours
-SMALL_SIDE = 8  # inputs along an axis that has no neighbours to speak of
+SMALL_SIDE = 8  # inputs along an axis; below, there is no average over neighbours
 MAPS = 6  # latents whose scores are shown
 COARSE = 8  # numbers along each axis of a grid in JSON, at most
 COARSE_TIME = 32
@@ -60,9 +60,9 @@ COARSE_TIME = 32
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """Scores before the softmax of one latent and head, both counted from 1, in a cross-attend, counted as they run.
+    """Scores before the softmax of one latent and head in one cross-attend, all three counted from 1.
 
-    scores: by modality, in the shape of its inputs.
+    cross_attend: its place in the order of execution. scores: by modality, in the shape of its inputs.
     """
 
     cross_attend: int
@@ -72,11 +72,12 @@ class ScoreMap:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What was explained of one modality: the decoded array or clip that the model saw, where it began, and the heat.
+class ExplainedInput:
+    """One modality of an explained example: the decoded array or clip that the model saw, with its heat.
 
     heat, attention: one number for each input, in the shape of the grid or (points,); those of all modalities together
     sum to 1, unless all are 0. A sound or film that was repeated to fill a clip has them summed over its repetitions.
+    start_s, end_s: the clip within its file.
     """
 
     raw: Array
@@ -86,17 +87,31 @@ class Shown:
     start_s: float | None = None
     end_s: float | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object: the shares of all heat and attention, then both by point or by coarse box."""
+        fields: dict[str, Any] = {"share": float(self.heat.sum()), "attention_share": float(self.attention.sum())}
+        if self.spec.modality == "points":
+            rows = np.column_stack([self.raw.astype(np.float64), self.heat, self.attention])
+            return fields | {"columns": ["x", "y", "z", "heat", "attention"], "points": rows.tolist()}
+        if self.start_s is not None:
+            fields |= {"start_s": self.start_s, "end_s": self.end_s}
+        for name, heat in (("heat", self.heat), ("attention", self.attention)):
+            audio = self.spec.modality == "audio"  # over time alone
+            grid = coarse(heat.reshape(len(heat), -1).sum(axis=1), COARSE_TIME) if audio else coarse(heat, COARSE)
+            fields[name] = grid.tolist()
+        return fields
+
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why a model gave `label` the probability `prob` for an input whose most probable class is `predicted`."""
+    """The evidence for class `label` (probability `prob`) in an input whose most probable class is `predicted`."""
 
     path: str
     label: str
     prob: float
     predicted: str
     predicted_prob: float
-    shown: Mapping[str, Shown]
+    shown: Mapping[str, ExplainedInput]
     maps: tuple[ScoreMap, ...]
     notes: tuple[str, ...] = ()
 
@@ -109,29 +124,25 @@ class Explanation:
             "class": self.label,
             "class_prob": self.prob,
             "notes": list(self.notes),
-            "inputs": {name: _numbers(shown) for name, shown in self.shown.items()},
+            "inputs": {name: explained.to_dict() for name, explained in self.shown.items()},
         }
 
 
-# ---------------------------------------------------------------- from an input to an explanation
+def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | None = None) -> Explanation:
+    """Return the Explanation of one input for a class, by default the most probable one.
 
-
-def explain(predictor: Predictor, given: Named | Sequence[Part], label: str | None = None) -> Explanation:
-    """Return the Explanation of one input for a class, the most probable one unless it is given.
-
-    Several files are the parts of one input, each of another modality, told by their content.
-
-    Of several windows in which the model looks at a file, it is of the one that speaks most for the class.
+    Several files make one input, each of another modality by its content. If the model reads a file in several
+    windows, the one that speaks most for the class is explained.
 
     Raises:
         UsageError: no such class, or not one input. DataError: an input that cannot be read.
     """
-    if not isinstance(given, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
-        given = given[0] if len(given) == 1 else _together(given, predictor)
-    examples = list(islice(predictor.examples(given), 2))
+    if not isinstance(named, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
+        named = named[0] if len(named) == 1 else _together(named, predictor)
+    examples = list(islice(predictor.examples(named), 2))
     if len(examples) != 1:
-        found = "several inputs" if examples else "no inputs"
-        raise UsageError(f"{show_path(str(given))}: {found}", "explain one file at a time, or one of each modality")
+        count = "several inputs" if examples else "no inputs"
+        raise UsageError(f"{show_path(str(named))}: {count}", "explain one file at a time, or one of each modality")
     (example,) = examples
     reader, model = predictor.reader, predictor.model
     decoded = reader.decode(example)
@@ -143,17 +154,16 @@ def explain(predictor: Predictor, given: Named | Sequence[Part], label: str | No
         raise UsageError(f"no class {show_path(label)} in {show_path(predictor.path)}", f"there are {known}")
     target = predictor.classes.index(label)
     several = reader.multi_label_classes > 0
-    device = predictor.compute.device
+    windows = [{name: s.to(predictor.compute.device) for name, s in collate([row]).items()} for row in views]
     with torch.no_grad():
-        odds = torch.cat([log_odds(model(_segments(row, device)), target, several) for row in views])
-    best = int(odds.argmax())
-    segments = _segments(views[best], device)
+        best = int(torch.cat([log_odds(model(segments), target, several) for segments in windows]).argmax())
+    segments = windows[best]
     attention, maps = look(model, segments)
     heat = weighed(evidence(model, segments, target, several), attention)
     notes = []
     if len(views) > 1:
         notes.append(f"of {len(views)} windows, the one that speaks most for {show_path(label)}")
-    if not any(part.any() for part in heat.values()):
+    if not any(grid.any() for grid in heat.values()):
         notes.append(f"nothing in this input speaks for {show_path(label)} more than a blank one does")
     missing = sorted(reader.specs.keys() - segments.keys())
     if missing:
@@ -165,56 +175,54 @@ def explain(predictor: Predictor, given: Named | Sequence[Part], label: str | No
         prob=prediction.probs[target],
         predicted=prediction.label,
         predicted_prob=prediction.prob,
-        shown={name: _shown(name, reader, decoded, start_s, heat[name], attention[name]) for name in segments},
+        shown={name: _explained(name, reader, decoded, start_s, heat[name], attention[name]) for name in segments},
         maps=tuple(maps),
         notes=tuple(notes),
     )
 
 
-def _together(given: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
-    """Return the source of each modality that several files bring together."""
-    sources = [source_of(part) for part in given]
-    files = [looked_at(source) for source in sources]
+def _together(paths: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
+    """Return the source of each modality from several files of one input."""
+    files = [looked_at(source_of(path)) for path in paths]
     for file in files:
         if file.error is not None:
             raise file.error
-    parts, _ = assemble(files, predictor.modalities)
-    if len(parts) < len(files):
-        spare = next(file for file in files if not any(file is part for part in parts.values()))
+    by_kind, _ = assemble(files, predictor.modalities)
+    if len(by_kind) < len(files):
+        spare = next(file for file in files if not any(file is used for used in by_kind.values()))
         kinds = "+".join(predictor.modalities)
         raise UsageError(f"{spare.source.shown}: one too many, an input is one file of each of {kinds}")
-    return sources_of(parts, predictor.modalities)
-
-
-def _segments(row: Row, device: torch.device) -> dict[str, Segment]:
-    return {name: segment.to(device) for name, segment in collate([row]).items()}
+    return sources_of(by_kind, predictor.modalities)
 
 
 def log_odds(logits: Tensor, target: int, several: bool) -> Tensor:
-    """Return (B,) log p / (1 - p) of a class, which goes on rising where the probability is already 1."""
+    """Return log p / (1 - p) of a class (B,), which still rises when the probability is already 1."""
     if several:
         return logits[:, target]
     others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1)
     return logits[:, target] - others.logsumexp(dim=1)
 
 
-def _shown(name: str, reader: Reader, decoded: Decoded, start_s: float | None, heat: Heat, attention: Heat) -> Shown:
+def _explained(
+    name: str, reader: Reader, decoded: Decoded, start_s: float | None, heat: Heat, attention: Heat
+) -> ExplainedInput:
+    """Return one modality with its heat; `start_s` is the start of its clip."""
     spec = reader.specs[name]
     if name not in reader.timed:
         raw = decoded.arrays[name]
         if name == "points":  # of few points each is given to the model several times
             count = min(len(raw), len(heat))
-            return Shown(raw[:count], spec, _folded(heat, count), _folded(attention, count))
-        return Shown(raw, spec, heat, attention)
+            return ExplainedInput(raw[:count], spec, _folded(heat, count), _folded(attention, count))
+        return ExplainedInput(raw, spec, heat, attention)
     raw, start_s = reader.clip(name, decoded, start_s)
     seconds, clip_s = decoded.seconds[name], reader.timed[name].clip_s(spec)
     own = max(1, min(len(heat), round(len(heat) * (seconds - start_s) / clip_s)))
     end_s = start_s + min(clip_s, seconds)
-    return Shown(raw, spec, _folded(heat, own), _folded(attention, own), start_s, end_s)
+    return ExplainedInput(raw, spec, _folded(heat, own), _folded(attention, own), start_s, end_s)
 
 
 def _folded(heat: Heat, count: int) -> Heat:
-    """Return (count, ...): what lies beyond `count` along the first axis is added to where the repetition came from."""
+    """Return heat (count, ...) of an input that was repeated along the first axis: repetitions are summed."""
     folded = np.zeros((count, *heat.shape[1:]), heat.dtype)
     np.add.at(folded, np.arange(len(heat)) % count, heat)
     return folded
@@ -224,49 +232,42 @@ def _folded(heat: Heat, count: int) -> Heat:
 
 
 def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, several: bool) -> dict[str, Heat]:
-    """Return by modality (*grid) or (M,) of one example: what speaks for a class, together 1, or 0 if nothing does.
+    """Return one example's evidence for a class by modality, (*grid) or (M,): together 1, or 0 if there is none.
 
     Memory is that of a step of training on the example with activations made again.
     """
-    full = {name: (segment.values.float(), segment.positions) for name, segment in segments.items()}
-    gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, _) in full.items()}
+    full = {name: [x for x in (s.values.float(), s.positions) if x is not None] for name, s in segments.items()}
+    gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, *_) in full.items()}
     with _lean(model), torch.enable_grad():
         for step in range(PATH_STEPS):
             share = (step + 0.5) / PATH_STEPS
-            partial, moved = {}, []
-            for name, (values, positions) in full.items():
-                values = _between(values, share)
-                positions = None if positions is None else _between(positions, share)
-                partial[name] = Segment(values, positions)
-                moved += [(name, 0, values)] if values.numel() else []
-                moved += [(name, 1, positions)] if positions is not None else []
-            odds = log_odds(model(partial), target, several).sum()
-            slopes = torch.autograd.grad(odds, [tensor for _, _, tensor in moved])
-            for (name, which, _), slope in zip(moved, slopes, strict=True):
-                whole = full[name][which]
-                assert whole is not None
-                gained[name] += (slope * (whole - _mean(whole))).sum(dim=-1) / PATH_STEPS
-    spoken = {}
-    for name, sums in gained.items():
-        each = sums[0].double().cpu()
-        spoken[name] = (_with_neighbours(each) if full[name][1] is None else each).clamp(min=0)
-    return _normalised(spoken)
+            partial = {name: [_between(x, share) for x in tensors] for name, tensors in full.items()}
+            logits = model({name: Segment(*tensors) for name, tensors in partial.items()})
+            odds = log_odds(logits, target, several).sum()
+            slopes = iter(torch.autograd.grad(odds, [x for tensors in partial.values() for x in tensors]))
+            for name, tensors in full.items():
+                for whole in tensors:
+                    gained[name] += (next(slopes) * (whole - _mean(whole))).sum(dim=-1) / PATH_STEPS
+    gains = {name: sums[0].double().cpu() for name, sums in gained.items()}
+    return _normalised(
+        {name: (_with_neighbours(x) if len(full[name]) == 1 else x).clamp(min=0) for name, x in gains.items()}
+    )
 
 
-def weighed(spoken: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
+def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
     """Return the heat: evidence times the square root of attention, which together sums to 1, or is 0."""
     heat = {}
-    for name, part in spoken.items():
+    for name, grid in gains.items():
         looked = attention[name]
-        for axis, side in enumerate(part.shape):  # a stem leaves fewer inputs than there are values
+        for axis, side in enumerate(grid.shape):  # a stem leaves fewer inputs than there are values
             looked = looked.take(np.arange(side) * looked.shape[axis] // side, axis=axis)
-        heat[name] = torch.from_numpy(part * np.sqrt(looked)).double()
+        heat[name] = torch.from_numpy(grid * np.sqrt(looked)).double()
     return _normalised(heat)
 
 
 @contextmanager
 def _lean(model: Perceiver) -> Iterator[None]:
-    """Let a model keep as little as it can for a gradient of its inputs: no weights' gradients, nothing kept twice."""
+    """Let a model save little for a gradient of its inputs: no weights' gradients, activations made again."""
     recompute, learned = model.recompute, [weight for weight in model.parameters() if weight.requires_grad]
     model.recompute = True
     model.requires_grad_(False)
@@ -279,7 +280,7 @@ def _lean(model: Perceiver) -> Iterator[None]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Return (1, 1.., c): the mean over all places."""
+    """Return the mean over all places (1, 1.., c)."""
     return values.mean(dim=tuple(range(1, values.dim() - 1)), keepdim=True)
 
 
@@ -305,8 +306,8 @@ def _with_neighbours(grid: Tensor) -> Tensor:
 
 
 def _normalised(heat: Mapping[str, Tensor]) -> dict[str, Heat]:
-    total = float(sum(part.sum() for part in heat.values())) or 1.0
-    return {name: (part / total).float().numpy() for name, part in heat.items()}
+    total = float(sum(grid.sum() for grid in heat.values())) or 1.0
+    return {name: (grid / total).float().numpy() for name, grid in heat.items()}
 
 
 # ---------------------------------------------------------------- attention and score maps
@@ -314,27 +315,25 @@ def _normalised(heat: Mapping[str, Tensor]) -> dict[str, Heat]:
 
 @contextmanager
 def _watched(model: Perceiver) -> Iterator[list[tuple[CrossAttend | SelfAttend, tuple[Any, ...]]]]:
-    """Yield a list into which every attention of a forward is written as it begins, with what it is given."""
+    """Yield a list that receives every attention of a forward as it begins, with its arguments."""
     seen: list[tuple[CrossAttend | SelfAttend, tuple[Any, ...]]] = []
 
-    def note(block: nn.Module, given: tuple[Any, ...]) -> None:
+    def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
         assert isinstance(block, CrossAttend | SelfAttend)
-        seen.append((block, given))
+        seen.append((block, arguments))
 
-    blocks = [block for block in model.modules() if isinstance(block, CrossAttend | SelfAttend)]
-    handles = [block.register_forward_pre_hook(note) for block in blocks]
-    try:
+    with ExitStack() as stack:
+        for block in model.modules():
+            if isinstance(block, CrossAttend | SelfAttend):
+                stack.enter_context(block.register_forward_pre_hook(note))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, Heat], list[ScoreMap]]:
-    """Return by modality the attention (*grid) or (M,) of one example, which together sums to 1, and score maps.
+    """Return one example's attention by modality, (*grid) or (M,) and together 1, and its score maps.
 
-    The maps are of the latents that the class heard most of, from the first, the second and the last cross-attend.
+    The maps show the latents with the largest weight for the class, in the first, the second and the last cross-attend.
     """
     with _watched(model) as seen:
         model(segments)
@@ -344,20 +343,21 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         weights = _read_from(block, query, latents, weights.new_ones(1))[0]
     total: list[Tensor] = []
     heard: list[tuple[CrossAttend, Tensor, Memory, Tensor]] = []
-    for block, given in reversed(seen):
+    for block, (latents, *others) in reversed(seen):
         if isinstance(block, SelfAttend):
-            weights = (weights + weights @ _mixing(block, given[0])) / 2
+            weights = (weights + weights @ _mixing(block, latents)) / 2
             continue
-        latents, memory = given[:2]
+        memory = others[0]
         heard.append((block, latents, memory, weights))
         looked = _read_from(block, latents, memory, weights)
         total = [a + b for a, b in zip(total, looked, strict=True)] if total else looked
         weights = weights / 2 if block.residual else torch.zeros_like(weights)
     heard.reverse()
-    layouts = {name: model.encoding.layouts[name] for name in model.encoding.layouts if name in segments}
-    shaped = {
-        name: part.double().cpu().view(layout.grid) for (name, layout), part in zip(layouts.items(), total, strict=True)
-    }
+    grids = {name: layout.grid for name, layout in model.encoding.layouts.items() if name in segments}
+
+    def shaped(rows: Iterable[Tensor]) -> dict[str, Tensor]:
+        return {name: x.cpu().view(grid) for (name, grid), x in zip(grids.items(), rows, strict=True)}
+
     maps = []
     for place in dict.fromkeys((0, min(1, len(heard) - 1), len(heard) - 1)):
         block, latents, memory, weights = heard[place]
@@ -365,17 +365,17 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         u = block.fold(block.queries(latents))
         for k, latent in enumerate(chosen.tolist()):
             head = k % block.heads
-            parts = [_scores(tiles, u[:, [head * len(weights) + latent]]) for tiles in memory.tiles]
-            scores = {
-                name: part.cpu().view(layout.grid).numpy()
-                for (name, layout), part in zip(layouts.items(), parts, strict=True)
-            }
-            maps.append(ScoreMap(place + 1, latent + 1, head + 1, scores))
-    return _normalised(shaped), maps
+            query = u[:, [head * len(weights) + latent]]  # (1, 1, C)
+            products = (
+                torch.cat([scores[:, :, 0] for scores in tiles.products(query)], dim=1) for tiles in memory.tiles
+            )
+            scores = shaped(tiles.untiled(x)[0] for tiles, x in zip(memory.tiles, products, strict=True))
+            maps.append(ScoreMap(place + 1, latent + 1, head + 1, {name: x.numpy() for name, x in scores.items()}))
+    return _normalised({name: x.double() for name, x in shaped(total).items()}), maps
 
 
 def _mixing(block: SelfAttend, latents: Tensor) -> Tensor:
-    """Return (N, N), the mean over heads of a self-attend's weights."""
+    """Return the mean over heads of a self-attend's weights (N, N)."""
     normalised = block.norm(latents)
     query, key = (split_heads(f(normalised), block.heads) for f in (block.query, block.key))
     weights: Tensor = (query @ key.mT * query.shape[-1] ** -0.5).softmax(dim=-1)[0].mean(dim=0)
@@ -383,7 +383,7 @@ def _mixing(block: SelfAttend, latents: Tensor) -> Tensor:
 
 
 def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory, weights: Tensor) -> list[Tensor]:
-    """Return for each part of the memory (M,): sum over latents of weight (N,) times the mean weight of its heads."""
+    """Return for each modality of the memory (M,) the sum over latents of weight (N,) times the mean of its heads'."""
     assert isinstance(block, CrossAttend)
     u = block.fold(block.queries(latents))
     kernel = kernels.choose(u.device, u.dtype)
@@ -396,32 +396,8 @@ def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory,
     return looked
 
 
-def _scores(tiles: Any, u: Tensor) -> Tensor:
-    """Return (M,) of one folded query (1, 1, C)."""
-    scores: Tensor = tiles.untiled(torch.cat([block[:, :, 0] for block in tiles.products(u)], dim=1))[0]
-    return scores
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def _numbers(shown: Shown) -> dict[str, Any]:
-    facts: dict[str, Any] = {"share": float(shown.heat.sum()), "attention_share": float(shown.attention.sum())}
-    if shown.spec.modality == "points":
-        rows = np.column_stack([shown.raw.astype(np.float64), shown.heat, shown.attention])
-        return facts | {"columns": ["x", "y", "z", "heat", "attention"], "points": rows.tolist()}
-    if shown.start_s is not None:
-        facts |= {"start_s": shown.start_s, "end_s": shown.end_s}
-    if shown.spec.modality == "audio":
-        over_time = (part.reshape(len(part), -1).sum(axis=1) for part in (shown.heat, shown.attention))
-        heat, attention = (coarse(part, COARSE_TIME) for part in over_time)
-    else:
-        heat, attention = (coarse(part, COARSE) for part in (shown.heat, shown.attention))
-    return facts | {"heat": heat.tolist(), "attention": attention.tolist()}
-
-
 def coarse(heat: Array, most: int) -> Array:
-    """Return sums of heat over boxes of its grid, at most `most` along each axis."""
+    """Return sums of heat over the boxes of a coarse grid, with at most `most` boxes along each axis."""
     heat = heat.astype(np.float64)
     for axis, side in enumerate(heat.shape):
         count = min(side, most)

@@ -1,4 +1,7 @@
-"""From a model file and files (or bytes) to predictions, in order, a batch at a time, whole or in windows of time."""
+"""From a model file and files (or bytes) to predictions, in order, a batch at a time, whole or in windows of time.
+
+Axes: B batch, N latents, D latent channels.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +33,11 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.run_folder import find_model
 
-FORWARD_BYTES = 256 << 20  # of activations on a CPU, where larger batches are no faster; on a GPU half of what is free
-UNKNOWN = "unknown"  # what is answered where no class is probable enough
-MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # answers come in batches: a reader of a pipe waits for one
+FORWARD_BYTES = (
+    256 << 20
+)  # of activations on a CPU, where larger batches are no faster; on a GPU half of the free memory
+UNKNOWN = "unknown"  # the label if no class is probable enough
+MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # predictions come in batches: a reader of a pipe waits for one
 NEVER = 1e-12  # least probability of a mean over windows, so that its logit is finite
 
 
@@ -40,11 +45,11 @@ NEVER = 1e-12  # least probability of a mean over windows, so that its logit is 
 class Windows:
     """How inputs with a time axis are cut: windows of `window_s` seconds, one every `hop_s`.
 
-    Each is answered like a file of that length. aggregate: the mean or the highest of each class's probabilities makes
+    Each is predicted like a file of that length. aggregate: the mean or the maximum of each class's probabilities makes
     one prediction an input; "none": each window is a prediction.
 
     Raises:
-        UsageError: a length that is not more than nothing.
+        UsageError: a length that is not above 0 s.
     """
 
     window_s: float
@@ -58,12 +63,12 @@ class Windows:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer to one input, or to a window of it: class probabilities in the order of `classes`, or an error.
+    """Class probabilities of one input or a window of it, in the order of `classes`, or an error.
 
     With several labels an example the probabilities are independent of each other, and do not sum to 1; nor do the
-    highest ones of several windows. used: of a model of several modalities, those that the input has. start_s, end_s:
-    the window, where the answer is to one. thresholds: by class, with several labels an example; else empty. min_prob:
-    below it a class is not given. embedding: (D,) float32, the mean latent, where it was asked for.
+    highest ones of several windows. used: the modalities that the input has, for a model of several. start_s, end_s:
+    the window, if it is one. thresholds: by class, with several labels an example; else empty. min_prob: a class below
+    it is not a label. embedding: (D,) float32, the mean latent, if requested.
     """
 
     path: str
@@ -84,7 +89,7 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        """The most probable class; UNKNOWN where that is less probable than `min_prob`."""
+        """The most probable class, or UNKNOWN if its probability is below `min_prob`."""
         return self.top(1)[0][0] if self.prob >= self.min_prob else UNKNOWN
 
     @property
@@ -94,7 +99,7 @@ class Prediction:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """With several labels an example: the classes whose threshold is reached, and `min_prob`; may be none."""
+        """The classes that reach their threshold and `min_prob`, with several labels an example; may be none."""
         every = zip(self.classes, self.probs, self.thresholds, strict=True)
         return tuple(name for name, prob, least in every if prob >= max(least, self.min_prob))
 
@@ -117,16 +122,16 @@ class Prediction:
 
 
 class Predictor:
-    """A trained model, ready to answer.
+    """A trained model that is ready to predict.
 
     Args:
         model: a run folder or a model file; None looks at $PERCEIVER_MODEL, then runs/latest.
-        device, precision: as on the command line; "auto" uses a GPU where there is one.
+        device, precision: as on the command line; "auto" uses a GPU if there is one.
         limits: what one input may cost; None takes the model's.
-        use: the modalities to answer from, of those that the model reads; None is all. The others are as if missing.
+        use: the modalities to predict from, of those that the model reads; None is all. The others count as missing.
 
     Raises:
-        UsageError: no model there, or a modality that it does not read. IntegrityError: a damaged one.
+        UsageError: no such model, or a modality that it does not read. IntegrityError: a damaged model file.
     """
 
     def __init__(
@@ -144,8 +149,8 @@ class Predictor:
         config = self.info.config
         wanted = set(config.inputs if use is None else use)
         if not wanted or wanted - config.inputs.keys():
-            asked, reads = ", ".join(sorted(wanted)), ", ".join(sorted(config.inputs))
-            raise UsageError(f"cannot use {show_path(asked)}: {show_path(self.path)} reads {reads}")
+            names, reads = ", ".join(sorted(wanted)), ", ".join(sorted(config.inputs))
+            raise UsageError(f"cannot use {show_path(names)}: {show_path(self.path)} reads {reads}")
         specs = {name: spec for name, spec in config.inputs.items() if name in wanted}
         several = len(self.classes) if config.multi_label else 0
         self.reader = Reader(specs, limits or config.data.limits, multi_label_classes=several)
@@ -157,17 +162,17 @@ class Predictor:
 
     @property
     def calibration(self) -> Calibration:
-        """The model's, or the one that changes nothing."""
+        """The model's calibration, or one that changes nothing."""
         return self.info.calibration or Calibration()
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """What the model reads, sorted; it answers from those of its reader."""
+        """The modalities that the model reads, sorted; its reader has those that it predicts from."""
         return tuple(sorted(self.info.config.inputs))
 
     @property
     def batch_that_fits(self) -> int:
-        """How many inputs at once: as many as memory allows by the model's own cost, up to MOST_AT_ONCE."""
+        """The largest batch that memory allows by the model's own cost, up to MOST_AT_ONCE."""
         layouts = Reader(self.info.config.inputs, self.reader.limits).layouts
         each = estimate(self.info.config.model, layouts, len(self.classes)).forward_bytes
         kind = self.compute.device.type
@@ -184,18 +189,18 @@ class Predictor:
         min_prob: float = 0.0,
         embeddings: bool = False,
     ) -> Iterator[Prediction]:
-        """Yield one prediction per input, in order; a bad one gives a prediction with `error` set.
+        """Yield one prediction per input, in order; that of a bad input has `error` set.
 
         An input is a path or bytes, a mapping of these by modality, or a pipe. A folder stands for the files below it
         (those of one stem are one input of a model of several modalities), a manifest for its rows, a tar for its
-        records, read one after another. With `windows` there may be several predictions an input, or one that sums
-        them up; memory is bounded by a batch of windows, however long the input.
-        `batch_size` is `batch_that_fits` unless given, of windows on a CPU 1, which is as fast. `workers` read whole
-        inputs only. `min_prob`, `embeddings`: of each Prediction.
+        records, read one after another. With `windows` there may be several predictions an input, or one that
+        aggregates them; memory is bounded by a batch of windows, however long the input.
+        `batch_size` is `batch_that_fits` by default; of windows on a CPU it is 1, which is as fast. `workers` read
+        whole inputs only. `min_prob`, `embeddings`: see Prediction.
 
         Raises:
             DataError: a manifest that cannot be read, or records that were prepared otherwise.
-            IntegrityError: records that are damaged or cut short, after those before are answered.
+            IntegrityError: records that are damaged or cut short, after the predictions of those before them.
             UsageError: windows for a model without a time axis.
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
@@ -204,32 +209,27 @@ class Predictor:
         if batch_size is None:
             one = windows is not None and self.compute.device.type == "cpu"
             batch_size = 1 if one else self.batch_that_fits
-        asked = Prediction("", self.classes, thresholds=self._thresholds, min_prob=min_prob)
+        batch_size = max(1, batch_size // self.reader.num_views)
+        blank = Prediction("", self.classes, thresholds=self._thresholds, min_prob=min_prob)
         if windows is not None:
             if not self.reader.timed:
                 raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
-            yield from self._in_windows(examples, windows, batch_size, asked, embeddings)
+            yield from self._in_windows(examples, windows, batch_size, blank, embeddings)
             return
-        for batch, answers in run(self.model, self.reader, self._tasks(examples, batch_size), self.compute, workers):
-            errors = {position: (example, error) for position, example, error in batch.bad}
-            rows = iter(zip(batch.examples, batch.used, self._answers(answers, embeddings), strict=True))
-            for position in range(len(batch.examples) + len(batch.bad)):
-                if position in errors:
-                    example, error = errors[position]
-                    yield replace(asked, path=example.id, error=error)
-                else:
-                    example, used, answered = next(rows)
-                    yield replace(asked, path=example.id, used=self._said(used), **answered)
-
-    def _tasks(self, examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
-        return ordered_tasks(examples, max(1, batch_size // self.reader.num_views))
+        tasks = ordered_tasks(examples, batch_size)
+        for batch, outputs in forward_batches(self.model, self.reader, tasks, self.compute, workers):
+            rows = zip(batch.examples, batch.used, self._fields(outputs, embeddings), strict=True)
+            predictions = [replace(blank, path=e.id, used=self._choice(used), **fields) for e, used, fields in rows]
+            for position, example, error in batch.bad:  # in ascending order
+                predictions.insert(position, replace(blank, path=example.id, error=error))
+            yield from predictions
 
     def examples(self, named: Named) -> Iterator[Example]:
         """Yield the examples that an input stands for, as `predict` says."""
         return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs)
 
-    def _said(self, used: tuple[str, ...]) -> tuple[str, ...]:
-        """Return what a prediction says that it used: nothing where there is no choice."""
+    def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
+        """Return the modalities that a prediction used, or none for a model of one modality."""
         return used if len(self.modalities) > 1 else ()
 
     @property
@@ -238,116 +238,112 @@ class Predictor:
             return ()
         return self.calibration.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
 
-    def _answers(self, answers: Answers, embeddings: bool) -> Iterator[dict[str, Any]]:
-        """Yield, by example, the fields of a Prediction that the model answers."""
-        logits = answers.logits / self.calibration.temperature
+    def _fields(self, outputs: Outputs, embeddings: bool) -> Iterator[dict[str, Any]]:
+        """Yield, by example, the fields of a Prediction that come from the model."""
+        logits = outputs.logits / self.calibration.temperature
         probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
-        for probs, embedding in zip(probabilities.tolist(), answers.embeddings.numpy(), strict=True):
+        for probs, embedding in zip(probabilities.tolist(), outputs.embeddings.numpy(), strict=True):
             yield {"probs": tuple(probs)} | ({"embedding": embedding} if embeddings else {})
 
-    # ------------------------------------------------------------ windows
-
     def _in_windows(
-        self, examples: Iterable[Example], windows: Windows, batch_size: int, asked: Prediction, embeddings: bool
+        self, examples: Iterable[Example], windows: Windows, batch_size: int, blank: Prediction, embeddings: bool
     ) -> Iterator[Prediction]:
-        """Yield the predictions of examples that are cut into windows; `asked` holds what all of them share."""
-        size = max(1, batch_size // self.reader.num_views)
-        answered = self._answered(self._cut(examples, windows, asked), size, embeddings)
-        for _, of_one in groupby(answered, key=lambda pair: pair[0]):
+        """Yield the predictions of examples that are cut into windows; `blank` holds their common fields."""
+        predicted = self._predicted(self._cut(examples, windows, blank), batch_size, embeddings)
+        for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
             predictions = (prediction for _, prediction in of_one)
             if windows.aggregate == "none":
                 yield from predictions
             else:
-                yield summed_up(predictions, windows.aggregate)
+                yield aggregated(predictions, windows.aggregate)
 
     def _cut(
-        self, examples: Iterable[Example], windows: Windows, asked: Prediction
+        self, examples: Iterable[Example], windows: Windows, blank: Prediction
     ) -> Iterator[tuple[int, Prediction, list[Row]]]:
-        """Yield the number of the example, a prediction still without its answer, and what the model is to see."""
+        """Yield (number of the example, prediction without probabilities, rows for the model) of each window."""
         for number, example in enumerate(examples):
             try:
                 for span, decoded in self.reader.windows(example, windows.window_s, windows.hop_s):
                     start_s, end_s = (None, None) if span is None else (round(span[0], 6), round(span[1], 6))
-                    used = self._said(decoded.names)
-                    one = replace(asked, path=example.id, used=used, start_s=start_s, end_s=end_s)
-                    yield number, one, self.reader.views(decoded)
+                    used = self._choice(decoded.names)
+                    window = replace(blank, path=example.id, used=used, start_s=start_s, end_s=end_s)
+                    yield number, window, self.reader.views(decoded)
             except DataError as error:
-                yield number, replace(asked, path=example.id, error=str(error)), []
+                yield number, replace(blank, path=example.id, error=str(error)), []
 
-    def _answered(
-        self, asked: Iterator[tuple[int, Prediction, list[Row]]], batch_size: int, embeddings: bool
+    def _predicted(
+        self, cut: Iterator[tuple[int, Prediction, list[Row]]], batch_size: int, embeddings: bool
     ) -> Iterator[tuple[int, Prediction]]:
-        while chunk := list(islice(asked, batch_size)):
-            rows = [row for _, _, views in chunk for row in views]
-            several = self.info.config.multi_label
-            found = answer(self.model, collate(rows), self.reader.num_views, self.compute, several) if rows else None
-            answers = iter(()) if found is None else self._answers(found, embeddings)
-            for number, prediction, views in chunk:
-                yield number, replace(prediction, **next(answers)) if views else prediction
+        """Yield (number of the example, prediction) of each window of `_cut`, computed a batch at a time."""
+        several = self.info.config.multi_label
+        while chunk := list(islice(cut, batch_size)):
+            fields: Iterator[dict[str, Any]] = iter(())
+            if rows := [row for _, _, views in chunk for row in views]:
+                outputs = forward(self.model, collate(rows), self.reader.num_views, self.compute, several)
+                fields = self._fields(outputs, embeddings)
+            for number, window, views in chunk:
+                yield number, replace(window, **next(fields)) if views else window
 
 
-def summed_up(predictions: Iterable[Prediction], aggregate: Literal["mean", "max"]) -> Prediction:
-    """Return one prediction of those of an input's windows: the mean or the highest of each class's probabilities.
+def aggregated(predictions: Iterable[Prediction], aggregate: Literal["mean", "max"]) -> Prediction:
+    """Return one prediction from an input's windows: the mean or the maximum of each class's probabilities.
 
     Its embedding is the mean of theirs. If one of the windows could not be read, the input could not.
     """
-    total, count = torch.zeros(0, dtype=torch.float64), 0
-    embedding = None
+    combine = np.add if aggregate == "mean" else np.maximum
+    total: Any = None
+    embedding: Any = None
     used: set[str] = set()
-    last = None
-    for last in predictions:
-        if last.error is not None:
-            return last
-        probs = torch.tensor(last.probs, dtype=torch.float64)
-        total = probs if count == 0 else total + probs if aggregate == "mean" else torch.maximum(total, probs)
-        if last.embedding is not None:
-            embedding = last.embedding if embedding is None else embedding + last.embedding
+    count = 0
+    for window in predictions:
+        if window.error is not None:
+            return window
+        total = np.array(window.probs) if total is None else combine(total, window.probs)
+        if window.embedding is not None:
+            embedding = window.embedding if embedding is None else embedding + window.embedding
+        used |= set(window.used)
         count += 1
-        used |= set(last.used)
-    assert last is not None
-    probs = total / count if aggregate == "mean" else total
+    probs = tuple((total / count if aggregate == "mean" else total).tolist())
     embedding = None if embedding is None else embedding / np.float32(count)
-    whole: dict[str, Any] = {"start_s": None, "end_s": None, "embedding": embedding}
-    return replace(last, probs=tuple(probs.tolist()), used=tuple(sorted(used)), **whole)
+    return replace(window, probs=probs, used=tuple(sorted(used)), start_s=None, end_s=None, embedding=embedding)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What a model makes of a batch, on the CPU: logits (B, classes) float64, embeddings (B, D) float32."""
+class Outputs:
+    """A model's outputs for a batch, on the CPU: logits (B, classes) float64, embeddings (B, D) float32."""
 
     logits: Tensor
     embeddings: Tensor
 
 
-def run(
+def forward_batches(
     model: Perceiver, reader: Reader, tasks: Iterable[Task], compute: Compute, workers: int = 0
-) -> Iterator[tuple[Batch, Answers]]:
-    """Yield each batch with its answers; B is 0 where every input was bad."""
-    pin = compute.device.type == "cuda"
-    for batch in reader.batches(tasks, workers, pin=pin):
+) -> Iterator[tuple[Batch, Outputs]]:
+    """Yield each batch with its outputs; B is 0 if every input was bad."""
+    for batch in reader.batches(tasks, workers, pin=compute.device.type == "cuda"):
         if batch.examples:
-            yield batch, answer(model, batch.segments, batch.num_views, compute, reader.multi_label_classes > 0)
+            yield batch, forward(model, batch.segments, batch.num_views, compute, reader.multi_label_classes > 0)
         else:
             classes, channels = model.head.weight.shape
-            yield batch, Answers(torch.empty(0, classes, dtype=torch.float64), torch.empty(0, channels))
+            yield batch, Outputs(torch.empty(0, classes, dtype=torch.float64), torch.empty(0, channels))
 
 
-def answer(
+def forward(
     model: Perceiver, segments: Mapping[str, Segment], num_views: int, compute: Compute, multi_label: bool
-) -> Answers:
-    """Return the answers to segments with `num_views` rows an example.
+) -> Outputs:
+    """Return the outputs for segments with `num_views` rows an example.
 
-    Of several views it is the logits of their mean probabilities, and their mean embedding.
+    Several views give the logits of their mean probabilities, and their mean embedding.
     """
-    given = {name: segment.to(compute.device) for name, segment in segments.items()}
     with torch.inference_mode(), compute.autocast():
-        latents = model.encode(given)
+        latents = model.encode({name: segment.to(compute.device) for name, segment in segments.items()})
         logits = model.classify(latents).cpu().double()
         embeddings = latents.float().mean(dim=1).cpu()
     if num_views == 1:
-        return Answers(logits, embeddings)
+        return Outputs(logits, embeddings)
+    # (B V, ...) -> (B, V, ...)
     embeddings = embeddings.reshape(-1, num_views, embeddings.shape[-1]).mean(dim=1)
     logits = logits.reshape(-1, num_views, logits.shape[-1])
     if multi_label:
-        return Answers(logits.sigmoid().mean(dim=1).logit(eps=NEVER), embeddings)
-    return Answers(logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views), embeddings)
+        return Outputs(logits.sigmoid().mean(dim=1).logit(eps=NEVER), embeddings)
+    return Outputs(logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views), embeddings)

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,7 @@ CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh
 # What is missing without the package, and the extra that installs it.
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
-    "onnx": ("export to ONNX", "onnx"),
-    "onnxscript": ("export to ONNX", "onnx"),
-    "onnxruntime": ("export to ONNX", "onnx"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),
 }
@@ -50,7 +49,10 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in CORE},
-        "optional": {name: installed_version(name) or _missing(*loss) for name, loss in OPTIONAL.items()},
+        "optional": {
+            name: installed_version(name) or f"not installed: no {ability} (pip install 'perceiver-cli[{extra}]')"
+            for name, (ability, extra) in OPTIONAL.items()
+        },
         "decoders": _decoders(),
         "devices": devices,
         "threads": {
@@ -70,10 +72,6 @@ def installed_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _missing(ability: str, extra: str) -> str:
-    return f"not installed: no {ability} (pip install 'perceiver-cli[{extra}]')"
 
 
 def _decoders() -> dict[str, str]:
@@ -96,16 +94,15 @@ def _device(name: str, problems: list[str]) -> dict[str, Any]:
     kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
     if kernel is kernels.PLAIN:
         problems.append(f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower")
-    facts = describe_machine(compute)
-    return {"name": facts["device_name"], "precision": compute.precision, "kernel": kernel.name}
+    return {"name": describe_machine(compute)["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 
 def self_test(device: str = "auto") -> dict[str, Any]:
     """Return the losses and the accuracy of a short training on made-up pictures.
 
-    Raises:
-        PerceiverError: the loss did not fall, or the saved model's loss differs from the trained one's.
+    Raises PerceiverError if the loss did not fall, or the saved model's loss differs from the trained one's.
     """
+    report_it = f"please report it with what perceiver doctor prints ({sys.platform})"
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "data", Path(folder) / "run"
         _write_pictures(data)
@@ -115,22 +112,14 @@ def self_test(device: str = "auto") -> dict[str, Any]:
         before = float(predictor.info.metrics["val_loss"])
         report = evaluate(predictor, data, "val")
     edge = max(1, len(losses) // 10)
-    first, last = float(np.mean(losses[:edge])), float(np.mean(losses[-edge:]))
-    results = {
-        "steps": len(losses),
-        "first_loss": first,
-        "last_loss": last,
-        "accuracy": report.accuracy,
-        "difference_after_loading": abs(report.loss - before),
-    }
+    first, last, difference = fmean(losses[:edge]), fmean(losses[-edge:]), abs(report.loss - before)
     if not last <= FALLS_TO * first:
-        raise PerceiverError(f"self-test: the loss went from {first:.4f} to {last:.4f}, expected a fall", _REPORT)
-    if not abs(report.loss - before) <= SAME * max(1.0, before):
-        raise PerceiverError(f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after", _REPORT)
-    return results
-
-
-_REPORT = f"please report it with what perceiver doctor prints ({sys.platform})"
+        raise PerceiverError(f"self-test: the loss went from {first:.4f} to {last:.4f}, expected a fall", report_it)
+    if not difference <= SAME * max(1.0, before):
+        problem = f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after"
+        raise PerceiverError(problem, report_it)
+    losses_seen = {"steps": len(losses), "first_loss": first, "last_loss": last}
+    return {**losses_seen, "accuracy": report.accuracy, "difference_after_loading": difference}
 
 
 def _write_pictures(folder: Path) -> None:

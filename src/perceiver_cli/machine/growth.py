@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import Config, ModelConfig, load_preset
 from perceiver_cli.errors import UsageError
-from perceiver_cli.machine.measure import in_new_process, peak_above, time_calls
+from perceiver_cli.machine.measure import forward_pass, in_new_process, peak_above, time_calls
 from perceiver_cli.malloc import keep_freed, peak_bytes
 from perceiver_cli.model.attention import CrossAttend, Memory
 from perceiver_cli.model.device import Compute, choose
@@ -60,15 +60,8 @@ class Spent:
     peak_bytes: int
 
 
-# ---------------------------------------------------------------- one measurement
-
-
 def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
-    """Return a preset's layouts, with images of side x side pixels unless side is None.
-
-    Raises:
-        UsageError: a side, but the preset reads something other than images.
-    """
+    """Return a preset's layouts, with a side those of side x side pixels; raise UsageError if it reads no images."""
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
     if side is not None:
         if set(specs) != {"image"}:
@@ -79,16 +72,15 @@ def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
 
 def made_up_segments(layouts: Mapping[str, Layout], batch: int, device: torch.device) -> dict[str, Segment]:
     """Return a batch of random inputs, the same ones every time."""
-    return {name: _made_up_segment(layout, batch, device) for name, layout in layouts.items()}
-
-
-def _made_up_segment(layout: Layout, batch: int, device: torch.device) -> Segment:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(batch, *layout.prepared_shape, generator=generator)
-    positions = None
-    if not layout.is_grid:
-        positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
-    return Segment(values, positions).to(device)
+    segments = {}
+    for name, layout in layouts.items():
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(batch, *layout.prepared_shape, generator=generator)
+        positions = None
+        if not layout.is_grid:
+            positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
+        segments[name] = Segment(values, positions).to(device)
+    return segments
 
 
 def new_model(config: ModelConfig, layouts: Mapping[str, Layout], device: torch.device) -> Perceiver:
@@ -103,7 +95,7 @@ def read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
     """Return what the first cross-attend reads (B, N, W), without the linear layers on latents that follow it."""
     block = model.cross_attends[0]
     assert isinstance(block, CrossAttend)
-    return block.read(model.latents.unsqueeze(0), Memory(list(model.encoding.parts(segments).values())))
+    return block.read(model.latents.unsqueeze(0), Memory(model.encoding.inputs(segments).values()))
 
 
 def timed_call(
@@ -111,12 +103,7 @@ def timed_call(
 ) -> Callable[[], None]:
     """Return a function that runs `call` once in the trial's mode; a training step changes `parameters`."""
     if trial.mode == "forward":
-
-        def forward() -> None:
-            with torch.inference_mode(), compute.autocast():
-                call()
-
-        return forward
+        return forward_pass(call, compute)
     optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1e-6)
     labels = torch.zeros(trial.batch, dtype=torch.long, device=compute.device)
 
@@ -139,31 +126,22 @@ def measure_model(trial: Trial) -> Spent:
     layouts = layouts_of(config, trial.side)
     segments = made_up_segments(layouts, trial.batch, compute.device)
     model = new_model(config.model, layouts, compute.device)
-    if trial.alone:
-        call = timed_call(
-            trial, compute, lambda: read_alone(model, segments), list(model.cross_attends[0].parameters())
-        )
-    else:
-        call = timed_call(trial, compute, lambda: model(segments), list(model.parameters()))
+    read = (lambda: read_alone(model, segments)) if trial.alone else (lambda: model(segments))
+    parameters = list((model.cross_attends[0] if trial.alone else model).parameters())
+    call = timed_call(trial, compute, read, parameters)
     return Spent(time_calls(call, trial.seconds, compute.device).median, peak_above(base, compute))
 
 
-# ---------------------------------------------------------------- growth
+Measure = Callable[[Trial], Spent]
+OURS: Mapping[str, Measure] = {"ours": measure_model}
 
-OURS: Mapping[str, Callable[[Trial], Spent]] = {"ours": measure_model}
 
-
-def growth(
-    trial: Trial, rounds: int, contenders: Mapping[str, Callable[[Trial], Spent]] = OURS
-) -> Iterator[dict[str, Any]]:
+def growth(trial: Trial, rounds: int, contenders: Mapping[str, Measure] = OURS) -> Iterator[dict[str, Any]]:
     """Yield rows of one cross-attend, then of the whole model, for GROWTH_INPUTS inputs.
 
-    The last rows of each, one per contender, hold `slope`: of log time over log inputs from SLOPE_FROM inputs on.
-
-    Args:
-        trial: what to measure; its `side` and `alone` are set here.
-        rounds: processes per contender and size, in turn.
-        contenders: functions that measure a trial, by name. They are called in processes of their own.
+    The last rows of each, one per contender, hold `slope`: of log time over log inputs from SLOPE_FROM inputs on. The
+    trial's `side` and `alone` are set here. rounds: processes per contender and size, in turn; contenders: functions
+    that measure a trial, by name, each called in a process of its own.
     """
     for alone in (True, False):
         about = {"what": "cross-attend" if alone else "model"}
@@ -191,11 +169,9 @@ def slope(points: Sequence[tuple[int, float]]) -> float:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     """Write a plot of `growth` rows (SVG or PNG by suffix): time and memory over inputs."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis, (key, label) in zip(axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True):

@@ -15,12 +15,10 @@ def made_up_files(folder: Path, modality: str, count: int) -> list[Source]:
     """Write files of a modality into a folder, no two alike, and return them."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix, make = _MAKERS[modality]
-    sources = []
-    for number in range(count):
-        path = folder / f"{number}{suffix}"
+    paths = [folder / f"{number}{suffix}" for number in range(count)]
+    for number, path in enumerate(paths):
         path.write_bytes(make(np.random.default_rng(number)))
-        sources.append(Source(str(path)))
-    return sources
+    return [Source(str(path)) for path in paths]
 
 
 def _jpeg(rng: np.random.Generator) -> bytes:

@@ -31,14 +31,19 @@ def time_calls(call: Callable[[], object], seconds: float, device: torch.device 
     On a GPU each time includes the work that the call left running. Threads and the garbage collector are as they are
     in a program, where `Timer` alone would take one thread and no collector.
     """
-    timer = Timer(
-        "call()",
-        setup="gc.enable()",
-        globals={"call": call, "gc": gc},
-        num_threads=torch.get_num_threads(),
-    )
+    timer = Timer("call()", setup="gc.enable()", globals={"call": call, "gc": gc}, num_threads=torch.get_num_threads())
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         return timer.blocked_autorange(min_run_time=seconds)
+
+
+def forward_pass(call: Callable[[], object], compute: Compute) -> Callable[[], None]:
+    """Return a function that runs `call` once as a forward pass: in a device's precision, without gradients."""
+
+    def forward() -> None:
+        with torch.inference_mode(), compute.autocast():
+            call()
+
+    return forward
 
 
 def peak_above(base: int, compute: Compute) -> int:
@@ -51,27 +56,19 @@ def peak_above(base: int, compute: Compute) -> int:
 def in_new_process(name: str, measure: Callable[[Asked], Answer], asked: Asked) -> Answer:
     """Return `measure(asked)`, called in a fresh process that ends when this one does.
 
-    Raises:
-        ResourceError: the process died, most likely for want of memory; it names `name`.
+    Raises a ResourceError that names `name` if the process died.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
             return pool.submit(measure, asked).result()
         except BrokenProcessPool as error:
-            raise ResourceError(
-                f"measuring {name} died, most likely for want of memory", "try a smaller model or smaller inputs"
-            ) from error
+            problem = f"measuring {name} died, most likely for want of memory"
+            raise ResourceError(problem, "try a smaller model or smaller inputs") from error
 
 
 def describe_machine(compute: Compute) -> dict[str, Any]:
     """Return the facts that a measurement must be read with: device, cores, threads, versions."""
     name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else platform.machine()
-    return {
-        "device": str(compute.device),
-        "device_name": name,
-        "precision": compute.precision,
-        "cores": cores(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    facts = {"device": str(compute.device), "device_name": name, "precision": compute.precision, "cores": cores()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    return {**facts, "threads": torch.get_num_threads(), **versions}

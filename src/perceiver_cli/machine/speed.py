@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from perceiver_cli.config import load_preset
+from perceiver_cli.config import TrainConfig, load_preset
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.loader import Batch, Reader, training_tasks
+from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.machine.made_up import made_up_files
-from perceiver_cli.machine.measure import describe_machine, time_calls
+from perceiver_cli.machine.measure import describe_machine, forward_pass, time_calls
 from perceiver_cli.model.describe import DEFAULT_CLASSES
 from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import settled
 from perceiver_cli.preprocess.spec import Limits
@@ -31,10 +32,7 @@ def bench(
 
     Each is the median over as many calls as fit in `seconds`; of a loader with workers it is the mean. The loader
     decodes, augments and batches made-up files (500 x 375 JPEG, 5 s of 16 kHz WAV, STL meshes of 5,120 triangles, MP4
-    of 320 x 240); nothing is kept in memory between visits.
-
-    Raises:
-        UsageError: no such preset, or a device that is not there.
+    of 320 x 240); nothing is kept in memory between visits. Raises UsageError if there is no such preset or device.
     """
     config = load_preset(preset)
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
@@ -42,10 +40,8 @@ def bench(
     size = batch_size or config.train.batch_size
     with tempfile.TemporaryDirectory() as folder:
         files = {name: made_up_files(Path(folder, name), spec.modality, MADE_UP_FILES) for name, spec in specs.items()}
-        examples = [
-            Example(str(i), {name: sources[i] for name, sources in files.items()}, (i % 2,))
-            for i in range(MADE_UP_FILES)
-        ]
+        rows = (dict(zip(files, row, strict=True)) for row in zip(*files.values(), strict=True))
+        examples = [Example(str(i), sources, (i % 2,)) for i, sources in enumerate(rows)]
         reader = Reader(specs, Limits())
         batches = reader.batches(training_tasks(examples, size, 0, 0, 1 << 40), workers)
         batch = next(batches)
@@ -53,9 +49,11 @@ def bench(
         # Batches of several workers come in bursts, of which a median would see only the quick ones.
         loader_s = loading.mean if workers else loading.median
         model = Perceiver(config.model, reader.layouts, DEFAULT_CLASSES).to(compute.device)
-        step = _training_step(model, batch, config.train, compute)
+        segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
+        step = _training_step(model, segments, batch.labels.to(compute.device), config.train, compute)
         step_s = time_calls(step, seconds, compute.device).median
-        forward_s = time_calls(_forward(model.eval(), batch, compute), seconds, compute.device).median
+        model.eval()
+        forward_s = time_calls(forward_pass(lambda: model(segments), compute), seconds, compute.device).median
     return {
         "preset": preset,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -68,11 +66,11 @@ def bench(
     }
 
 
-def _training_step(model: Perceiver, batch: Batch, train: Any, compute: Compute) -> Callable[[], object]:
+def _training_step(
+    model: Perceiver, segments: Mapping[str, Segment], labels: torch.Tensor, train: TrainConfig, compute: Compute
+) -> Callable[[], object]:
     optimizer = make_optimizer(model, train)
     average = make_average(model, train.ema_decay) if train.ema_decay else None
-    segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
-    labels = batch.labels.to(compute.device)
 
     def step() -> None:
         with compute.autocast():
@@ -84,13 +82,3 @@ def _training_step(model: Perceiver, batch: Batch, train: Any, compute: Compute)
             average.update_parameters(model)
 
     return step
-
-
-def _forward(model: Perceiver, batch: Batch, compute: Compute) -> Callable[[], object]:
-    segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
-
-    def forward() -> None:
-        with torch.inference_mode(), compute.autocast():
-            model(segments)
-
-    return forward

@@ -5,26 +5,15 @@ and V, n = H N queries, T tiles, m inputs of a tile.
 
 Both blocks are pre-LayerNorm residual: `x = x + attention(norm(x), ...)`, then `x = x + dense(norm(x))` (App. C).
 
-The cross-attend is computed without the byte array wherever that costs less. Three steps, each exact:
-
-1. Fold. With xhat the byte array's rows after LayerNorm without scale and offset (gamma, beta), a score is
-   q . K_m = (scale * gamma * Wk^T q) . xhat_m + a term that is the same for every m and cancels in the softmax. Since
-   weights sum to 1, Wv and LayerNorm's affine are applied after the sum. So keys = values = xhat, which has no
-   parameters: made once for all cross-attends of a forward, and nothing of size M x C is projected.
-2. Separate. A position feature of a grid depends on one axis, so with u = scale * gamma * Wk^T q and r, mu the
-   statistics of LayerNorm: score = u_values . xhat_values + r (f[y] + g[x]) - r mu sum(u_features), where f and g are
-   products of u with one small table per axis. The weighted sum of xhat needs, beside that of its values, only the
-   sums of weight * r along rows and columns.
-3. Tile. In a tile of the grid a place is one one-hot vector per axis, so an input's key is
-   [r onehot_y | r onehot_x | xhat_values | -r mu | 1] and a query [f of the tile's rows | g of its columns | u_values |
-   sum(u_features) | 0]: softmax attention with keys of width 16 + 16 + c + 2 instead of 261, the last of which sums
-   the weights. Tiles, and modalities, are merged by their normalisers. A mask is one more column: 0, or a score that
-   no other reaches.
+The cross-attend is computed without the byte array wherever that costs less, in three exact steps that
+docs/cross-attention.md derives: 1. fold the projections into queries u, so that keys = values = xhat (the rows after
+LayerNorm without its scale and offset); 2. separate u . xhat by the axes of a grid; 3. tile the grid, so that keys are
+short (`tiles.py`). Steps 2 and 3 are for grids; rows that exist (point sets) are folded only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cached_property
 from math import exp, log, prod
 from typing import Any
@@ -35,58 +24,54 @@ from torch.nn import functional as F
 
 from perceiver_cli.model import kernels
 from perceiver_cli.model.cost import MIN_TILED_INPUTS
-from perceiver_cli.model.encoding import Part
+from perceiver_cli.model.encoding import ModalityInputs
 from perceiver_cli.model.linear import linears, unchanged
 from perceiver_cli.model.tiles import EPS, GridTiles, RowTiles, Tiles
 
-# ---------------------------------------------------------------- what a cross-attend reads
-
 
 class Memory:
-    """What the cross-attends of one forward read, each in the form that costs it least.
+    """The inputs of one forward, from which each cross-attend reads in the form that costs it least.
 
     Args:
-        parts: one per modality that is there, of one batch size B.
-        tileable: whether to cut grids into tiles where that costs less; else all rows are made, which can be traced.
+        inputs: of each modality that is present, of one batch size B.
+        tileable: cut grids into tiles where that costs less; else make all rows, which can be traced.
     """
 
-    def __init__(self, parts: Sequence[Part], *, tileable: bool = True) -> None:
-        self.parts, self.tileable = tuple(parts), tileable
-        self.batch = self.parts[0].values.shape[0]
-        self.num_channels = self.parts[0].num_channels
+    def __init__(self, inputs: Iterable[ModalityInputs], *, tileable: bool = True) -> None:
+        self.inputs, self.tileable = tuple(inputs), tileable
+        self.batch = self.inputs[0].values.shape[0]
+        self.num_channels = self.inputs[0].num_channels
         self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}  # made once per weight set
 
     @cached_property
     def rows(self) -> Tensor:
-        """xhat (B, M, C) of all parts: the byte array after LayerNorm without scale and offset, in float32."""
-        rows = [F.layer_norm(part.rows().float(), (self.num_channels,), eps=EPS) for part in self.parts]
+        """xhat (B, M, C) of all modalities: the byte array after LayerNorm without scale and offset, in float32."""
+        rows = [F.layer_norm(inputs.rows().float(), (self.num_channels,), eps=EPS) for inputs in self.inputs]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """(B, 1, 1, M) bool of all parts, or None where every row is an input."""
-        if all(part.mask is None for part in self.parts):
+        """(B, 1, 1, M) bool of all modalities, or None where every row is an input."""
+        if all(inputs.mask is None for inputs in self.inputs):
             return None
-        masks = []
-        for part in self.parts:
-            every = torch.ones(self.batch, prod(part.grid), dtype=torch.bool, device=part.values.device)
-            masks.append(every if part.mask is None else part.mask)
-        return torch.cat(masks, dim=1)[:, None, None]
+        shapes = [(self.batch, prod(inputs.grid)) for inputs in self.inputs]
+        true = self.inputs[0].values.new_ones((), dtype=torch.bool)
+        masks = [true if inputs.mask is None else inputs.mask for inputs in self.inputs]
+        return torch.cat([m.expand(shape) for m, shape in zip(masks, shapes, strict=True)], dim=1)[:, None, None]
 
     @cached_property
     def tiles(self) -> list[Tiles]:
-        """The parts cut into tiles."""
-        return [GridTiles(part) if part.tables else RowTiles(part) for part in self.parts]
+        """The inputs of each modality, cut into tiles."""
+        return [GridTiles(inputs) if inputs.tables else RowTiles(inputs) for inputs in self.inputs]
 
     def tiled_width(self) -> float:
         """Return the mean number of multiply-adds per score when tiled; C where that does not pay."""
-        if not self.tileable:
+        counts = [prod(inputs.grid) for inputs in self.inputs]
+        on_grids = sum(count for count, inputs in zip(counts, self.inputs, strict=True) if inputs.tables)
+        if not self.tileable or on_grids < MIN_TILED_INPUTS:
             return self.num_channels
-        inputs = [prod(part.grid) for part in self.parts]
-        widths = [GridTiles.width(part) if part.tables else part.num_channels for part in self.parts]
-        if sum(count for count, part in zip(inputs, self.parts, strict=True) if part.tables) < MIN_TILED_INPUTS:
-            return self.num_channels
-        mean = sum(count * width for count, width in zip(inputs, widths, strict=True)) / sum(inputs)
+        widths = [GridTiles.width(inputs) if inputs.tables else inputs.num_channels for inputs in self.inputs]
+        mean = sum(count * width for count, width in zip(counts, widths, strict=True)) / sum(counts)
         return min(mean, self.num_channels)
 
     def projected(self, block: CrossAttend) -> tuple[Tensor, Tensor]:
@@ -98,7 +83,7 @@ class Memory:
         return self._projected[block]
 
     def average(self, u: Tensor, *, tiled: bool) -> Tensor:
-        """Return (B, n, C): the mean of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
+        """Return the mean (B, n, C) of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
         if not tiled:
             keys = self.rows.unsqueeze(1)  # all heads share them
             return attend(u.unsqueeze(1).expand(self.batch, -1, -1, -1), keys, keys, 1.0, self.mask)[:, 0]
@@ -112,9 +97,6 @@ class Memory:
             return (shares * torch.stack(means)).sum(dim=0)
 
 
-# ---------------------------------------------------------------- blocks
-
-
 class Dense(nn.Module):
     """LayerNorm, linear, GELU, linear: the block after every attention; widening 1 is the paper's (no bottleneck)."""
 
@@ -126,7 +108,7 @@ class Dense(nn.Module):
         self.project = nn.Linear(channels * widening, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (B, N, D), to be added to `x`."""
+        """Return the update (B, N, D) of latents x (B, N, D)."""
         (wide,) = linears(x, self.norm, [self.widen])
         (out,) = linears(wide, self.gelu, [self.project])
         return out
@@ -142,7 +124,7 @@ class CrossAttend(nn.Module):
     A key bias shifts all scores of a latent equally, so it changes nothing and gets no gradient in the folded forms
     (and exactly zero, mathematically, in the projected one).
 
-    With `residual` off the result of the attention takes the latents' place instead of being added to them.
+    residual: add the result of the attention to the latents, or put it in their place.
     """
 
     def __init__(
@@ -168,7 +150,7 @@ class CrossAttend(nn.Module):
         self.dense = Dense(latent_channels, widening, gelu)
 
     def form(self, num_latents: int, tiled_width: float) -> str:
-        """Return "tiled", "folded" or "projected": the form with the fewest multiply-adds per input.
+        """Return the form with the fewest multiply-adds per input: "tiled", "folded" or "projected".
 
         Tiled and folded: 2 H N scores and sums of the tile's width or of C. Projected: K and V, then scores and sums of
         all heads together W wide.
@@ -189,7 +171,7 @@ class CrossAttend(nn.Module):
         return split_heads(queries, self.heads)
 
     def fold(self, queries: Tensor) -> Tensor:
-        """Return u (B, H N, C): queries (B, H, N, W / H) as they meet xhat."""
+        """Return the folded queries u (B, H N, C) of queries (B, H, N, W / H): a score is u . xhat."""
         scale = queries.shape[-1] ** -0.5
         # (W, C) -> (H, W / H, C): the rows of each head
         key_rows = self.key.weight.view(self.heads, -1, self.key.in_features)
@@ -197,9 +179,9 @@ class CrossAttend(nn.Module):
         return u.flatten(1, 2)
 
     def read(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
-        """Return (B, N, W): softmax(Q K^T / sqrt(W / H)) V of all heads, before the output's linear layer.
+        """Return softmax(Q K^T / sqrt(W / H)) V of all heads (B, N, W), before the output's linear layer.
 
-        folded: what `fold` gives for these latents, where that is known already.
+        folded: the folded queries of these latents, if they are known already.
         """
         form = self.form(latents.shape[1], memory.tiled_width())
         if form == "projected":
@@ -213,7 +195,7 @@ class CrossAttend(nn.Module):
         return merge_heads(mean @ value_rows.mT) + self.value.bias
 
     def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
-        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 where all examples still have the same."""
+        """Return the new latents (B, N, D) from latents (B or 1, N, D), 1 if all examples still have the same."""
         (attended,) = linears(self.read(latents, memory, folded), unchanged, [self.output])
         latents = add(latents, attended) if self.residual else attended
         return add(latents, self.dense(latents))
@@ -246,17 +228,17 @@ class SelfAttend(nn.Module):
 
 
 def _is_for_products(x: Tensor, heads: int) -> bool:
-    """Return whether the attention of latents (B, N, D) among themselves is faster as products of ours."""
+    """Return whether the attention of latents (B, N, D) among themselves is faster by `_HeadSoftmax`."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return kernels.choose(x.device, x.dtype).shifts(x.shape[1] ** 2 * x.shape[2] // heads)
 
 
 class _HeadSoftmax(torch.autograd.Function):
-    """Attention of latents among themselves: read (B, N, D) of the heads of Q, K and V (B, N, D).
+    """Attention of latents among themselves: the merged heads (B, N, D) of Q, K and V (B, N, D).
 
-    As in `_TileSoftmax` each score takes its level, and in the backward pass its normaliser, from one more column of
-    the queries, and a column of ones in the values sums the weights.
+    As in `_TileSoftmax` one more column of the queries subtracts from each score its level, and in the backward pass
+    its normaliser; a column of ones in the values sums the weights.
     """
 
     @staticmethod
@@ -279,24 +261,24 @@ class _HeadSoftmax(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         delta = split_heads(grad * out, ctx.heads).sum(dim=-1, keepdim=True)
         grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1).flatten(0, 1)
-        found: list[list[Tensor]] = [[], [], []]
+        by_head: list[list[Tensor]] = [[], [], []]  # gradients of Q, K and V
         for a, b, c, d in zip(q.unbind(), k.unbind(), v.unbind(), grad_out.unbind(), strict=True):
             weights = kernels.exponentials(a, b)
             slopes = kernels.product(d, c).mul_(weights)
-            found[0].append(kernels.product(slopes, b.mT))
+            by_head[0].append(kernels.product(slopes, b.mT))
             # oneDNN takes three times as long where the first matrix, if it is large, is transposed.
-            found[1].append(kernels.product(a.mT, slopes.mT).mT)
-            found[2].append(kernels.product(d.mT, weights.mT).mT)
+            by_head[1].append(kernels.product(a.mT, slopes.mT).mT)
+            by_head[2].append(kernels.product(d.mT, weights.mT).mT)
         shape = len(grad), ctx.heads, *q.shape[1:]
-        grads = [merge_heads(torch.stack(x).view(shape)[..., :-1]) for x in found]
+        grads = [merge_heads(torch.stack(heads).view(shape)[..., :-1]) for heads in by_head]
         unshift = exp(kernels.FAR)
         return None, grads[0].mul_(unshift * (q.shape[-1] - 1) ** -0.5), *(x.mul_(unshift) for x in grads[1:])
 
 
 def _level(q: Tensor, k: Tensor) -> Tensor:
-    """Return (H, N): more than every score q . k by `kernels.FAR`, by lengths or, if that is far too much, exactly.
+    """Return a level (H, N) above every score q . k by `kernels.FAR` or more, for q and k (H, N, W).
 
-    q, k: (H, N, W).
+    It follows from the lengths of q and k or, where that is too far above the normaliser, from the scores.
     """
     above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1, keepdim=True) + kernels.FAR
     below = (q @ k.mean(dim=-2).unsqueeze(-1)).squeeze(-1) + log(k.shape[-2])
@@ -307,7 +289,7 @@ def _level(q: Tensor, k: Tensor) -> Tensor:
 
 
 def add(latents: Tensor, update: Tensor) -> Tensor:
-    """Return latents + update, in the place of the update, which nothing else needs, unless autocast made it narrow."""
+    """Return latents + update, written over the update unless autocast gave it another type."""
     return update.add_(latents) if update.dtype == latents.dtype else latents + update
 
 

@@ -60,49 +60,32 @@ class ModelInfo:
     calibration: Calibration | None = None
 
 
-# ---------------------------------------------------------------- model files
-
-
 def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
     """Write a self-contained model file, whole or not at all. Raises ResourceError if it cannot be written."""
-    header = {
-        "kind": "model",
-        "format": FORMAT,
-        "config": info.config.to_dict(),
-        "classes": list(info.classes),
-        "step": info.step,
-        "metrics": dict(info.metrics),
-        "data_fingerprint": info.data_fingerprint,
-    }
-    if info.calibration is not None:
-        header["calibration"] = asdict(info.calibration)
+    header = {"kind": "model", "format": FORMAT, **vars(info), "config": info.config.to_dict()}
+    if (calibration := header.pop("calibration")) is not None:
+        header["calibration"] = asdict(calibration)
     write_tensors(path, weights, header)
 
 
 def store_calibration(path: Path, calibration: Calibration) -> None:
     """Replace the calibration in a model file and keep the rest. After an error the whole file is as it was.
 
-    Raises:
-        IntegrityError: the file is damaged. ResourceError: it cannot be written.
+    Raises IntegrityError if the file is damaged, ResourceError if it cannot be written.
     """
     _, tensors = read_tensors(path)
     save_model(path, tensors, replace(read_info(path), calibration=calibration))
 
 
 def read_info(path: Path) -> ModelInfo:
-    """Return the header of a model file; reads no weights and needs no torch.
-
-    Raises:
-        IntegrityError: damaged, or of another format version. UsageError: not a model file of this program.
-    """
+    """Return the header of a model file; reads no weights and needs no torch. Raises as `read_header`."""
     header = read_header(path)
     if header.get("kind") != "model":
         raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
     try:
         config = Config.parse(header["config"], show_path(path))
         classes = tuple(map(str, header["classes"]))
-        fingerprint = str(header.get("data_fingerprint", ""))
-        fitted = header.get("calibration")
+        fingerprint, fitted = str(header.get("data_fingerprint", "")), header.get("calibration")
         calibration = None if fitted is None else Calibration.parse(fitted, len(classes))
         return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint, calibration)
     except (KeyError, TypeError, ValueError, UsageError) as error:
@@ -112,8 +95,7 @@ def read_info(path: Path) -> ModelInfo:
 def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     """Return the model in a file, on the CPU and in evaluation mode, and its header.
 
-    Raises:
-        IntegrityError: damaged, incomplete, or with tensors that do not fit its configuration. Or as `read_info`.
+    Raises IntegrityError if the tensors do not fit its configuration, or as `read_info` and `read_tensors`.
     """
     from perceiver_cli.model.perceiver import Perceiver
 
@@ -130,28 +112,22 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     return model.eval(), info
 
 
-# ---------------------------------------------------------------- safetensors
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
     """Write tensors and JSON fields with one checksum of both, whole or not at all."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(fields, allow_nan=False)
-    # One entry: the library writes several in an order of its own, and the same run should give the same bytes.
-    data = save(whole, {"perceiver": json.dumps({"sha256": _checksum(text, whole), **fields})})
+    checksum = _checksum(json.dumps(fields, allow_nan=False), whole)
     with atomic_write(path) as file:
-        file.write(data)
+        # One entry: the library writes several in an order of its own, and the same run should give the same bytes.
+        file.write(save(whole, {"perceiver": json.dumps({"sha256": checksum, **fields})}))
 
 
 def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shape of each tensor that any safetensors file lists, and its metadata; no torch, no weights.
 
-    The library checks that names, types, shapes and offsets agree with each other and with the size of the file.
-
-    Raises:
-        UsageError: cannot be read. IntegrityError: cut short, damaged, or of types that are not read here.
+    The library checks that names, types, shapes and offsets agree with each other and with the size of the file. Raises
+    UsageError if it cannot be read, IntegrityError if it is cut short, damaged, or of types that are not read here.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -178,8 +154,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 def read_header(path: Path) -> dict[str, Any]:
     """Return the JSON fields in a header of this program; "sha256" is their checksum with the tensors.
 
-    Raises:
-        UsageError: of another program. IntegrityError: damaged, or of another format version. Or as `read_table`.
+    Raises UsageError if it is of another program, IntegrityError if it is damaged or of another format version.
     """
     shown = show_path(path)
     text = read_table(path)[1].get("perceiver")
@@ -201,16 +176,14 @@ def read_header(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the JSON fields and the tensors of a file of this program, both as they were written.
 
-    Raises:
-        IntegrityError: the checksum differs. Or as `read_header`.
+    Raises IntegrityError if the checksum differs, or as `read_header`.
     """
     fields, tensors = read_header(path), load_tensors(path)
     written = str(fields.pop("sha256"))
     content = _checksum(json.dumps(fields), tensors)
     if content != written:
-        raise IntegrityError(
-            f"{show_path(path)}: content sha256 {content[:12]}, the header says {show_path(written[:12])}"
-        )
+        wrong = f"content sha256 {content[:12]}, the header says {show_path(written[:12])}"
+        raise IntegrityError(f"{show_path(path)}: {wrong}")
     return fields, tensors
 
 
@@ -235,8 +208,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     import torch
 
     digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""From a name (preset, configuration, run, model file) to facts about it, and one file to its byte array."""
+"""From a name (preset, configuration, run, model file) to facts about the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,11 @@ def describe(name: str) -> dict[str, Any]:
     """Return parameters, FLOPs and shapes of a preset, a TOML file, a run folder or a model file.
 
     Raises:
-        UsageError: nothing of that name.
+        UsageError: nothing has that name.
     """
     facts: dict[str, Any] = {}
-    if name in preset_names():
-        config = load_preset(name)
-        num_classes = config.num_classes or DEFAULT_CLASSES
-    elif name.endswith(".toml"):
-        config = load_config(Path(name))
+    if name in preset_names() or name.endswith(".toml"):
+        config = load_preset(name) if name in preset_names() else load_config(Path(name))
         num_classes = config.num_classes or DEFAULT_CLASSES
     elif Path(name).exists():
         info = read_info(find_model(name))
@@ -39,10 +36,9 @@ def describe(name: str) -> dict[str, Any]:
     layouts = {key: modality(spec.modality).layout(settled(spec)) for key, spec in config.inputs.items()}
     cost = estimate(config.model, layouts, num_classes)
     inputs = {
-        key: {"modality": config.inputs[key].modality, "grid": list(layout.grid), "count": layout.num_inputs,
-              "channels": layout.num_channels}
+        key: {"modality": key, "grid": list(layout.grid), "count": layout.num_inputs, "channels": layout.num_channels}
         for key, layout in layouts.items()
-    }  # fmt: skip
+    }
     return {
         "name": config.name,
         "parameters": cost.parameters,

@@ -1,4 +1,4 @@
-"""Where and in which precision tensors are computed."""
+"""The device and the precision of a computation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Compute:
 
     @property
     def default_workers(self) -> int:
-        """Data workers that pay: on a CPU the model needs the cores, on a GPU every core but one may read."""
+        """Number of data workers: none on a CPU, whose cores the model needs; beside a GPU, one for each other core."""
         return 0 if self.device.type == "cpu" else min(8, max(1, cores() - 1))
 
 
 def choose(device: str = "auto", precision: str = "auto") -> Compute:
-    """Return the Compute for what was asked; "auto" is the GPU where there is one, and bf16 where it has it.
+    """Return the Compute of a device and a precision; "auto" is the GPU if there is one, and bf16 if it has it.
 
     Raises:
         UsageError: a device that is not there, or fp16 without a GPU.

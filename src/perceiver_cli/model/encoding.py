@@ -43,10 +43,10 @@ class Segment:
         return self._each(Tensor.pin_memory)
 
     def clone(self) -> Segment:
-        """Return the segment in memory of its own.
+        """Return a copy of the segment in memory that NumPy allocates.
 
-        NumPy's: what torch frees, glibc's memalign finds too small for the next of its size (a thousand fresh pages a
-        clip), and NumPy asks for huge pages besides.
+        glibc's memalign does not use memory that torch freed for the next tensor of this size (a thousand fresh pages
+        a clip), and NumPy asks for huge pages besides.
         """
         return self._each(lambda x: torch.from_numpy(x.numpy().copy()))
 
@@ -79,29 +79,28 @@ def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) ->
 
 
 def axis_features(layout: Layout, places: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return per axis (side, d (2 K + 1)): the features of places along it, in the columns of this axis.
+    """Return a table (side, d (2 K + 1)) per axis: the features of places along it, zero in the other axes' columns.
 
-    places: per axis (side, 1), positions in [-1, 1].
+    places: positions (side, 1) in [-1, 1], per axis.
     """
     tables = []
-    for axis, along in enumerate(places):
-        device = along.device
-        one = fourier_features(along, layout.bands, layout.max_resolution[axis : axis + 1])
+    for axis, positions in enumerate(places):
+        features = fourier_features(positions, layout.bands, layout.max_resolution[axis : axis + 1])
         # One axis alone: position, K sines, K cosines. All: d positions, d K sines, d K cosines.
-        columns = torch.arange(2 * layout.bands + 1, device=device) - 1
-        block = columns // max(1, layout.bands)  # 0 sines, 1 cosines
-        columns = layout.dims + (block * layout.dims + axis) * layout.bands + columns % max(1, layout.bands)
-        columns[0] = axis
-        tables.append(one.new_zeros(along.shape[0], layout.position_channels).index_copy(1, columns, one))
+        sines = torch.arange(layout.bands, device=positions.device) + layout.dims + axis * layout.bands
+        first = torch.arange(axis, axis + 1, device=positions.device)
+        columns = torch.cat([first, sines, sines + layout.dims * layout.bands])
+        zeros = features.new_zeros(positions.shape[0], layout.position_channels)
+        tables.append(zeros.index_copy(1, columns, features))
     return tuple(tables)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a cross-attend reads of one modality: the paper's byte array, or a grid that stands for it.
+class ModalityInputs:
+    """The inputs of one modality: rows of the paper's byte array, or a grid that stands for them.
 
-    values: (B, M, C) the rows themselves where `tables` is empty, else (B, *grid, c), the first c columns of each row.
-    tables: per axis of the grid (side, C - c): what a place along this axis adds to the other columns. Each position
+    values: (B, M, C) rows where `tables` is empty, else (B, *grid, c), the first c columns of each row.
+    tables: (side, C - c) per axis of the grid, what a place along this axis adds to the other columns. Each position
     feature belongs to one axis and is zero in the tables of the others; a modality encoding is in the first.
     mask: (B, M) bool, False where there is no input; None where every row is one.
     """
@@ -121,7 +120,7 @@ class Part:
         return self.values.shape[-1] + (self.tables[0].shape[-1] if self.tables else 0)
 
     def rows(self) -> Tensor:
-        """Return (B, M, C), whatever that takes."""
+        """Return the rows (B, M, C) of the byte array."""
         if not self.tables:
             return self.values
         features = self.tables[0]
@@ -132,11 +131,11 @@ class Part:
 
 
 class ByteArrayEncoding(nn.Module):
-    """Gives the paper's byte array (B, M, C) of all modalities from their segments, or the parts it is made of.
+    """Makes the paper's byte array (B, M, C) of all modalities, or the inputs of each, from their segments.
 
     One modality: C = c + d (2 K + 1). Several (paper 4.2): each row ends in a learned vector of its modality, wide
-    enough that all rows have C = the widest + `modality_channels`, and the rows follow each other in sorted order.
-    A modality may be missing: its rows then are.
+    enough that all rows have C = the widest + `modality_channels`. Modalities follow each other in sorted order; those
+    without a segment have no rows.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], modality_channels: int) -> None:
@@ -164,41 +163,33 @@ class ByteArrayEncoding(nn.Module):
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return the byte array (B, M, C) float32, M summed over the modalities."""
         rows = []
-        for name, part in self.parts(segments).items():
-            order = self._order(name, part.values.device)
-            rows.append(part.rows() if order is None else part.rows()[:, order])
+        for name, inputs in self.inputs(segments).items():
+            rows.append(inputs.rows())
+            if (seed := self.layouts[name].permutation) is not None:
+                order = torch.randperm(rows[-1].shape[1], generator=torch.Generator().manual_seed(seed))
+                rows[-1] = rows[-1][:, order.to(rows[-1].device)]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
-    def parts(self, segments: Mapping[str, Segment]) -> dict[str, Part]:
-        """Return the part of each modality. A permutation is left out: attention does not see the order of rows.
+    def inputs(self, segments: Mapping[str, Segment]) -> dict[str, ModalityInputs]:
+        """Return the inputs of each modality, without its permutation: attention does not see the order of rows.
 
         Raises:
             ValueError: no segments, one of an unknown modality, or of another shape than its layout's; names both.
         """
         if not segments or not segments.keys() <= self.layouts.keys():
             raise ValueError(f"segments of {sorted(segments) or 'nothing'}, expected {sorted(self.layouts)}")
-        parts = {}
-        for name in self.layouts:
-            if name in segments:
-                self._check(name, segments[name])
-                parts[name] = self.part(name, segments[name])
-        return parts
+        for name, segment in segments.items():
+            layout, values, positions = self.layouts[name], segment.values, segment.positions
+            if tuple(values.shape[1:]) != layout.prepared_shape:
+                expected = ", ".join(map(str, layout.prepared_shape))
+                raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
+            shape = None if positions is None else tuple(positions.shape)
+            if not layout.is_grid and shape != (points := (len(values), layout.num_inputs, layout.dims)):
+                raise ValueError(f"{name} positions of shape {shape}, expected {points}")
+        return {name: self.modality_inputs(name, segments[name]) for name in self.layouts if name in segments}
 
-    def _check(self, name: str, segment: Segment) -> None:
-        layout, values, positions = self.layouts[name], segment.values, segment.positions
-        if tuple(values.shape[1:]) != layout.prepared_shape:
-            expected = ", ".join(map(str, layout.prepared_shape))
-            raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
-        points = (len(values), layout.num_inputs, layout.dims)
-        if not layout.is_grid and (positions is None or tuple(positions.shape) != points):
-            found = None if positions is None else tuple(positions.shape)
-            raise ValueError(f"{name} positions of shape {found}, expected {points}")
-
-    def part(self, name: str, segment: Segment, tables: Sequence[Tensor] | None = None) -> Part:
-        """Return the part of one modality. Nothing here depends on the grid of its layout, where `tables` are given.
-
-        tables: as `axis_features` gives them, of another grid than the layout's.
-        """
+    def modality_inputs(self, name: str, segment: Segment, tables: Sequence[Tensor] | None = None) -> ModalityInputs:
+        """Return the inputs of one modality, of any grid if its `tables` (from `axis_features`) are passed."""
         layout, values, positions, mask = self.layouts[name], segment.values, segment.positions, segment.mask
         values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
         if name in self.stems:
@@ -208,11 +199,11 @@ class ByteArrayEncoding(nn.Module):
             mask = mask.expand(batch, prod(grid))
         encoding = self.modality_encodings.get(name, None)
         if layout.is_grid and name not in self.learned_positions:
-            first, *rest = self._tables(name, layout, values.device) if tables is None else tables
+            first, *rest = self._tables(name, values.device) if tables is None else tables
             if encoding is not None:
                 first = torch.cat([first, encoding.expand(first.shape[0], -1)], dim=-1)
                 rest = [F.pad(table, (0, len(encoding))) for table in rest]
-            return Part(values, (first, *rest), mask)
+            return ModalityInputs(values, (first, *rest), mask)
         values = values.reshape(batch, prod(grid), values.shape[-1])
         if name in self.learned_positions:
             features = self.learned_positions[name].expand(batch, -1, -1)
@@ -220,26 +211,20 @@ class ByteArrayEncoding(nn.Module):
             assert positions is not None
             features = fourier_features(positions, layout.bands, layout.max_resolution)
         ending = [] if encoding is None else [encoding.expand(*values.shape[:2], -1)]
-        return Part(torch.cat([values, features, *ending], dim=-1), mask=mask)
+        return ModalityInputs(torch.cat([values, features, *ending], dim=-1), mask=mask)
 
-    def _tables(self, name: str, layout: Layout, device: torch.device) -> tuple[Tensor, ...]:
-        key = (name, device)
-        if key not in self._axis_features:
-            self._axis_features[key] = axis_features(layout, [grid_positions((side,), device) for side in layout.grid])
-        return self._axis_features[key]
-
-    def _order(self, name: str, device: torch.device) -> Tensor | None:
-        layout = self.layouts[name]
-        if layout.permutation is None:
-            return None
-        generator = torch.Generator().manual_seed(layout.permutation)
-        return torch.randperm(layout.num_inputs, generator=generator).to(device)
+    def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        if (name, device) not in self._axis_features:
+            layout = self.layouts[name]
+            places = [grid_positions((side,), device) for side in layout.grid]
+            self._axis_features[name, device] = axis_features(layout, places)
+        return self._axis_features[name, device]
 
 
 class ConvStem(nn.Module):
     """Convolution of 7, batch norm, ReLU, max pooling of 3, each halving the sides (Perceiver IO's conv variant).
 
-    same: pads as TensorFlow's SAME does, the larger half at the end; else 3 on every side and none for the pooling.
+    same: pad as TensorFlow's SAME does, the larger half at the end; else 3 on every side and none for the pooling.
     """
 
     def __init__(self, channels: int, out_channels: int, *, same: bool) -> None:

@@ -1,15 +1,16 @@
 """A trained model as one file for other programs: ONNX, or torch.export's .pt2, checked against the model itself.
 
-The graph takes what preprocessing gives, before Fourier features, and gives logits and probabilities. Its inputs:
+The graph takes prepared values and positions, before Fourier features, and returns logits and probabilities. Its inputs
+(B batch, M inputs, c value channels, d position axes):
 
 | name | shape | when |
 |---|---|---|
 | NAME | (batch, *grid, c) float32: pixels 0..255, samples, log-mel values, in patches | the modality has values |
 | NAME_positions | (batch, M, d) float32 in [-1, 1] | point sets |
-| NAME_present | (batch,) bool: whether the example has this modality | models of several modalities |
+| NAME_present | (batch,) bool: the example has this modality | models of several modalities |
 
 The cross-attend is that of `attention.py` in its folded or projected form; tiles need calls that cannot be traced.
-Batch is dynamic, and so are the sides of a grid whose positions are Fourier features, which are made in the graph.
+Batch is dynamic, and so are the sides of a grid whose positions are Fourier features: the graph makes those.
 """
 
 from __future__ import annotations
@@ -36,21 +37,25 @@ from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, ModelInfo, load_model
 from perceiver_cli.model.encoding import Segment, axis_features
 from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import find_model
 
-TOLERANCE = 1e-4  # of the largest difference, relative to the largest logit where that is above 1
+TOLERANCE = 1e-4  # of the largest difference, relative to the largest logit if that is above 1
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # protobuf's limit of 2 GiB, less room for the graph
 FORMATS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 OUTPUTS = ("logits", "probabilities")
-Run = Callable[[Mapping[str, Any]], Sequence[Any]]  # of a file that was written: inputs by name to OUTPUTS
+Run = Callable[[Mapping[str, Any]], Sequence[Any]]  # runs the written file: arrays by input name to OUTPUTS
 TRACED_BATCH = 2  # 1 would be taken for a constant
 CHECKED = ((1, 0), (3, 1))  # examples, and by how much the sides of dynamic grids differ from the layout's
+BATCH = torch.export.Dim("batch")
+
+PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """path, bytes; inputs: of the graph, by name, as in its metadata; difference: the largest found by the check."""
+    """A written file. inputs: of the graph, by name, as in its metadata. difference: the largest of the check."""
 
     path: str
     bytes: int
@@ -67,27 +72,19 @@ class Graph(nn.Module):
     def __init__(self, model: Perceiver, calibration: Calibration, *, multi_label: bool) -> None:
         super().__init__()
         self.model, self.temperature, self.multi_label = model, calibration.temperature, multi_label
-        layouts = model.encoding.layouts
-        self.dynamic = {name: is_dynamic(layout) for name, layout in layouts.items()}
-        self.names = list(input_names(layouts))
+        self.names = list(input_names(model.encoding.layouts))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and probabilities (B, classes) of the inputs, in the order of `names`."""
-        given = dict(zip(self.names, tensors, strict=True))
-        parts = []
-        for name, layout in self.model.encoding.layouts.items():
-            positions, present = given.get(f"{name}_positions"), given.get(f"{name}_present")
-            values = given[name] if name in given else positions[..., :0]  # type: ignore[index]
-            tables = None
-            if self.dynamic[name]:
-                sides = values.shape[1:-1]
-                tables = axis_features(layout, [_places(side) for side in sides])
-            segment = Segment(values, positions, None if present is None else present.unsqueeze(1))
-            parts.append(self.model.encoding.part(name, segment, tables))
-        return self.decided(self.model.classify(self.model.read(Memory(parts, tileable=False))))
+        encoding, inputs = self.model.encoding, []
+        for name, segment in segments_of(encoding.layouts, dict(zip(self.names, tensors, strict=True))).items():
+            layout, sides = encoding.layouts[name], segment.values.shape[1:-1]
+            tables = axis_features(layout, [_places(side) for side in sides]) if is_dynamic(layout) else None
+            inputs.append(encoding.modality_inputs(name, segment, tables))
+        return self.with_probabilities(self.model.classify(self.model.read(Memory(inputs, tileable=False))))
 
-    def decided(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and the probabilities that they stand for."""
+    def with_probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and their calibrated probabilities."""
         calibrated = logits / self.temperature
         return logits, calibrated.sigmoid() if self.multi_label else calibrated.softmax(dim=-1)
 
@@ -97,7 +94,7 @@ def export_model(model: str | os.PathLike[str] | None, output: str | os.PathLike
 
     Raises:
         UsageError: another suffix, a package that is missing, or more weights than ONNX holds in one file.
-        IntegrityError: what was exported differs from the model by more than TOLERANCE. ResourceError: cannot write.
+        IntegrityError: the file differs from the model by more than TOLERANCE. ResourceError: cannot write.
     """
     suffix = check_output(output)
     perceiver, info = load_model(find_model(None if model is None else os.fspath(model)))
@@ -115,40 +112,37 @@ def export_model(model: str | os.PathLike[str] | None, output: str | os.PathLike
 
 
 def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dict[str, Any], float]:
-    """Return the bytes of a file, its metadata, and the largest difference found by the check.
+    """Return the bytes of a file, its metadata, and the largest difference from the model.
 
     Raises:
         IntegrityError: that is more than TOLERANCE.
     """
-    metadata = describe(model, info)
+    metadata = metadata_of(model, info)
     graph = Graph(model, info.calibration or Calibration(), multi_label=info.config.multi_label)
     data, _, difference = traced(graph, metadata, suffix)
     return data, metadata, difference
 
 
 def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[bytes, Run, float]:
-    """Return the bytes of a file, what runs it, and the largest difference found by the check.
+    """Return the bytes of a file, a function that runs it, and the largest difference from the model.
 
     Raises:
         IntegrityError: that is more than TOLERANCE.
     """
     model = graph.eval().model
-    rng = np.random.default_rng(0)
-    example = made_up(model.encoding.layouts, TRACED_BATCH, 0, rng)
+    layouts, rng = model.encoding.layouts, np.random.default_rng(0)
+    example = made_up(layouts, TRACED_BATCH, 0, rng)
     with torch.no_grad(), _quiet():
-        segments = segments_of(model.encoding.layouts, example)
-        model(segments)  # makes the tables of positions, which are constants where sides are fixed
-        shapes = tuple(dynamic_axes(model.encoding.layouts, name, example[name].ndim) for name in graph.names)
+        model(segments_of(layouts, example))  # makes the tables of positions, constants where sides are fixed
+        shapes = tuple(dynamic_axes(layouts, name, example[name].ndim) for name in graph.names)
         tensors = tuple(torch.from_numpy(example[name]) for name in graph.names)
         program = torch.export.export(graph, tensors, dynamic_shapes={"tensors": shapes})
-        program.example_inputs = None  # random numbers are of no use to anyone
+        program.example_inputs = None  # nobody needs the random numbers
         for node in program.graph.nodes:
             node.meta.pop("stack_trace", None)  # names folders of this machine
-        data, run = _FORMATS[suffix](program, graph.names, metadata)
-        difference = 0.0
-        for count, more in CHECKED:
-            given = made_up(model.encoding.layouts, count, more, rng)
-            difference = max(difference, _difference(graph, run, given))
+        data, run = _WRITERS[suffix](program, graph.names, metadata)
+        # NumPy's maximum of anything and NaN is NaN, which no tolerance admits.
+        difference = float(np.max([_difference(graph, run, made_up(layouts, *sizes, rng)) for sizes in CHECKED]))
     if not difference <= TOLERANCE:
         raise IntegrityError(
             f"the exported model differs from the original by {difference:.2g}, more than {TOLERANCE:g}",
@@ -158,7 +152,7 @@ def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[byte
 
 
 def check_output(output: str | os.PathLike[str]) -> str:
-    """Return the suffix of an output, if it can be written here. Raises UsageError."""
+    """Return the suffix of an output that can be written here; else raise UsageError."""
     suffix = Path(output).suffix.lower()
     if suffix not in FORMATS:
         raise UsageError(f"-o {show_path(output)}: not a format written here", f"expected {' or '.join(FORMATS)}")
@@ -169,7 +163,7 @@ def check_output(output: str | os.PathLike[str]) -> str:
 
 
 def missing_packages(suffix: str) -> list[str]:
-    """Return which packages that a format needs are not installed."""
+    """Return the packages that a format needs and that are not installed."""
     return [package for package in FORMATS[suffix] if find_spec(package) is None]
 
 
@@ -188,57 +182,53 @@ def input_names(layouts: Mapping[str, Layout]) -> Iterator[str]:
 
 
 def is_dynamic(layout: Layout) -> bool:
-    """Return whether a grid may have other sides than its layout's: positions are a formula, not learned."""
+    """Return whether a grid may have other sides than its layout's: its positions are a formula, not learned."""
     return layout.is_grid and not layout.learned_channels and layout.stem in ("none", "linear")
 
 
 def dynamic_axes(layouts: Mapping[str, Layout], name: str, ndim: int) -> dict[int, Any]:
     """Return the dynamic axes of an input, by number: the batch, and sides of a grid."""
-    axes = {0: _BATCH}
+    axes = {0: BATCH}
     if name in layouts and is_dynamic(layouts[name]):
         axes |= {axis: torch.export.Dim(f"{name}_side_{axis}", min=2) for axis in range(1, ndim - 1)}
     return axes
 
 
-_BATCH = torch.export.Dim("batch")
-
-
 def _places(side: int) -> Tensor:
-    """Return (side, 1) positions along an axis as `grid_positions` does, whose linspace cannot have a symbolic length.
+    """Return positions (side, 1) along an axis, like `grid_positions`, whose linspace cannot have a symbolic length.
 
     Like linspace it counts from the nearer end, so that the places are symmetric to the bit.
     """
     index = torch.arange(side).float()
     last = index[-1]
     step = 2.0 / last
-    places = torch.where(2 * index < last, index * step - 1, 1 - (last - index) * step)
-    return places.unsqueeze(-1)
+    return torch.where(2 * index < last, index * step - 1, 1 - (last - index) * step).unsqueeze(-1)
 
 
 def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Return random inputs of `count` examples; grids that are dynamic have `more` on each side.
+    """Return random inputs (arrays by name) of `count` examples; dynamic grids have `more` on each side.
 
     Values are about as large as real ones: two deviations about their mean. With several modalities the last example
-    has but the first of them.
+    has only the first of them.
     """
-    given: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for place, (name, layout) in enumerate(layouts.items()):
         *sides, channels = layout.prepared_shape
         if is_dynamic(layout):
             sides = [side + more for side in sides]
         if layout.channels:
             noise = rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean
-            given[name] = noise.astype(np.float32)
+            arrays[name] = noise.astype(np.float32)
         if not layout.is_grid:
-            given[f"{name}_positions"] = rng.uniform(-1, 1, (count, *sides, layout.dims)).astype(np.float32)
+            arrays[f"{name}_positions"] = rng.uniform(-1, 1, (count, *sides, layout.dims)).astype(np.float32)
         if len(layouts) > 1:
-            given[f"{name}_present"] = np.arange(count) < (count if place == 0 else max(1, count - 1))
-    return given
+            arrays[f"{name}_present"] = np.arange(count) < (count if place == 0 else max(1, count - 1))
+    return arrays
 
 
-def segments_of(layouts: Mapping[str, Layout], given: Mapping[str, Any]) -> dict[str, Segment]:
-    """Return inputs of the graph as the model takes them."""
-    tensors = {name: torch.from_numpy(array) for name, array in given.items()}
+def segments_of(layouts: Mapping[str, Layout], inputs: Mapping[str, Any]) -> dict[str, Segment]:
+    """Return the model's segments from the graph's inputs, tensors or arrays by name."""
+    tensors = {name: x if isinstance(x, Tensor) else torch.from_numpy(x) for name, x in inputs.items()}
     segments = {}
     for name in layouts:
         positions, present = tensors.get(f"{name}_positions"), tensors.get(f"{name}_present")
@@ -261,21 +251,21 @@ def _onnx(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tu
     for node in proto.graph.node:
         del node.metadata_props[:]  # the exporter's notes to itself, a quarter of a small file
     del proto.graph.value_info[:]
-    symbols: dict[str, str] = {}  # the exporter's names of dynamic axes, and ours
-    for value in proto.graph.input:
-        for dim, side in zip(value.type.tensor_type.shape.dim, metadata["inputs"][value.name]["shape"], strict=True):
-            if isinstance(side, str):
-                symbols[dim.dim_param] = side
+    symbols = {  # our names of dynamic axes, by the exporter's
+        dim.dim_param: side
+        for value in proto.graph.input
+        for dim, side in zip(value.type.tensor_type.shape.dim, metadata["inputs"][value.name]["shape"], strict=True)
+        if isinstance(side, str)
+    }
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in symbols:
                 dim.dim_param = symbols[dim.dim_param]
     for key, value in metadata.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value if isinstance(value, str) else json.dumps(value)
+        proto.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
     data = proto.SerializeToString()
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    return data, lambda given: session.run(list(OUTPUTS), dict(given))
+    return data, lambda inputs: session.run(list(OUTPUTS), dict(inputs))
 
 
 def _pt2(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tuple[bytes, Run]:
@@ -283,30 +273,30 @@ def _pt2(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tup
     torch.export.save(program, stream, extra_files={"metadata.json": json.dumps(metadata)})
     data = stream.getvalue()
     module = torch.export.load(io.BytesIO(data)).module()
-    return data, lambda given: [out.numpy() for out in module(*(torch.from_numpy(given[name]) for name in names))]
+    return data, lambda inputs: [out.numpy() for out in module(*(torch.from_numpy(inputs[name]) for name in names))]
 
 
-_FORMATS = {".onnx": _onnx, ".pt2": _pt2}
+_WRITERS = {".onnx": _onnx, ".pt2": _pt2}
 
 
-def _difference(graph: Graph, run: Run, given: Mapping[str, Any]) -> float:
+def _difference(graph: Graph, run: Run, inputs: Mapping[str, Any]) -> float:
     """Return the largest difference of logits (relative to the largest one above 1) and of probabilities.
 
-    From the model itself, or for sizes that only the graph takes from the graph before it was exported.
+    The reference is the model itself or, for sizes that only the graph takes, the graph before it was exported.
     """
     layouts = graph.model.encoding.layouts
-    if all(given[name].shape[1:] == layout.prepared_shape for name, layout in layouts.items() if name in given):
-        logits, probabilities = graph.decided(graph.model(segments_of(layouts, given)))
+    if all(inputs[name].shape[1:] == layout.prepared_shape for name, layout in layouts.items() if name in inputs):
+        logits, probabilities = graph.with_probabilities(graph.model(segments_of(layouts, inputs)))
     else:
-        logits, probabilities = graph(*(torch.from_numpy(given[name]) for name in graph.names))
-    found = [torch.from_numpy(np.asarray(out)) for out in run(given)]
-    scale = max(1.0, float(logits.abs().max()))
-    return max(float((found[0] - logits).abs().max()) / scale, float((found[1] - probabilities).abs().max()))
+        logits, probabilities = graph(*(torch.from_numpy(inputs[name]) for name in graph.names))
+    run_logits, run_probabilities = (torch.from_numpy(np.asarray(out)) for out in run(inputs))
+    off = float((run_logits - logits).abs().max()) / max(1.0, float(logits.abs().max()))
+    return float(np.max([off, float((run_probabilities - probabilities).abs().max())]))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what exporters say of their own steps, deprecations and missing packages from stdout and stderr."""
+    """Silence the exporters' messages about their steps, deprecations and missing packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -317,24 +307,8 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# ---------------------------------------------------------------- description
-
-PREPARATION = {
-    "image": "decode to RGB (or grey) uint8, turned as EXIF says; crop the centre: eval_crop of the largest box of the "
-    "aspect of size, rounded down; resize to size (height, width), bicubic with antialias; keep 0..255: mean and std "
-    "are applied in the graph; cut into patches",
-    "audio": "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, a shorter sound repeated "
-    "(or zero-padded, as short says); raw samples, or a log-mel spectrogram of zero mean and unit variance; cut "
-    "into patches",
-    "video": "the middle num_frames frames at frame_rate_hz, each cropped and resized as an image is, 0..255; cut into "
-    "patches of time, height, width",
-    "points": "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate",
-}
-PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
-
-
 def describe_inputs(layouts: Mapping[str, Layout]) -> dict[str, Any]:
-    """Return what the inputs of a graph are, by name."""
+    """Return the modality, shape and type of each input of the graph, by name."""
     example = made_up(layouts, 1, 0, np.random.default_rng(0))
     inputs = {}
     for name in input_names(layouts):
@@ -347,8 +321,8 @@ def describe_inputs(layouts: Mapping[str, Layout]) -> dict[str, Any]:
     return inputs
 
 
-def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
-    """Return the metadata of an exported model: all that a program needs to use it without this one."""
+def metadata_of(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
+    """Return the metadata of an exported model: all that another program needs to use it."""
     config = info.config
     calibration = info.calibration or Calibration()
     decision: dict[str, Any] = {"temperature": calibration.temperature}
@@ -363,7 +337,7 @@ def describe(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
         "decision": decision,
         "inputs": describe_inputs(model.encoding.layouts),
         "preparation": {
-            name: {"in_words": PREPARATION.get(name, ""), "options": spec.model_dump(mode="json")}
+            name: {"in_words": modality(name).preparation, "options": spec.model_dump(mode="json")}
             for name, spec in config.inputs.items()
         },
         "metrics": dict(info.metrics),

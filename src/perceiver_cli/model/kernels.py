@@ -1,11 +1,11 @@
 """Matrix products, and softmax attention that also gives its normaliser: all calls below PyTorch's public interface.
 
 Axes: T tiles, n queries, m keys, w width. In every kernel of tiles values = keys and the scale is 1. The last column of
-keys is all ones, and of queries and gradients zero: a kernel may write there what each row takes from its scores, and
-gives in its place the sum of weights.
+keys is all ones, that of queries and gradients zero: a kernel may write there a number that is subtracted from each
+score of the row. The last column of its sums is the sum of weights.
 
 `product` and `choose` try each candidate once on a small problem and fall back to plain PyTorch where it is missing,
-refuses, or is wrong, so that a change inside PyTorch costs speed and never an answer.
+refuses, or is wrong, so that a change inside PyTorch costs speed and never correctness.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ FAR = 16.0  # sigmoid(x) is exp(x) to float32's precision where x <= -FAR
 SPAN = 59.0  # a sum of exp(-SPAN) is right to 1e-6 without 2^20 numbers that are too small for a float32
 NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
 SCORE_BYTES = 4 << 20  # of one block of scores in the plain kernels: it should stay in a core's cache
+Gradients = tuple[Tensor, Tensor | None]  # of q, and of k where they are needed
 
 
 @dataclass(frozen=True)
 class Kernel:
     """forward(q, k, shift): sums (T, n, w) and level (T, n) of q (T, n, w), k (T, m, w): exp(score - level) times key.
 
-    `shift` (T, n) is more than every score by FAR at least, and more than the log of the whole normaliser by SPAN at
-    most, and is then the level; None where no such number is known: the level is the log of the tile's normaliser. Only
-    a kernel that shifts(multiply-adds of a tile's scores) makes use of it.
+    `shift` (T, n) is above every score by FAR at least and above the log of the whole normaliser by SPAN at most, and
+    is then the level. If it is None the level is the log of the tile's normaliser. Only a kernel that
+    shifts(multiply-adds of a tile's scores) uses it.
 
     backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k, but for their last columns.
-    `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is what is taken from
-    every grad . k before it is weighted: the sum over all keys of weight times grad . k, less the gradient of lse.
+    `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is subtracted from every
+    grad . k before it is weighted: the sum over all keys of weight times grad . k, less the gradient of lse.
 
     Both may write into the last columns of q and grad.
     """
@@ -46,18 +47,15 @@ class Kernel:
     name: str
     dtype: torch.dtype
     forward: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
     shifts: Callable[[int], bool] = lambda multiply_adds: False
 
 
-# ---------------------------------------------------------------- products
-
-
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a b^T + bias (n, m) of a (n, k) and b (m, k) in any layout, bias (m) contiguous; it has no gradient.
+    """Return a b^T + bias (n, m) of a (n, k) and b (m, k) in any layout, bias (m) contiguous, without a gradient.
 
-    PyTorch leaves float32 products on a CPU to MKL, which on AMD's does half of what the cores can (512 x 1024 x 1024
-    on two of Zen 5: 5.7 ms); oneDNN, which PyTorch brings as well, does all of it (2.6 ms).
+    PyTorch leaves float32 products on a CPU to MKL, which reaches half the speed of AMD's cores (512 x 1024 x 1024 on
+    two of Zen 5: 5.7 ms). oneDNN, which PyTorch brings as well, reaches all of it (2.6 ms).
     """
     if a.device.type == "cpu" and a.dtype == torch.float32 and _pays(len(a) * b.numel()) and _has_onednn():
         return _onednn(_dense(a), _dense(b), bias)
@@ -65,10 +63,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def exponentials(a: Tensor, b: Tensor) -> Tensor:
-    """Return exp(a b^T) (n, m) of a (n, k) and b (m, k) where no element of a b^T is above -FAR: by oneDNN alone.
+    """Return exp(a b^T) (n, m) of a (n, k) and b (m, k) if no element of a b^T is above -FAR; needs oneDNN.
 
-    oneDNN has no exp to end a product with, but a sigmoid, which is the same far below zero: 3 ms for 10 of a pass over
-    the scores, 224 x 224 inputs and 512 queries.
+    oneDNN can end a product with a sigmoid, not with an exp; far below zero they are the same. It takes 3 ms where a
+    pass over the scores takes 10 (224 x 224 inputs, 512 queries).
     """
     return _onednn(a, b, then="sigmoid")
 
@@ -78,18 +76,18 @@ def _pays(multiply_adds: int) -> bool:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """Return a matrix whose rows or columns follow each other: oneDNN is a thousand times slower on others."""
+    """Return x with contiguous rows or columns: oneDNN is a thousand times slower on other layouts."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], "")
-    return found
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, then, [], "")
+    return out
 
 
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
-    """Return whether oneDNN's product is there and right, in both layouts."""
+    """Return whether oneDNN's product exists and is right, in every layout."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 45, generator=generator) for rows in (70, 37))
     bias = torch.randn(37, generator=generator)
@@ -104,9 +102,6 @@ def _has_onednn() -> bool:
             return all(torch.allclose(_onednn(x, y, bias), F.linear(x, y, bias), atol=1e-4) for x, y in layouts)
         except (RuntimeError, AttributeError, TypeError):  # not in this version, or not for this processor
             return False
-
-
-# ---------------------------------------------------------------- plain
 
 
 def _blocks(q: Tensor, k: Tensor) -> list[slice]:
@@ -124,9 +119,7 @@ def _plain_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, 
     return out, lse
 
 
-def _plain_backward(
-    q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
-) -> tuple[Tensor, Tensor | None]:
+def _plain_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool) -> Gradients:
     q[..., -1], grad[..., -1] = -lse, -delta
     grad_q, grad_k = torch.empty_like(q), torch.empty_like(k) if need_keys else None
     for tiles in _blocks(q, k):
@@ -155,7 +148,7 @@ FLASH_CPU = Kernel("flash for CPU", torch.float32, _flash_cpu_forward, _plain_ba
 
 
 def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax without its maximum, where scores are known to be small: exp as part of the product that makes them."""
+    """Softmax without its maximum, for scores that are known to be small: exp ends the product that makes them."""
     if shift is None:
         return _flash_cpu_forward(q, k, None)
     q[..., -1] = -shift
@@ -163,10 +156,8 @@ def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor,
     return torch.stack([_onednn(exponentials(a, b), c) for a, b, c in each]), shift
 
 
-def _onednn_backward(
-    q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Here the normaliser is known, so that every score less it and FAR is far below zero."""
+def _onednn_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool) -> Gradients:
+    """The normaliser is known here: a score minus it and minus FAR is far below zero."""
     if not _pays(prod(q.shape[1:]) * k.shape[1]):
         return _plain_backward(q, k, grad, lse, delta, need_keys)
     q[..., -1], grad[..., -1] = -FAR - lse, -delta
@@ -193,10 +184,10 @@ def _pad(x: Tensor, multiple: int) -> Tensor:
 
 
 def _for_stock_backward(q: Tensor, k: Tensor, grad: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-    """Return q, k, grad and out (T, 1, n or m, padded width), so that a stock backward takes `delta` from grad . k.
+    """Return q, k, grad and out (T, 1, n or m, padded width), so that a stock backward subtracts `delta` from grad . k.
 
-    It would take rowsum(grad * out), of what it thinks is the whole softmax: with an out of zeros it takes nothing, and
-    the last column does it.
+    It would subtract rowsum(grad * out), as if this were the whole softmax. With an out of zeros it subtracts nothing,
+    and the last column does it.
     """
     grad[..., -1] = -delta
     q, k, grad = (_pad(x, 8).unsqueeze(1) for x in (q, k, grad))
@@ -210,9 +201,7 @@ def _flash_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, 
     return out.squeeze(1)[..., :width], lse.squeeze(1)
 
 
-def _flash_backward(
-    q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
-) -> tuple[Tensor, Tensor | None]:
+def _flash_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool) -> Gradients:
     width, queries, keys = q.shape[-1], q.shape[1], k.shape[1]
     q, k, grad, out = _for_stock_backward(q, k, grad, delta)
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -231,9 +220,7 @@ def _efficient_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tens
     return out.squeeze(1)[..., :width], lse.squeeze(1)[..., : q.shape[2]]  # its rows are padded
 
 
-def _efficient_backward(
-    q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool
-) -> tuple[Tensor, Tensor | None]:
+def _efficient_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool) -> Gradients:
     width = q.shape[-1]
     q, k, grad, out = _for_stock_backward(q, k, grad, delta)
     padded = _pad(lse, 32).unsqueeze(1).contiguous()
@@ -244,11 +231,8 @@ def _efficient_backward(
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
 
-# ---------------------------------------------------------------- choice
-
-
 def _is_right(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether a kernel gives what the plain one gives, both ways, on problems of odd sizes, small and large."""
+    """Return whether a kernel agrees with the plain one, both ways, on problems of odd sizes, small and large."""
     tolerance = 1e-4 if kernel.dtype == torch.float32 else 3e-2
     sizes = [(3, 45, 70), (2, 400, 150 * torch.get_num_threads() if device.type == "cpu" else 150)]
     try:
@@ -282,12 +266,10 @@ def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torc
 @lru_cache(maxsize=32)
 def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
     """Return the fastest kernel that is right on `device`; half precision only where `dtype` (of autocast) is half."""
-    candidates = []
-    if device.type == "cpu":
-        candidates = [ONEDNN, FLASH_CPU]
-    elif device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
-        candidates = [Kernel("flash", dtype, _flash_forward, _flash_backward)]
+    candidates = [ONEDNN, FLASH_CPU] if device.type == "cpu" else []
     if device.type == "cuda":
+        half = [Kernel("flash", dtype, _flash_forward, _flash_backward)]
+        candidates = half if dtype in (torch.float16, torch.bfloat16) else []
         candidates += [Kernel("memory-efficient", torch.float32, _efficient_forward, _efficient_backward)]
     with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         return next((kernel for kernel in candidates if _is_right(kernel, device)), PLAIN)

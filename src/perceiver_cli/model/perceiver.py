@@ -18,7 +18,7 @@ from perceiver_cli.files import show_text
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.model.cost import cross_width
 from perceiver_cli.model.device import Compute
-from perceiver_cli.model.encoding import ByteArrayEncoding, Part, Segment
+from perceiver_cli.model.encoding import ByteArrayEncoding, ModalityInputs, Segment
 from perceiver_cli.preprocess.base import Layout
 
 LATENT_STD = 0.02
@@ -27,11 +27,11 @@ TRUNCATED_STD = 0.87962566103423978
 
 
 class Perceiver(nn.Module):
-    """Logits from segments of one or several modalities.
+    """The model: logits from segments of one or several modalities.
 
     Weight sharing is data: `cross_attends` and `latent_transformers` hold the distinct weight sets, and the schedule
-    (`ModelConfig.steps`) says which runs when. With the default schedule that is Table 7's: 2 cross-attends and 6
-    self-attend blocks, used 8 times.
+    (`ModelConfig.steps`) says which runs when. The default schedule is Table 7's: 2 cross-attends and 6 self-attend
+    blocks, used 8 times.
 
     Args:
         config: sizes and schedule.
@@ -46,23 +46,18 @@ class Perceiver(nn.Module):
         self.encoding = ByteArrayEncoding(layouts, config.modality_channels)
         latent_channels, input_channels = config.latent_channels, self.encoding.num_channels
         width = cross_width(config, input_channels)
+        widening, gelu = config.widening_factor, config.gelu
         self.latents = nn.Parameter(torch.empty(config.num_latents, latent_channels))
         self.cross_attends = nn.ModuleList(
-            CrossAttend(
-                latent_channels, input_channels, width, config.num_cross_heads, config.widening_factor, config.gelu
-            )
+            CrossAttend(latent_channels, input_channels, width, config.num_cross_heads, widening, gelu)
             for _ in range(config.num_cross_sets)
         )
+        blocks = config.self_attends_per_block
         self.latent_transformers = nn.ModuleList(
-            nn.Sequential(
-                *(
-                    SelfAttend(latent_channels, config.num_self_heads, config.widening_factor, config.gelu)
-                    for _ in range(config.self_attends_per_block)
-                )
-            )
+            nn.Sequential(*(SelfAttend(latent_channels, config.num_self_heads, widening, gelu) for _ in range(blocks)))
             for _ in range(config.num_latent_sets)
         )
-        # Whether the backward pass makes activations of latent Transformers again: a third more time, far less memory.
+        # Make activations of latent Transformers again in the backward pass: a third more time, far less memory.
         self.recompute = False
         self._folded: tuple[tuple[object, ...], Tensor] | None = None
         self.readout = QueryReadout(config) if config.head == "query" else None
@@ -80,10 +75,10 @@ class Perceiver(nn.Module):
 
     def encode(self, segments: Mapping[str, Segment]) -> Tensor:
         """Return the final latents (B, N, D)."""
-        return self.read(Memory(list(self.encoding.parts(segments).values())))
+        return self.read(Memory(self.encoding.inputs(segments).values()))
 
     def read(self, memory: Memory) -> Tensor:
-        """Return the final latents (B, N, D) after the schedule's reading of `memory`."""
+        """Return the final latents (B, N, D), after all steps of the schedule."""
         latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
         folded = self._first_queries() if memory.tileable and not torch.is_grad_enabled() else None
         for kind, index in self.config.steps:
@@ -97,19 +92,19 @@ class Perceiver(nn.Module):
         return latents
 
     def _first_queries(self) -> Tensor:
-        """Return the folded queries of the first cross-attend, which depend on no input: made once per model."""
+        """Return the folded queries of the first cross-attend, which depend on no input, made once per model."""
         block = self.cross_attends[0]
         assert isinstance(block, CrossAttend)
-        used = (
-            self.latents,
-            *(p for part in (block.latent_norm, block.query) for p in part.parameters()),
+        learned = (
+            *block.latent_norm.parameters(),
+            *block.query.parameters(),
             block.key.weight,
             block.input_norm.weight,
         )
         kind = self.latents.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # Training, loading and moving a model each change one of these.
-        state = (precision, *((p.device, p.data_ptr(), p._version) for p in used))
+        state = (precision, *((p.device, p.data_ptr(), p._version) for p in (self.latents, *learned)))
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))
         return self._folded[1]
@@ -125,8 +120,8 @@ class QueryReadout(nn.Module):
         self.cross_attend = CrossAttend(channels, channels, channels, 1, 1, config.gelu, residual=config.query_residual)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return (B, D) from latents (B, N, D)."""
-        attended: Tensor = self.cross_attend(self.query.unsqueeze(0), Memory([Part(latents)]))
+        """Return the vector (B, D) that the query reads from latents (B, N, D)."""
+        attended: Tensor = self.cross_attend(self.query.unsqueeze(0), Memory([ModalityInputs(latents)]))
         return attended[:, 0]
 
 
@@ -134,7 +129,7 @@ def compile_latents(model: Perceiver, compute: Compute) -> None:
     """Let torch.compile fuse what lies between the latent Transformers' matrix products; weights keep their names.
 
     Raises:
-        UsageError: torch.compile does not work here, found on a trifle rather than in the first step.
+        UsageError: torch.compile does not work here; a trifle is compiled first, to know before the first step.
     """
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=compute.device))

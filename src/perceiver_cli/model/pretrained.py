@@ -1,8 +1,8 @@
 """From the image classifiers of transformers (`deepmind/vision-perceiver-*`) to a model file of this program.
 
-No second model class: their configuration becomes a `Config`, their tensors take our names, and what a model file can
-do (predict, evaluate, be fine-tuned) then works as with any other. Nothing is trusted: `config.json` is parsed
-defensively, sizes are counted before anything is built, every tensor's name and shape is checked both ways.
+There is no second model class: their configuration becomes a `Config`, their tensors take our names, and the model file
+works as any other. Nothing is trusted: `config.json` is parsed defensively, sizes are counted before anything is built,
+every tensor's name and shape is checked both ways.
 
 Source: modeling_perceiver.py of transformers; where it differs from the official JAX code, `variant` chooses.
 """
@@ -45,7 +45,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FOURIER, LEARNED, CONV = ARCHITECTURES
 
-# transformers' name (after "perceiver.") for each of ours, whole or in part; applied to ours from the top down.
+# transformers' name (after "perceiver.") for each of ours, or for a piece of it; applied to ours from the top down.
 NAMES = (
     # theirs                                                          ours
     ("embeddings.latents",                                            "latents"),
@@ -74,15 +74,21 @@ TABLE, STEM = "encoding.learned_positions.image", "encoding.stems.image.weight"
 PROJECTION = "perceiver.input_preprocessor.positions_projection."  # of the table; folded into it
 CLASSES = "perceiver.decoder.decoder.final_layer.weight"
 
-# What config.json leaves out has these values (PerceiverConfig) ...
+# Fields of ModelConfig, by those of config.json.
+SIZES = {
+    "num_latents": "num_latents", "latent_channels": "d_latents", "widening_factor": "cross_attention_widening_factor",
+    "num_cross_heads": "num_cross_attention_heads", "num_self_heads": "num_self_attention_heads",
+    "self_attends_per_block": "num_self_attends_per_block",
+}  # fmt: skip
+# Defaults of keys that config.json leaves out (PerceiverConfig) ...
 DEFAULTS: dict[str, Any] = {
     "num_latents": 256, "d_latents": 1280, "num_blocks": 1, "num_self_attends_per_block": 26,
     "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "self_attention_widening_factor": 1,
     "cross_attention_widening_factor": 1, "image_size": 56, "hidden_act": "gelu",
 }  # fmt: skip
-# ... and a model without one those of the published models, as far as its shapes do not tell.
+# ... and, without a config.json, the published models' values of what shapes do not tell.
 PUBLISHED = {"num_blocks": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
-# What our model always does. Anything else in config.json is refused.
+# Our model can only do this; other values in config.json are refused.
 FIXED_MODEL = {
     "model_type": "perceiver", "hidden_act": "gelu", "qk_channels": None, "v_channels": None,
     "cross_attention_shape_for_attention": "kv", "use_query_residual": True,
@@ -99,13 +105,14 @@ FINE_TUNING = {
 
 
 def import_model(source: str, output: Path, variant: Variant = "dm") -> ModelInfo:
-    """Write the model of `source` to `output` as a model file of this program; return what the file says of itself.
+    """Write the model of `source` to `output` as a model file of this program; return the file's own description.
 
-    Errors as of `read_pretrained`; UsageError where `output` is the file to read, and ResourceError where it cannot be
-    written.
+    Raises:
+        UsageError: `output` is the file to read, or as `read_pretrained`. IntegrityError: as `read_pretrained`.
+        ResourceError: `output` cannot be written.
     """
-    read = os.path.join(source, MODEL_FILE) if os.path.isdir(source) else source
-    if os.path.isfile(read) and output.exists() and output.samefile(read):
+    weights_file = os.path.join(source, MODEL_FILE) if os.path.isdir(source) else source
+    if os.path.isfile(weights_file) and output.exists() and output.samefile(weights_file):
         raise UsageError(f"-o {show_path(output)}: is the file to import", "choose another output")
     weights, info = read_pretrained(source, variant)
     save_model(output, weights, info)
@@ -118,14 +125,14 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     Args:
         source: a folder with model.safetensors and config.json; a .safetensors file, with config.json beside it or
             without; or a name on the Hugging Face hub, whose files are then downloaded.
-        variant: "dm" computes what the weights were trained with in the official code, "hf" what transformers
-            computes. They differ for learned positions (the readout's residual, which the official model does not
-            have) and for the convolution (56 x 56 places, of which transformers' padding leaves 55 x 55). GELU is
-            exact in both, as in transformers; JAX's default is its tanh form, less than 0.0005 apart.
+        variant: "dm" computes as the official code, which trained the weights, "hf" as transformers. They differ for
+            learned positions (the official readout has no residual) and for the convolution (56 x 56 places, of which
+            transformers' padding leaves 55 x 55). GELU is exact in both, as in transformers; JAX's default is its tanh
+            form, less than 0.0005 apart.
 
     Raises:
         UsageError: no such source, or a configuration that this program cannot express.
-        IntegrityError: a damaged file, or tensors that are not those of its configuration.
+        IntegrityError: a damaged file, or tensors that do not match its configuration.
     """
     fetch = _files(source)
     theirs = _read_json(fetch(CONFIG_FILE))
@@ -142,14 +149,13 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     classes = _classes(theirs or {}, _integer(show_path(path), CLASSES, next(iter(shapes.get(CLASSES, ())), None)))
     config = _config(architecture, facts, processor, len(classes), variant)
 
-    spec = config.inputs["image"]
-    layouts = {"image": modality("image").layout(spec)}
+    layouts = {"image": modality("image").layout(config.inputs["image"])}
     cost = estimate(config.model, layouts, len(classes))
     if cost.parameters > MAX_PARAMETERS or cost.num_inputs > MAX_INPUTS:
-        asked = f"{cost.parameters:,} parameters and {cost.num_inputs:,} inputs"
-        raise UsageError(f"{CONFIG_FILE}: asks for {asked}", f"at most {MAX_PARAMETERS:,} and {MAX_INPUTS:,} are built")
-    if config.model.cross_channels == "input" and cost.input_channels % config.model.num_cross_heads:
-        heads = config.model.num_cross_heads
+        sizes = f"{cost.parameters:,} parameters and {cost.num_inputs:,} inputs"
+        raise UsageError(f"{CONFIG_FILE}: asks for {sizes}", f"at most {MAX_PARAMETERS:,} and {MAX_INPUTS:,} are built")
+    heads = config.model.num_cross_heads
+    if cost.input_channels % heads:
         raise UsageError(f"{CONFIG_FILE}: num_cross_attention_heads {heads} does not divide {cost.input_channels}")
     with torch.device("meta"):
         expected = Perceiver(config.model, layouts, len(classes)).state_dict()
@@ -161,29 +167,26 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     return weights, ModelInfo(config, classes, 0, metrics)
 
 
-# ---------------------------------------------------------------- where the files are
-
-
 def _files(source: str) -> Callable[[str], Path | None]:
-    """Return what gives the path of one of the source's three files, or None for an optional one that is not there."""
+    """Return a function that maps a file name to its path, or None if it is missing."""
     shown, path = show_path(source), Path(source)
     convert = "load it with transformers and call save_pretrained(FOLDER), which writes safetensors"
     if path.suffix.lower() in PICKLES:
         raise UsageError(f"{shown}: a pickle can run programs, so only safetensors files are opened here", convert)
-    if os.path.isdir(path):  # unlike Path.is_dir, no error for a name that is too long to be one
-        if not (path / MODEL_FILE).is_file():
+    folder = os.path.isdir(path)  # unlike Path.is_dir, no error for a name that is too long to be one
+    if folder or os.path.isfile(path):
+        files = {name: (path if folder else path.parent) / name for name in (CONFIG_FILE, PROCESSOR_FILE)}
+        files[MODEL_FILE] = path / MODEL_FILE if folder else path
+        if not files[MODEL_FILE].is_file():
             raise UsageError(f"{shown}: no {MODEL_FILE} in it", convert)
-        return lambda name: path / name if (path / name).is_file() else None
-    if os.path.isfile(path):
-        beside = path.parent
-        return lambda name: path if name == MODEL_FILE else beside / name if (beside / name).is_file() else None
+        return lambda name: files[name] if files[name].is_file() else None
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII) and path.suffix != ".safetensors":
         return lambda name: _download(source, name)
     raise UsageError(f"{shown}: no such folder or file", "expected a folder, a .safetensors file or a hub's ORG/NAME")
 
 
 def _download(repository: str, name: str) -> Path | None:
-    """Return the path of a hub repository's file in the local cache, downloaded if it is not there yet."""
+    """Return the path of a hub repository's file in the local cache, after a download if needed."""
     try:
         import huggingface_hub as hub  # type: ignore[import-not-found, unused-ignore]
         from huggingface_hub import errors as hub_errors
@@ -192,9 +195,9 @@ def _download(repository: str, name: str) -> Path | None:
         raise UsageError(message, "pip install 'perceiver-cli[hub]'") from error
     try:
         return Path(hub.hf_hub_download(repository, name))
-    except Exception as error:  # of HTTP, of the file system or of the hub: all the same to the user
+    except Exception as error:  # of HTTP, of the file system or of the hub: the user can do the same about each
         absent = isinstance(error, hub_errors.EntryNotFoundError)
-        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # that one says nothing of the hub
+        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # the latter is about the cache
             if name == PROCESSOR_FILE:
                 return None
             raise UsageError(f"{show_path(repository)}: has no {name} on the hub") from error
@@ -203,7 +206,7 @@ def _download(repository: str, name: str) -> Path | None:
 
 
 def _read_json(path: Path | None) -> dict[str, Any] | None:
-    """Return a JSON object from a small file, or None where there is no file."""
+    """Return the JSON object in a small file, or None if there is no file."""
     if path is None:
         return None
     try:
@@ -221,11 +224,8 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
     return tables
 
 
-# ---------------------------------------------------------------- configuration
-
-
 def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | None) -> str:
-    """Return the architecture that config.json names and, once `shapes` are known, the tensors confirm."""
+    """Return the architecture that config.json names; with `shapes`, the one that tensor names show must agree."""
     named = None if theirs is None else theirs.get("architectures")
     claimed = named[0] if isinstance(named, list) and named else None
     if named is not None and claimed not in tuple(ARCHITECTURES):
@@ -233,15 +233,15 @@ def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | 
         raise UsageError(f"{CONFIG_FILE}: architecture {_shown(claimed or named)} is not read here", f"known: {known}")
     if shapes is None:
         return str(claimed)
-    parts = {name.split(".")[2] for name in shapes if name.startswith("perceiver.input_preprocessor.")}
-    found = LEARNED if "convnet_1x1" in parts else CONV if "convnet" in parts else FOURIER
-    if claimed not in (None, found):
-        raise IntegrityError(f"{CONFIG_FILE} says {claimed}, but the tensors are those of {found}")
-    return found
+    layers = {name.split(".")[2] for name in shapes if name.startswith("perceiver.input_preprocessor.")}
+    actual = LEARNED if "convnet_1x1" in layers else CONV if "convnet" in layers else FOURIER
+    if claimed not in (None, actual):
+        raise IntegrityError(f"{CONFIG_FILE} says {claimed}, but the tensors are those of {actual}")
+    return actual
 
 
 def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any]:
-    """Return what config.json would say, from the tensors' shapes; what they do not tell, as published."""
+    """Return the fields of config.json from the tensors' shapes and, where these do not tell, as published."""
     try:
         num_latents, channels = shapes["perceiver.embeddings.latents"]
         widening = shapes["perceiver.encoder.cross_attention.mlp.dense1.weight"][0] // channels
@@ -257,7 +257,7 @@ def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any
 def _config(
     architecture: str, facts: Mapping[str, Any], processor: Mapping[str, Any] | None, num_classes: int, variant: Variant
 ) -> Config:
-    """Return our configuration of a model of transformers; raises UsageError for what cannot be expressed."""
+    """Return our configuration of a model of transformers; raise UsageError if it cannot be expressed."""
     _refuse_others(CONFIG_FILE, facts, FIXED_MODEL)
     count = {key: _integer(CONFIG_FILE, key, facts[key]) for key in DEFAULTS if key not in ("hidden_act", "image_size")}
     if count["self_attention_widening_factor"] != count["cross_attention_widening_factor"]:
@@ -268,48 +268,39 @@ def _config(
     if architecture == LEARNED:
         side = _integer(CONFIG_FILE, "image_size", facts["image_size"])
         if processor is not None and image["size"] != [side, side]:
-            found = " x ".join(map(str, image["size"]))
-            raise UsageError(f"{PROCESSOR_FILE}: images of {found}, but positions are learned for {side} x {side}")
+            size = " x ".join(map(str, image["size"]))
+            raise UsageError(f"{PROCESSOR_FILE}: images of {size}, but positions are learned for {side} x {side}")
         image["size"] = [side, side]
     elif architecture == CONV:
         image["stem"] = "conv-same" if variant == "dm" else "conv-valid"
-    model = {
-        "num_latents": count["num_latents"],
-        "latent_channels": count["d_latents"],
-        "schedule": f"c0 (t0)x{count['num_blocks']}",
-        "self_attends_per_block": count["num_self_attends_per_block"],
-        "num_cross_heads": count["num_cross_attention_heads"],
-        "num_self_heads": count["num_self_attention_heads"],
-        "cross_channels": "input",
-        "widening_factor": count["cross_attention_widening_factor"],
-        "gelu": "erf",
-        "head": "query",
+    model = {ours: count[theirs] for ours, theirs in SIZES.items()} | {
+        "schedule": f"c0 (t0)x{count['num_blocks']}", "cross_channels": "input", "gelu": "erf", "head": "query",
         "query_residual": not (architecture == LEARNED and variant == "dm"),
-    }
+    }  # fmt: skip
     name = {FOURIER: "imported-fourier", LEARNED: "imported-learned", CONV: "imported-conv"}[architecture]
-    augmentation = {"crop_area": (0.35, 1.0), "flip": 0.5}
-    tables = {"name": name, "num_classes": num_classes, "model": model, "inputs": {"image": {**image, **augmentation}}}
-    return Config.parse({**tables, "train": FINE_TUNING}, "as imported")
+    inputs = {"image": {**image, "crop_area": (0.35, 1.0), "flip": 0.5}}
+    tables = {"name": name, "num_classes": num_classes, "model": model, "inputs": inputs, "train": FINE_TUNING}
+    return Config.parse(tables, "as imported")
 
 
 def _processing(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what preprocessor_config.json says as fields of ImageSpec; unset, as PerceiverImageProcessor has it."""
+    """Return preprocessor_config.json as fields of ImageSpec, with the defaults of PerceiverImageProcessor."""
     _refuse_others(PROCESSOR_FILE, processor, FIXED_PROCESSING)
     sides: dict[str, list[int]] = {}
     for key, default in (("size", 224), ("crop_size", 256)):
-        given = processor.get(key, default)
-        pair = [given.get("height"), given.get("width")] if isinstance(given, dict) else [given, given]
+        size = processor.get(key, default)
+        pair = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
         sides[key] = [_integer(PROCESSOR_FILE, key, side) for side in pair]
     (height, width), (crop_height, crop_width) = sides["size"], sides["crop_size"]
     if height != width or crop_height != crop_width or height > crop_height:
         raise UsageError(f"{PROCESSOR_FILE}: size and crop_size must be squares, the first inside the second")
-    image: dict[str, Any] = {"size": sides["size"], "eval_crop": height / crop_height}
-    given = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
-    return {**image, **{key: value for key, value in given.items() if value is not None}}
+    image = {"size": sides["size"], "eval_crop": height / crop_height}
+    image |= {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
+    return {key: value for key, value in image.items() if value is not None}
 
 
 def _classes(theirs: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    """Return the class names in order, numbers where there are none; a name used twice gets its number behind it."""
+    """Return the class names in order, or numbers if there are none; a name used twice gets its number behind it."""
     labels = theirs.get("id2label")
     if labels is None:
         return tuple(map(str, range(count)))
@@ -328,9 +319,9 @@ def _classes(theirs: Mapping[str, Any], count: int) -> tuple[str, ...]:
 
 def _refuse_others(origin: str, table: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     for key, wanted in fixed.items():
-        found = table.get(key)
-        if found is not None and found != wanted:
-            raise UsageError(f"{origin}: {key} {_shown(found)} cannot be expressed here, {wanted!r} can")
+        value = table.get(key)
+        if value not in (None, wanted):
+            raise UsageError(f"{origin}: {key} {_shown(value)} cannot be expressed here, {wanted!r} can")
 
 
 def _integer(origin: str, key: str, value: Any) -> int:
@@ -341,21 +332,17 @@ def _integer(origin: str, key: str, value: Any) -> int:
 
 def _shown(value: Any) -> str:
     """Return a short printable form of a value from a stranger's file."""
-    plain = value is None or isinstance(value, str | int | float)
-    return f"{value!r:.60}" if plain else f"a {type(value).__name__}"
-
-
-# ---------------------------------------------------------------- tensors
+    return f"{value!r:.60}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _their_name(ours: str) -> str:
     """Return transformers' name of one of our tensors, by `NAMES`."""
-    for theirs, part in NAMES:
-        ours = ours.replace(part, theirs)
+    for theirs, piece in NAMES:
+        ours = ours.replace(piece, theirs)
     return f"perceiver.{ours}"
 
 
-def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
+def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, Tensor]) -> None:
     """Raise IntegrityError with the first tensors that are missing, not expected or of another shape."""
     wanted = {_their_name(name): tuple(tensor.shape) for name, tensor in expected.items()}
     if STEM in expected:
@@ -363,10 +350,10 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Ma
     if TABLE in expected:
         channels = expected[TABLE].shape[1]
         wanted |= {f"{PROJECTION}weight": (channels, channels), f"{PROJECTION}bias": (channels,)}
-    wrong = [f"missing {name}" for name in wanted if name not in found]
-    wrong += [f"not expected {show_path(name)}" for name in found if name not in wanted]
-    both = [name for name in wanted if name in found and found[name] != wanted[name]]
-    wrong += [f"{name}: expected {wanted[name]}, found {found[name]}" for name in both]
+    wrong = [f"missing {name}" for name in wanted if name not in shapes]
+    wrong += [f"not expected {show_path(name)}" for name in shapes if name not in wanted]
+    both = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
+    wrong += [f"{name}: expected {wanted[name]}, found {shapes[name]}" for name in both]
     if wrong:
         raise IntegrityError(f"{show_path(path)}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
 
@@ -377,12 +364,12 @@ def _converted(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     weights = {}
     for ours, like in expected.items():
         tensor = tensors[_their_name(ours)]
-        whole = tensor.is_floating_point() == like.is_floating_point()
+        same_kind = tensor.is_floating_point() == like.is_floating_point()
         if ours == TABLE:
             # Their projection of the table is linear and the same for every image: table W^T + b is a table again.
-            weight, bias = (tensors[PROJECTION + part].double() for part in ("weight", "bias"))
+            weight, bias = (tensors[PROJECTION + name].double() for name in ("weight", "bias"))
             tensor = tensor.double() @ weight.T + bias
         weights[ours] = tensor.reshape(like.shape).to(like.dtype).contiguous()
-        if not whole or not weights[ours].isfinite().all():
+        if not same_kind or not weights[ours].isfinite().all():
             raise IntegrityError(f"{show_path(path)}: {_their_name(ours)}: expected finite numbers of {like.dtype}")
     return weights

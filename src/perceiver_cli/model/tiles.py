@@ -1,4 +1,8 @@
-"""A grid of inputs as tiles, and softmax attention over them."""
+"""A grid of inputs as tiles, and softmax attention over them (docs/cross-attention.md, sections 2 to 4).
+
+Axes: B batch, M inputs, C input channels (c of them values), n queries, T tiles, m inputs of a tile, w width of its
+keys, s width of what all tiles share of a query.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_cli.model import kernels
-from perceiver_cli.model.encoding import Part
+from perceiver_cli.model.encoding import ModalityInputs
 from perceiver_cli.model.kernels import NEVER
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
@@ -22,35 +26,28 @@ PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
 ROW_TILE = 512  # rows of a tile that has no places
 
 
-# ---------------------------------------------------------------- tiles
-
-
 class Tiles:
-    """A part cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
+    """The inputs of one modality, cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
 
     A query is for each axis of the tile the scores along it, then what all tiles share (B, n, s), whose last is 0.
 
-    counts: number of tiles along each axis; sides: of a tile, along each axis that has scores of its own; masked:
-    whether what is shared begins with a mask; reach: the largest length of the rest of what meets the shared part of a
-    query, but for the ones, and the largest number that meets the scores along an axis.
+    batch: B. counts: number of tiles along each axis. sides: of a tile, along each axis that has scores of its own.
+    size: m. key_width: w. masked: the shared columns begin with the mask's. reach: bounds of all keys, the largest norm
+    of their shared columns (without mask and ones) and the largest number in their one-hot columns. differentiable:
+    keys have a gradient, from a learned stem, position or modality encoding.
     """
 
-    def __init__(
-        self,
-        batch: int,
-        counts: tuple[int, ...],
-        sides: tuple[int, ...],
-        inputs: int,
-        key_width: int,
-        masked: bool,
-        reach: tuple[Tensor, Tensor],
-    ) -> None:
-        self.batch, self.counts, self.sides, self.inputs, self.key_width = batch, counts, sides, inputs, key_width
-        self.masked, self.reach = masked, reach
-        self.differentiable = False  # whether a gradient flows to the keys: a learned stem, place or modality encoding
+    batch: int
+    counts: tuple[int, ...]
+    sides: tuple[int, ...]
+    size: int
+    key_width: int
+    masked: bool
+    reach: tuple[Tensor, Tensor]
+    differentiable: bool
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
-        """Return (B, n, C), the mean of xhat, and (B, n), the log of the normaliser, for queries u (B or 1, n, C)."""
+        """Return the mean of xhat (B, n, C) and the log of the normaliser (B, n) for queries u (B or 1, n, C)."""
         raise NotImplementedError
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,24 +58,30 @@ class Tiles:
         """Return x (B, T, m, ...) in the order of the byte array's rows, (B, M, ...)."""
         raise NotImplementedError
 
+    def softmax(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the outputs of `_TileSoftmax`; keys travel as a tensor only where they have gradients."""
+        keys = self.keys(0, self.counts[0]) if self.differentiable and torch.is_grad_enabled() else None
+        outputs: tuple[Tensor, Tensor, Tensor] = _TileSoftmax.apply(self, kernel, keys, *self.queries(u))  # type: ignore[no-untyped-call]
+        return outputs
+
     def shift(self, shared: Tensor, along: Tensor) -> Tensor | None:
-        """Return (B, n): more than every score by `kernels.FAR`; None if that may be far more than the normaliser."""
+        """Return a level (B, n) above every score by `kernels.FAR`; None if it may be far above the normaliser."""
         above = shared[..., self.masked : -1].norm(dim=-1) * self.reach[0]
         for scores in self._by_tile(along):
             above += scores.abs().amax(dim=(-2, -1)) * self.reach[1]
         # The log of the mean of exponentials is no less than the mean of their logs.
         keys = self.keys(0, 1).mean(dim=-2, keepdim=True)
         means = (self.spread(shared, along, 0, 1).view(*keys.shape[:2], -1, self.key_width) * keys).sum(dim=-1)
-        shift, below = above + kernels.FAR, means.amax(dim=1) + log(self.inputs)
+        shift, below = above + kernels.FAR, means.amax(dim=1) + log(self.size)
         return shift if (shift - below).max() <= kernels.SPAN else None
 
     def products(self, u: Tensor) -> Iterator[Tensor]:
         """Yield u . xhat (B, T, n, m) for u (B or 1, n, C), a block of tiles at a time, in their order.
 
-        Together they would be (B, n, M): what is wanted of them is summed over n, or is of few u.
+        Together they would be (B, n, M): callers sum each block over n, or pass few u.
         """
         shared, along = self.queries(u)
-        each = 4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.inputs
+        each = 4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.size
         step = max(1, PRODUCT_BYTES // each)
         for first in range(0, self.counts[0], step):
             last = min(first + step, self.counts[0])
@@ -91,7 +94,7 @@ class Tiles:
         raise NotImplementedError
 
     def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
-        """Yield examples and a range along the first axis of tiles, so that tile queries fit in SLAB_BYTES."""
+        """Yield slabs, (examples, range along the first axis of tiles), whose tile queries fit in SLAB_BYTES."""
         budget = SLAB_BYTES.get(queries.device.type, 2 << 20)
         each = 4 * prod(self.counts[1:]) * queries.shape[1] * self.key_width
         rows = min(self.counts[0], max(1, budget // each))
@@ -101,25 +104,25 @@ class Tiles:
                 yield slice(start, start + examples), first, min(first + rows, self.counts[0])
 
     def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
-        """Return (B T, n, w): for each tile of a slab the scores along its own sides, and what all share.
+        """Return the tile queries (B T, n, w) of a slab: the scores along a tile's own sides, and what all share.
 
         shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
         """
         counts = (last - first, *self.counts[1:])
         dims, (batch, queries) = len(counts), shared.shape[:2]
-        parts = []
+        columns = []
         for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
             scores = scores.transpose(1, 2)
             if axis == 0:
                 scores = scores[:, first:last]
             places = [1] * dims
             places[axis] = counts[axis]
-            parts.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
-        parts.append(shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1))
-        return torch.cat(parts, dim=-1).flatten(0, dims)
+            columns.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+        columns.append(shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1))
+        return torch.cat(columns, dim=-1).flatten(0, dims)
 
     def gather(self, spread: Tensor, shared: Tensor, along: Tensor, first: int, last: int) -> None:
-        """Add to `shared` and `along` what belongs to them of (B T, n, w): the transpose of `spread`."""
+        """Add tile queries (B T, n, w), or sums of this shape, to `shared` and `along`: the transpose of `spread`."""
         counts = (last - first, *self.counts[1:])
         spread = spread.view(len(shared), *counts, *spread.shape[1:])
         fewest = spread.flatten(1, len(counts))
@@ -144,56 +147,49 @@ class Tiles:
 
 
 class GridTiles(Tiles):
-    """A grid, whose keys hold one-hot places instead of position features (steps 2 and 3 above)."""
+    """A grid, whose keys hold one-hot places instead of position features."""
 
-    def __init__(self, part: Part) -> None:
-        batch, grid, channels = len(part.values), part.grid, part.values.shape[-1]
-        counts, sides = self._cut(grid)
-        self.grid = grid
-        padded = tuple(count * side for count, side in zip(counts, sides, strict=True))
-        self.channels = channels
-        masked = part.mask is not None or padded != grid
-        pad = [(0, 0, 0, long - short) for long, short in zip(padded, grid, strict=True)]
-        self.tables = torch.cat([F.pad(table, p) for table, p in zip(part.tables, pad, strict=True)])
+    def __init__(self, inputs: ModalityInputs) -> None:
+        values, self.grid, dims = inputs.values, inputs.grid, len(inputs.grid)
+        self.batch, self.channels = len(values), values.shape[-1]
+        self.counts, self.sides = counts, sides = self._cut(self.grid)
+        spare = [count * side - length for count, side, length in zip(counts, sides, self.grid, strict=True)]
+        self.tables = torch.cat([F.pad(x, (0, 0, 0, more)) for x, more in zip(inputs.tables, spare, strict=True)])
         # Statistics take float64, a slice of the grid at a time.
-        step = max(1, STATISTICS_BYTES // (8 * batch * prod(part.values.shape[2:])))
-        first, *rest = part.tables
-        rows = [slice(start, start + step) for start in range(0, grid[0], step)]
-        columns = torch.cat([_normalised(part.values[:, r], [first[r], *rest]) for r in rows], dim=1)
-        reach = columns.detach()[..., :-1].norm(dim=-1).max(), columns.detach()[..., -1].max()
-        super().__init__(batch, counts, sides, prod(sides), channels + 2 + masked + sum(sides), masked, reach)
-        if masked:
+        step = max(1, STATISTICS_BYTES // (8 * self.batch * prod(values.shape[2:])))
+        first, *rest = inputs.tables
+        rows = [slice(start, start + step) for start in range(0, self.grid[0], step)]
+        columns = torch.cat([_normalised(values[:, r], [first[r], *rest]) for r in rows], dim=1)
+        self.reach = columns.detach()[..., :-1].norm(dim=-1).max(), columns.detach()[..., -1].max()
+        self.masked = inputs.mask is not None or any(spare)
+        self.size, self.key_width = prod(sides), self.channels + 2 + self.masked + sum(sides)
+        if self.masked:
             bias = columns.new_zeros(*columns.shape[:-1], 1)
-            if part.mask is not None:
-                bias.masked_fill_(~part.mask.view(batch, *grid, 1), NEVER)
-            columns = torch.cat([bias, columns], dim=-1)
-            ends = [(0, long - short) for long, short in zip(padded, grid, strict=True)]
-            columns = F.pad(columns, [0, 0, *(end for pair in reversed(ends) for end in pair)])
-            for axis, side in enumerate(grid):
-                columns[..., 0].narrow(axis + 1, side, padded[axis] - side).fill_(NEVER)
+            if inputs.mask is not None:
+                bias.masked_fill_(~inputs.mask.view(self.batch, *self.grid, 1), NEVER)
+            ends = [0, 0, *(end for more in reversed(spare) for end in (0, more))]
+            columns = torch.cat([F.pad(bias, ends, value=NEVER), F.pad(columns, ends)], dim=-1)
+        # (B, count, side, count, side, ..., width) -> (B, counts, sides, width)
         split = [size for pair in zip(counts, sides, strict=True) for size in pair]
-        dims = len(grid)
         order = (0, *range(1, 2 * dims + 1, 2), *range(2, 2 * dims + 1, 2), 2 * dims + 1)
-        columns = columns.view(batch, *split, -1).permute(order)
+        columns = columns.view(self.batch, *split, -1).permute(order)
         # (B, T, m, [mask,] values, -r mu, r)
-        self.columns = columns.reshape(batch, prod(counts), self.inputs, -1)
+        self.columns = columns.reshape(self.batch, prod(counts), self.size, -1)
         self.differentiable = self.columns.requires_grad
-        places = torch.cartesian_prod(*(torch.arange(side, device=columns.device) for side in sides))
-        places = places.view(self.inputs, dims)
-        self.one_hot = torch.cat(
-            [F.one_hot(place, side) for place, side in zip(places.unbind(-1), sides, strict=True)], dim=-1
-        ).to(columns.dtype)  # (m, sum of sides)
+        places = torch.cartesian_prod(*(torch.arange(side, device=values.device) for side in sides)).view(-1, dims)
+        one_hot = [F.one_hot(place, side) for place, side in zip(places.unbind(-1), sides, strict=True)]
+        self.one_hot = torch.cat(one_hot, dim=-1).to(columns.dtype)  # (m, sum of sides)
 
     @staticmethod
     def _cut(grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the number of tiles along each axis and their sides: equal, and with as little to spare as can be."""
+        """Return the number of tiles along each axis and their sides, equal and with as little to spare as possible."""
         counts = tuple(ceil(side / TILE_SIDES.get(len(grid), 1)) for side in grid)
         return counts, tuple(ceil(side / count) for side, count in zip(grid, counts, strict=True))
 
     @staticmethod
-    def width(part: Part) -> int:
+    def width(inputs: ModalityInputs) -> int:
         """Return the width of a tile's keys."""
-        return part.values.shape[-1] + 2 + sum(GridTiles._cut(part.grid)[1])
+        return inputs.values.shape[-1] + 2 + sum(GridTiles._cut(inputs.grid)[1])
 
     def keys(self, first: int, last: int) -> Tensor:
         rest = prod(self.counts[1:])
@@ -219,28 +215,27 @@ class GridTiles(Tiles):
         return x[inside].flatten(1, dims)
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
-        shared, along, normaliser = _softmax_over(self, kernel, *self.queries(u))
+        shared, along, normaliser = self.softmax(u, kernel)
         values, means, _ = torch.split(shared[..., self.masked :], [self.channels, 1, 1], dim=-1)
         return torch.cat([values, along @ self.tables + means], dim=-1), normaliser
 
 
 class RowTiles(Tiles):
-    """Rows that are there: point sets, learned positions; for those beside a grid. Tiles only bound the memory."""
+    """Rows without a grid (point sets, learned positions) of a modality beside one. Tiles only bound the memory."""
 
-    def __init__(self, part: Part) -> None:
-        batch, count, channels = part.values.shape
-        tiles = ceil(count / ROW_TILE)
-        side = ceil(count / tiles)
-        self.count = count
-        rows = F.layer_norm(part.values.float(), (channels,), eps=EPS)
-        reach = rows.detach().norm(dim=-1).max(), rows.new_zeros(())
-        super().__init__(batch, (tiles,), (), side, channels + 2, True, reach)
-        bias = rows.new_zeros(batch, count, 1)
-        if part.mask is not None:
-            bias.masked_fill_(~part.mask.unsqueeze(-1), NEVER)
-        spare = tiles * side - count
-        bias, rows = F.pad(bias, (0, 0, 0, spare), value=NEVER), F.pad(rows, (0, 0, 0, spare))
-        self._keys = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(batch, tiles, side, channels + 2)
+    def __init__(self, inputs: ModalityInputs) -> None:
+        self.batch, self.count, channels = inputs.values.shape
+        tiles = ceil(self.count / ROW_TILE)
+        self.counts, self.sides, self.masked = (tiles,), (), True
+        self.size, self.key_width = ceil(self.count / tiles), channels + 2
+        rows = F.layer_norm(inputs.values.float(), (channels,), eps=EPS)
+        self.reach = rows.detach().norm(dim=-1).max(), rows.new_zeros(())
+        bias = rows.new_zeros(self.batch, self.count, 1)
+        if inputs.mask is not None:
+            bias.masked_fill_(~inputs.mask.unsqueeze(-1), NEVER)
+        ends = (0, 0, 0, tiles * self.size - self.count)
+        bias, rows = F.pad(bias, ends, value=NEVER), F.pad(rows, ends)
+        self._keys = torch.cat([bias, rows, torch.ones_like(bias)], dim=-1).view(self.batch, tiles, self.size, -1)
         self.differentiable = rows.requires_grad
 
     def keys(self, first: int, last: int) -> Tensor:
@@ -254,14 +249,14 @@ class RowTiles(Tiles):
         return x.flatten(1, 2)[:, : self.count]
 
     def average(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor]:
-        shared, _, normaliser = _softmax_over(self, kernel, *self.queries(u))
+        shared, _, normaliser = self.softmax(u, kernel)
         return shared[..., 1:-1], normaliser
 
 
 def _normalised(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
-    """Return (B, *grid, c + 2) float32: xhat of the values, -r mu and r, with LayerNorm's statistics of whole rows.
+    """Return columns (B, *grid, c + 2) float32: xhat of the values, -r mu and r of LayerNorm over whole rows.
 
-    tables: of `Part`, for the places of the values.
+    tables: those of `ModalityInputs`, for the places of the values.
     """
     sums, squares = _wide(tables[0]).sum(dim=-1), _wide(tables[0]).square().sum(dim=-1)
     for table in tables[1:]:
@@ -282,18 +277,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.device.type == "mps" else x.double()  # MPS has no float64
 
 
-def _softmax_over(tiles: Tiles, kernel: kernels.Kernel, shared: Tensor, along: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `_TileSoftmax` gives; keys travel as a tensor only where they have gradients."""
-    keys = tiles.keys(0, tiles.counts[0]) if tiles.differentiable and torch.is_grad_enabled() else None
-    result: tuple[Tensor, Tensor, Tensor] = _TileSoftmax.apply(tiles, kernel, keys, shared, along)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _TileSoftmax(torch.autograd.Function):
     """One softmax over all keys of all tiles, without any (n, M) tensor.
 
-    forward: queries as `shared` (B, n, s) and `along` (B, n, sum of counts * sides); gives the weighted sums of keys in
-    the same two shapes (for the one-hot columns those are sums of weights along rows and columns) and the log of the
+    forward: takes queries as `shared` (B, n, s) and `along` (B, n, sum of counts * sides); returns weighted sums of
+    keys in the same two shapes (for the one-hot columns, sums of weights along rows and columns) and the log of the
     normaliser (B, n).
     backward: weights are made again, tile by tile, from the total normaliser, as ring attention does for devices. With
     p the weights, dp = grad . key and delta the sum of p dp: the gradient of a score is p (dp - delta + d normaliser).
@@ -304,7 +292,7 @@ class _TileSoftmax(torch.autograd.Function):
         ctx: Any, tiles: Tiles, kernel: kernels.Kernel, keys: Tensor | None, shared: Tensor, along: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         shared_sum, along_sum = shared.new_zeros(shared.shape), along.new_zeros(along.shape)
-        shifts = kernel.shifts(shared.shape[1] * tiles.inputs * tiles.key_width)
+        shifts = kernel.shifts(shared.shape[1] * tiles.size * tiles.key_width)
         shift = tiles.shift(shared, along) if shifts else None
         top = shared.new_full(shared.shape[:2], -torch.inf) if shift is None else shift
         for some, first, last in tiles.slabs(shared):
@@ -323,7 +311,7 @@ class _TileSoftmax(torch.autograd.Function):
                     x *= (before - after).exp().unsqueeze(-1)
                 top[some] = after
             tiles.gather(sums, *merged, first, last)
-        # Without a number, where no input is one.
+        # Avoid NaN when every input is masked.
         weights = shared_sum[..., -1:].clamp(min=torch.finfo(torch.float32).tiny)
         total = (shared_sum[..., -1].log() + top).clamp_(min=NEVER)
         shared_sum, along_sum = shared_sum / weights, along_sum / weights
@@ -355,6 +343,6 @@ class _TileSoftmax(torch.autograd.Function):
 
 
 def _narrow(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return keys (B, T, m, w) as (B T, m, w) in a kernel's precision, whose smallest number may be above NEVER."""
+    """Return keys (B, T, m, w) as (B T, m, w) in a kernel's precision; fp16 cannot hold NEVER."""
     keys = keys.flatten(0, 1)
     return keys.clamp(min=torch.finfo(dtype).min / 2).to(dtype) if dtype == torch.float16 else keys.to(dtype)

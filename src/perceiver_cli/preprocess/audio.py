@@ -8,9 +8,9 @@ imported with the first file.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal, Self
 
@@ -20,20 +20,8 @@ from pydantic import Field, model_validator
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Span,
-    TimedModality,
-    at_least_one,
-    check_contract,
-    check_decoded,
-    cut_windows,
-    patchify,
-    position_options,
-)
-from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound, resampled
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, check_contract, patchify
+from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound, resampled
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
@@ -71,7 +59,6 @@ class AudioSpec(InputSpec):
         return self
 
 
-__all__ = ["MODALITY", "AudioModality"]
 RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times the span of soxr's filter
 POWER_FLOOR = 1e-10  # power relative to a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # standard deviation of log power; a flatter spectrogram is silence
@@ -82,6 +69,7 @@ class AudioModality(TimedModality[AudioSpec]):
     """Sound files that libsndfile reads and that have a signature of their own; the sound of videos."""
 
     name = "audio"
+    steps = "samples"
     precedence = 3
     formats = f"{', '.join(FORMATS)}, and the sound of MP4, M4A, MOV, MKV, WebM, AVI, MPEG"
     decides = ("rate_hz", "channel")
@@ -93,23 +81,17 @@ class AudioModality(TimedModality[AudioSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether `head` has the signature of a sound file, or of a container that can hold sound."""
-        return is_sound(head) or container.format_of(head) is not None
+        is_sound = any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
+        return is_sound or container.format_of(head) is not None
 
     def clip_s(self, spec: AudioSpec) -> float:
-        """Return the length of a clip in seconds."""
         return spec.clip_s
 
     def steps_hz(self, spec: AudioSpec) -> float:
-        """Return the sample rate."""
         return _rate(spec)
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares; without a declaration its samples are decoded and counted.
-
-        Raises:
-            AbsentError: no sound in the file. DataError: unreadable. LimitError: longer than `limits` allow.
-        """
+        """Return the length in seconds that a file declares; without a declaration its samples are decoded."""
         with open_sound(source, "mix", limits) as sound:
             if sound.samples is not None:
                 return sound.samples / sound.rate_hz
@@ -119,22 +101,16 @@ class AudioModality(TimedModality[AudioSpec]):
         """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
 
         A span equals the same samples of the whole, to rounding; in MKV to 1 ms, the resolution of its times.
-
-        Raises:
-            UsageError: the rate is still "auto".
-            AbsentError: a video without sound.
-            DataError: undecodable, shorter than declared, without that channel, without samples, not finite.
-            LimitError: more seconds, channels or bytes than `limits`, refused before they are decoded.
         """
         rate_hz = _rate(spec)
         with open_sound(source, spec.channel, limits) as sound:
-            cut = _Cut.of(span, sound.rate_hz, rate_hz)
+            begin, end, first, stop = _cut(span, sound.rate_hz, rate_hz)
             growth = max(1.0, rate_hz / sound.rate_hz)
-            check_decoded(source, min(cut.end - cut.begin, sound.samples or 0) * growth, 4, limits)
+            source.check_decoded(min(end - begin, sound.samples or 0) * growth, 4, limits)
             blocks, total = [], 0
-            for block in sound.read(cut.begin, cut.end):
+            for block in sound.read(begin, end):
                 total += len(block)
-                check_decoded(source, total * growth, 4, limits)  # again: a stream may declare no length
+                source.check_decoded(total * growth, 4, limits)  # again: a stream may declare no length
                 blocks.append(block)
         noun = "samples" if span is None else f"samples at {span[0]:g} s"
         samples = check_contract(source, np.concatenate(blocks) if blocks else np.empty(0, np.float32), noun)
@@ -142,30 +118,22 @@ class AudioModality(TimedModality[AudioSpec]):
             import soxr
 
             samples = check_contract(source, soxr.resample(samples, sound.rate_hz, rate_hz, "HQ"), "samples")
-        return samples if span is None else check_contract(source, samples[cut.first : int(cut.stop)], noun)
+        return samples if span is None else check_contract(source, samples[first : int(stop)], noun)
 
-    def windows(
-        self, source: Source, spec: AudioSpec, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Samples]]:
-        """Yield (start in seconds, (samples,) float32) of overlapping windows; see `TimedModality.windows`."""
+    def blocks(self, source: Source, spec: AudioSpec, limits: Limits, window_s: float) -> Iterator[Samples]:
         with open_sound(source, spec.channel, limits) as sound:
-            blocks = resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
-            yield from at_least_one(source, cut_windows(blocks, _rate(spec), window_s, hop_s), "samples")
+            yield from resampled(sound.read(0, math.inf), sound.rate_hz, _rate(spec))
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with a rate: the commonest in the headers of `sources`, at most `max_auto_rate_hz`.
 
-        Without sources the rate is `max_auto_rate_hz`.
-
-        Raises:
-            DataError: no source can be read.
+        Without sources the rate is `max_auto_rate_hz`. Raises DataError if no source can be read.
         """
         if spec.rate_hz != "auto":
             return spec
         if not sources:
             return spec.model_copy(update={"rate_hz": spec.max_auto_rate_hz})
         rates: Counter[int] = Counter()
-        failure = DataError("no sound files to take the sample rate from", "set inputs.audio.rate_hz")
         for source in sources:
             try:
                 with open_sound(source, "mix", limits) as sound:
@@ -178,27 +146,21 @@ class AudioModality(TimedModality[AudioSpec]):
         return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
 
     def loaded(self, spec: AudioSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return float32, (samples,)."""
         return "float32", (None,)
 
     def layout(self, spec: AudioSpec) -> Layout:
         """Return a grid of (samples // patch,) for raw sound, or of (frames, mels) // patch for a spectrogram.
 
         Paper 4.2: 1.28 s at 48 kHz are 61,440 samples; in segments of 128 they are a byte array of 480 x 128.
-
-        Raises:
-            UsageError: a clip shorter than a window or a patch, or a max_resolution of the wrong length.
         """
-        shape = (_num_samples(spec),) if spec.features == "raw" else _mel_shape(spec)
+        shape = (_num_samples(spec, spec.clip_s),) if spec.features == "raw" else _mel_shape(spec)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        resolution = spec.max_resolution or tuple(float(side) for side in grid)
-        if len(resolution) != len(grid):
-            raise UsageError(
-                f"inputs.audio.max_resolution has {len(resolution)} number(s), expected {len(grid)} for {spec.features}"
-            )
-        return Layout(grid, math.prod(spec.patch), len(grid), spec.bands, resolution, **position_options(spec))
+        if (count := len(spec.max_resolution or grid)) != len(grid):
+            expected = f"expected {len(grid)} for {spec.features}"
+            raise UsageError(f"inputs.audio.max_resolution has {count} number(s), {expected}")
+        return Layout.of_grid(spec, grid, math.prod(spec.patch))
 
     def prepare(
         self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None
@@ -220,7 +182,6 @@ class AudioModality(TimedModality[AudioSpec]):
         return ByteArray(patchify(features[:, :, None], spec.patch))
 
     def num_views(self, spec: AudioSpec) -> int:
-        """Return how many clips of each file evaluation averages over."""
         return spec.eval_windows
 
     def fault(self, raw: Array) -> str | None:
@@ -232,36 +193,23 @@ MODALITY = AudioModality()
 register(MODALITY)
 
 
-# ---------------------------------------------------------------- time
+def _cut(span: Span | None, file_hz: int, rate_hz: int) -> tuple[int, float, int, float]:
+    """Return (begin, end, first, stop) of a span in seconds, or of the whole file.
 
-
-@dataclass(frozen=True)
-class _Cut:
-    """Which samples of a file to decode for a span, and which of the resampled ones are the span.
-
-    begin, end: samples at the file's rate, with a margin at both ends for the resampling filter.
-    first, stop: samples at the target rate, counted from `begin`.
+    begin, end: the samples to decode, at the file's rate, with a margin at both ends for the resampling filter.
+    first, stop: the samples of the span, at the target rate, counted from `begin`.
     """
-
-    begin: int
-    end: float
-    first: int
-    stop: float
-
-    @classmethod
-    def of(cls, span: Span | None, file_hz: int, rate_hz: int) -> _Cut:
-        """Return the cut of a span in seconds, or of the whole file."""
-        if span is None:
-            return cls(0, math.inf, 0, math.inf)
-        common = math.gcd(file_hz, rate_hz)
-        step = file_hz // common  # the samples of both rates coincide at every step-th sample of the file
-        first = max(0, round(span[0] * rate_hz))
-        stop = first + max(1, round(span[1] * rate_hz))
-        margin = 0 if file_hz == rate_hz else RESAMPLING_MARGIN * max(1.0, file_hz / rate_hz)
-        begin = max(0, math.floor(first * file_hz / rate_hz - margin)) // step * step
-        end = math.ceil(stop * file_hz / rate_hz + margin)
-        offset = begin // step * (rate_hz // common)
-        return cls(begin, end, first - offset, stop - offset)
+    if span is None:
+        return 0, math.inf, 0, math.inf
+    common = math.gcd(file_hz, rate_hz)
+    step = file_hz // common  # the samples of both rates coincide at every step-th sample of the file
+    first = max(0, round(span[0] * rate_hz))
+    stop = first + max(1, round(span[1] * rate_hz))
+    margin = 0 if file_hz == rate_hz else RESAMPLING_MARGIN * max(1.0, file_hz / rate_hz)
+    begin = max(0, math.floor(first * file_hz / rate_hz - margin)) // step * step
+    end = math.ceil(stop * file_hz / rate_hz + margin)
+    offset = begin // step * (rate_hz // common)
+    return begin, end, first - offset, stop - offset
 
 
 def _rate(spec: AudioSpec) -> int:
@@ -270,18 +218,17 @@ def _rate(spec: AudioSpec) -> int:
     return spec.rate_hz
 
 
-def _num_samples(spec: AudioSpec) -> int:
-    return math.floor(spec.clip_s * _rate(spec) + 0.5)
+def _num_samples(spec: AudioSpec, seconds: float) -> int:
+    return math.floor(seconds * _rate(spec) + 0.5)
 
 
 def _window_and_hop(spec: AudioSpec) -> tuple[int, int]:
-    rate = _rate(spec)
-    return max(1, math.floor(spec.window_s * rate + 0.5)), max(1, math.floor(spec.hop_s * rate + 0.5))
+    return max(1, _num_samples(spec, spec.window_s)), max(1, _num_samples(spec, spec.hop_s))
 
 
 def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     """Return (frames, mels) of a clip. Frames lie wholly inside the clip, without padding."""
-    samples, (window, hop) = _num_samples(spec), _window_and_hop(spec)
+    samples, (window, hop) = _num_samples(spec, spec.clip_s), _window_and_hop(spec)
     if samples < window:
         raise UsageError(f"inputs.audio.clip_s is {samples} samples, shorter than one window of {window}")
     if spec.min_hz >= _rate(spec) / 2:
@@ -291,7 +238,7 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
 
 def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
-    samples = _num_samples(spec)
+    samples = _num_samples(spec, spec.clip_s)
     spare = raw.size - samples
     wanted = None if start_s is None else round(start_s * _rate(spec))
     if spare >= 0:
@@ -302,15 +249,10 @@ def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s:
         phase = int(rng.integers(raw.size)) if rng is not None else 0
         return raw.take(np.arange(samples) + (phase if wanted is None else wanted), mode="wrap")
     start = int(rng.integers(1 - spare)) if rng is not None else 0
+    kept = raw[wanted or 0 :]
     clip = np.zeros(samples, np.float32)
-    if wanted is None:
-        clip[start : start + raw.size] = raw
-    else:
-        clip[: max(0, raw.size - wanted)] = raw[wanted:]
+    clip[start if wanted is None else 0 :][: kept.size] = kept
     return clip
-
-
-# ---------------------------------------------------------------- features
 
 
 def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:

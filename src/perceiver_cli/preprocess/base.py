@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, LimitError
+from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
@@ -68,6 +68,14 @@ class Layout:
     stem_channels: int = 0
     values_grid: tuple[int, ...] | None = None
 
+    @classmethod
+    def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
+        """Return the layout of a regular grid with the bands, resolution, positions and permutation of a spec."""
+        options["learned_channels"] = spec.learned_channels if spec.positions == "learned" else 0
+        resolution = spec.max_resolution or tuple(map(float, grid))
+        return cls(grid, channels, len(grid), spec.bands, resolution, learned_std=spec.learned_std,
+                   permutation=spec.permutation, **options)  # fmt: skip
+
     @property
     def prepared_shape(self) -> tuple[int, ...]:
         """(*grid, c) of the values as prepared."""
@@ -90,7 +98,6 @@ class Layout:
 
 
 S = TypeVar("S", bound=InputSpec)
-T = TypeVar("T")
 
 
 class Modality(ABC, Generic[S]):
@@ -146,6 +153,8 @@ class Modality(ABC, Generic[S]):
 class TimedModality(Modality[S]):
     """A modality with a time axis: one clip can be read without the rest, at a time that sound and picture share."""
 
+    steps: ClassVar[str]  # the noun of the items along its time axis, for messages
+
     @abstractmethod
     def clip_s(self, spec: S) -> float:
         """Return the length in seconds of the byte arrays that `prepare` returns."""
@@ -156,18 +165,13 @@ class TimedModality(Modality[S]):
 
     @abstractmethod
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares, without decoding it.
-
-        Raises:
-            DataError: unreadable or over a limit. AbsentError: no such stream in the file.
-        """
+        """Return the length in seconds that a file declares, without decoding it. Raises as `load` does."""
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:
-        """Return the decoded array of a span of seconds, or of the whole file; a span past the end is cut.
+        """Return the decoded array of a span of seconds, cut at the end of the file, or of the whole file.
 
-        Raises:
-            DataError: unreadable, truncated, empty, not finite or over a limit. AbsentError: no such stream in it.
+        Raises AbsentError, a DataError, if the file has no such stream.
         """
 
     @abstractmethod
@@ -175,6 +179,9 @@ class TimedModality(Modality[S]):
         """Return the clip of `raw` from `start_s` seconds on; None means a random start with `rng`, else the middle."""
 
     @abstractmethod
+    def blocks(self, source: Source, spec: S, limits: Limits, window_s: float) -> Iterator[Array]:
+        """Yield what `load` returns in blocks, from end to end, for a caller that keeps `window_s` seconds of them."""
+
     def windows(
         self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
     ) -> Iterator[tuple[float, Array]]:
@@ -183,6 +190,12 @@ class TimedModality(Modality[S]):
         Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
         ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
         """
+        empty = True
+        for window in cut_windows(self.blocks(source, spec, limits, window_s), self.steps_hz(spec), window_s, hop_s):
+            empty = False
+            yield window
+        if empty:
+            raise DataError(f"{source.shown}: no {self.steps} in the file")
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:
@@ -229,24 +242,6 @@ def cut_windows(
         yield window(max(0, total - size), total)
 
 
-def position_options(spec: InputSpec) -> dict[str, Any]:
-    """Return the fields of a Layout that every grid takes from its spec: learned positions and permutation."""
-    learned = spec.learned_channels if spec.positions == "learned" else 0
-    return {"learned_channels": learned, "learned_std": spec.learned_std, "permutation": spec.permutation}
-
-
-def check_limit(source: Source, amount: float, unit: str, name: str, limits: Limits) -> None:
-    """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
-    allowed = getattr(limits, name)
-    if amount > allowed:
-        raise LimitError(source.shown, amount, unit, name, allowed)
-
-
-def check_decoded(source: Source, count: float, itemsize: int, limits: Limits) -> None:
-    """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
-    check_limit(source, count * itemsize, "decoded bytes", "decoded_bytes", limits)
-
-
 def check_contract(source: Source, values: Array, noun: str) -> Array:
     """Return `values` if they are non-empty and finite, whatever the decoder reported. Raises DataError."""
     if values.size == 0:
@@ -254,13 +249,3 @@ def check_contract(source: Source, values: Array, noun: str) -> Array:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{source.shown}: {noun} that are not finite numbers")
     return values
-
-
-def at_least_one(source: Source, items: Iterable[T], noun: str) -> Iterator[T]:
-    """Yield the items of a file. Raises DataError if there are none."""
-    empty = True
-    for item in items:
-        empty = False
-        yield item
-    if empty:
-        raise DataError(f"{source.shown}: no {noun} in the file")

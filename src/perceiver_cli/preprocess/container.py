@@ -86,15 +86,16 @@ def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) 
 
 
 @contextmanager
-def as_data_errors(source: Source) -> Iterator[None]:
-    """Turn every exception of PyAV in the body, two dozen types, into a DataError of one line."""
+def as_data_errors(source: Source, noun: str = "file") -> Iterator[None]:
+    """Turn every exception of a decoder in the body, two dozen types of PyAV, into a DataError of one line."""
     try:
         yield
     except PerceiverError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the file: {show_text(str(reason))}") from error
+        reason = getattr(error, "strerror", None) or getattr(error, "error_string", None)
+        reason = reason or f"{type(error).__name__} {error}"
+        raise DataError(f"{source.shown}: cannot decode the {noun}: {show_text(str(reason))}") from error
 
 
 def refuse_reference(url: str, *_: Any) -> None:
@@ -104,12 +105,12 @@ def refuse_reference(url: str, *_: Any) -> None:
 
 def _first(source: Source, container: Any, kind: str) -> Any:
     """Return the first stream of a kind that is neither a cover nor a thumbnail. Raises AbsentError or DataError."""
-    for stream in getattr(container.streams, kind):
-        if not stream.disposition & COVERS:
-            if stream.codec_context is None:
-                raise DataError(f"{source.shown}: no decoder here for its {NOUNS[kind]}")
-            return stream
-    raise AbsentError(f"{source.shown}: no {NOUNS[kind]} in it")
+    stream = next((each for each in getattr(container.streams, kind) if not each.disposition & COVERS), None)
+    if stream is None:
+        raise AbsentError(f"{source.shown}: no {NOUNS[kind]} in it")
+    if stream.codec_context is None:
+        raise DataError(f"{source.shown}: no decoder here for its {NOUNS[kind]}")
+    return stream
 
 
 class Track:
@@ -159,15 +160,13 @@ class Track:
 
     def _decoded(self) -> Iterator[tuple[float, Any]]:
         """Yield (time, frame) from the current place of the container on."""
-        count, first_s, time_s = 0, 0.0, -self.step_s
-        for packet in self._packets():
-            for frame in packet.decode():
-                time_s = time_s + self.step_s if frame.pts is None else frame.pts * float(frame.time_base) - self.zero_s
-                first_s = time_s if count == 0 else first_s
-                count += 1
-                if count > MAX_FRAMES_PER_S * (1 + max(0.0, time_s - first_s)):
-                    raise DataError(f"{self.source.shown}: more than {MAX_FRAMES_PER_S} frames a second")
-                yield time_s, frame
+        first_s, time_s = 0.0, -self.step_s
+        for count, frame in enumerate(frame for packet in self._packets() for frame in packet.decode()):
+            time_s = time_s + self.step_s if frame.pts is None else frame.pts * float(frame.time_base) - self.zero_s
+            first_s = time_s if count == 0 else first_s
+            if count >= MAX_FRAMES_PER_S * (1 + max(0.0, time_s - first_s)):
+                raise DataError(f"{self.source.shown}: more than {MAX_FRAMES_PER_S} frames a second")
+            yield time_s, frame
 
     def _packets(self) -> Iterator[Any]:
         """Yield the packets of the stream. Raises DataError if together they are far larger than the file."""
@@ -177,9 +176,6 @@ class Track:
             if allowed < 0:
                 raise DataError(f"{self.source.shown}: the same data is referred to again and again")
             yield packet
-
-
-# ---------------------------------------------------------------- the sizes that a file declares
 
 
 def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None:

@@ -14,27 +14,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from pydantic import Field
 
 from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Modality,
-    check_contract,
-    check_decoded,
-    check_limit,
-    patchify,
-    position_options,
-)
-from perceiver_cli.preprocess.pixels import center_box, check_crops, flatten, per_channel, random_box, resize, to_array
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, patchify
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.randaugment import randaugment
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
@@ -83,22 +73,12 @@ PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
 WIDE_PIXEL_BYTES = 8  # of integers and floats, which become float64 on their way to 8 bits
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
 T = TypeVar("T")
-
-_UPRIGHT = {
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
-_ORIENTATION = 0x0112  # EXIF tag
+# By EXIF orientation, from 2 on.
+UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
+UPRIGHT += [Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]
 
 # Without a handler, Python prints Pillow's log records to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
-
-# ---------------------------------------------------------------- decoding
 
 _pillow_limit = threading.Lock()
 
@@ -139,8 +119,8 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
 
 
 def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -> None:
-    check_limit(source, pixels, "pixels", "image_pixels", limits)
-    check_decoded(source, pixels, pixel_bytes, limits)
+    source.check_limit(pixels, "pixels", "image_pixels", limits)
+    source.check_decoded(pixels, pixel_bytes, limits)
 
 
 def _reason(error: Exception) -> str:
@@ -154,7 +134,7 @@ def _reason(error: Exception) -> str:
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, 1 to 8; 1 if EXIF is missing or damaged, because the pixels can still be read."""
     try:
-        return int(image.getexif().get(_ORIENTATION, 1))
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
         return 1
 
@@ -172,12 +152,9 @@ def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
         side = 2 * max(spec.size)
         image.draft(None, (side, side))
     image.load()
-    turn = _UPRIGHT.get(_orientation(image))  # after load: in a PNG, EXIF may follow the pixels
+    orientation = _orientation(image)  # after load: in a PNG, EXIF may follow the pixels
     flat = flatten(image)
-    return flat if turn is None else flat.transpose(turn)
-
-
-# ---------------------------------------------------------------- the modality
+    return flat.transpose(UPRIGHT[orientation - 2]) if 2 <= orientation <= 8 else flat
 
 
 class ImageModality(Modality[ImageSpec]):
@@ -196,58 +173,30 @@ class ImageModality(Modality[ImageSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the bytes begin like one of `FORMATS`; the name plays no part."""
         return any(re.match(signature, head, re.DOTALL) for signature, _ in FORMATS.values())
 
     def load(self, source: Source, spec: ImageSpec, limits: Limits) -> Array:
         """Return (H, W, c) uint8, upright, transparent pixels on white; c is 1 for grey and 3 for RGB.
 
         A JPEG far larger than `spec.size` is decoded at half, a quarter or an eighth of its size.
-
-        Raises:
-            LimitError: more pixels or bytes than `limits`, known from the header.
-            DataError: unreadable, truncated, damaged, of an unknown format, or not finite.
         """
         with open_image(source, limits) as image:
             values = to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
         return check_contract(source, values, "pixels")
 
     def loaded(self, spec: ImageSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return uint8, (H, W, c)."""
         return "uint8", (None, None, 1 if spec.color == "grey" else 3)
 
     def layout(self, spec: ImageSpec) -> Layout:
-        """Return a (height, width) grid of patches; the defaults give 224 x 224 with C = 3 + 2 (2 64 + 1) = 261.
-
-        Mean and deviation are in units of the uint8 values, one for each channel of a patch.
-
-        Raises:
-            UsageError: size or patch is "auto", or a size, patch, max_resolution, mean or crop contradicts the rest.
-        """
-        (height, width), patch = _size(spec), _patch(spec)
+        """Return a (height, width) grid of patches; the defaults give 224 x 224 with C = 3 + 2 (2 64 + 1) = 261."""
+        (height, width), patch = _settled(spec)
         if patch[0] > height or patch[1] > width:
             raise UsageError(f"image patch {list(patch)} is larger than image size {[height, width]}")
         values_grid = (height // patch[0], width // patch[1])
-        grid = _stem_grid(spec.stem, values_grid)
-        resolution = spec.max_resolution or tuple(map(float, grid))
-        if len(resolution) != 2:
-            raise UsageError(f"image max_resolution needs 2 numbers, found {len(resolution)}")
-        check_crops(spec)
-        colors = 1 if spec.color == "grey" else 3
-        area = patch[0] * patch[1]
-        return Layout(
-            grid=grid,
-            channels=colors * area,
-            dims=2,
-            bands=spec.bands,
-            max_resolution=resolution,
-            mean=per_channel(spec, "mean", colors) * area,
-            std=per_channel(spec, "std", colors) * area,
-            stem=spec.stem,
-            stem_channels=spec.stem_channels,
-            values_grid=values_grid,
-            **position_options(spec),
-        )
+        stem: dict[str, Any] = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": values_grid}
+        grid, colors = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3
+        area = math.prod(patch)
+        return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, 2, colors, area))
 
     def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
@@ -255,7 +204,7 @@ class ImageModality(Modality[ImageSpec]):
         With `rng`: Inception crop, mirror, RandAugment. Without: the centre crop of `eval_crop`. Positions count within
         the crop: positions within the whole image overfit (paper 4.1, Figure 4).
         """
-        size, patch = _size(spec), _patch(spec)
+        size, patch = _settled(spec)
         if rng is None:
             return ByteArray(patchify(resize(raw, center_box(raw, spec, size), size), patch))
         values = resize(raw, random_box(raw, spec, size, rng), size, reducing_gap=3.0)
@@ -269,21 +218,20 @@ class ImageModality(Modality[ImageSpec]):
         """Return `spec` with values for size, patch and color; grey gets one mean and one deviation.
 
         Size is the median height and width in the headers, scaled down to `max_auto_size` on the longer side, in whole
-        patches. Color is grey if no probe has a colour. Unreadable sources are skipped. Without sources, images become
-        squares of `max_auto_size` in RGB.
-
-        Raises:
-            DataError: an option is "auto" and no source can be read.
+        patches. Color is grey if no probe has a colour. Without sources, images become squares of `max_auto_size` in
+        RGB. Unreadable sources are skipped. Raises DataError if none can be read.
         """
         if not sources:
             known = {"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"}
             spec = spec.model_copy(update={key: value for key, value in known.items() if getattr(spec, key) == "auto"})
         size = _auto_size(spec, sources, limits) if spec.size == "auto" else spec.size
-        if spec.patch == "auto":
-            side = min(math.ceil(math.sqrt(size[0] * size[1] / spec.max_auto_inputs)), *size)
-            spec = spec.model_copy(update={"patch": (side, side)})
-        if spec.size == "auto":
-            spec = spec.model_copy(update={"size": _whole_patches(size, _patch(spec), spec.max_auto_size)})
+        side = min(math.ceil(math.sqrt(size[0] * size[1] / spec.max_auto_inputs)), *size)
+        patch = (side, side) if spec.patch == "auto" else spec.patch
+        if spec.size == "auto":  # whole patches, the nearest size that is not above max_auto_size
+            most = spec.max_auto_size
+            height, width = (max(1, min(round(s / p), most // p)) * p for s, p in zip(size, patch, strict=True))
+            size = height, width
+        spec = spec.model_copy(update={"size": size, "patch": patch})
         if spec.color == "auto":
             spec = spec.model_copy(update={"color": _auto_color(spec, sources, limits)})
         if spec.color == "grey":
@@ -296,10 +244,13 @@ MODALITY = ImageModality()
 register(MODALITY)
 
 
-def _size(spec: ImageSpec) -> tuple[int, int]:
+def _settled(spec: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return size and patch. Raises UsageError if one is "auto"."""
     if spec.size == "auto":
         raise UsageError('image size is still "auto"', "it is settled from training data; or give a size")
-    return spec.size
+    if spec.patch == "auto":
+        raise UsageError('image patch is still "auto"', "it is settled with the size; or give a patch")
+    return spec.size, spec.patch
 
 
 def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
@@ -312,12 +263,6 @@ def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
     if min(height, width) < 1:
         raise UsageError(f"image size {list(grid)} is too small for stem {stem}")
     return height, width
-
-
-def _patch(spec: ImageSpec) -> tuple[int, int]:
-    if spec.patch == "auto":
-        raise UsageError('image patch is still "auto"', "it is settled with the size; or give a patch")
-    return spec.patch
 
 
 def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[Image.Image], T]) -> Iterator[T]:
@@ -340,14 +285,6 @@ def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tu
     sides = np.median(list(_probe("size", sources, limits, _upright_size)), axis=0)
     height, width = (sides * min(1.0, spec.max_auto_size / sides.max())).round().astype(int).tolist()
     return max(1, height), max(1, width)
-
-
-def _whole_patches(size: tuple[int, int], patch: tuple[int, int], longest: int) -> tuple[int, int]:
-    """Return the size in whole patches that is nearest to `size` and not above `longest`."""
-    height, width = (
-        max(1, min(round(side / step), longest // step)) * step for side, step in zip(size, patch, strict=True)
-    )
-    return height, width
 
 
 def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> str:

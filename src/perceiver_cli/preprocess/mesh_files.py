@@ -14,20 +14,20 @@ import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, show_text
-from perceiver_cli.preprocess.base import Array, check_decoded, check_limit
+from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import Limits
 
 Floats = NDArray[np.float64]
+NO_FACES = np.empty((0, 3), np.int64)
 Mesh = tuple[Floats, NDArray[np.int64]]  # vertices (V, 3) and triangles (F, 3); F is 0 for a point cloud
 Property = tuple[str, str, str]  # of a PLY: name, NumPy type, NumPy type of a list's length or ""
 Element = tuple[str, int, list[Property]]  # of a PLY: name, number of rows, properties of a row
@@ -38,14 +38,11 @@ MAX_NODES, MAX_DEPTH = 10_000, 128
 PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
 PLY_TYPES |= {"float": "f4", "double": "f8"} | {f"int{8 * n}": f"i{n}" for n in (1, 2, 4, 8)}
 PLY_TYPES |= {f"uint{8 * n}": f"u{n}" for n in (1, 2, 4, 8)} | {f"float{8 * n}": f"f{n}" for n in (2, 4, 8)}
-PLY_CORNERS = ("vertex_indices", "vertex_index")
 GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 XYZ_SUFFIXES = ("xyz", "txt", "pts")
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
-
-
-# ---------------------------------------------------------------- what every format needs
 
 
 @contextmanager
@@ -67,12 +64,11 @@ def quietly(source: Source) -> Iterator[None]:
 
 def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
     """Raise LimitError if a mesh has more vertices or faces than the limits allow."""
-    check_limit(source, vertices, "vertices", "vertices", limits)
-    check_limit(source, faces, "faces", "faces", limits)
+    source.check_limit(vertices, "vertices", "vertices", limits)
+    source.check_limit(faces, "faces", "faces", limits)
 
 
 def _check_claim(source: Source, claimed: int, available: int) -> None:
-    """Raise DataError if the data that a header declares needs more bytes than the file has."""
     if claimed > available:
         raise DataError(f"{source.shown}: declared at least {claimed} bytes of data, found {available}")
 
@@ -88,13 +84,12 @@ def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
     return np.asarray(corners[np.stack([first, first + step + 1, first + step + 2], axis=1)])
 
 
-NO_FACES = np.empty((0, 3), np.int64)
-
-
-# ---------------------------------------------------------------- formats read with NumPy
-
-# trimesh 5.2 reads OBJ 2.5 to 11 times slower (198,000 triangles: 2.5 s instead of 0.7 s) and in another order of
+# trimesh 5.2 reads OBJ 1.2 to 11 times slower (198,000 triangles: 2.5 s instead of 0.7 s) and in another order of
 # faces, binary STL 5 to 60 times slower, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
+
+
+def _is_ascii_stl(head: bytes) -> bool:
+    return head.startswith(b"solid") and b"facet" in head
 
 
 def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
@@ -104,12 +99,11 @@ def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
         check_counts(source, 3 * count, count, limits)
         record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
         vertices = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3).astype(np.float64)
-    elif data[:5] == b"solid" and b"facet" in data[:HEAD_BYTES]:
+    elif _is_ascii_stl(data[:HEAD_BYTES]):
         check_counts(source, data.count(b"vertex"), data.count(b"endfacet"), limits)
-        if data.count(b"endsolid") < 1 or data.count(b"vertex") != 3 * data.count(b"endfacet"):
+        if b"endsolid" not in data or data.count(b"vertex") != 3 * data.count(b"endfacet"):
             raise DataError(f"{source.shown}: ends inside a facet, or a facet is no triangle")
-        rows = re.findall(rb"vertex[ \t]+([^\r\n]+)", data)
-        vertices = _numbers(rows)
+        vertices = _numbers(re.findall(rb"vertex[ \t]+([^\r\n]+)", data))
     else:
         raise DataError(f"{source.shown}: declared {count} triangles in {84 + 50 * count} bytes, found {len(data)}")
     return vertices, np.arange(len(vertices)).reshape(-1, 3)
@@ -161,11 +155,11 @@ def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
     return array[:, :3].astype(np.float64), NO_FACES
 
 
-# ---------------------------------------------------------------- formats read by trimesh
+def _by_trimesh(source: Source, data: bytes, file_type: str) -> Mesh:
+    """Return `data` as one mesh: a copy of each geometry for every node that shows it, moved by the node.
 
-
-def _scene(source: Source, data: bytes, file_type: str) -> Any:
-    """Return the trimesh.Scene in `data`, with no vertices merged and no other file opened."""
+    No vertices are merged and no other file is opened.
+    """
     logging.getLogger("trimesh").setLevel(logging.CRITICAL + 1)
     import trimesh
 
@@ -182,13 +176,8 @@ def _scene(source: Source, data: bytes, file_type: str) -> Any:
         write = namespaced = get
 
     # Without a resolver, trimesh makes one that opens files.
-    return trimesh.load_scene(
-        io.BytesIO(data), file_type=file_type, resolver=Refuse(), process=False, skip_materials=True
-    )
-
-
-def _merged(scene: Any) -> Mesh:
-    """Return a trimesh.Scene as one mesh: a copy of each geometry for every node that shows it, moved by the node."""
+    options = {"resolver": Refuse(), "process": False, "skip_materials": True}
+    scene = trimesh.load_scene(io.BytesIO(data), file_type=file_type, **options)
     vertices, faces, total = [np.empty((0, 3))], [NO_FACES], 0
     for node in scene.graph.nodes_geometry:
         transform, name = scene.graph[node]
@@ -214,7 +203,7 @@ def _read_ply(source: Source, data: bytes, limits: Limits) -> Mesh:
     lines = sum(1 for line in data[body:].splitlines() if line.strip())
     if sum(counts.values()) > lines:
         raise DataError(f"{source.shown}: declared {sum(counts.values())} lines, found {lines}")
-    return _merged(_scene(source, data, "ply"))
+    return _by_trimesh(source, data, "ply")
 
 
 def _ply_header(source: Source, data: bytes) -> tuple[int, str, list[Element]]:
@@ -246,7 +235,7 @@ def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
         columns, at = _ply_columns(data, at, count, row)
         if name == "vertex":
             vertices = np.stack([np.asarray(columns[axis], np.float64).reshape(-1) for axis in "xyz"], axis=1)
-        for key in PLY_CORNERS:
+        for key in ("vertex_indices", "vertex_index"):
             if name == "face" and count and key in columns:
                 corners = list(columns[key])
                 faces = _triangles(np.concatenate(corners).astype(np.int64), np.array([len(face) for face in corners]))
@@ -286,7 +275,7 @@ def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
     vertices, faces = int(counts[1]), int(counts[2])
     _check_claim(source, 6 * vertices + 2 * faces, len(data) - counts.end() + 1)
     check_counts(source, vertices, faces, limits)
-    return _merged(_scene(source, data, "off"))
+    return _by_trimesh(source, data, "off")
 
 
 def _read_glb(source: Source, data: bytes, limits: Limits) -> Mesh:
@@ -298,7 +287,7 @@ def _read_glb(source: Source, data: bytes, limits: Limits) -> Mesh:
     if json_bytes > MAX_JSON_BYTES:
         raise DataError(f"{source.shown}: {json_bytes} bytes of JSON in a GLB, expected <= {MAX_JSON_BYTES}")
     _check_gltf(source, json.loads(data[20 : 20 + json_bytes]), len(data) - 20 - json_bytes, limits)
-    return _merged(_scene(source, data, "glb"))
+    return _by_trimesh(source, data, "glb")
 
 
 def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits: Limits) -> None:
@@ -312,16 +301,16 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
         raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
     for view in views:
         _check_claim(source, view["byteLength"], binary_bytes)
-    check_decoded(source, sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
+    source.check_decoded(sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
     total = 0
     for accessor in accessors:
         needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
         if accessor["count"] > 3 * limits.faces:
-            check_limit(source, accessor["count"], "vertices", "vertices", limits)
+            source.check_limit(accessor["count"], "vertices", "vertices", limits)
         if "bufferView" in accessor:
             _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
         total += needed
-    check_decoded(source, total, 1, limits)
+    source.check_decoded(total, 1, limits)
     sizes = []  # of each mesh: vertices and corners of triangles
     for mesh in tree.get("meshes", []):
         shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
@@ -345,11 +334,7 @@ def _check_nodes(source: Source, nodes: list[dict[str, Any]]) -> None:
             raise DataError(f"{source.shown}: nodes more than {MAX_DEPTH} deep")
 
 
-# ---------------------------------------------------------------- the table of formats
-
-
-@dataclass(frozen=True)
-class MeshFormat:
+class MeshFormat(NamedTuple):
     """One file format of meshes or point clouds.
 
     matches(head, suffix): whether a file is of this format, by its first bytes; `suffix` is in lower case, without dot.
@@ -359,11 +344,6 @@ class MeshFormat:
 
     matches: Callable[[bytes, str], bool]
     read: Callable[[Source, bytes, Limits], Mesh]
-
-
-def _is_stl(head: bytes, suffix: str) -> bool:
-    """Return whether a file is an STL; the binary kind has no signature, only its suffix."""
-    return suffix == "stl" or (head[:5] == b"solid" and b"facet" in head)
 
 
 def _is_obj(head: bytes, suffix: str) -> bool:
@@ -376,7 +356,8 @@ def _is_xyz(head: bytes, suffix: str) -> bool:
     """Return whether the first line is numbers if the suffix is one of `XYZ_SUFFIXES`; else whether all lines are."""
     lines = _text_lines(head)
     certain = lines[:1] if suffix in XYZ_SUFFIXES else lines
-    return bool(lines) and all(_is_numeric(" ".join(line)) for line in certain)
+    rows = [" ".join(line).replace(",", " ").split() for line in certain]
+    return bool(rows) and all(len(row) >= 3 and all(map(NUMBER.fullmatch, row)) for row in rows)
 
 
 def _text_lines(head: bytes) -> list[list[str]]:
@@ -389,19 +370,14 @@ def _text_lines(head: bytes) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
 
 
-def _is_numeric(line: str) -> bool:
-    """Return whether a line is three or more numbers, separated by blanks or commas."""
-    words = line.replace(",", " ").split()
-    return len(words) >= 3 and all(re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", word) for word in words)
-
-
 # By the name that messages show, in the order in which `mesh_format` asks: signatures first, guesses at text last.
 FORMATS = {
     "PLY": MeshFormat(lambda head, suffix: head.startswith((b"ply\n", b"ply\r")), _read_ply),
     "GLB": MeshFormat(lambda head, suffix: head.startswith(b"glTF"), _read_glb),
     "NPY": MeshFormat(lambda head, suffix: head.startswith(b"\x93NUMPY"), _read_npy),
     "OFF": MeshFormat(lambda head, suffix: re.match(rb"(ST)?C?N?OFF\s", head) is not None, _read_off),
-    "STL": MeshFormat(_is_stl, _read_stl),
+    # A binary STL has no signature, only its suffix.
+    "STL": MeshFormat(lambda head, suffix: suffix == "stl" or _is_ascii_stl(head), _read_stl),
     "OBJ": MeshFormat(_is_obj, _read_obj),
     "XYZ": MeshFormat(_is_xyz, _read_xyz),
 }

@@ -15,12 +15,13 @@ from perceiver_cli.preprocess.base import Array
 CROP_TRIES = 10
 
 
-class CropOptions(Protocol):
-    """The options that images and videos share: colour statistics, the evaluation crop, the Inception crop."""
+class ColorSpec(Protocol):
+    """The options that images and videos share."""
 
     @property
     def modality(self) -> str: ...
 
+    max_resolution: tuple[float, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop: float
@@ -43,11 +44,9 @@ def flatten(image: Image.Image) -> Image.Image:
         if isinstance(clear, int):
             grey[values == clear] = 255
         return Image.fromarray(grey)
-    if clear is not None and mode in ("1", "L", "RGB"):
-        image = image.convert("RGBA" if mode == "RGB" else "LA")
-    elif mode in ("P", "PA", "RGBa"):
+    if mode in ("P", "PA", "RGBa") or (clear is not None and mode == "RGB"):
         image = image.convert("RGBA")
-    elif mode == "La":
+    elif mode == "La" or (clear is not None and mode in ("1", "L")):
         image = image.convert("LA")
     flat = "L" if image.mode in ("1", "L", "LA") else "RGB"
     if image.mode not in ("LA", "RGBA"):
@@ -68,33 +67,30 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
     return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
 
 
-def per_channel(spec: CropOptions, key: str, colors: int) -> tuple[float, ...]:
-    """Return the spec's "mean" or "std" with one number for each colour, in units of the uint8 values.
+def color_statistics(spec: ColorSpec, dims: int, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
+    """Return the mean and std of a Layout, one number for each channel of a patch, in units of the uint8 values.
 
-    Raises:
-        UsageError: neither one number nor one for each colour.
+    Raises UsageError if they, max_resolution or a crop contradict the rest.
     """
-    numbers: tuple[float, ...] = getattr(spec, key)
-    if colors == 1 and len(numbers) == 3:
-        numbers = (sum(numbers) / 3,)
-    if len(numbers) not in (1, colors):
-        raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
-    return tuple(number * 255 for number in (numbers if len(numbers) == colors else numbers * colors))
-
-
-def check_crops(spec: CropOptions) -> None:
-    """Raise UsageError if a range of the Inception crop does not rise."""
+    if spec.max_resolution and len(spec.max_resolution) != dims:
+        raise UsageError(f"{spec.modality} max_resolution needs {dims} numbers, found {len(spec.max_resolution)}")
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
+    statistics = {}
+    for key, numbers in (("mean", spec.mean), ("std", spec.std)):
+        if colors == 1 and len(numbers) == 3:
+            numbers = (sum(numbers) / 3,)
+        if len(numbers) not in (1, colors):
+            raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
+        statistics[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
+    return statistics
 
-
-# ---------------------------------------------------------------- geometry
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
-def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
+def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
     """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio.
 
     Sides are rounded down as in transformers' image processor: published weights see the pixels of their evaluation.
@@ -102,11 +98,10 @@ def center_box(raw: Array, spec: CropOptions, size: tuple[int, int]) -> Box:
     height, width = raw.shape[:2]
     crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
     crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
-    left, top = (width - crop_width) // 2, (height - crop_height) // 2
-    return left, top, left + crop_width, top + crop_height
+    return _centred(width, height, crop_width, crop_height)
 
 
-def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.random.Generator) -> Box:
+def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
     """Return the Inception crop: a box of random area, aspect ratio (log-uniform) and place.
 
     `crop_aspect` is relative to the target's aspect ratio.
@@ -124,7 +119,10 @@ def random_box(raw: Array, spec: CropOptions, size: tuple[int, int], rng: np.ran
             return left, top, left + crop_width, top + crop_height
     # No try fitted: the largest centred box of an allowed aspect ratio.
     crop_width, crop_height = min(width, round(height * high)), min(height, round(width / low))
-    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    return _centred(width, height, max(1, crop_width), max(1, crop_height))
+
+
+def _centred(width: int, height: int, crop_width: int, crop_height: int) -> Box:
     left, top = (width - crop_width) // 2, (height - crop_height) // 2
     return left, top, left + crop_width, top + crop_height
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, check_decoded
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract
 from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, check_counts, mesh_format, quietly
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits, Positive, Range, Size
@@ -37,8 +37,6 @@ class PointsSpec(InputSpec):
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
-__all__ = ["MODALITY", "PointsModality"]
-
 POOL_SEED = 0  # the pool of a file is the same in every run
 MAX_COORDINATE = 1e30  # its square cannot overflow float64, nor sums of it float32
 BLOCK_FACES = 1 << 20  # faces per block of areas, to bound memory
@@ -56,7 +54,6 @@ class PointsModality(Modality[PointsSpec]):
     preparation = "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate"
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether `head` begins a mesh or a table of points; only the name tells a binary STL."""
         return mesh_format(head, name) is not None
 
     def load(self, source: Source, spec: PointsSpec, limits: Limits) -> Array:
@@ -64,16 +61,12 @@ class PointsModality(Modality[PointsSpec]):
 
         Faces are drawn in proportion to their area, and points uniformly on each face. Draws are independent, so every
         prefix is a fair sample too. Without faces, or without area, the points are the vertices.
-
-        Raises:
-            DataError: unreadable, shorter than declared, names another file, empty, not finite.
-            LimitError: more vertices, faces or bytes than `limits`, refused before they are decoded.
         """
         data = source.read(limits)
         known = mesh_format(data[:HEAD_BYTES], source.name)
         if known is None:
             raise DataError(f"{source.shown}: not a format of points", f"expected {self.formats}")
-        check_decoded(source, spec.pool_points, 12, limits)
+        source.check_decoded(spec.pool_points, 12, limits)
         with quietly(source):
             vertices, faces = known.read(source, data, limits)
             check_counts(source, len(vertices), len(faces), limits)
@@ -86,15 +79,10 @@ class PointsModality(Modality[PointsSpec]):
         return _pool(vertices, faces, spec.pool_points).astype(np.float32)
 
     def loaded(self, spec: PointsSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return float32, (P, 3)."""
         return "float32", (None, 3)
 
     def layout(self, spec: PointsSpec) -> Layout:
-        """Return num_points inputs of positions alone: 387 channels with 64 bands (paper 4.3).
-
-        Raises:
-            UsageError: a patch, or learned positions, which points without a grid cannot have.
-        """
+        """Return num_points inputs of positions alone: 387 channels with 64 bands (paper 4.3)."""
         if spec.patch != (1,):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
         if spec.positions == "learned":
@@ -135,15 +123,11 @@ class PointsModality(Modality[PointsSpec]):
         return ByteArray(np.empty((count, 0), np.float32), positions.astype(np.float32, copy=False))
 
     def fault(self, raw: Array) -> str | None:
-        """Return "tiny" for fewer than `TINY_POINTS` points, "constant" for equal points, or None."""
         return "tiny" if len(raw) < TINY_POINTS else super().fault(raw)
 
 
 MODALITY = PointsModality()
 register(MODALITY)
-
-
-# ---------------------------------------------------------------- geometry
 
 
 def _centred(points: Array) -> Array:

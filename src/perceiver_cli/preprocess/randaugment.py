@@ -41,21 +41,16 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Transform.AFFINE, matrix, Resampling.NEAREST, fillcolor=_gray(image))
 
 
-def _pixels(image: Image.Image, length: float) -> int:
-    return round(length * min(image.size) / PER_SIDE)
-
-
 def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
-    half = _pixels(image, CUTOUT_PIXELS * level)
+    half = round(CUTOUT_PIXELS * level * min(image.size) / PER_SIDE)
     x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
     image = image.copy()
     image.paste(_gray(image), (x - half, y - half, x + half, y + half))
     return image
 
 
-def _solarize_add(image: Image.Image, level: float) -> Image.Image:
-    table = [min(255, value + int(110 * level)) if value < 128 else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
+def _solarize_add(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+    return image.point(lambda value: min(255, value + int(110 * level)) if value < 128 else value)
 
 
 def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
@@ -63,7 +58,7 @@ def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
 
 
 def _translation(image: Image.Image, level: float, rng: np.random.Generator) -> int:
-    return _sign(rng) * _pixels(image, TRANSLATE_PIXELS * level)
+    return _sign(rng) * round(TRANSLATE_PIXELS * level * min(image.size) / PER_SIDE)
 
 
 RANDAUGMENT: dict[str, Operation] = {
@@ -83,5 +78,5 @@ RANDAUGMENT: dict[str, Operation] = {
     "TranslateX": lambda image, level, rng: _affine(image, 1, 0, _translation(image, level, rng), 0, 1, 0),
     "TranslateY": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _translation(image, level, rng)),
     "Cutout": _cutout,
-    "SolarizeAdd": lambda image, level, rng: _solarize_add(image, level),
+    "SolarizeAdd": _solarize_add,
 }

@@ -7,17 +7,15 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import container
-from perceiver_cli.preprocess.base import Array, check_contract, check_limit
+from perceiver_cli.preprocess.base import Array, check_contract
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -30,7 +28,6 @@ UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 frames if a stream decla
 # Full scale is 1; floats that hold 32-bit integers reach 2^31. Above this limit, power would overflow float32.
 MAX_AMPLITUDE = 1e10
 MAX_CHUNKS = 10_000
-WAVE_MAGIC = (b"RIFF", b"RIFX", b"RF64")
 SETTLING_S = 0.2  # decoded and dropped before a span, for decoders whose output depends on earlier samples
 JITTER_S = 0.05  # largest difference between a container's times and the count of samples that is ignored
 # MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
@@ -48,8 +45,7 @@ FORMATS = {
 }
 
 
-@dataclass(frozen=True)
-class Sound:
+class Sound(NamedTuple):
     """An open sound file.
 
     samples: the number of samples per channel that the file declares, or None.
@@ -59,14 +55,6 @@ class Sound:
     rate_hz: int
     samples: int | None
     read: Callable[[int, float], Iterator[Samples]]
-
-
-# ---------------------------------------------------------------- reading
-
-
-def is_sound(head: bytes) -> bool:
-    """Return whether the first bytes of a file are those of one of `FORMATS`."""
-    return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
 
 
 class _Reader:
@@ -91,41 +79,21 @@ class _Reader:
             return 0
 
 
-@contextmanager
-def _sound_file(source: Source, file: BinaryIO) -> Iterator[Any]:
-    """Yield the soundfile.SoundFile over `file`. Every exception of libsndfile becomes a DataError."""
-    import soundfile
-
-    try:
-        with soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound:
-            # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
-            sound.seekable = lambda: False
-            yield sound
-    except DataError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "error_string", None) or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the sound: {show_text(str(reason))}") from error
-
-
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
     """Return `file`, rewound; for a WAV that was streamed with size 0, a copy that declares the largest size.
 
-    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error.
-
-    Raises:
-        DataError: the file declares more bytes of sound than it holds.
+    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error: they
+    are refused here by a DataError.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
     header = file.read(24)
-    file.seek(0)
     magic, at, long_size = header[:4], 12, 0
     if magic == b".snd" and len(header) == 24:
         at, declared = struct.unpack_from(">2I", header, 4)
         _check_sound_bytes(source, declared, size - at)
     order = "<" if magic in (b"RIFF", b"RF64") else ">"
-    for _ in range(MAX_CHUNKS if magic in (*WAVE_MAGIC, b"FORM") else 0):
+    for _ in range(MAX_CHUNKS if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM") else 0):
         file.seek(at)
         if len(header := file.read(24)) < 8:
             break
@@ -161,38 +129,38 @@ def _is_chunk(data: bytes, room: int, order: str) -> bool:
 
 @contextmanager
 def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
-    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet.
-
-    Raises:
-        AbsentError: a video without sound. DataError: unreadable. LimitError: more channels or seconds than `limits`.
-    """
+    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet."""
     if container.format_of(source.head()) is not None:
         with container.open_track(source, limits, "audio") as track:
             codec = track.stream.codec_context
             rate_hz = _checked_header(source, codec.sample_rate, codec.layout.nb_channels, channel, limits)
-            _check_seconds(source, track.duration_s, limits)
+            source.check_limit(track.duration_s, "seconds", "audio_seconds", limits)
             read = partial(_read_track, source, track, rate_hz, channel, limits)
             yield Sound(rate_hz, round(track.duration_s * rate_hz), read)
         return
-    with source.open(limits) as file, _sound_file(source, file) as sound:
+    import soundfile
+
+    with (
+        source.open(limits) as file,
+        container.as_data_errors(source, "sound"),
+        soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound,
+    ):
+        # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
+        sound.seekable = lambda: False
         rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
         declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
-        _check_seconds(source, (declared or 0) / rate_hz, limits)
+        source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
         yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, channel, limits))
 
 
 def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channel, limits: Limits) -> int:
-    """Return `rate_hz`. Raises DataError for a rate out of range, a missing channel, or too many channels."""
+    """Return `rate_hz` if rate and channels are allowed. Raises DataError."""
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
-    check_limit(source, channels, "channels", "audio_channels", limits)
+    source.check_limit(channels, "channels", "audio_channels", limits)
     if channel != "mix" and channel >= channels:
         raise DataError(f"{source.shown}: no channel {channel}, found {channels} channel(s) counted from 0")
     return rate_hz
-
-
-def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    check_limit(source, seconds, "seconds", "audio_seconds", limits)
 
 
 def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
@@ -219,7 +187,9 @@ def _read_file(
         sound.seek(at)
     buffer = np.empty((min(BLOCK_FRAMES, max(1, BLOCK_FRAMES if declared is None else declared)), sound.channels), "f4")
     while at < stop and len(samples := sound.read(out=buffer[: int(min(len(buffer), stop - at))])):
-        _check_seconds(source, (at + len(samples)) / sound.samplerate, limits)  # again: a stream may declare no length
+        source.check_limit(
+            (at + len(samples)) / sound.samplerate, "seconds", "audio_seconds", limits
+        )  # again: a stream may declare no length
         if at + len(samples) > first:
             yield _checked(source, samples[max(0, first - at) :], channel)
         at += len(samples)
@@ -245,7 +215,7 @@ def _read_track(
         for converted in resampler.resample(frame):
             samples = converted.to_ndarray().T
             following = place + len(samples)
-            _check_seconds(source, following / rate_hz, limits)
+            source.check_limit(following / rate_hz, "seconds", "audio_seconds", limits)
             while at < min(place, stop):
                 silence = np.zeros(int(min(place, stop, at + BLOCK_FRAMES)) - at, np.float32)
                 yield silence

@@ -50,40 +50,26 @@ class Source:
         return None if status is None else (self.name, status.st_size, status.st_mtime_ns)
 
     def head(self) -> bytes:
-        """Return the first `HEAD_BYTES` bytes, for detection by content.
-
-        Raises:
-            DataError: missing, not a regular file, unreadable or empty.
-        """
-        if self.data is not None:
-            head = self.data[:HEAD_BYTES]
-        else:
-            handle = self._open_handle()
-            try:
-                head = os.read(handle, HEAD_BYTES)
-            except OSError as error:
-                raise DataError(f"{self.shown}: cannot read: {error.strerror}") from error
-            finally:
-                os.close(handle)
+        """Return the first `HEAD_BYTES` bytes. Raises DataError if there are none or it is no regular file."""
+        try:
+            with self._opened() as file:
+                head = file.read(HEAD_BYTES)
+        except OSError as error:
+            raise DataError(f"{self.shown}: cannot read: {error.strerror}") from error
         if not head:
             raise DataError(f"{self.shown}: the file is empty")
         return head
 
     def open(self, limits: Limits) -> BinaryIO:
-        """Return a seekable binary file object over the input.
-
-        Raises:
-            LimitError: larger than `limits.file_bytes`, known from its size alone.
-            DataError: missing, not a regular file, unreadable or empty.
-        """
-        file: BinaryIO = io.BytesIO(self.data) if self.data is not None else os.fdopen(self._open_handle(), "rb")
-        size = len(self.data) if self.data is not None else os.fstat(file.fileno()).st_size
-        if size == 0 or size > limits.file_bytes:
-            file.close()
-            if size == 0:
-                raise DataError(f"{self.shown}: the file is empty")
-            raise LimitError(self.shown, size, "bytes", "file_bytes", limits.file_bytes)
-        return file
+        """Return a seekable binary file object over the input. Raises as `head`, and LimitError for its size."""
+        file = self._opened()
+        size = file.seek(0, os.SEEK_END)
+        if 0 < size <= limits.file_bytes:
+            file.seek(0)
+            return file
+        file.close()
+        self.check_limit(size, "bytes", "file_bytes", limits)
+        raise DataError(f"{self.shown}: the file is empty")
 
     def read(self, limits: Limits) -> bytes:
         """Return all bytes of the input, under the same checks as `open`."""
@@ -92,7 +78,19 @@ class Source:
         with self.open(limits) as file:
             return file.read()
 
-    def _open_handle(self) -> int:
+    def check_limit(self, amount: float, unit: str, name: str, limits: Limits) -> None:
+        """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
+        allowed = getattr(limits, name)
+        if amount > allowed:
+            raise LimitError(self.shown, amount, unit, name, allowed)
+
+    def check_decoded(self, count: float, itemsize: int, limits: Limits) -> None:
+        """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
+        self.check_limit(count * itemsize, "decoded bytes", "decoded_bytes", limits)
+
+    def _opened(self) -> BinaryIO:
+        if self.data is not None:
+            return io.BytesIO(self.data)
         try:
             # Non-blocking, so that a FIFO named like an image cannot hang the reader.
             handle = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -102,13 +100,13 @@ class Source:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise DataError(f"{self.shown}: not a regular file")
-        return handle
+        return os.fdopen(handle, "rb")
 
 
 def received(file: BinaryIO, limits: Limits, begun: bytes = b"") -> bytes:
     """Return `begun` and what else a pipe brings: all, or so much that it is over `limits.file_bytes`."""
-    parts, total = [begun], len(begun)
-    while total <= limits.file_bytes and (part := file.read(RECEIVED_BYTES)):
-        parts.append(part)
-        total += len(part)
-    return b"".join(parts)
+    data = io.BytesIO(begun)
+    data.seek(len(begun))
+    while data.tell() <= limits.file_bytes and (block := file.read(RECEIVED_BYTES)):
+        data.write(block)
+    return data.getvalue()

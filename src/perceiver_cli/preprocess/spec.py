@@ -36,9 +36,6 @@ class Table(BaseModel):
         return value
 
 
-# ---------------------------------------------------------------- inputs
-
-
 class InputSpec(Table):
     """Options of one modality: how a file becomes a byte array. The default of `modality` registers each subclass.
 
@@ -65,9 +62,6 @@ class InputSpec(Table):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         InputSpec.kinds[cls.model_fields["modality"].default] = cls
-
-
-# ---------------------------------------------------------------- data and training
 
 
 class Limits(Table):

@@ -10,7 +10,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import count, repeat
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,29 +20,8 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Span,
-    TimedModality,
-    at_least_one,
-    check_decoded,
-    check_limit,
-    cut_windows,
-    patchify,
-    position_options,
-)
-from perceiver_cli.preprocess.pixels import (
-    Box,
-    center_box,
-    check_crops,
-    flatten,
-    per_channel,
-    random_box,
-    resize,
-    to_array,
-)
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, patchify
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -68,8 +47,6 @@ class VideoSpec(InputSpec):
     color: Fraction = 0.0
 
 
-__all__ = ["MODALITY", "VideoModality"]
-
 COLORS = 3
 # Containers round times to their tick: a frame counts as shown from half a tick earlier, so that no frame is skipped.
 MAX_SLACK_S = 0.0005
@@ -82,20 +59,18 @@ Change = Callable[[Image.Image], Image.Image]
 
 
 class Shown(NamedTuple):
-    """A frame, and the time in seconds from which and until which it is shown.
-
-    picture: decodes the frame to (H, W, 3) uint8.
-    """
+    """A frame, and when it is shown."""
 
     start_s: float
     end_s: float
-    picture: Callable[[], Array]
+    picture: Callable[[], Array]  # decodes the frame to (H, W, 3) uint8
 
 
 class VideoModality(TimedModality[VideoSpec]):
     """Video files to (frames, height, width, colours) uint8, then to a grid of space-time patches (paper 4.2)."""
 
     name = "video"
+    steps = "frames"
     precedence = 1  # before image, which also reads animations, and before audio, which also reads containers
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
     decides = ("frame_rate_hz", "size", "eval_crop")
@@ -107,42 +82,30 @@ class VideoModality(TimedModality[VideoSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the bytes begin a container that can hold pictures, or an animation."""
         if container.format_of(head) is not None:
             return not container.holds_sound_only(head, name)
         return _is_animated(head)
 
     def clip_s(self, spec: VideoSpec) -> float:
-        """Return the length of a clip in seconds: 1.28 in the paper, 32 frames of 25 Hz."""
         return spec.num_frames / spec.frame_rate_hz
 
     def steps_hz(self, spec: VideoSpec) -> float:
-        """Return the frame rate."""
         return spec.frame_rate_hz
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited.
-
-        Raises:
-            AbsentError: no picture in the file. DataError: unreadable. LimitError: longer than `limits` allow.
-        """
+        """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited."""
         if container.format_of(source.head()) is not None:
             with container.open_track(source, limits, "video") as track:
                 duration_s = track.duration_s
         else:
             duration_s = max((shown.end_s for shown in _frames(source, VideoSpec(), limits)), default=0.0) + EPSILON_S
-        _check_seconds(source, duration_s, limits)
+        source.check_limit(duration_s, "seconds", "video_seconds", limits)
         return duration_s
 
     def load(self, source: Source, spec: VideoSpec, limits: Limits, span: Span | None = None) -> Array:
         """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` seconds of the file or of a span.
 
         H and W are those at which the evaluation crop has the size of the spec, or the file's own if that is smaller.
-
-        Raises:
-            AbsentError: no picture in the file.
-            LimitError: more seconds, pixels or bytes than `limits`, by the header or while decoding.
-            DataError: unreadable, truncated, damaged, or without frames.
         """
         first, stop = 0, math.inf
         if span is not None:
@@ -150,7 +113,7 @@ class VideoModality(TimedModality[VideoSpec]):
             stop = first + max(1, round(span[1] * spec.frame_rate_hz))
         pictures: list[Array] = []
         for picture in _sampled(source, spec, limits, first, stop, stop - first):
-            check_decoded(source, (len(pictures) + 1) * picture.size, 1, limits)
+            source.check_decoded((len(pictures) + 1) * picture.size, 1, limits)
             if pictures and picture.shape != pictures[0].shape:
                 raise DataError(f"{source.shown}: frames of {pictures[0].shape[:2]} and of {picture.shape[:2]}")
             pictures.append(picture)
@@ -158,43 +121,21 @@ class VideoModality(TimedModality[VideoSpec]):
             raise DataError(f"{source.shown}: no frames" + (f" at {span[0]:g} s" if span else " in the file"))
         return np.stack(pictures)
 
-    def windows(
-        self, source: Source, spec: VideoSpec, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, (T, H, W, 3) uint8) of overlapping windows; see `TimedModality.windows`."""
-        pictures = _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz)
-        windows = cut_windows((picture[None] for picture in pictures), spec.frame_rate_hz, window_s, hop_s)
-        yield from at_least_one(source, windows, "frames")
+    def blocks(self, source: Source, spec: VideoSpec, limits: Limits, window_s: float) -> Iterator[Array]:
+        for picture in _sampled(source, spec, limits, 0, math.inf, window_s * spec.frame_rate_hz):
+            yield picture[None]
 
     def loaded(self, spec: VideoSpec) -> tuple[str, tuple[int | None, ...]]:
-        """Return uint8, (T, H, W, 3)."""
         return "uint8", (None, None, None, COLORS)
 
     def layout(self, spec: VideoSpec) -> Layout:
-        """Return a (time, height, width) grid of patches; the defaults give 16 x 28 x 28 = 12,544 inputs of 384 values.
-
-        Raises:
-            UsageError: a patch larger than the clip, or a max_resolution, mean or crop that contradicts the rest.
-        """
+        """Return a (time, height, width) grid of patches; by default 16 x 28 x 28 = 12,544 inputs of 384 values."""
         shape = (spec.num_frames, *spec.size)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"video patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        resolution = spec.max_resolution or tuple(map(float, grid))
-        if len(resolution) != len(grid):
-            raise UsageError(f"video max_resolution needs {len(grid)} numbers, found {len(resolution)}")
-        check_crops(spec)
         volume = math.prod(spec.patch)
-        return Layout(
-            grid=grid,
-            channels=COLORS * volume,
-            dims=len(grid),
-            bands=spec.bands,
-            max_resolution=resolution,
-            mean=per_channel(spec, "mean", COLORS) * volume,
-            std=per_channel(spec, "std", COLORS) * volume,
-            **position_options(spec),
-        )
+        return Layout.of_grid(spec, grid, COLORS * volume, **color_statistics(spec, len(grid), COLORS, volume))
 
     def prepare(
         self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
@@ -205,10 +146,11 @@ class VideoModality(TimedModality[VideoSpec]):
         time if `start_s` is None, and one Inception crop, mirror and change of colours for all frames.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
+        box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
+        left, top, right, bottom = box
+        frames = frames[:, top:bottom, left:right]
         if rng is None:
-            box = center_box(frames[0], spec, spec.size)
-            return ByteArray(patchify(_resized(_cropped(frames, box), spec.size), spec.patch))
-        frames = _cropped(frames, random_box(frames[0], spec, spec.size, rng))
+            return ByteArray(patchify(_resized(frames, spec.size), spec.patch))
         changes: list[Change] = []
         if rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
@@ -217,15 +159,11 @@ class VideoModality(TimedModality[VideoSpec]):
         return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
 
     def num_views(self, spec: VideoSpec) -> int:
-        """Return how many clips of each file evaluation averages over."""
         return spec.eval_windows
 
 
 MODALITY = VideoModality()
 register(MODALITY)
-
-
-# ---------------------------------------------------------------- time
 
 
 def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: float, held: float) -> Iterator[Array]:
@@ -236,7 +174,7 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
     rate_hz = spec.frame_rate_hz
     k, shown = first, None
     for following in _frames(source, spec, limits, first / rate_hz, held):
-        _check_seconds(source, following.start_s, limits)
+        source.check_limit(following.start_s, "seconds", "video_seconds", limits)
         after = min(stop, math.ceil(following.start_s * rate_hz))
         if shown is not None and k < after:
             yield from repeat(shown.picture(), int(after) - k)
@@ -245,7 +183,7 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
             return
         shown = following
     if shown is not None:
-        _check_seconds(source, shown.end_s, limits)
+        source.check_limit(shown.end_s, "seconds", "video_seconds", limits)
         after = math.ceil(shown.end_s * rate_hz)
         if after <= k == first <= after + 1:  # the last frame may end a little before its declared end
             after = k + 1
@@ -253,29 +191,22 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
             yield from repeat(shown.picture(), int(after) - k)
 
 
-def _check_seconds(source: Source, seconds: float, limits: Limits) -> None:
-    check_limit(source, seconds, "seconds", "video_seconds", limits)
-
-
-def _clip(count: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
-    """Return the indices of a clip's frames among `count` frames: from `start_s`, a random or a central frame on.
+def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
+    """Return the indices of a clip's frames among `total` frames: from `start_s`, a random or a central frame on.
 
     A video shorter than the clip is repeated, or its first and last frames are held, as `spec.short` says.
     """
-    spare = count - spec.num_frames
+    spare = total - spec.num_frames
     if start_s is not None:
         start = min(round(start_s * spec.frame_rate_hz), max(0, spare))
     elif spare >= 0:
         start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
     elif spec.short == "loop":
-        start = int(rng.integers(count)) if rng is not None else 0
+        start = int(rng.integers(total)) if rng is not None else 0
     else:
         start = int(rng.integers(spare, 1)) if rng is not None else 0
     indices = np.arange(start, start + spec.num_frames)
-    return indices % count if spec.short == "loop" else indices.clip(0, count - 1)
-
-
-# ---------------------------------------------------------------- decoding
+    return indices % total if spec.short == "loop" else indices.clip(0, total - 1)
 
 
 def _frames(
@@ -295,16 +226,17 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
     with container.open_track(source, limits, "video") as track:
         canvas = _Canvas(source, track.stream.codec_context, spec, limits)
         duration_s = track.duration_s
-        _check_seconds(source, duration_s, limits)
+        source.check_limit(duration_s, "seconds", "video_seconds", limits)
         pictures = max(1.0, min(held, (duration_s - start_s) * spec.frame_rate_hz))
-        check_decoded(source, pictures * math.prod(canvas.size), COLORS, limits)
+        source.check_decoded(pictures * math.prod(canvas.size), COLORS, limits)
         slack_s = min(track.tick_s / 2, MAX_SLACK_S) + EPSILON_S
         before_s = None
         for time_s, frame in track.frames(start_s):
             length_s = (frame.duration or 0) * float(frame.time_base) or track.step_s
             if length_s == 0 and before_s is not None:
                 length_s = time_s - before_s
-            yield Shown(time_s - slack_s, time_s + length_s - slack_s, partial(canvas, frame))
+            picture = container.as_data_errors(source)(partial(canvas, frame))
+            yield Shown(time_s - slack_s, time_s + length_s - slack_s, picture)
             before_s = time_s
 
 
@@ -315,27 +247,21 @@ class _Canvas:
         from av.video.reformatter import VideoReformatter
 
         self.source, self.spec, self.limits = source, spec, limits
-        self.resize, self.convert = (
-            VideoReformatter(),
-            VideoReformatter(),
-        )  # one each: both keep their setup between frames
+        # One each: both keep their setup between frames.
+        self.resize, self.convert = VideoReformatter(), VideoReformatter()
         aspect = float(codec.sample_aspect_ratio or 1)  # width of a pixel by its height
-        self.aspect = aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0
         _check_pixels(source, codec, limits)
-        self.height, self.width = codec.height, codec.width
+        square = codec.width * (aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0)
+        self.shape = codec.height, max(1, round(square))
         self.size = self._kept(False)
 
     def _kept(self, turned: bool) -> tuple[int, int]:
         """Return (height, width) at which frames are kept; `turned` frames before they are transposed."""
-        shape = self.height, max(1, round(self.width * self.aspect))
-        height, width = _kept_size(*(shape[::-1] if turned else shape), self.spec)
-        return (width, height) if turned else (height, width)
+        if turned:
+            return _kept_size(*self.shape[::-1], self.spec)[::-1]
+        return _kept_size(*self.shape, self.spec)
 
     def __call__(self, frame: Any) -> Array:
-        with container.as_data_errors(self.source):
-            return self._picture(frame)
-
-    def _picture(self, frame: Any) -> Array:
         _check_pixels(self.source, frame, self.limits)
         turned, upside_down, mirrored = _orientation(frame)
         height, width = self._kept(turned)
@@ -350,8 +276,8 @@ class _Canvas:
 
 
 def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
-    check_limit(source, frame.width * frame.height, "pixels in a frame", "video_pixels", limits)
-    check_limit(source, max(frame.width, frame.height), "pixels along a side of a frame", "video_side", limits)
+    source.check_limit(frame.width * frame.height, "pixels in a frame", "video_pixels", limits)
+    source.check_limit(max(frame.width, frame.height), "pixels along a side of a frame", "video_side", limits)
 
 
 def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
@@ -375,9 +301,6 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
     if abs(b) > abs(a):
         return True, b < 0, c < 0
     return False, d < 0, a < 0
-
-
-# ---------------------------------------------------------------- animations
 
 
 def _is_animated(head: bytes) -> bool:
@@ -417,8 +340,7 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
         size = _kept_size(file.height, file.width, spec)
         time_s = 0.0
         # A PNG may begin with a still image for programs that cannot show animations.
-        index = 1 if getattr(file, "default_image", False) else 0
-        while True:
+        for index in count(1 if getattr(file, "default_image", False) else 0):
             try:
                 file.seek(index)
             except EOFError:
@@ -428,20 +350,11 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Show
             length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
             yield Shown(time_s - EPSILON_S, time_s + length_s - EPSILON_S, partial(_picture, file.copy(), size))
             time_s += length_s
-            index += 1
 
 
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
     values = to_array(flatten(file).convert("RGB"))
     return resize(values, (0, 0, file.width, file.height), size)
-
-
-# ---------------------------------------------------------------- augmentation
-
-
-def _cropped(frames: Array, box: Box) -> Array:
-    left, top, right, bottom = box
-    return frames[:, top:bottom, left:right]
 
 
 def _resized(

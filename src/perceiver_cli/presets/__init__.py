@@ -7,26 +7,19 @@ from importlib import resources
 
 from perceiver_cli.errors import UsageError
 
-# ---------------------------------------------------------------- presets and files
+FOLDER = resources.files("perceiver_cli") / "presets"
 
 
 def preset_names() -> list[str]:
     """Return the names of the recipes that ship with the package, sorted."""
-    folder = resources.files("perceiver_cli") / "presets"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
 
 
 def preset_text(name: str) -> str:
-    """Return a preset's TOML with its comments.
-
-    Raises:
-        UsageError: there is no such preset; names the nearest.
-    """
+    """Return a preset's TOML with its comments, or raise a UsageError that names the nearest preset."""
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        raise UsageError(
-            f"no preset named {name!r}",
-            f"did you mean {near[0]}" if near else f"there are {', '.join(names)}",
-        )
-    return (resources.files("perceiver_cli") / "presets" / f"{name}.toml").read_text("utf-8")
+        hint = f"did you mean {near[0]}" if near else f"there are {', '.join(names)}"
+        raise UsageError(f"no preset named {name!r}", hint)
+    return (FOLDER / f"{name}.toml").read_text("utf-8")

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,8 +53,11 @@ def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
         figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
 
 
-def curves(name: str, lines: Mapping[str, Sequence[Point]]) -> str:
-    """Return an SVG of up to two lines over epochs, by their names; "" if no line has two points."""
+def curves(name: str, lines: Mapping[str, Sequence[Point]], most: float = inf) -> str:
+    """Return an SVG of up to two lines over epochs, by their names; "" if no line has two points.
+
+    most: what no value exceeds, and so the axis does not.
+    """
     lines = {label: points for label, points in lines.items() if len(points) > 1}
     if not lines:
         return ""
@@ -62,9 +65,9 @@ def curves(name: str, lines: Mapping[str, Sequence[Point]]) -> str:
         figure, axes = _axes("epoch")
         for color, (label, points) in zip((ONE, TWO), lines.items(), strict=False):
             x, y = zip(*points[:: ceil(len(points) / MAX_POINTS)], strict=True)
-            axes.plot(x, y, "o-" if len(x) <= BINS else "-", color=color, markersize=5, label=label)
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+            axes.plot(x, y, "o-" if len(x) <= BINS else "-", color=color, markersize=5, clip_on=False, label=label)
+        low, high = axes.get_ylim()
+        axes.set(xlim=(0, None), ylim=(max(0.0, low), min(most, high)))
         return _svg(figure, name)
 
 

@@ -24,11 +24,10 @@ NAME_LENGTH = 40  # of a run in the plot
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run.
+    """What is known of a run: its best model on the validation split, its time, and how it came there.
 
-    accuracy, mAP, loss, steps: of the model that was kept, on the run's validation split. interval_95: of the accuracy;
-    None where the model was moved away from that split. seconds: until the last evaluation, None without a log. curve:
-    (seconds, accuracy) of every evaluation.
+    interval_95: of the accuracy; None where the model was moved away from that split. seconds: until the last
+    evaluation, None without a log. curve: (seconds, accuracy) of every evaluation.
     """
 
     run: str
@@ -47,7 +46,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order given, and by option the value of each where they differ."""
+    """Runs in the order of the arguments, and by option the value of each where they differ."""
 
     runs: tuple[RunFacts, ...]
     differences: Mapping[str, tuple[Any, ...]]
@@ -55,15 +54,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of `compare --json`."""
-        differences = {key: list(values) for key, values in self.differences.items()}
-        return {"runs": [asdict(run) for run in self.runs], "differences": differences, "notes": list(self.notes)}
+        return asdict(self)
 
 
 def compare(runs: Sequence[str]) -> Comparison:
     """Return run folders, or model files, side by side.
 
-    Raises:
-        UsageError: fewer than two, or no model there. IntegrityError: a damaged model file, log or split.
+    Raises UsageError if there are fewer than two or no model, IntegrityError if a model file, log or split is damaged.
     """
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run to compare", "pass two or more: perceiver compare runs/a runs/b")
@@ -77,6 +74,7 @@ def compare(runs: Sequence[str]) -> Comparison:
         count = int(read_split(split).held.sum()) if whole and split.is_file() else 0
         accuracy = _number(info.metrics, "val_accuracy")
         timed = [(seconds, record) for record in log if (seconds := _number(record, "elapsed_s")) is not None]
+        curve = [(at, share) for at, record in timed if (share := _number(record, "val_accuracy")) is not None]
         right = None if accuracy is None or not count else round(accuracy * count)
         rows.append(
             RunFacts(
@@ -91,12 +89,9 @@ def compare(runs: Sequence[str]) -> Comparison:
                 steps=info.step,
                 parameters=describe(str(path))["parameters"],
                 fingerprint=info.data_fingerprint,
-                curve=tuple(
-                    (seconds, share) for seconds, record in timed
-                    if (share := _number(record, "val_accuracy")) is not None
-                ),
+                curve=tuple(curve),
             )
-        )  # fmt: skip
+        )
         configs.append(info.config)
     return Comparison(tuple(rows), _differences(configs), tuple(_notes(rows)))
 
@@ -119,12 +114,12 @@ def _notes(rows: Sequence[RunFacts]) -> Iterator[str]:
             yield f"{show_path(row.run)}: was not evaluated while it was trained"
         elif row.interval_95 is None:
             yield f"{show_path(row.run)}: without the run's split it is not known how many examples its accuracy is of"
-    known = [row for row in rows if row.accuracy is not None and row.interval_95 is not None]
+    known = [
+        (row.accuracy, row.interval_95) for row in rows if row.accuracy is not None and row.interval_95 is not None
+    ]
     if same and len(known) > 1:
-        best, second = sorted(known, key=lambda row: row.accuracy or 0.0, reverse=True)[:2]
-        assert best.interval_95 is not None
-        assert second.interval_95 is not None
-        if second.interval_95[1] >= best.interval_95[0]:
+        (_, best), (_, second) = sorted(known, key=lambda pair: pair[0], reverse=True)[:2]
+        if second[1] >= best[0]:
             yield "the intervals of the best two overlap: which of them is better may be chance"
 
 
@@ -143,11 +138,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Write a plot as PNG or SVG: accuracy over seconds of each run, and the accuracies with their intervals.
-
-    Raises:
-        ResourceError: it cannot be written.
-    """
+    """Write a plot as PNG or SVG: accuracy over seconds of each run, and the accuracies with their intervals."""
     from matplotlib.figure import Figure
 
     from perceiver_cli.report.charts import plain_text, save_figure
@@ -165,9 +156,8 @@ def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
                 kept.plot((low, high), (place, place), color=colour, linewidth=2, alpha=0.5)
                 kept.plot(run.accuracy, place, marker="o", color=colour)
         names = [show_text(run.run) for run in runs]
-        kept.set_yticks(
-            range(len(runs)), [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
-        )
+        short = [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
+        kept.set_yticks(range(len(runs)), short)
         kept.tick_params(axis="y", labelsize=8)
         kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="of the model kept, with 95 % interval")
         over_time.set(xlabel="seconds of training", ylabel="validation accuracy")

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path, show_text
-from perceiver_cli.inference.explain import MAPS, Explanation, Heat, Shown
+from perceiver_cli.inference.explain import MAPS, ExplainedInput, Explanation, Heat, ScoreMap
 from perceiver_cli.report import pictures
+from perceiver_cli.report.charts import plain_text
+
+GAP = 12
+WIDTH = 3 * pictures.SIDE + 2 * GAP  # of the page between its margins, in pixels
+HEAD, LINE, KEY = 38, 25, 48  # heights: of the first line, of others, of a bar of colours
+
+Draw = Callable[[Any], None]
+Row = tuple[int, Draw]  # its height, and what draws it on a figure
 
 
 def to_ply(explanation: Explanation) -> bytes:
@@ -24,7 +37,7 @@ def to_ply(explanation: Explanation) -> bytes:
     names = [("float", axis) for axis in "xyz"] + [("uchar", color) for color in ("red", "green", "blue")]
     properties = "".join(f"property {kind} {name}\n" for kind, name in [*names, ("float", "heat")])
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(shown.raw)}\n{properties}end_header\n"
-    tints = pictures.colours(pictures.scaled(shown.heat), pictures.HEAT)
+    tints = (255 * pictures.colours(pictures.scaled(shown.heat), pictures.HEAT)).round().astype(int)
     rows = zip(shown.raw.tolist(), tints.tolist(), shown.heat.tolist(), strict=True)
     return header.encode() + b"".join(struct.pack("<3f3Bf", *point, *tint, heat) for point, tint, heat in rows)
 
@@ -43,61 +56,94 @@ def save(explanation: Explanation, path: Path) -> None:
 
 def to_picture(explanation: Explanation) -> pictures.Picture:
     """Return a page: each modality as it is, with attention, with heat; sound below pictures; then the score maps."""
-    label = show_text(explanation.label)
-    head = f"{label}: {explanation.prob:.3f}"
-    if explanation.label != explanation.predicted:
-        head += f" (predicted: {show_text(explanation.predicted)} {explanation.predicted_prob:.3f})"
-    width = 3 * pictures.SIDE + 2 * pictures.GAP
-    parts = [pictures.line(head, width, large=True), pictures.line(show_text(explanation.path), width)]
-    parts += [pictures.line(note, width) for note in explanation.notes]
-    for name, shown in sorted(explanation.shown.items(), key=lambda item: item[0] == "audio"):
-        parts.append(_medium(name, shown, label, several=len(explanation.shown) > 1))
-    parts.append(pictures.key(240, pictures.HEAT, "none", "most"))
-    parts += _score_pages(explanation, width)
-    return pictures.margin(pictures.column(parts))
+    with plain_text():
+        label = show_text(explanation.label)
+        head = f"{label}: {explanation.prob:.3f}"
+        if explanation.label != explanation.predicted:
+            head += f" (predicted: {show_text(explanation.predicted)} {explanation.predicted_prob:.3f})"
+        rows: list[Row] = [(HEAD, partial(_write, text=head, size=10.5))]
+        rows += [(LINE, partial(_write, text=text)) for text in (show_text(explanation.path), *explanation.notes)]
+        media = sorted(explanation.shown.items(), key=lambda item: item[0] == "audio")
+        for name, shown in media:
+            rows += _medium(name, shown, label, several=len(media) > 1)
+        rows.append((KEY, partial(_key, name=pictures.HEAT, low="none", high="most")))
+        for name, shown in media:
+            rows += _score_maps(name, shown, explanation.maps)
+        rows.append((KEY, partial(_key, name=pictures.SCORE, low="lowest", high="highest")))
+        heights = [GAP, *(height for height, _ in rows), GAP]
+        figure = pictures.new_figure(WIDTH + 2 * GAP, sum(heights))
+        cells = figure.subfigures(len(heights), 3, height_ratios=heights, width_ratios=(GAP, WIDTH, GAP))
+        for (_, draw), (_, cell, _) in zip(rows, cells[1:-1], strict=True):
+            draw(cell)
+        return pictures.rendered(figure)
 
 
-def _medium(name: str, shown: Shown, label: str, *, several: bool) -> pictures.Picture:
-    wide = shown.start_s is not None
-    side = 3 * pictures.SIDE // 2 if wide else pictures.SIDE
-    start_s = shown.start_s or 0.0
-    looked, spoke = (f": {part.sum():.0%}" if several else "" for part in (shown.attention, shown.heat))
-    titles = {
+def _write(figure: Any, text: str, size: float = 7.5, color: str = "black") -> None:
+    """Write a line of text at the top of a figure, cut to its width."""
+    line = figure.text(0, 1, text, size=size, color=color, va="top")
+    while text and line.get_window_extent().width > figure.bbox.width:
+        text = text[: -1 - len(text) // 40]
+        line.set_text(f"{text}…")
+
+
+def _panels(figure: Any, panels: Sequence[tuple[str, Draw]], color: str = "black") -> None:
+    """Draw titles and what they name side by side."""
+    width = (figure.bbox.width + GAP) / len(panels) - GAP
+    widths, heights = ((width, GAP) * len(panels))[:-1], (LINE, figure.bbox.height - LINE - GAP, GAP)
+    cells = figure.subfigures(3, len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)
+    for (title, draw), above, below in zip(panels, cells[0, ::2], cells[1, ::2], strict=True):
+        _write(above, title, 7.5 if color == "black" else 6, color)
+        draw(below)
+
+
+def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> list[Row]:
+    """Return the rows of a modality: attention and heat side by side with the medium, or below each other if wide."""
+    looked, spoke = (f": {share.sum():.0%}" if several else "" for share in (shown.attention, shown.heat))
+    heats = {
         name: None,
         f"{name}, where it looked (attention){looked}": shown.attention,
         f"{name}, what it found for {label} (heat){spoke}": shown.heat,
     }
     panels = [
-        pictures.captioned(pictures.sample(shown.raw, shown.spec, heat, side=side, start_s=start_s), title)
-        for title, heat in titles.items()
+        (title, partial(pictures.draw, raw=shown.raw, spec=shown.spec, heat=heat, start_s=shown.start_s or 0.0))
+        for title, heat in heats.items()
     ]
-    return pictures.column(panels[1:]) if wide else pictures.row(panels)
+    wide = shown.start_s is not None
+    height = LINE + GAP + pictures.size_of(shown.raw, shown.spec, WIDTH // 2 if wide else pictures.SIDE)[1]
+    rows = [[panel] for panel in panels[1:]] if wide else [panels]
+    return [(height, partial(_panels, panels=row)) for row in rows]
 
 
-def _score_pages(explanation: Explanation, width: int) -> list[pictures.Picture]:
-    """Return a grid of score maps for each modality: a row for each cross-attend, a column for each latent."""
-    pages = []
-    rounds = sorted({score.cross_attend for score in explanation.maps})
-    for name, shown in sorted(explanation.shown.items(), key=lambda item: item[0] == "audio"):
-        pages.append(pictures.line(f"{name}: scores before the softmax, one latent each", width))
-        for number in rounds:
-            maps = [score for score in explanation.maps if score.cross_attend == number]
-            side = (width - pictures.GAP * (MAPS - 1)) // MAPS
-            panels = []
-            for score in maps:
-                head = f", head {score.head}" if any(other.head > 1 for other in maps) else ""
-                title = f"cross-attend {number}, latent {score.latent}{head}"
-                panels.append(pictures.captioned(_score_picture(score.scores[name], shown, side), title, small=True))
-            pages.append(pictures.row(panels))
-    pages.append(pictures.key(240, pictures.SCORE, "lowest", "highest"))
-    return pages
+def _score_maps(name: str, shown: ExplainedInput, maps: Sequence[ScoreMap]) -> list[Row]:
+    """Return the rows of a modality's score maps: a row for each cross-attend, a column for each latent."""
+    rows: list[Row] = [(LINE, partial(_write, text=f"{name}: scores before the softmax, one latent each"))]
+    heads = any(score.head > 1 for score in maps)
+    height = (WIDTH - GAP * (MAPS - 1)) // MAPS // (3 if shown.start_s is not None else 1)  # of sound and film: a strip
+    for number in sorted({score.cross_attend for score in maps}):
+        panels = []
+        for score in (score for score in maps if score.cross_attend == number):
+            title = f"cross-attend {number}, latent {score.latent}" + (f", head {score.head}" if heads else "")
+            panels.append((title, partial(_score_map, scores=score.scores[name], shown=shown)))
+        rows.append((LINE + height + GAP, partial(_panels, panels=panels, color=pictures.FAINT)))
+    return rows
 
 
-def _score_picture(scores: Heat, shown: Shown, side: int) -> pictures.Picture:
-    values = pictures.spanned(scores)
+def _score_map(figure: Any, scores: Heat, shown: ExplainedInput) -> None:
+    axes, values = pictures.bare_axes(figure), pictures.spanned(scores)
     if shown.spec.modality == "points":
-        count = len(shown.raw)
-        return pictures.cloud(shown.raw, pictures.colours(values[:count], pictures.SCORE), side)
-    if shown.spec.modality == "audio" and values.ndim == 2:
-        values = values.T[::-1]  # time to the right, low below
-    return pictures.grid(values, pictures.SCORE, side)
+        pictures.cloud(axes, shown.raw, pictures.colours(values[: len(shown.raw)], pictures.SCORE))
+    elif shown.spec.modality == "audio":
+        pictures.grid(axes, values.reshape(len(values), -1).T[::-1], pictures.SCORE)  # time to the right, low below
+    else:
+        pictures.grid(axes, values, pictures.SCORE)
+        if values.ndim == 2:
+            axes.set_box_aspect(np.clip(values.shape[0] / values.shape[1], 1 / 3, 3))  # a grid of 200 x 4 is no line
+
+
+def _key(figure: Any, name: str, low: str, high: str) -> None:
+    """Draw a colour map as a bar between two words."""
+    bar = figure.add_axes((0, 0.7, 0.25, 0.3))
+    bar.set_axis_off()
+    pictures.grid(bar, np.linspace(0, 1, 256), name)
+    for x, word, side in ((0, low, "left"), (0.25, high, "right")):
+        figure.text(x, 0.6, word, ha=side, va="top", size=6, color=pictures.FAINT)

@@ -286,11 +286,9 @@ def _pairs(report: Report, gallery: _Gallery) -> list[Pair]:
     most = sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]
     totals = {name: int(row["count"] or 0) for name, row in report.per_class.items()}
     pairs = []
-    for (true, predicted), found in most:
-        media = (gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(found)[:EACH])
-        pairs.append(
-            Pair(true, predicted, len(found), totals[true], tuple(medium for medium in media if medium is not None))
-        )
+    for (true, predicted), some in most:
+        media = (gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(some)[:EACH])
+        pairs.append(Pair(true, predicted, len(some), totals[true], tuple(one for one in media if one is not None)))
     return pairs
 
 
@@ -334,13 +332,13 @@ def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, str
         rows = [(record.get("epoch"), record.get(key)) for record in log]
         return [(float(x), float(y)) for x, y in rows if _is_number(x) and _is_number(y)]
 
-    lines = {
-        "Loss while training": {"validation": points("val_loss"), "training": [] if several else points("train_loss")},
-        "Accuracy while training": {
-            "accuracy, validation": points("val_accuracy"), "mAP, validation": points("val_mAP"),
-        },
-    }  # fmt: skip
-    return {name: svg for name, by_label in lines.items() if (svg := charts.curves(name, by_label))}
+    losses = {"validation": points("val_loss"), "training": [] if several else points("train_loss")}
+    shares = {"accuracy, validation": points("val_accuracy"), "mAP, validation": points("val_mAP")}
+    drawn = {
+        "Loss while training": charts.curves("Loss while training", losses),
+        "Accuracy while training": charts.curves("Accuracy while training", shares, most=1.0),
+    }
+    return {name: svg for name, svg in drawn.items() if svg}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
@@ -352,8 +350,8 @@ def _facts(report: Report, predictor: Predictor, data: str) -> dict[str, list[tu
     model, info = describe(str(predictor.path)), predictor.info
     config = info.config
     inputs = ", ".join(
-        f"{name}: {' x '.join(map(str, part['grid']))}, {part['channels']} channels with positions"
-        for name, part in model["inputs"].items()
+        f"{name}: {' x '.join(map(str, entry['grid']))}, {entry['channels']} channels with positions"
+        for name, entry in model["inputs"].items()
     )
     names = {"val_accuracy": "accuracy", "val_loss": "loss", "val_mAP": "mAP", "epoch": "epoch"}
     kept = (f"{names[key]} {value:.4g}" for key, value in info.metrics.items() if key in names and _is_number(value))

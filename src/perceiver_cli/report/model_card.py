@@ -5,102 +5,38 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Environment, StrictUndefined
 
 from perceiver_cli.files import show_text, write_text
 from perceiver_cli.model.checkpoint import ModelInfo
-from perceiver_cli.run_folder import MODEL_FILE
 
 MAX_LISTED = 200  # classes
 
 
 def write_card(run: Path, summary: Mapping[str, Any], info: ModelInfo) -> None:
-    """Write README.md beside a run's model.
-
-    summary: of `Trainer`; info: of the best model so far. The data are named, but not where they lay.
-    """
+    """Write README.md beside a run's best model so far, whose header is `info`. Where the data lay stays out of it."""
     write_text(run / "README.md", card(summary, info))
 
 
 def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
-    """Return the card as Markdown."""
-    config = info.config
-    classes = list(summary["classes"].items())
-    rest = len(classes) - MAX_LISTED
-    inputs = [
-        (name, f"{' x '.join(map(str, given['shape']))} of {given['channels']} channels, Fourier features included")
-        for name, given in summary["inputs"].items()
-    ]
-    several = "several labels an example" if config.multi_label else "one label an example"
-    return "\n".join(
-        [
-            f"# {plain(config.name)}",
-            "",
-            f"A [Perceiver](https://arxiv.org/abs/2103.03206) that tells {len(classes)} classes of "
-            f"{plain(' and '.join(summary['modalities']))} apart ({several}), trained with perceiver-cli "
-            f"{version('perceiver-cli')}.",
-            "",
-            "```sh",
-            "perceiver predict -m . FILE",
-            "```",
-            "",
-            "## Data",
-            "",
-            f"{plain(Path(summary['data']).name)}, fingerprint `{plain(info.data_fingerprint)}`.",
-            "",
-            *table(("split", "examples"), summary["splits"].items()),
-            "",
-            *table(("class", "training examples"), classes[:MAX_LISTED]),
-            *([f"\n... and {rest} classes more."] if rest > 0 else []),
-            "",
-            "## Model",
-            "",
-            *table(
-                ("fact", "value"),
-                [
-                    *inputs,
-                    ("parameters", f"{summary['parameters']:,}"),
-                    ("FLOPs of a forward", f"{summary['flops']:,}"),
-                    ("latents", f"{config.model.num_latents} x {config.model.latent_channels}"),
-                    ("schedule", config.model.schedule),
-                    ("self-attends per block", config.model.self_attends_per_block),
-                ],
-            ),
-            "",
-            "## Metrics",
-            "",
-            f"Of the model in `{MODEL_FILE}`, on the validation split; `metrics.jsonl` holds every evaluation.",
-            "",
-            *table(("metric", "value"), info.metrics.items()),
-            "",
-            "## The run",
-            "",
-            "```sh",
-            "perceiver train DATA --config config.toml -o ANOTHER",
-            "```",
-            "",
-            f"does it again: seed {config.train.seed}, {plain(summary['precision'])} on {plain(summary['device'])}, "
-            f"torch {plain(torch.__version__)}, Python {platform.python_version()}.",
-            "",
-        ]
+    """Return the card as Markdown: the template `model_card.md.jinja`, in which every value is escaped by `plain`."""
+    world = Environment(
+        finalize=plain, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    template = world.from_string((resources.files("perceiver_cli.report") / "model_card.md.jinja").read_text("utf-8"))
+    versions = {"perceiver": version("perceiver-cli"), "torch": torch.__version__, "python": platform.python_version()}
+    facts = {"folder": Path(summary["data"]).name, "info": info, "config": info.config, "max_listed": MAX_LISTED}
+    return template.render(summary, **facts, versions=versions)
 
 
-def table(head: tuple[str, str], rows: Any) -> list[str]:
-    """Return the lines of a Markdown table of names and values, or one that says that there is nothing."""
-    lines = [f"| {plain(name)} | {plain(_figure(value))} |" for name, value in rows]
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines] if lines else ["None."]
-
-
-def plain(text: str) -> str:
-    """Return text that Markdown shows as it is: one line, no link, image, HTML, code or table cell of its own."""
-    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$^@:]|(?<=www)\.)", r"\\\1", show_text(text))
+def plain(value: Any) -> str:
+    """Return a value that Markdown shows as it is: one line, no link, image, HTML, code or table cell of its own."""
+    shown = show_text(f"{value:.4g}" if isinstance(value, float) else str(value))
+    escaped = re.sub(r"([\\`*_{}\[\]()#!|~$^@:]|(?<=www)\.)", r"\\\1", shown)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _figure(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

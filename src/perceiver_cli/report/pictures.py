@@ -1,22 +1,16 @@
-"""Pictures of what was decoded, as it is or with heat on it: `sample` for one modality, `column` and `row` for a page.
+"""Media as the model saw them, with or without heat on them: `draw` on a matplotlib figure, `sample` as a picture.
 
-Pillow and NumPy only. Everything is drawn on white. Heat is one number for each input of the model, not negative, in
-the shape of its grid: it is laid on the medium in a colour that is the darker the hotter. Sizes are in pixels.
+Heat is one number for each input of the model, not negative, in the shape of its grid. It lies on the medium in colours
+that are darker where it is hotter. Sizes are in pixels. matplotlib is slow to import: only functions do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from importlib.util import find_spec
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
-from PIL.Image import Resampling
+from PIL import Image
 
 from perceiver_cli.preprocess import audio
 from perceiver_cli.preprocess.audio import AudioSpec
@@ -26,24 +20,22 @@ from perceiver_cli.preprocess.pixels import Box, center_box
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.spec import InputSpec
 from perceiver_cli.preprocess.video import VideoSpec
+from perceiver_cli.report.charts import plain_text
 
 Floats = NDArray[np.float64]
 Picture = Image.Image
+Extent = tuple[float, float, float, float]  # left, right, bottom, top
 
-WHITE, INK, FAINT = (255, 255, 255), (32, 33, 36), (154, 160, 166)
-# Heat on a light ground: ColorBrewer's OrRd, of falling lightness. Scores: viridis. Both are interpolated.
-HEAT = ((236, 236, 240), (253, 212, 158), (253, 187, 132), (252, 141, 89), (239, 101, 72), (215, 48, 31), (170, 0, 0))
-SCORE = (
-    (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
-    (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
-)  # fmt: skip
+DPI = 128  # a power of two: pixels by inches and back are whole
+INK, FAINT, GROUND, COLD = "#464646", "#7a8086", "#fafafa", 0.81
+HEAT, SCORE = "OrRd", "viridis"  # matplotlib's: of falling lightness on a light ground; of scores
 SIDE = 320  # of a medium, unless another is asked for
-GAP = 12
-TEXT = 13  # height of letters
 TOP_PERCENTILE = 99.5  # of heat that is drawn in the darkest colour: one input alone does not bleach the others
-FILM_FRAMES = 6
-BLUR_CELLS = 8  # sides of a grid from which on its cells are blended; those of a coarser one are shown as they are
+PALED = -139  # where the grey scale under heat begins, so that black is drawn as 90 of 255
+FILM_FRAMES, FILM_TEXT = 6, 18
+LEAST_CELLS = 8  # sides of a grid from which on its cells are blended; those of a coarser one are shown as they are
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
+SOUND_MARGIN, SOUND_TEXT = 12, 22  # beside it, so that the first and last second are readable; below it
 TURN, TILT = np.radians(35), np.radians(22)  # from where a cloud is looked at, its y axis up
 FAR = 0.55  # how much of the white shines through the farthest points
 
@@ -51,34 +43,80 @@ FAR = 0.55  # how much of the white shines through the farthest points
 def sample(
     raw: Array, spec: InputSpec, heat: Array | None = None, *, side: int = SIDE, start_s: float = 0.0
 ) -> Picture:
-    """Return a picture of a decoded array, as its `Modality.load` gives it, with the heat of the model's inputs on it.
+    """Return a picture of a decoded array, of the size that `size_of` tells. Arguments are those of `draw`."""
+    with plain_text():
+        figure = new_figure(*size_of(raw, spec, side))
+        draw(figure, raw, spec, heat, start_s)
+        return rendered(figure)
 
-    Images, clouds: within side x side. Sound (waveform above spectrogram), film strips: twice as wide. `raw` of sound
-    and video is the clip that the model saw, which began at `start_s` seconds. A modality from outside the package has
-    no picture of its own: its heat alone is drawn, or nothing.
+
+def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
+    """Return width and height of a medium: within side x side; of sound and film, twice as wide as side."""
+    match spec:
+        case ImageSpec():
+            tall, wide = raw.shape[:2]
+            return max(1, round(side * wide / max(tall, wide))), max(1, round(side * tall / max(tall, wide)))
+        case AudioSpec():
+            return 2 * side, 5 * side // 6 + SOUND_TEXT
+        case VideoSpec():
+            tall, wide = raw.shape[1:3]
+            return 2 * side, min(2 * side, round(2 * side * tall / wide / min(FILM_FRAMES, len(raw)))) + FILM_TEXT
+        case _:
+            return side, side
+
+
+def new_figure(width: int, height: int) -> Any:
+    """Return an empty matplotlib figure."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((width / DPI, height / DPI), dpi=DPI)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def rendered(figure: Any) -> Picture:
+    """Return a figure as a picture."""
+    figure.canvas.draw()
+    return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+
+
+def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, start_s: float = 0.0) -> None:
+    """Draw a decoded array, as its `Modality.load` gives it, with the heat of the model's inputs on it.
+
+    figure: a Figure or a SubFigure. `raw` of sound and video is the clip that the model saw, which began at `start_s`
+    seconds. A modality from outside the package has no picture of its own: its heat alone is drawn, or nothing.
     """
+    heat = None if heat is None else scaled(heat)
     match spec:
         case ImageSpec() if isinstance(spec.size, tuple):
-            return _still(raw, heat, center_box(raw, spec, spec.size), side, side)
+            _still(bare_axes(figure), raw, heat, center_box(raw, spec, spec.size))
         case AudioSpec():
-            return _sound(raw, spec, heat, 2 * side, start_s)
+            _sound(figure, raw, spec, heat, start_s)
         case VideoSpec():
-            return _film(raw, spec, heat, 2 * side, start_s)
+            _film(figure, raw, spec, heat, start_s)
         case PointsSpec():
-            # Grey enough for a point without heat to be seen on white.
-            return cloud(raw, None if heat is None else colours(scaled(heat), ((205, 205, 212), *HEAT[2:])), side)
+            cloud(bare_axes(figure), raw, None if heat is None else _warm(heat))
         case _:
-            return grid(np.zeros((1, 1)) if heat is None else scaled(heat), HEAT, side)
+            grid(bare_axes(figure), np.zeros((1, 1)) if heat is None else heat, HEAT)
+
+
+def bare_axes(figure: Any) -> Any:
+    """Return axes that fill a figure and draw no lines of their own."""
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_anchor("NW")
+    return axes
 
 
 # ---------------------------------------------------------------- colours
 
 
-def colours(values: Array, table: Sequence[tuple[int, int, int]]) -> NDArray[np.uint8]:
-    """Return (..., 3) of values in 0..1, interpolated in a table of colours."""
-    places = np.linspace(0, 1, len(table))
-    channels = [np.interp(values, places, [colour[k] for colour in table]) for k in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
+def colours(values: Array, name: str) -> Floats:
+    """Return (..., 3) in 0..1: the colours of values in 0..1 in one of matplotlib's colour maps."""
+    from matplotlib import colormaps
+
+    return np.asarray(colormaps[name](np.asarray(values, np.float64))[..., :3])
 
 
 def scaled(heat: Array) -> Floats:
@@ -89,81 +127,65 @@ def scaled(heat: Array) -> Floats:
 
 def spanned(scores: Array) -> Floats:
     """Return scores in 0..1, from the least to the greatest."""
-    low, high = float(scores.min()), float(scores.max())
-    return np.asarray((scores - low) / (high - low), np.float64) if high > low else np.zeros(scores.shape)
+    return np.asarray((scores - scores.min()) / (np.ptp(scores) or 1.0), np.float64)
+
+
+def _warm(heat: Array) -> Floats:
+    """Return (P, 3): the colours of points, grey enough for one without heat to be seen on white."""
+    share = np.sqrt(heat)[:, None]
+    return COLD * (1 - share) + colours(heat, HEAT) * share
+
+
+def _lay(axes: Any, heat: Array, extent: Extent) -> None:
+    """Lay heat (h, w) in 0..1 over what is drawn on axes already."""
+    layer = np.dstack([colours(heat, HEAT), 0.85 * np.sqrt(heat)])  # opaque enough for little heat to be seen at all
+    axes.autoscale(False)
+    axes.imshow(layer, extent=extent, aspect=axes.get_aspect(), interpolation=_blend(heat))
+
+
+def _blend(values: Array) -> str:
+    """Return matplotlib's name of how cells are enlarged: as they are where they are few, else through their values."""
+    return "nearest" if min(values.shape[:2]) < LEAST_CELLS else "catrom"
 
 
 # ---------------------------------------------------------------- media
 
 
-def _still(values: Array, heat: Array | None, box: Box, width: int, height: int) -> Picture:
-    """Return (H, W, c) uint8 fitted into width x height; heat (h, w) lies over its box."""
-    tall, wide = values.shape[:2]
-    scale = min(width / wide, height / tall)
-    size = max(1, round(wide * scale)), max(1, round(tall * scale))
-    how = Resampling.LANCZOS if scale < 1 else Resampling.NEAREST
-    picture = Image.fromarray(values[..., 0] if values.shape[-1] == 1 else values).convert("RGB").resize(size, how)
+def _still(axes: Any, values: Array, heat: Array | None, box: Box) -> None:
+    """Draw (H, W, c) uint8; heat (h, w) lies over its box."""
     if heat is None:
-        return picture
-    grey = np.asarray(picture.convert("L"), np.float64)[..., None]
-    left, top, right, bottom = (round(edge * scale) for edge in box)
-    laid = np.zeros(grey.shape[:2])
-    laid[top:bottom, left:right] = _enlarged(scaled(heat), (right - left, bottom - top))
-    return Image.fromarray(_under_heat(grey, laid))
+        axes.imshow(values[..., 0] if values.shape[-1] == 1 else values, cmap="gray", vmin=0, vmax=255)
+        return
+    axes.imshow(values[..., :3].mean(axis=-1), cmap="gray", vmin=PALED, vmax=255)
+    left, top, right, bottom = (edge - 0.5 for edge in box)  # a pixel's middle is a whole number
+    _lay(axes, heat, (left, right, bottom, top))
 
 
-def _under_heat(grey: Array, heat: Array) -> NDArray[np.uint8]:
-    """Return (H, W, 3): grey (H, W, 1), paled, with heat (H, W) in 0..1 in its colour."""
-    paled = 90 + grey * (165 / 255)
-    opacity = 0.85 * np.sqrt(heat)[..., None]  # that little heat is seen at all
-    blended = paled * (1 - opacity) + colours(heat, HEAT) * opacity
-    return np.asarray(blended.round(), np.uint8)
-
-
-def _enlarged(values: Array, size: tuple[int, int]) -> Floats:
-    """Return (h, w) values at size (width, height): cells as they are where they are few, else blended."""
-    how = Resampling.NEAREST if min(values.shape) < BLUR_CELLS else Resampling.BICUBIC
-    size = max(1, size[0]), max(1, size[1])
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, how), np.float64).clip(0, 1)
-
-
-def _sound(samples: Array, spec: AudioSpec, heat: Array | None, width: int, start_s: float) -> Picture:
-    """Return the waveform above the mel spectrogram of (samples,); heat is (time,) or (time, mel bins)."""
+def _sound(figure: Any, samples: Array, spec: AudioSpec, heat: Array | None, start_s: float) -> None:
+    """Draw the waveform above the mel spectrogram of (samples,); heat is (time,) or (time, mel bins)."""
     assert spec.rate_hz != "auto"
-    seconds = len(samples) / spec.rate_hz
-    high, low_high = width // 6, width // 4
-    over_time = None if heat is None else _enlarged(scaled(_per_time(heat))[None], (width, 1))[0]
-    # The envelope: the least and greatest sample of each column.
-    edges = np.linspace(0, len(samples), width + 1).astype(int)
-    peak = float(np.abs(samples).max()) or 1.0
-    spans = [samples[a : max(b, a + 1)] for a, b in pairwise(edges)]
-    low = np.array([part.min() if len(part) else 0.0 for part in spans]) / peak
-    top = np.array([part.max() if len(part) else 0.0 for part in spans]) / peak
-    y = np.linspace(1, -1, high)[:, None]
-    inside = (y >= low - 1.5 / high) & (y <= top + 1.5 / high)
-    ink, ground = np.full((1, width, 3), 70.0), np.full((1, width, 3), 250.0)
-    if over_time is not None:  # the darker the hotter, and the ground a little
-        share = over_time[None, :, None]
-        tint = colours(over_time, HEAT)[None].astype(np.float64)
-        ink, ground = ink + (tint * 0.9 - ink) * np.sqrt(share), ground + (tint - ground) * 0.35 * share
-    wave = np.where(inside[..., None], ink, ground).round().astype(np.uint8)
-    grey = 255 * (1 - spanned(_spectrogram(samples, spec)))
-    laid = Image.fromarray(grey.astype(np.float32)).resize((width, low_high), Resampling.BILINEAR)
-    tones = np.asarray(laid, np.float64)[..., None]
-    if heat is None:
-        below = np.repeat(tones, 3, axis=-1).round().astype(np.uint8)
-    else:
-        plane = scaled(heat)[:, None] if heat.ndim == 1 else scaled(heat)
-        below = _under_heat(tones, _enlarged(plane.T[::-1], (width, low_high)))
-    return column([Image.fromarray(wave), Image.fromarray(below), _seconds_axis(width, start_s, seconds)], 2)
-
-
-def _per_time(heat: Array) -> Array:
-    return np.asarray(heat.sum(axis=tuple(range(1, heat.ndim))))
+    end_s = start_s + len(samples) / spec.rate_hz
+    margin, bottom = SOUND_MARGIN / figure.bbox.width, SOUND_TEXT / figure.bbox.height
+    places = {"left": margin, "right": 1 - margin, "bottom": bottom, "top": 1, "hspace": 0.02}
+    wave, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3), gridspec_kw=places)
+    peak = 1.05 * float(np.abs(samples).max()) or 1.0
+    wave.set(xlim=(start_s, end_s), ylim=(-peak, peak), facecolor=GROUND)
+    wave.plot(np.linspace(start_s, end_s, len(samples)), samples, color=INK, linewidth=0.5)
+    extent = (start_s, end_s, 0.0, 1.0)
+    below.imshow(_spectrogram(samples, spec), cmap="Greys", extent=extent, aspect="auto", interpolation="bilinear")
+    if heat is not None:
+        _lay(wave, scaled(heat.reshape(len(heat), -1).sum(axis=1))[None], (start_s, end_s, -peak, peak))
+        _lay(below, heat.reshape(len(heat), -1).T[::-1], extent)
+    for axes in (wave, below):
+        axes.spines[:].set_visible(False)
+        axes.set_yticks([])
+    wave.tick_params(bottom=False)
+    below.tick_params(labelsize=7, colors=FAINT)
+    below.xaxis.set_major_formatter("{x:g} s")
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
-    """Return (mel bins, frames), the lowest last, for the eye: the same whatever the model is given."""
+    """Return (mel bins, frames), the lowest last, for the eye: the same for every model."""
     assert spec.rate_hz != "auto"
     window_s = min(0.032, len(samples) / spec.rate_hz)
     seconds = len(samples) / spec.rate_hz
@@ -178,49 +200,41 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
     return np.asarray(np.clip(bins, *np.percentile(bins, (5, 99.8))))
 
 
-def _film(frames: Array, spec: VideoSpec, heat: Array | None, width: int, start_s: float) -> Picture:
-    """Return a strip of frames of (T, H, W, 3), evenly in time; heat is (time, h, w), on each that of its time."""
-    count = min(FILM_FRAMES, len(frames))
-    places = ((np.arange(count) + 0.5) * len(frames) / count).astype(int)
-    wide = (width - 4 * (count - 1)) // count
+def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float) -> None:
+    """Draw a strip of frames of (T, H, W, 3), evenly in time; heat is (time, h, w), on each that of its time."""
+    places = _middles(FILM_FRAMES, len(frames))
+    room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - FILM_TEXT / figure.bbox.height, "wspace": 0.03}
+    strip = figure.subplots(1, len(places), squeeze=False, gridspec_kw=room)
     box = center_box(frames[0], spec, spec.size)
-    top = None if heat is None else scaled(heat)
-    strip = []
-    for place in places:
-        now = None if top is None else top[min(len(top) - 1, place * len(top) // len(frames))]
-        # Already scaled, over all times: an empty frame must not be as hot as a full one.
-        still = _still(frames[place], None, box, wide, 2 * wide)
-        if now is not None:
-            scale = still.width / frames.shape[2]
-            left, up, right, down = (round(edge * scale) for edge in box)
-            laid = np.zeros((still.height, still.width))
-            laid[up:down, left:right] = _enlarged(now, (right - left, down - up))
-            still = Image.fromarray(_under_heat(np.asarray(still.convert("L"), np.float64)[..., None], laid))
-        strip.append(captioned(still, f"{start_s + place / spec.frame_rate_hz:.2f} s", small=True))
-    return row(strip, 4)
+    for axes, place in zip(strip[0], places, strict=True):
+        _still(axes, frames[place], None if heat is None else heat[place * len(heat) // len(frames)], box)
+        axes.set_axis_off()
+        axes.set_anchor("NW")
+        axes.set_title(f"{start_s + place / spec.frame_rate_hz:.2f} s", loc="left", fontsize=6.5, color=FAINT, pad=3)
 
 
-def cloud(points: Array, tints: Array | None, side: int = SIDE) -> Picture:
-    """Return points (P, 3) seen from the front, a little from above and the right; tints are (P, 3) uint8.
+def _middles(most: int, count: int) -> list[int]:
+    """Return up to `most` of `count` places, evenly."""
+    shown = min(most, count)
+    return [int((k + 0.5) * count / shown) for k in range(shown)]
+
+
+def cloud(axes: Any, points: Array, tints: Array | None) -> None:
+    """Draw points (P, 3) seen from the front, a little from above and the right; tints are (P, 3) in 0..1.
 
     The y axis is up. Near points lie over far ones, which fade.
     """
-    centred = points - (points.min(axis=0) + points.max(axis=0)) / 2
-    turned = centred @ _view()
-    reach = float(np.abs(turned[:, :2]).max()) or 1.0
+    turned = (points - (points.min(axis=0) + points.max(axis=0)) / 2) @ _view()
     depth = spanned(turned[:, 2])  # 1 is nearest
-    large = 2 * side  # drawn large, then reduced: smooth edges
-    radius = float(np.clip(large / np.sqrt(len(points)) / 3, 2.0, large / 60))
-    spots = large / 2 + turned[:, :2] * [1, -1] * ((large / 2 - 2 * radius) / reach)
-    base = np.full((len(points), 3), 70.0) if tints is None else tints.astype(np.float64)
+    order = np.argsort(depth, kind="stable")
     fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # colours are to be told apart
-    shades = (base * (1 - fade) + 255 * fade).round().astype(int)
-    canvas = Image.new("RGB", (large, large), WHITE)
-    pen = ImageDraw.Draw(canvas)
-    for k in np.argsort(depth, kind="stable").tolist():
-        x, y = spots[k].tolist()
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=tuple(shades[k].tolist()))
-    return canvas.resize((side, side), Resampling.LANCZOS)
+    shades = (np.full((len(points), 3), 0.27) if tints is None else tints) * (1 - fade) + fade
+    side = min(axes.bbox.width, axes.bbox.height)
+    radius = float(np.clip(side / np.sqrt(len(points)) / 3, 1.0, side / 60))
+    area = (2 * radius * 72 / DPI) ** 2  # in points, as matplotlib takes it
+    axes.scatter(*turned[order, :2].T, c=shades[order], s=area, linewidths=0)
+    reach = (float(np.abs(turned[:, :2]).max()) or 1.0) * side / (side - 4 * radius)
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
 def _view() -> Floats:
@@ -230,105 +244,14 @@ def _view() -> Floats:
     return np.asarray(turn @ tilt)
 
 
-def grid(values: Array, table: Sequence[tuple[int, int, int]], side: int) -> Picture:
-    """Return values in 0..1 of a grid as colours: (h, w); (n,) as a curve; of three axes, the middles of the first."""
-    if values.ndim == 1:
-        high = max(16, side // 3)
-        curve = _enlarged(values[None], (side, 1))[0]
-        filled = np.linspace(1, 0, high)[:, None] <= curve
-        return Image.fromarray(np.where(filled[..., None], colours(curve, table)[None], 248).astype(np.uint8))
-    if values.ndim == 2:
-        scale, least = side / max(values.shape), side // 3  # a grid of 200 x 4 is no line
-        size = max(least, round(values.shape[1] * scale)), max(least, round(values.shape[0] * scale))
-        return Image.fromarray(colours(_enlarged(values, size), table))
-    count = min(4, len(values))
-    places = ((np.arange(count) + 0.5) * len(values) / count).astype(int)
-    return row([grid(values[place], table, max(8, side // count - 2)) for place in places], 2)
-
-
-# ---------------------------------------------------------------- the page
-
-
-@lru_cache(maxsize=4)
-def _font(size: int) -> Any:
-    """Return matplotlib's DejaVu Sans, which has letters for most alphabets; without it Pillow's own, which has few."""
-    found = find_spec("matplotlib")
-    folders = found.submodule_search_locations if found is not None else None
-    path = Path((folders or [""])[0]) / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
-    return ImageFont.truetype(path, size) if path.is_file() else ImageFont.load_default(size)
-
-
-def column(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
-    """Return pictures one below the other, on white."""
-    height = sum(picture.height for picture in pictures) + gap * (len(pictures) - 1)
-    page = Image.new("RGB", (max(picture.width for picture in pictures), height), WHITE)
-    y = 0
-    for picture in pictures:
-        page.paste(picture, (0, y))
-        y += picture.height + gap
-    return page
-
-
-def row(pictures: Sequence[Picture], gap: int = GAP) -> Picture:
-    """Return pictures beside each other, on white."""
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
-    page = Image.new("RGB", (width, max(picture.height for picture in pictures)), WHITE)
-    x = 0
-    for picture in pictures:
-        page.paste(picture, (x, 0))
-        x += picture.width + gap
-    return page
-
-
-def captioned(picture: Picture, text: str, *, small: bool = False) -> Picture:
-    """Return a picture with a line of text above it."""
-    return column([line(text, picture.width, small=small), picture], 2)
-
-
-def line(text: str, width: int, *, small: bool = False, large: bool = False) -> Picture:
-    """Return a line of text, cut to fit a width."""
-    size = TEXT - 3 if small else TEXT + 5 if large else TEXT
-    font = _font(size)
-    if font.getlength(text) > width:
-        while text and font.getlength(f"{text}…") > width:
-            text = text[:-1]
-        text += "…"
-    strip = Image.new("RGB", (width, size + 6), WHITE)
-    ImageDraw.Draw(strip).text((0, 2), text, fill=FAINT if small else INK, font=font)
-    return strip
-
-
-def margin(picture: Picture, gap: int = GAP) -> Picture:
-    """Return a picture with a white border."""
-    page = Image.new("RGB", (picture.width + 2 * gap, picture.height + 2 * gap), WHITE)
-    page.paste(picture, (gap, gap))
-    return page
-
-
-def key(width: int, table: Sequence[tuple[int, int, int]], low: str, high: str) -> Picture:
-    """Return what the colours stand for: a bar between two words."""
-    font = _font(TEXT - 3)
-    ends = [int(font.getlength(word)) + 6 for word in (low, high)]
-    bar = Image.fromarray(np.repeat(colours(np.linspace(0, 1, width)[None], table), TEXT - 3, axis=0))
-    return row([line(low, ends[0], small=True), bar, line(high, ends[1], small=True)], 4)
-
-
-def _seconds_axis(width: int, start_s: float, seconds: float) -> Picture:
-    """Return about six marks of time."""
-    step = round_step(seconds / 6)
-    digits = max(0, int(np.ceil(-np.log10(step))))
-    strip = Image.new("RGB", (width, TEXT + 6), WHITE)
-    pen, font = ImageDraw.Draw(strip), _font(TEXT - 3)
-    for k in range(int(np.ceil(start_s / step)), int((start_s + seconds) / step + 1e-6) + 1):
-        x = (k * step - start_s) / seconds * (width - 1)
-        pen.line((x, 0, x, 3), fill=INK)
-        text = f"{k * step:.{digits}f} s"
-        length = font.getlength(text)
-        pen.text((min(max(0, x - length / 2), width - length), 4), text, fill=FAINT, font=font)
-    return strip
-
-
-def round_step(least: float) -> float:
-    """Return 1, 2 or 5 times a power of ten, at least `least`."""
-    unit = 10.0 ** np.floor(np.log10(max(least, 1e-6)))
-    return float(next(unit * k for k in (1, 2, 5, 10) if unit * k >= least))
+def grid(axes: Any, values: Array, name: str, left: float = 0.0, right: float = 1.0) -> None:
+    """Draw values in 0..1 of a grid as colours of a colour map: of three axes and more, the middles of the first."""
+    if values.ndim > 2:
+        places = _middles(4, len(values))
+        step = (right - left) * 1.02 / len(places)
+        for k, place in enumerate(places):
+            grid(axes, values[place], name, left + k * step, left + (k + 1) * step - 0.02 * (right - left))
+        return
+    shown = {"cmap": name, "vmin": 0, "vmax": 1, "aspect": "auto", "interpolation": _blend(np.atleast_2d(values))}
+    axes.imshow(np.atleast_2d(values), extent=(left, right, 0, 1), **shown)
+    axes.set(xlim=(0, 1), ylim=(0, 1))

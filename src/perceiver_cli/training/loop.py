@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite, sqrt
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from perceiver_cli.files import show_path
 from perceiver_cli.inference.evaluation import score
 from perceiver_cli.model.checkpoint import ModelInfo, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
-from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, MetricsLog, mark_latest
+from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import learning_rate, make_average, make_optimizer
@@ -33,20 +33,15 @@ ENDLESS = 1 << 40  # batches
 
 
 class Run:
-    """Model, optimiser and position of a run in progress.
-
-    Args:
-        plan: what it works from.
-        looked_at: files decoded before the first step.
-    """
+    """Model, optimiser and position of a run in progress. looked_at: files decoded before the first step."""
 
     def __init__(self, plan: Plan, looked_at: int = 0) -> None:
         self.plan, self.looked_at = plan, looked_at
         self.config, self.compute, self.catalog = plan.config, plan.compute, plan.catalog
         train = self.config.train
         model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
-        if plan.init_from is not None:
-            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.init_from))
+        if plan.asked.init_from is not None:
+            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.asked.init_from))
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -74,7 +69,7 @@ class Run:
     @property
     def elapsed(self) -> float:
         """Seconds of training, those before a resume included."""
-        return self.elapsed_before + time.monotonic() - self.plan.started_at
+        return self.elapsed_before + time.monotonic() - self.plan.asked.started_at
 
     @property
     def progress(self) -> Progress:
@@ -97,7 +92,7 @@ class Run:
         plan, train = self.plan, self.config.train
         timing = Timing(train, plan.steps_per_epoch, len(plan.val_examples), self.progress)
         batches = self._batches()
-        metrics = MetricsLog(plan.output, self.step)
+        cut_log(plan.output, self.step)
         check_every = CUDA_CHECK_EVERY if self.compute.device.type == "cuda" else 1
         looked_s, looked_step = time.perf_counter(), self.step  # time and step of the last look at the loss
         evaluated_at = self.step
@@ -110,17 +105,16 @@ class Run:
             self.total_steps = timing.stepped(self.progress)
             if self.step % check_every == 0 or timing.over(self.progress):
                 step_loss = float(loss)
-                if not isfinite(step_loss):
-                    self._diverged(step_loss, lr)
+                self._check_finite(step_loss, lr)
                 now = time.perf_counter()
                 rate = (self.step - looked_step) * plan.examples_per_step / max(1e-9, now - looked_s)
                 looked_s, looked_step = now, self.step
                 yield StepDone(self.step, self.total_steps, self.epoch, step_loss, lr, rate)
             evaluate = timing.evaluation_due(self.progress)
             if evaluate or timing.save_due(self.progress):
-                self._check_finite(lr)
+                self._check_finite(float(self.loss_sum), lr)
                 if evaluate:
-                    evaluated = self._evaluate(metrics, lr)
+                    evaluated = self._evaluate(lr)
                     evaluated_at = self.step
                     timing.evaluated(self.elapsed)
                     yield evaluated
@@ -130,7 +124,7 @@ class Run:
                 looked_s, looked_step = time.perf_counter(), self.step
         stopped = stopping()
         if evaluated_at != self.step and not stopped:
-            yield self._evaluate(metrics, lr)
+            yield self._evaluate(lr)
         yield self._save()
         if not (plan.output / MODEL_FILE).exists():
             self._save_model({})  # stopped before the first evaluation
@@ -143,16 +137,13 @@ class Run:
         workers = self.compute.default_workers if workers is None else workers
         return self.plan.reader.batches(self.tasks(count), workers, pin=self.compute.device.type == "cuda")
 
-    # ------------------------------------------------------------ one step
-
     def update(self, batches: Iterator[Batch]) -> Tensor:
         """Do one optimiser step; return its mean loss, still on the device."""
         train = self.config.train
         loss = torch.zeros((), device=self.compute.device)
         for micro in range(train.accumulate):
             batch = next(batches)
-            if batch.bad:
-                self._note_bad(batch)
+            self._note_bad(batch)
             if batch.examples:
                 loss += self.backward(batch, train.accumulate, micro)
         self.scaler.unscale_(self.optimizer)
@@ -194,11 +185,6 @@ class Run:
             return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
         return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.compute.device.type == "cuda":
-            torch.cuda.synchronize()
-
     def _note_bad(self, batch: Batch) -> None:
         """Remember the unreadable files of a batch; raise DataError if they are too many."""
         reader = self.plan.reader
@@ -206,25 +192,18 @@ class Run:
         if not fresh:
             return
         reader.bad.update(fresh)
-        seen = min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples))
-        seen = max(seen, self.looked_at)
+        seen = max(self.looked_at, min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples)))
         if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
             self.plan.check_bad(reader.bad, seen)
 
-    def _check_finite(self, lr: float) -> None:
-        """Raise DivergedError if a loss since the last evaluation is not finite."""
-        if self.loss_count and not isfinite(float(self.loss_sum)):
-            self._diverged(float(self.loss_sum), lr)
-
-    def _diverged(self, loss: float, lr: float) -> NoReturn:
-        """Raise DivergedError for a loss that is not finite."""
-        raise DivergedError(
-            f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
-            f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
-            "train.warmup or train.clip_norm",
-        )
-
-    # ------------------------------------------------------------ evaluation and saving
+    def _check_finite(self, loss: float, lr: float) -> None:
+        """Raise DivergedError if a loss is not finite."""
+        if not isfinite(loss):
+            raise DivergedError(
+                f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
+                f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
+                "train.warmup or train.clip_norm",
+            )
 
     @property
     def judged(self) -> Perceiver:
@@ -233,7 +212,7 @@ class Run:
         assert isinstance(model, Perceiver)
         return model
 
-    def _evaluate(self, metrics: MetricsLog, lr: float) -> Evaluated:
+    def _evaluate(self, lr: float) -> Evaluated:
         """Score the validation split, log the scores, keep the model if it is the best; return the event."""
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
@@ -243,8 +222,7 @@ class Run:
         if examples := self.plan.val_examples:
             batch_size = max(self.config.train.batch_size, 64)
             report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
-            if not isfinite(report.loss):
-                self._diverged(report.loss, lr)
+            self._check_finite(report.loss, lr)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
@@ -255,26 +233,24 @@ class Run:
             self.best = record
             self._save_model(record)
         # The time stays out of the model file: the same seed gives the same bytes.
-        metrics.write({**record, "elapsed_s": round(self.elapsed, 3), "best": better})
+        append_log(self.plan.output, {**record, "elapsed_s": round(self.elapsed, 3), "best": better})
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
         """Write the model file, without the place of the data: the file travels."""
-        config = self.config.model_copy(
-            update={"data": self.config.data.model_copy(update={"path": None, "split": None})}
-        )
+        data = self.config.data.model_copy(update={"path": None, "split": None})
+        config = self.config.model_copy(update={"data": data})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
-        if self.plan.latest:
+        if self.plan.asked.latest:
             with suppress(ResourceError):  # a convenience; the current folder may well be read-only
                 mark_latest(self.plan.output)
 
     def _save(self) -> Saved:
         """Commit the state to resume from; return the event."""
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average.{name}": value for name, value in self.average.state_dict().items()}
+        modules = {"model": self.model} | ({} if self.average is None else {"average": self.average})
+        tensors = {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
         state = {
@@ -303,9 +279,7 @@ class Run:
             for name, tensor in _below("optimizer.", saved.tensors).items():
                 index, key = name.split(".")
                 moments.setdefault(int(index), {})[key] = tensor
-            self.optimizer.load_state_dict(
-                {"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]}
-            )
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             if fields["scaler"]:
                 self.scaler.load_state_dict(fields["scaler"])
             self.step, self.best, self.top = int(fields["step"]), dict(fields["best"]), float(fields["top"])

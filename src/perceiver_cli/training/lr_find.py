@@ -33,19 +33,13 @@ class Curve:
 def range_test(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
     """Return the losses of up to `steps` optimiser steps while the learning rate grows by a constant factor.
 
-    The test ends early if the loss grows well beyond its lowest. Nothing is written.
-
-    Raises:
-        DivergedError: the loss is not finite from the beginning.
+    The test ends early if the loss grows well beyond its lowest, and fails as `suggest` does. Nothing is written.
     """
     run = trainer.new_run()
-    accumulate = trainer.config.train.accumulate
-    batches = trainer.reader.batches(run.tasks(steps * accumulate), trainer.config.data.workers or 0)
+    tasks = run.tasks(steps * trainer.config.train.accumulate)
+    batches = trainer.reader.batches(tasks, trainer.config.data.workers or 0)
     low, high = RATES
-    rates: list[float] = []
-    losses: list[float] = []
-    smoothed: list[float] = []
-    average = 0.0
+    rates, losses, smoothed, average = [], [], [], 0.0
     for step in range(steps):
         rate = low * (high / low) ** (step / max(1, steps - 1))
         for group in run.optimizer.param_groups:
@@ -79,13 +73,13 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
         )
     best = int(np.argmin(smoothed))
     half = int(np.argmax(np.asarray(smoothed) <= (smoothed[0] + smoothed[best]) / 2))  # the first
-    suggestion = sqrt(rates[half] * rates[best])
+    suggestion = float(f"{sqrt(rates[half] * rates[best]):.2g}")
     notes = []
     if best == len(rates) - 1:
         notes.append("the loss was still falling at the highest rate: it may well be higher, or take more --steps")
     if best < LEAST_STEPS:
         notes.append("the loss never fell: the suggestion means nothing")
-    return Curve(tuple(rates), tuple(losses), tuple(smoothed), float(f"{suggestion:.2g}"), tuple(notes))
+    return Curve(tuple(rates), tuple(losses), tuple(smoothed), suggestion, tuple(notes))
 
 
 def draw_curve(curve: Curve, path: str | os.PathLike[str]) -> None:

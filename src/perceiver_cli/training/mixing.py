@@ -30,21 +30,20 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     share = float(rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup))
-    box = (rng.random(), rng.random(), (1 - share) ** 0.5)  # centre and side, in shares of each axis
+    centres, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # of the box, in shares of each axis
     segments = {}
     for name, segment in batch.segments.items():
         values, other = segment.values, segment.values.flip(0)
-        if not cut:
-            segments[name] = Segment(share * values.float() + (1 - share) * other.float(), segment.positions)
-            continue
-        spans = []
-        for axis, center in enumerate(box[:2], start=1):
-            length = values.shape[axis]
-            first, last = (round(length * min(1.0, max(0.0, center + half * box[2]))) for half in (-0.5, 0.5))
-            spans.append(slice(first, last))
-        values = values.clone()
-        values[:, spans[0], spans[1]] = other[:, spans[0], spans[1]]
+        if cut:
+            edges = [
+                [round(length * min(1.0, max(0.0, center + half * side))) for half in (-0.5, 0.5)]
+                for center, length in zip(centres, values.shape[1:3], strict=True)
+            ]
+            rows, columns = (slice(*pair) for pair in edges)
+            values = values.clone()
+            values[:, rows, columns] = other[:, rows, columns]
+            share = 1 - values[0, rows, columns, 0].numel() / values[0, ..., 0].numel()  # as it came out at the borders
+        else:
+            values = share * values.float() + (1 - share) * other.float()
         segments[name] = Segment(values, segment.positions)
-        pasted = (spans[0].stop - spans[0].start) * (spans[1].stop - spans[1].start)
-        share = 1 - pasted / (values.shape[1] * values.shape[2])  # as it came out at the borders
     return MixedBatch(segments, batch.labels, batch.labels.flip(0), share)

@@ -38,20 +38,17 @@ class Lamb(Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients = [p.grad for p in parameters]
-            for p in parameters:
-                if not self.state[p]:
-                    self.state[p].update(
-                        step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p)
-                    )
-                self.state[p]["step"] += 1
-            first = [self.state[p]["exp_avg"] for p in parameters]
-            second = [self.state[p]["exp_avg_sq"] for p in parameters]
+            gradients, states = [p.grad for p in parameters], [self.state[p] for p in parameters]
+            for p, state in zip(parameters, states, strict=True):
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+            first, second = [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states]
+            counts = [float(state["step"]) for state in states]
             beta1, beta2 = group["betas"]
             torch._foreach_lerp_(first, gradients, 1 - beta1)
             torch._foreach_mul_(second, beta2)
             torch._foreach_addcmul_(second, gradients, gradients, value=1 - beta2)
-            counts = [float(self.state[p]["step"]) for p in parameters]
             updates = torch._foreach_div(first, [1 - beta1**n for n in counts])
             denominators = torch._foreach_div(second, [1 - beta2**n for n in counts])
             torch._foreach_sqrt_(denominators)

@@ -10,7 +10,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from perceiver_cli.config import Config, DataConfig, tiny_config
+from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
@@ -29,24 +29,31 @@ LIST_BAD = 20  # unreadable files named in an error
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a run was asked for: the arguments of `Trainer`."""
+
+    data: str | os.PathLike[str] | None
+    output: str | os.PathLike[str] | None
+    config: Config | None
+    overrides: list[str]
+    resume: bool
+    init_from: str | os.PathLike[str] | None
+    latest: bool
+    started_at: float
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a run works from.
+    """What a run works from. saved: the state that it resumes; notes: messages for the user, to which it adds."""
 
-    init_from: a run folder or model file whose weights the run starts with. saved: the state that the run resumes.
-    latest: whether runs/latest in the current folder shall point at the run. started_at: the moment, by
-    `time.monotonic`, that a time limit counts from. notes: messages for the user; the run adds more.
-    """
-
+    asked: Asked
     config: Config
     catalog: Catalog
     reader: Reader
     compute: Compute
     cost: Cost
     output: Path
-    init_from: str | os.PathLike[str] | None
     saved: TrainingState | None
-    latest: bool
-    started_at: float
     notes: list[str]
 
     @property
@@ -109,12 +116,7 @@ class Plan:
         }
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many training and validation files are unreadable; raise DataError if more than allowed.
-
-        Args:
-            bad: the error by id of an example.
-            looked_at: how many files were tried.
-        """
+        """Return how many files of those looked at are unreadable, as `bad` says by id; raise DataError if too many."""
         if not bad:
             return 0
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
@@ -130,41 +132,34 @@ class Plan:
         return len(errors)
 
 
-def make_plan(
-    data: str | os.PathLike[str] | None,
-    output: str | os.PathLike[str] | None,
-    config: Config | None,
-    overrides: Sequence[str],
-    *,
-    resume: bool,
-    init_from: str | os.PathLike[str] | None,
-    latest: bool,
-    started_at: float,
-) -> Plan:
-    """Return the plan of a run, after every check that needs no training step. The arguments are those of `Trainer`."""
-    saved = None
+def make_plan(asked: Asked) -> Plan:
+    """Return the plan of a run, after every check that needs no training step."""
+    config, output, saved = asked.config, asked.output, None
     notes: list[str] = []
-    if resume:
+    if asked.resume:
         if output is None:
             raise UsageError("--resume needs the run folder to continue", "pass -o RUN")
         saved = load_state(Path(output))
         notes += [f"fell back to an older training state: {note}" for note in saved.damaged]
         config = Config.parse(saved.fields["config"], show_path(output))
-    elif config is None and init_from is not None:
-        config = read_info(find_model(os.fspath(init_from))).config
-    path = os.fspath(data) if data is not None else config.data.path if config is not None else None
+    elif config is None and asked.init_from is not None:
+        config = read_info(find_model(os.fspath(asked.init_from))).config
+    path = os.fspath(asked.data) if asked.data is not None else config.data.path if config is not None else None
     if path is None:
         raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
     if config is not None:
-        config = config.override(list(overrides))
-    scanned = _scan(path, config, overrides, output, saved, notes)
-    config = config or tiny_config(scanned.modalities).override(list(overrides))
+        config = config.override(asked.overrides)
+    scanned = _scan(path, config, asked, saved, notes)
+    config = config or tiny_config(scanned.modalities).override(asked.overrides)
     _check_recipe(config, scanned, path)
     catalog = scanned.hold_out(config.data.val_fraction)
     catalog.check_groups()
-    if saved is not None:
-        _check_same_data(saved.fields["fingerprint"], catalog.fingerprint, output)
-    notes += scanned.notes + check_classes(scanned)
+    if saved is not None and (before := saved.fields["fingerprint"]) != (now := catalog.fingerprint):
+        raise UsageError(
+            f"{show_path(output or '')}: the data changed since this run was saved (fingerprint {before}, now {now})",
+            "train anew with --init-from to start from its weights",
+        )
+    notes += scanned.notes + _check_classes(scanned)
     specs = resolve_specs(config.inputs, catalog, config.data.limits)
     place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
@@ -174,31 +169,23 @@ def make_plan(
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
-    plan = Plan(config, catalog, reader, compute, cost, folder, init_from, saved, latest, started_at, notes)
+    plan = Plan(asked, config, catalog, reader, compute, cost, folder, saved, notes)
     _check_size(plan)
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
     return plan
 
 
-def _scan(
-    path: str,
-    config: Config | None,
-    overrides: Sequence[str],
-    output: str | os.PathLike[str] | None,
-    saved: TrainingState | None,
-    notes: list[str],
-) -> Catalog:
+def _scan(path: str, config: Config | None, asked: Asked, saved: TrainingState | None, notes: list[str]) -> Catalog:
     """Return the catalog of the data; a split file that belongs to the data divides it, or `notes` say that none does.
 
     A resumed run takes the split file of its own folder.
     """
-    options: DataConfig = (
-        config or tiny_config(["image"]).override([change for change in overrides if change.startswith("data.")])
-    ).data
+    changes = [change for change in asked.overrides if change.startswith("data.")]
+    options = (config or tiny_config(["image"]).override(changes)).data
     split = options.split
-    if saved is not None and output is not None:
-        own = Path(output) / SPLIT_FILE
+    if saved is not None and asked.output is not None:
+        own = Path(asked.output) / SPLIT_FILE
         split = os.fspath(own) if own.exists() else None
     before = None if split is None else read_split(split)
     classes = None if saved is None else saved.fields.get("classes")
@@ -216,9 +203,6 @@ def _scan(
     return scan(path, None, reads, options.group_by)
 
 
-# ---------------------------------------------------------------- checks
-
-
 def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
     """Raise DataError or UsageError if the recipe cannot learn from this data."""
     reads = "+".join(sorted(config.inputs))
@@ -230,16 +214,7 @@ def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
         raise UsageError("data.class_weight_power is for one label an example")
 
 
-def _check_same_data(before: str, now: str, output: str | os.PathLike[str] | None) -> None:
-    """Raise UsageError if the data's fingerprint is not that of the saved run."""
-    if before != now:
-        raise UsageError(
-            f"{show_path(output or '')}: the data changed since this run was saved (fingerprint {before}, now {now})",
-            "train anew with --init-from to start from its weights",
-        )
-
-
-def check_classes(catalog: Catalog) -> tuple[str, ...]:
+def _check_classes(catalog: Catalog) -> tuple[str, ...]:
     """Return notes on classes that are too small; raise DataError if there are not two classes to tell apart."""
     where = show_path(catalog.root)
     if not catalog.splits.get("train"):
@@ -256,10 +231,8 @@ def _check_size(plan: Plan) -> None:
     """Raise UsageError if the model cannot be built or trained here, before anything is allocated."""
     parameters = plan.cost.parameters
     if parameters > MAX_PARAMETERS:
-        raise UsageError(
-            f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)",
-            f"at most {MAX_PARAMETERS:,} are built here",
-        )
+        size = f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)"
+        raise UsageError(size, f"at most {MAX_PARAMETERS:,} are built here")
     memory = memory_bytes()
     if plan.compute.device.type == "cpu" and memory is not None and plan.training_bytes > memory:
         raise UsageError(

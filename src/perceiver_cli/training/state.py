@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
 from perceiver_cli.files import show_path, write_text
@@ -16,19 +17,13 @@ from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, wri
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import STATE_FOLDER, find_model
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 MANIFEST = "MANIFEST.json"
 
 
 def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
     """Copy each weight of a trained model that fits by name and shape into `model`; return a note on how many did.
 
-    Rows of the head are matched by class name.
-
-    Raises:
-        UsageError: there is no model, or none of its weights fits.
+    Rows of the head are matched by class name. Raises UsageError if there is no model, or none of its weights fits.
     """
     donor, info = load_model(find_model(os.fspath(source)))
     theirs, ours = donor.state_dict(), model.state_dict()
@@ -43,14 +38,11 @@ def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.
             for mine, other in rows:
                 ours["head.weight"][mine] = theirs["head.weight"][other]
                 ours["head.bias"][mine] = theirs["head.bias"][other]
-    fresh = sum(1 for name in ours if name not in taken and "head." not in name)
+    fresh = sum(name not in taken and "head." not in name for name in ours)
     return [
         f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
         f"{len(rows)} of {counted(len(classes), 'class')} known to it"
     ]
-
-
-# ---------------------------------------------------------------- training state
 
 
 class TrainingState(NamedTuple):
@@ -81,11 +73,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
 
 
 def load_state(run: Path) -> TrainingState:
-    """Return the newest whole training state of a run.
-
-    Raises:
-        UsageError: there is none. IntegrityError: none is whole.
-    """
+    """Return a run's newest whole state; raise UsageError if there is none at all, IntegrityError if none is whole."""
     folder = run / STATE_FOLDER
     damaged: list[str] = []
     for entry in _committed(folder):

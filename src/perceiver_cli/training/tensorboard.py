@@ -12,6 +12,10 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.training.events import Evaluated, Event, StepDone
 
 FOLDER = "tensorboard"
+FIGURES = {
+    StepDone: {"train/loss": "loss", "train/lr": "lr", "train/samples_per_s": "samples_per_s"},
+    Evaluated: {"val/accuracy": "accuracy", "val/loss": "loss", "train/mean_loss": "train_loss"},
+}
 
 
 def check_tensorboard() -> None:
@@ -28,24 +32,15 @@ def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
     writer: Any = None
     try:
         for event in events:
-            if isinstance(event, StepDone):
+            if isinstance(event, StepDone | Evaluated):
                 if writer is None:
                     from torch.utils.tensorboard import SummaryWriter
 
                     writer = SummaryWriter(run / FOLDER, purge_step=event.step)
-                figures = {"train/loss": event.loss, "train/lr": event.lr, "train/samples_per_s": event.samples_per_s}
-                _write(writer, figures, event.step)
-            elif isinstance(event, Evaluated):
-                figures = {"val/accuracy": event.accuracy, "val/loss": event.loss, "train/mean_loss": event.train_loss}
-                _write(writer, figures, event.step)
+                for name, field in FIGURES[type(event)].items():
+                    if not isnan(value := getattr(event, field)):  # without a validation split
+                        writer.add_scalar(name, value, event.step)
             yield event
     finally:
         if writer is not None:
             writer.close()
-
-
-def _write(writer: Any, figures: dict[str, float], step: int) -> None:
-    """Write the figures of a step that are numbers."""
-    for name, value in figures.items():
-        if not isnan(value):  # there is no validation split, or nothing was seen since the last look
-            writer.add_scalar(name, value, step)

@@ -25,12 +25,6 @@ class Timing:
 
     With a time limit the total number of steps is planned again after every step, from the measured rate and with
     room for the last evaluation, so that the learning rate schedule ends with the time.
-
-    Args:
-        config: length, evaluations and saves of the run.
-        steps_per_epoch: optimiser steps in an epoch.
-        num_val_examples: examples that an evaluation looks at.
-        start: where the run stands now.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, num_val_examples: int, start: Progress) -> None:

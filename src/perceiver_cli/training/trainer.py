@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
+import torch
+
 from perceiver_cli.config import Config
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
@@ -23,7 +25,7 @@ from perceiver_cli.report.model_card import write_card
 from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
-from perceiver_cli.training.plan import make_plan
+from perceiver_cli.training.plan import Asked, make_plan
 from perceiver_cli.training.timing import TIMED_STEPS
 
 
@@ -55,26 +57,13 @@ class Trainer:
         latest: bool = False,
         started_at: float | None = None,
     ) -> None:
-        self.plan = make_plan(
-            data,
-            output,
-            config,
-            overrides,
-            resume=resume,
-            init_from=init_from,
-            latest=latest,
-            started_at=time.monotonic() if started_at is None else started_at,
-        )
+        begun = time.monotonic() if started_at is None else started_at
+        self.plan = make_plan(Asked(data, output, config, list(overrides), resume, init_from, latest, begun))
         self.config, self.catalog, self.reader = self.plan.config, self.plan.catalog, self.plan.reader
-        self.output, self.notes = self.plan.output, self.plan.notes
+        self.output, self.notes, self.train_examples = self.plan.output, self.plan.notes, self.plan.train_examples
         self.replace = replace
         self.looked_at = 0  # files decoded before the first step
         self.stopping = False
-
-    @property
-    def train_examples(self) -> Sequence[Example]:
-        """The examples that the model learns from."""
-        return self.plan.train_examples
 
     @property
     def val_examples(self) -> Sequence[Example]:
@@ -90,7 +79,7 @@ class Trainer:
         self.stopping = True
 
     def new_run(self) -> Run:
-        """Return the run with model and optimiser, before its next step."""
+        """Return the run, with model and optimiser, before its next step."""
         return Run(self.plan, self.looked_at)
 
     def dry_run(self) -> dict[str, Any]:
@@ -102,7 +91,8 @@ class Trainer:
             run.backward(batch, 1)
             run.optimizer.step()
             run.optimizer.zero_grad()
-            run.synchronize()
+            if run.compute.device.type == "cuda":
+                torch.cuda.synchronize()
             times.append(time.perf_counter() - before)
         step_s = median(times) * self.config.train.accumulate
         eta_s = self.config.train.max_time_s or step_s * self.plan.planned_steps
@@ -138,7 +128,7 @@ class Trainer:
     def _preload(self) -> Iterator[Loaded]:
         """Decode what fits in memory and yield how far that is; raise DataError if too many files are unreadable."""
         data = self.config.data
-        examples = [*self.plan.train_examples, *self.catalog.splits.get("val", ())]
+        examples = [*self.train_examples, *self.catalog.splits.get("val", ())]
         total, done = len(examples), 0
         if self.catalog.prepared is None:  # of arrays on disk, mapped, there is nothing to decode or keep
             workers = cores() if data.workers is None else data.workers
