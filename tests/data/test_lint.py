@@ -140,7 +140,7 @@ def test_silent_sound_and_films(tmp_path: Path) -> None:
         ("points", np.zeros((63, 3), np.float32), "tiny"),
         ("points", np.ones((64, 3), np.float32), "constant"),
         ("points", np.eye(64, 3, dtype=np.float32), None),
-        ("other", np.arange(5), None),
+        ("image", np.arange(5), None),
     ],
 )
 def test_faults_of_arrays(modality: str, array: np.ndarray, expected: str | None) -> None:
