@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -201,13 +202,28 @@ Perceive = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
 @pytest.fixture(scope="session")
-def perceive() -> Perceive:
-    """Run the installed `perceiver` command; returns the finished process with bytes of stdout and stderr."""
+def warm_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder whose `perceiver` starts at once; see tests/warm.py. The real program, where it cannot be had."""
+    if not hasattr(os, "fork"):
+        yield Path(sys.executable).parent
+        return
+    folder = tmp_path_factory.mktemp("warm")
+    with subprocess.Popen([sys.executable, Path(__file__).parent / "warm.py", folder]) as server:
+        while not (folder / "perceiver").exists() or not os.access(folder / "perceiver", os.X_OK):
+            assert server.poll() is None, "tests/warm.py ended"
+            time.sleep(0.05)
+        yield folder
+        server.terminate()
+
+
+@pytest.fixture(scope="session")
+def perceive(warm_bin: Path) -> Perceive:
+    """Run the `perceiver` command; returns the finished process with bytes of stdout and stderr."""
 
     def run(
         *arguments: str | Path | bytes, cwd: Path | None = None, stdin: bytes | None = None, **env: str
     ) -> subprocess.CompletedProcess[bytes]:
-        command = [os.fsencode(Path(sys.executable).parent / "perceiver"), *map(os.fsencode, arguments)]
+        command = [os.fsencode(warm_bin / "perceiver"), *map(os.fsencode, arguments)]
         environment = {k: v for k, v in os.environ.items() if k != "PERCEIVER_MODEL"} | env
         given = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
         return subprocess.run(command, capture_output=True, cwd=cwd, env=environment, timeout=120, **given)  # type: ignore[call-overload,no-any-return]

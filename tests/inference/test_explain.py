@@ -446,7 +446,9 @@ def test_scores_of_any_grid_have_the_colours_of_their_key() -> None:
 def test_names_on_the_page_are_text_and_end_where_their_room_ends() -> None:
     """A dollar sign starts no mathematics, a letter that the font lacks no warning, and no line leaves its panel."""
     raw = np.full((8, 8, 3), 200, np.uint8)
-    shown = explain.Shown(raw, ImageSpec(size=(8, 8)), np.ones((8, 8), np.float32), np.ones((8, 8), np.float32))
+    shown = explain.ExplainedInput(
+        raw, ImageSpec(size=(8, 8)), np.ones((8, 8), np.float32), np.ones((8, 8), np.float32)
+    )
     maps = tuple(explain.ScoreMap(1, k, 2, {"image": np.eye(8, dtype=np.float32)}) for k in range(1, 7))
     for name in ("$x^$ 猫 $", "W" * 190):
         page = explanation.to_picture(explain.Explanation(name, name, 0.5, f"{name}b", 0.5, {"image": shown}, maps))

@@ -39,7 +39,10 @@ def talk() -> Console:
     from rich.console import Console
 
     # In a pipe or a log a line stays a line; on a terminal words wrap.
-    console = Console(file=_stderr or sys.stderr, highlight=False, markup=False, soft_wrap=not stderr_is_terminal())
+    stream = _stderr or sys.stderr
+    console = Console(
+        file=stream, quiet=stream is None, highlight=False, markup=False, soft_wrap=not stderr_is_terminal()
+    )
     console.on_broken_pipe = lambda: setattr(console, "quiet", True)  # type: ignore[method-assign]
     return console
 

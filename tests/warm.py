@@ -1,0 +1,141 @@
+"""`perceiver` for tests, started from a process that has imported torch already: 0.1 s a command instead of 2.
+
+    python tests/warm.py FOLDER        serves, and writes FOLDER/perceiver, which is called as the program is
+
+FOLDER/perceiver passes its arguments, environment, folder and its own files 0, 1 and 2 through a socket to the server.
+The server forks, and the child runs the program's `main` on those very files; its exit status, or the signal that ended
+it, becomes that of FOLDER/perceiver. Where the child could not be as a new process is (a closed stdout, another
+locale, other variables that Python or torch reads at its start), FOLDER/perceiver becomes the real program.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CLIENT = """#!{python} -SE
+import json, os, signal, socket, sys
+def real(): os.execv({python!r}, [{python!r}, "-m", "perceiver_cli", *sys.argv[1:]])
+try: [os.fstat(number) for number in (0, 1, 2)]
+except OSError: real()
+link = socket.socket(socket.AF_UNIX)
+try: link.connect({address!r})
+except OSError: real()
+asked = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(link, [b"%016d" % len(asked)], [0, 1, 2])
+link.sendall(asked)
+child = int(link.recv(16))
+if child == 0: real()
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, lambda number, _: os.kill(child, number))
+for number in (0, 1, 2): os.close(number)
+status = int(link.recv(16))
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL)
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+AT_START = ("PYTHON", "LC_", "LANG", "OMP_", "MKL_", "MALLOC", "LD_", "COV_")  # variables that are read at the start
+
+
+def serve(folder: Path) -> None:
+    """Write FOLDER/perceiver and answer its calls until the process that started this one ends."""
+    address = str(folder / "socket")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        program = folder / "perceiver"
+        program.write_text(CLIENT.format(python=sys.executable, address=address))
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        parent = os.getppid()
+        server.settimeout(1)
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # handlers are not waited for
+        while os.getppid() == parent:
+            with contextlib.suppress(TimeoutError):
+                link, _ = server.accept()
+                if os.fork() == 0:
+                    server.close()
+                    handle(link)
+                link.close()
+
+
+def handle(link: socket.socket) -> None:
+    """Run one call in a child and tell its end. Does not return."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    length, files, _, _ = socket.recv_fds(link, 16, 3)
+    asked = b""
+    while len(asked) < int(length):
+        asked += link.recv(1 << 20)
+    arguments, cwd, environment = json.loads(asked)
+    if at_start(environment) != at_start(dict(os.environ)):
+        link.sendall(b"%016d" % 0)
+        os._exit(0)
+    child = os.fork()
+    if child == 0:
+        link.close()
+        become(files, arguments, cwd, environment)
+    for number in files:
+        os.close(number)
+    for number in (0, 1, 2):  # a pipe ends when the child lets go of it
+        os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    with contextlib.suppress(OSError):
+        link.sendall(b"%016d" % child)
+        _, status = os.waitpid(child, 0)
+        link.sendall(b"%016d" % os.waitstatus_to_exitcode(status))
+    os._exit(0)
+
+
+def at_start(environment: dict[str, str]) -> dict[str, str]:
+    """Return the variables that a process reads once, at its start."""
+    return {name: value for name, value in environment.items() if name.startswith(AT_START)}
+
+
+def become(files: list[int], arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
+    """Run the program as if this process had just been started. Does not return."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    tempfile.tempdir = None
+    sys.argv = ["perceiver", *arguments]
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", line_buffering=os.isatty(1))  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115
+    from perceiver_cli.__main__ import main
+    from perceiver_cli.cli import train
+
+    train.STARTED_AT = time.monotonic()
+    code: object = 0
+    try:
+        main()
+    except SystemExit as end:
+        code = end.code
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+
+
+if __name__ == "__main__":
+    import torch  # noqa: F401  # what is slow to import
+
+    import perceiver_cli.cli.app
+    import perceiver_cli.inference.evaluation
+    import perceiver_cli.inference.explain
+    import perceiver_cli.report.html
+    import perceiver_cli.training.trainer  # noqa: F401
+
+    serve(Path(sys.argv[1]))
