@@ -15,8 +15,8 @@ import soundfile
 from PIL import Image
 
 from perceiver_cli.data.inputs import opened
-from perceiver_cli.preprocess import look
 from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.detection import look
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.training.events import Finished

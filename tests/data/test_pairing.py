@@ -17,8 +17,8 @@ from perceiver_cli.data.inputs import brought, examples_of
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.pairing import identity
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import look
 from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.detection import look
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source

@@ -35,7 +35,8 @@ def hook(frame, event, argument):
     way = []
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
-        if name.startswith("perceiver_cli.") and name not in way:
+        is_import = frame.f_code.co_name == "<module>"
+        if name.startswith("perceiver_cli.") and name not in way and not is_import:
             way.append(name)
         frame = frame.f_back
     if "perceiver_cli.cli.predict" in way and not any(".model." in name for name in way):

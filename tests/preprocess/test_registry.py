@@ -16,7 +16,8 @@ import pytest
 
 import perceiver_cli
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess import container, image, look, mesh_files, modality, names, register, sound_files
+from perceiver_cli.preprocess import container, image, mesh_files, modality, names, register, sound_files
+from perceiver_cli.preprocess.detection import look
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsModality, PointsSpec
 from perceiver_cli.preprocess.source import Source
@@ -110,7 +111,7 @@ def test_a_modality_is_one_file(extended: Path) -> None:
 def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:
     script = (
         "import sys\n"
-        "from perceiver_cli.preprocess import look, names\n"
+        "from perceiver_cli.preprocess import names\nfrom perceiver_cli.preprocess.detection import look\n"
         "from perceiver_cli.preprocess.source import Source\n"
         "print(look(Source('x', b'# curve\\n1\\n')).kinds)\n"
         "print(look(Source('x.curve', b'# other\\n1 2 3\\n')).kinds)\n"

@@ -13,7 +13,7 @@ from perceiver_cli.data.prepare import byte_array, input_recipe, write_byte_arra
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.preprocess import look
+from perceiver_cli.preprocess.detection import look
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.training.trainer import Trainer

@@ -23,7 +23,7 @@ NOTED = 1 << 16  # files whose length is remembered
 LONG_CLIPS = 8  # clips; of a longer file only the span that is looked at is decoded, and nothing is kept
 DROPOUT_STREAM = 1  # tells the random numbers of withholding a modality from those of augmentation
 
-Row = dict[str, ByteArray]  # of one view of an example, by modality; those that are missing are not in it
+View = dict[str, ByteArray]  # what the model sees of an example at once, by modality; missing ones are not in it
 
 
 @dataclass(frozen=True)
@@ -131,16 +131,16 @@ class Decoder:
 
     def _opened(self, name: str, source: Source | Stored) -> Input:
         """Return one input. The seconds of a file are noted for its next visit: to open a container takes 1 ms."""
-        opened_input = opened(source, self.specs[name], self.limits)
-        if name not in self.timed or not isinstance(opened_input, Encoded):
-            return opened_input
-        state = opened_input.source.state()
+        source_input = opened(source, self.specs[name], self.limits)
+        if name not in self.timed or not isinstance(source_input, Encoded):
+            return source_input
+        state = source_input.source.state()
         seconds = self._seconds.get((name, state))
         if seconds is None:
-            seconds = self.timed[name].duration_s(opened_input.source, self.limits)
+            seconds = self.timed[name].duration_s(source_input.source, self.limits)
             if state is not None and len(self._seconds) < NOTED:
                 self._seconds[name, state] = seconds
-        return replace(opened_input, seconds=seconds)
+        return replace(source_input, seconds=seconds)
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
@@ -166,7 +166,7 @@ class Decoder:
         except PerceiverError as error:
             return str(error)
 
-    def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[Row]:
+    def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[View]:
         """Return what the model sees of an example: with `seeds`, one augmented view; else `num_views` of evaluation.
 
         Sound and picture share their window: one time in seconds, drawn once from where there are both.

@@ -19,8 +19,9 @@ from perceiver_cli.data.listing import File, Listing, listed, looked_at
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import look, modality, other_kind, timed_modality
+from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Span, TimedModality
+from perceiver_cli.preprocess.detection import look, other_kind
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import stored_rows

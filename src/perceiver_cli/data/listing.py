@@ -19,7 +19,7 @@ from typing import Any, Literal
 from perceiver_cli import preprocess
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import look
+from perceiver_cli.preprocess.detection import look
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.shards import tar_files

@@ -1,4 +1,7 @@
-"""From examples to batches: reading, missing modalities, order, mixing.
+"""From examples to batches: the order of training examples, reading, missing modalities.
+
+An example comes from `catalog` (a file, or a record by `examples.Records`), becomes inputs (`inputs.opened`), arrays
+(`decoder.Decoder.decode`) and views (`Decoder.views`), and here segments of a batch (`Reader`, `collate`).
 
 Nothing here depends on how many workers read: the order of examples and their augmentation are pure functions of
 (seed, epoch, example id), so a run that is cut and resumed sees exactly what an uninterrupted one would have seen.
@@ -16,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from perceiver_cli.data.decoder import Decoder, Row
+from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.workers import worker_died
 from perceiver_cli.errors import DataError, PerceiverError
@@ -78,7 +81,7 @@ class Reader(Decoder, Dataset[Batch]):
 
     def __getitem__(self, task: Task) -> Batch:
         """Return the batch of a task; examples that cannot be read are in `bad` instead."""
-        rows: list[Row] = []
+        rows: list[View] = []
         good: list[Example] = []
         bad: list[tuple[int, Example, str]] = []
         for position, example in enumerate(task.examples):
@@ -146,7 +149,7 @@ class SharedMemory:
         return torch.empty(0, dtype=dtype).set_(slot[name], 0, shape)  # type: ignore[call-overload,no-any-return]
 
 
-def collate(rows: Sequence[Row], shared: SharedMemory | None = None) -> dict[str, Segment]:
+def collate(rows: Sequence[View], shared: SharedMemory | None = None) -> dict[str, Segment]:
     """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
     segments = {}
     for name in sorted({name for row in rows for name in row}):

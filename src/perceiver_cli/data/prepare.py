@@ -27,8 +27,9 @@ from perceiver_cli.data.workers import in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
-from perceiver_cli.preprocess import look, modality, other_kind, settled
+from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
+from perceiver_cli.preprocess.detection import look, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows

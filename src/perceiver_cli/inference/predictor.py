@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perceiver_cli.data.decoder import Row
+from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
@@ -259,7 +259,7 @@ class Predictor:
 
     def _cut(
         self, examples: Iterable[Example], windows: Windows, blank: Prediction
-    ) -> Iterator[tuple[int, Prediction, list[Row]]]:
+    ) -> Iterator[tuple[int, Prediction, list[View]]]:
         """Yield (number of the example, prediction without probabilities, rows for the model) of each window."""
         for number, example in enumerate(examples):
             try:
@@ -272,7 +272,7 @@ class Predictor:
                 yield number, replace(blank, path=example.id, error=str(error)), []
 
     def _predicted(
-        self, cut: Iterator[tuple[int, Prediction, list[Row]]], batch_size: int, embeddings: bool
+        self, cut: Iterator[tuple[int, Prediction, list[View]]], batch_size: int, embeddings: bool
     ) -> Iterator[tuple[int, Prediction]]:
         """Yield (number of the example, prediction) of each window of `_cut`, computed a batch at a time."""
         several = self.info.config.multi_label

@@ -40,7 +40,7 @@ class AudioSpec(InputSpec):
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     patch: tuple[Size, ...] = (128,)
     # Mel mode only.
-    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64
+    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64  # presets with mel features set their own
     window_s: Positive = 0.025
     hop_s: Positive = 0.010
     min_hz: Annotated[float, Field(ge=0)] = 20.0

@@ -7,8 +7,9 @@ from functools import partial
 
 from perceiver_cli.errors import DataError, IntegrityError
 from perceiver_cli.files import show_text
-from perceiver_cli.preprocess import METADATA, is_safetensors, modality
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.detection import METADATA, is_safetensors
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import HEAD_BYTES, Header, Stored
