@@ -33,6 +33,14 @@ SMALL = (
 )
 
 
+SLOW_FIRST = ("test_docs.py", "test_registry.py", "test_contest.py", "test_export.py", "test_pipes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the slow tests first, so that several processes end together."""
+    items.sort(key=lambda item: SLOW_FIRST.index(name) if (name := item.path.name) in SLOW_FIRST else len(SLOW_FIRST))
+
+
 def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int = 0) -> Path:
     """Write PNG class folders: class k is a bright bar in row k of noise, easy to learn. Returns the folder."""
     rng = np.random.default_rng(seed)

@@ -130,7 +130,15 @@ def become(files: list[int], arguments: list[str], cwd: str, environment: dict[s
 
 
 if __name__ == "__main__":
-    import torch  # noqa: F401  # what is slow to import
+    # What is slow to import, and what commands import when they need it.
+    import av  # noqa: F401
+    import jinja2  # noqa: F401
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
+    import scipy.stats  # noqa: F401
+    import soundfile  # noqa: F401
+    import torch  # noqa: F401
+    import trimesh  # noqa: F401
 
     import perceiver_cli.cli.app
     import perceiver_cli.inference.evaluation
