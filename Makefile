@@ -18,7 +18,7 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to compare before and after refactoring
 	$(BIN)/python tests/golden/record.py golden.json
