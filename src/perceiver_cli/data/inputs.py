@@ -100,7 +100,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
     """Return a source as an Input. Raises DataError if it is unreadable, of another modality or prepared otherwise."""
     if isinstance(source, Stored):
         return source
-    source = look(source)
+    source = look(source, spec.modality)
     if source.holds_rows:
         return stored_rows(source, spec.modality, spec, limits)
     if spec.modality not in source.kinds:

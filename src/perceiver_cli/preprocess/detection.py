@@ -16,12 +16,17 @@ LEAST_COLUMNS = 16  # of an .npy: with fewer it is a cloud of points, with colou
 METADATA = "perceiver"  # the one entry of a .safetensors, the header of a stream as JSON
 
 
-def look(source: Source) -> Source:
-    """Return the source with its kinds, judged by its first bytes, once. Raises DataError if it has none."""
+def look(source: Source, wanted: str | None = None) -> Source:
+    """Return the source with its kinds, judged by its first bytes, once. Raises DataError if it has none.
+
+    wanted: the modality that it should be of; if it is, no other one is asked.
+    """
     if source.kinds:
         return source
     head, every = source.head(), names()
     rows = _kinds_of_rows(head, every)
+    if wanted is not None and not rows and modality(wanted).sniff(head, source.name):
+        return replace(source, kinds=(wanted,))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
     if not kinds:
         raise DataError(f"{source.shown}: not a format that is read here", f"expected {formats()}")
