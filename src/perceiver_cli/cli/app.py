@@ -1,9 +1,8 @@
 """The program: its commands in the order of `--help`. Each parses, calls one public function and prints the result.
 
-torch is imported only inside the bodies that need it, so that `--help` and `--version` are immediate.
+torch is imported only inside the bodies that need it, so that `--help` and `--version` are immediate. For the same
+reason no file of commands imports `annotations` from `__future__`: Typer would compile every annotation four times.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Annotated

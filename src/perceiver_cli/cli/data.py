@@ -1,7 +1,5 @@
 """`preprocess` and `lint`, and what they show."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -131,7 +129,7 @@ def lint(
         raise typer.Exit(EXIT_DATA)
 
 
-def follow_preparing(done: Iterator[Done]) -> int:
+def follow_preparing(done: Iterator["Done"]) -> int:
     """Show what becomes of inputs that are prepared; return the exit code: 0, or 3 where any input was bad."""
     last, failed, said = None, 0, time.monotonic()
     with counting("preparing") as progress:
@@ -148,7 +146,7 @@ def follow_preparing(done: Iterator[Done]) -> int:
     return EXIT_DATA if failed else 0
 
 
-def show_lint(report: LintReport, as_json: bool) -> None:
+def show_lint(report: "LintReport", as_json: bool) -> None:
     """Print what is wrong with a data set: tables and the first of each kind of finding, or one JSON object."""
     if as_json:
         emit_json(report.to_dict())
@@ -177,7 +175,7 @@ def show_lint(report: LintReport, as_json: bool) -> None:
         emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
 
 
-def _group(group: Copies) -> str:
+def _group(group: "Copies") -> str:
     """Return a group of examples of one content as a line."""
     rows = []
     for split, name, labels in group.examples:

@@ -1,7 +1,5 @@
 """Commands about models and this machine: info, presets, compare, import, export, doctor, bench."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -157,7 +155,7 @@ def bench(
     terminal.show_facts(describe_machine(choose(device, precision)), json)
 
 
-def show_comparison(comparison: Comparison, as_json: bool) -> None:
+def show_comparison(comparison: "Comparison", as_json: bool) -> None:
     """Print runs side by side, a row each, and a column for each option that differs; or one JSON object."""
     say_notes(comparison.notes)
     if as_json:

@@ -1,7 +1,5 @@
 """Options and parsers that several commands share."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

@@ -1,7 +1,5 @@
 """`predict`, `evaluate` and `explain`, and what they show."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -178,7 +176,7 @@ def explain(
 
 
 def show_predictions(
-    predictions: Iterable[Prediction], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
+    predictions: Iterable["Prediction"], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
 ) -> int:
     """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
 
@@ -213,14 +211,14 @@ def _csv_row(cells: list[Any], delimiter: str) -> str:
     return stream.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _heads(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> list[str]:
+def _heads(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> list[str]:
     """Return the names of the columns of `_cells`."""
     ranks = ["", *(f"_{rank}" for rank in range(2, min(top_k, len(prediction.classes)) + 1))]
     best = [f"{name}{rank}" for rank in ranks for name in ("label", "prob")]
     return ["path", *extra, *best, *(f"p_{name}" for name in prediction.classes if all_probs), "error"]
 
 
-def _cells(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> list[Any]:
+def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> list[Any]:
     count = min(top_k, len(prediction.classes))
     best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
     best[0] = prediction.label if prediction.error is None else ""
@@ -228,7 +226,7 @@ def _cells(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[
     return [prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""]
 
 
-def _extra(prediction: Prediction, names: Sequence[str]) -> list[str]:
+def _extra(prediction: "Prediction", names: Sequence[str]) -> list[str]:
     """Return the cells of further columns."""
     facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
     if "labels" in names:
@@ -241,7 +239,7 @@ def _padded(cells: Sequence[str], extra: Sequence[str]) -> str:
     return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in zip(extra, cells, strict=True))
 
 
-def _table_row(prediction: Prediction, top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
+def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
     shown = show_text(prediction.path)
     if prediction.error is not None:
         return f"{shown:<40} (not read)\n"
@@ -251,7 +249,7 @@ def _table_row(prediction: Prediction, top_k: int, all_probs: bool, extra: Seque
     return f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
-def show_report(report: Report, as_json: bool) -> None:
+def show_report(report: "Report", as_json: bool) -> None:
     """Print an evaluation: headline and per-class table, or one JSON object."""
     if as_json:
         emit_json(report.to_dict())

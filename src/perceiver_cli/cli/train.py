@@ -1,7 +1,5 @@
 """`train` and `lr-find`, and what they show."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
