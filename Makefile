@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test golden lint bench clean
+.PHONY: help demo test golden lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -24,9 +24,13 @@ golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to co
 	$(BIN)/python tests/golden/record.py golden.json
 
 lint: $(BIN)/perceiver  ## install, then ruff and mypy --strict
-	$(BIN)/ruff check src tests examples benchmarks
-	$(BIN)/ruff format --check src tests examples benchmarks
+	$(BIN)/ruff check src tests examples benchmarks docs
+	$(BIN)/ruff format --check src tests examples benchmarks docs
 	$(BIN)/mypy
+
+docs: $(BIN)/perceiver  ## install, then build the documentation, warnings as errors: docs/_build/index.html
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 bench: $(BIN)/perceiver  ## install, then measure this package and others side by side, in about three minutes
 	$(BIN)/python -m benchmarks.contest tiny-image --against usual,perceiver-pytorch,onnxruntime --rounds 2 --seconds 1
@@ -36,4 +40,4 @@ bench: $(BIN)/perceiver  ## install, then measure this package and others side b
 	$(BIN)/python -m benchmarks.records --rounds 1 --seconds 2 --records 10000
 
 clean:  ## remove the virtual environment, caches and what the demo made
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

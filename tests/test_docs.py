@@ -1,18 +1,23 @@
-"""The README's blocks and the examples, run as they stand."""
+"""The code blocks of README.md and docs/, the pages made from the program, and the examples, run as they stand."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+from docs import blocks, make_cli, make_configuration, make_man
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-BLOCKS = re.findall(r"<!-- test: digits -->\n```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [page for page in blocks.PAGES if any(block.runs for block in blocks.blocks(page))]
 
 
 def run(command: list[str | Path], cwd: Path, *programs: Path) -> subprocess.CompletedProcess[str]:
@@ -25,34 +30,47 @@ def run(command: list[str | Path], cwd: Path, *programs: Path) -> subprocess.Com
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with digits/ in it, as the README's commands expect."""
-    folder = tmp_path_factory.mktemp("readme")
-    run([sys.executable, ROOT / "examples" / "write_digits.py", "digits"], folder)
+def prepared(tmp_path_factory: pytest.TempPathFactory, warm_bin: Path) -> Path:
+    """A folder with the data and the models that pages need, made once for all processes of the suite."""
+    folder = tmp_path_factory.getbasetemp().parent / "docs-place"
+    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
+        if not folder.exists():
+            patch.setenv("PATH", os.pathsep.join([str(warm_bin), str(BIN), os.environ["PATH"]]))
+            making = folder.with_suffix(".new")
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir()
+            blocks.prepare(making)
+            making.rename(folder)
     return folder
 
 
-def test_the_readme_has_blocks_to_run() -> None:
-    assert [language for language, _ in BLOCKS] == ["sh", "sh", "python", "python"]
+@pytest.fixture
+def place(prepared: Path, tmp_path: Path, warm_bin: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that folder, with the program in PATH."""
+    monkeypatch.delenv("PERCEIVER_MODEL", raising=False)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(warm_bin), str(BIN), os.environ["PATH"]]))
+    shutil.copytree(prepared, tmp_path / "place", symlinks=True)
+    return tmp_path / "place"
 
 
-@pytest.mark.parametrize(
-    ("language", "text"), BLOCKS, ids=[f"{i}-{language}" for i, (language, _) in enumerate(BLOCKS)]
-)
-def test_readme_blocks_run(place: Path, warm_bin: Path, language: str, text: str) -> None:
-    command: list[str | Path] = ["bash", "-e", "-c", text] if language == "sh" else [sys.executable, "-c", text]
-    done = run(command, place, warm_bin)
-    if "preprocess digits |" in text:
-        assert "runs/piped/model.safetensors" in done.stdout
-        assert done.stdout.count('"label"') >= 2
-        assert done.stdout.endswith("(8, 8, 1)\n")
-    elif language == "sh":
-        assert '"path": "digits/test/7/0300.png", "label": ' in done.stdout
-        assert "path,label,prob,label_2,prob_2,error" in done.stdout
-        assert "44,912,254" in done.stdout
-        assert "50176 x 261 float32" in done.stderr
-    else:
-        assert "Finished(" in done.stdout or "torch.Size([2, 10])" in done.stdout
+def test_every_block_runs_or_says_why_not() -> None:
+    for page in blocks.PAGES:
+        for block in blocks.blocks(page):
+            assert block.runs or re.fullmatch(r"not run: .+", block.rule), f"{page}: {block.text}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_blocks_run_and_print_what_the_page_shows(place: Path, page: Path) -> None:
+    for block in blocks.blocks(page):
+        if block.runs:
+            fresh = blocks.run_block(block, place)
+            assert blocks.without_numbers(fresh) == blocks.without_numbers(block.text), fresh
+
+
+@pytest.mark.parametrize("made", [make_cli, make_configuration, make_man], ids=lambda made: made.PAGE.name)
+def test_pages_made_from_the_program_are_up_to_date(made: object) -> None:
+    page: Callable[[], str] = made.page  # type: ignore[attr-defined]
+    assert made.PAGE.read_text() == page(), f"renew it: python docs/{made.__name__.rpartition('.')[2]}.py"  # type: ignore[attr-defined]
 
 
 def test_the_page_of_rooms_names_every_file() -> None:
@@ -97,16 +115,3 @@ def test_explain_examples(modality: str, tmp_path: Path) -> None:
     assert f"{modality}: " in done.stdout
     assert (tmp_path / "out" / "out.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "out.ply").exists() == (modality == "points")
-
-
-def test_every_command_and_option_is_documented() -> None:
-    sys.path.insert(0, str(ROOT / "docs"))
-    try:
-        from make_cli import PAGE, page
-    finally:
-        sys.path.remove(str(ROOT / "docs"))
-    text = page()
-    assert PAGE.read_text() == text, "renew it: python docs/make_cli.py"
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    assert rows
-    assert [row[0] for row in rows if not row[1].strip()] == []  # each says what it means
