@@ -1,0 +1,18 @@
+"""Print pip constraints that pin each dependency of pyproject.toml to the lowest version that it declares."""
+
+import re
+import tomllib
+from pathlib import Path
+
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+
+def constraints() -> list[str]:
+    """Return "name==version" for each dependency of the package and of its extra for videos."""
+    project = tomllib.loads(PROJECT.read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["video"]]
+    return [re.sub(r">=([\w.]+).*", r"==\1", requirement) for requirement in declared]
+
+
+if __name__ == "__main__":
+    print("\n".join(constraints()))
