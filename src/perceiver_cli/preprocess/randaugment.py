@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al. 2020), with the operations and constants of the official Perceiver code.
 
-Each operation takes an image and a level in 0..1. Lengths are pixels of a 224 x 224 crop of ImageNet; they shrink with
+Each operation takes an image and a level in 0..1. Lengths are pixels of a 224 x 224 crop of ImageNet; they scale with
 the shorter side of the image.
 """
 
@@ -49,10 +49,6 @@ def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image
     return image
 
 
-def _solarize_add(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
-    return image.point(lambda value: min(255, value + int(110 * level)) if value < 128 else value)
-
-
 def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
     return lambda image, level, rng: kind(image).enhance(1.8 * level + 0.1)
 
@@ -78,5 +74,5 @@ RANDAUGMENT: dict[str, Operation] = {
     "TranslateX": lambda image, level, rng: _affine(image, 1, 0, _translation(image, level, rng), 0, 1, 0),
     "TranslateY": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _translation(image, level, rng)),
     "Cutout": _cutout,
-    "SolarizeAdd": _solarize_add,
+    "SolarizeAdd": lambda image, level, rng: image.point(lambda v: min(255, v + int(110 * level)) if v < 128 else v),
 }
