@@ -120,13 +120,13 @@ class AudioModality(TimedModality[AudioSpec]):
                 total += len(block)
                 source.check_decoded(total * growth, 4, limits)  # again: a stream may declare no length
                 blocks.append(block)
-        noun = "samples" if span is None else f"samples at {span[0]:g} s"
-        samples = check_contract(source, np.concatenate(blocks) if blocks else np.empty(0, np.float32), noun)
-        if sound.rate_hz != rate_hz:
+        samples = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+        if samples.size and sound.rate_hz != rate_hz:
             import soxr
 
-            samples = check_contract(source, soxr.resample(samples, sound.rate_hz, rate_hz, "HQ"), "samples")
-        return samples if span is None else check_contract(source, samples[first : int(stop)], noun)
+            samples = soxr.resample(samples, sound.rate_hz, rate_hz, "HQ")
+        noun = "samples" if span is None else f"samples at {span[0]:g} s"
+        return check_contract(source, samples[first : int(min(stop, samples.size))], noun)
 
     def blocks(self, source: Source, spec: AudioSpec, limits: Limits, window_s: float) -> Iterator[Samples]:
         with open_sound(source, spec.channel, limits) as sound:
@@ -173,10 +173,7 @@ class AudioModality(TimedModality[AudioSpec]):
     def prepare(
         self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None
     ) -> ByteArray:
-        """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.
-
-        `rng` also draws the gain and the masks of SpecAugment (mel mode).
-        """
+        """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
         clip = _clip(raw, spec, rng, start_s)
         if rng is not None and spec.gain_db:
             clip = clip * np.float32(10 ** (rng.uniform(-spec.gain_db, spec.gain_db) / 20))
@@ -262,10 +259,7 @@ def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s:
 
 
 def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:
-    """Return the log-mel spectrogram (frames, mels) of `clip`, with zero mean and unit variance over the clip.
-
-    The level depends on the microphone more than on the sound. Silence becomes zeros.
-    """
+    """Return the log-mel spectrogram (frames, mels), standardised: the level depends on the microphone."""
     window, hop = _window_and_hop(spec)
     taper, filters = _filters(_rate(spec), window, spec.num_mels, spec.min_hz)
     frames = sliding_window_view(clip, window)[::hop] * taper

@@ -70,10 +70,7 @@ class Layout:
 
     @classmethod
     def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
-        """Return the layout of a regular grid with the bands, resolution, positions and permutation of a spec.
-
-        Raises UsageError if `spec.max_resolution` has another number of axes than `grid`.
-        """
+        """Return the layout of a regular grid with the options of `spec`. Raises UsageError for max_resolution."""
         resolution = spec.max_resolution or tuple(map(float, grid))
         if len(resolution) != len(grid):
             expected = f"expected {len(grid)}, one for each axis"

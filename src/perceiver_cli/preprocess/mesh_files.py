@@ -42,6 +42,7 @@ GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 XYZ_SUFFIXES = ("xyz", "txt", "pts")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+ASCII_STL = rb"(?s)solid.*facet"
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
 
 
@@ -81,18 +82,14 @@ def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
 # another order of faces, binary STL 5 to 60 times, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
 
 
-def _is_ascii_stl(head: bytes) -> bool:
-    return head.startswith(b"solid") and b"facet" in head
-
-
 def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the mesh of an STL. Binary files often begin with "solid" too: only the size tells them from ASCII."""
-    count = struct.unpack("<I", data[80:84])[0] if len(data) >= 84 else -1
+    count = int.from_bytes(data[80:84], "little")
     if len(data) == 84 + 50 * count:
         check_counts(source, 3 * count, count, limits)
         record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
         vertices = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3).astype(np.float64)
-    elif _is_ascii_stl(data[:HEAD_BYTES]):
+    elif re.match(ASCII_STL, data[:HEAD_BYTES]):
         check_counts(source, data.count(b"vertex"), data.count(b"endfacet"), limits)
         if b"endsolid" not in data or data.count(b"vertex") != 3 * data.count(b"endfacet"):
             raise DataError(f"{source.shown}: ends inside a facet, or a facet is no triangle")
@@ -148,10 +145,7 @@ def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 
 def _by_trimesh(source: Source, data: bytes, file_type: str) -> Mesh:
-    """Return `data` as one mesh: a copy of each geometry for every node that shows it, moved by the node.
-
-    No vertices are merged and no other file is opened.
-    """
+    """Return `data` as one mesh: a copy of each geometry for every node that shows it, moved by the node."""
     logging.getLogger("trimesh").setLevel(logging.CRITICAL + 1)
     import trimesh
 
@@ -283,27 +277,28 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
     """Raise DataError if a glTF tree names other files, claims more than the file holds, or unfolds past the limits."""
     if any("uri" in buffer for buffer in tree.get("buffers", [])):
         raise DataError(f"{source.shown}: external reference refused", "expected a GLB with all its data inside")
-    views, accessors, nodes = tree.get("bufferViews", []), tree.get("accessors", []), tree.get("nodes", [])
+    accessors, nodes = tree.get("accessors", []), tree.get("nodes", [])
     _check_nodes(source, nodes)
-    view_bytes, counts = [view["byteLength"] for view in views], [accessor["count"] for accessor in accessors]
+    view_bytes = [view["byteLength"] for view in tree.get("bufferViews", [])]
+    counts = [accessor["count"] for accessor in accessors]
     if any(not isinstance(size, int) or size < 0 for size in view_bytes + counts):
         raise DataError(f"{source.shown}: a size in the GLB is no whole number")
     _check_claim(source, max(view_bytes, default=0), binary_bytes)
     source.check_decoded(sum(view_bytes), 1, limits)  # trimesh copies each view
     total = 0
-    for accessor in accessors:
-        needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
-        if accessor["count"] > 3 * limits.faces:
-            source.check_limit(accessor["count"], "vertices", "vertices", limits)
+    for accessor, count in zip(accessors, counts, strict=True):
+        needed = count * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
+        if count > 3 * limits.faces:
+            source.check_limit(count, "vertices", "vertices", limits)
         if "bufferView" in accessor:
             _check_claim(source, needed, view_bytes[accessor["bufferView"]])
         total += needed
     source.check_decoded(total, 1, limits)
-    sizes = []  # of each mesh: vertices and corners of triangles
+    sizes = []  # (vertices, corners of triangles) of each mesh
     for mesh in tree.get("meshes", []):
         shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
-        corners = sum(accessors[position if index is None else index]["count"] for position, index in shapes)
-        sizes.append((sum(accessors[position]["count"] for position, _ in shapes), corners))
+        corners = sum(counts[position if index is None else index] for position, index in shapes)
+        sizes.append((sum(counts[position] for position, _ in shapes), corners))
     # Many nodes may show one mesh, and many meshes may use one accessor.
     for shown in (sizes, [sizes[node["mesh"]] for node in nodes if "mesh" in node]):
         check_counts(source, sum(size[0] for size in shown), sum(size[1] for size in shown) // 3, limits)
@@ -364,7 +359,7 @@ FORMATS = {
     "NPY": MeshFormat(lambda head, suffix: head.startswith(b"\x93NUMPY"), _read_npy),
     "OFF": MeshFormat(lambda head, suffix: re.match(rb"(ST)?C?N?OFF\s", head) is not None, _read_off),
     # A binary STL has no signature, only its suffix.
-    "STL": MeshFormat(lambda head, suffix: suffix == "stl" or _is_ascii_stl(head), _read_stl),
+    "STL": MeshFormat(lambda head, suffix: suffix == "stl" or re.match(ASCII_STL, head) is not None, _read_stl),
     "OBJ": MeshFormat(_is_obj, _read_obj),
     "XYZ": MeshFormat(_is_xyz, _read_xyz),
 }

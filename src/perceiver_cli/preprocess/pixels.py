@@ -66,10 +66,7 @@ def _to_8_bits(values: Array, top: int | None) -> Array:
 
 
 def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
-    """Return the mean and std of a Layout, one number for each channel of a patch, in units of the uint8 values.
-
-    Raises UsageError for a number of colours that does not fit, or for a crop outside its range.
-    """
+    """Return a Layout's mean and std for each channel of a patch, in uint8 units. Raises UsageError for bad options."""
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"inputs.{spec.modality}.{key} must rise within 0..{top:g}, found {[low, high]}")
@@ -98,10 +95,7 @@ def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
 
 
 def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """Return the Inception crop: a box of random area, aspect ratio (log-uniform) and place.
-
-    `crop_aspect` is relative to the target's aspect ratio.
-    """
+    """Return the Inception crop: a box of random area, place and log-uniform aspect ratio (relative to the target)."""
     height, width = raw.shape[:2]
     target = size[1] / size[0]
     low, high = spec.crop_aspect[0] * target, spec.crop_aspect[1] * target

@@ -143,21 +143,19 @@ class VideoModality(TimedModality[VideoSpec]):
     ) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
-        Without `rng`: the centre crop of `eval_crop`. With `rng`: the same Inception crop, mirror and recolouring for
-        all frames.
+        Without `rng`: the centre crop of `eval_crop`; with `rng`: one Inception crop, mirror and recolouring for all.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
         left, top, right, bottom = box
         frames = frames[:, top:bottom, left:right]
-        if rng is None:
-            return ByteArray(patchify(_resized(frames, spec.size), spec.patch))
         changes: list[Change] = []
-        if rng.random() < spec.flip:
+        if rng is not None and rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
-        if spec.color:
+        if rng is not None and spec.color:
             changes.append(_recoloring(frames, spec.color, rng))
-        return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
+        reducing_gap = None if rng is None else 3.0
+        return ByteArray(patchify(_resized(frames, spec.size, reducing_gap, changes), spec.patch))
 
     def num_views(self, spec: VideoSpec) -> int:
         return spec.eval_windows
@@ -343,9 +341,7 @@ def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
     return resize(values, (0, 0, file.width, file.height), size)
 
 
-def _resized(
-    frames: Array, size: tuple[int, int], reducing_gap: float | None = None, changes: Sequence[Change] = ()
-) -> Array:
+def _resized(frames: Array, size: tuple[int, int], reducing_gap: float | None, changes: Sequence[Change]) -> Array:
     """Return (T, *size, 3) uint8, resized bilinearly as usual for videos, with the same changes to each frame."""
     if frames.shape[1:3] == size and not changes:
         return frames
