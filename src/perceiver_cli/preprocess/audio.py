@@ -20,18 +20,9 @@ from pydantic import Field, model_validator
 
 from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import container, register
-from perceiver_cli.preprocess.base import (
-    Array,
-    ByteArray,
-    Layout,
-    Span,
-    TimedModality,
-    check_contract,
-    patchify,
-    probed,
-)
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, check_contract, patchify
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
 
@@ -170,9 +161,7 @@ class AudioModality(TimedModality[AudioSpec]):
             raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip, {list(shape)}")
         return Layout.of_grid(spec, grid, math.prod(spec.patch))
 
-    def prepare(
-        self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None
-    ) -> ByteArray:
+    def prepare(self, raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
         clip = _clip(raw, spec, rng, start_s)
         if rng is not None and spec.gain_db:
@@ -240,7 +229,7 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     return 1 + (samples - window) // hop, spec.num_mels
 
 
-def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None) -> Samples:
+def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
     samples = _num_samples(spec, spec.clip_s)
     spare = raw.size - samples
@@ -301,7 +290,7 @@ def _filters(rate_hz: int, window: int, num_mels: int, min_hz: float) -> tuple[S
     return taper.astype(np.float32), filters
 
 
-def _mask(features: Samples, axis: int, count: int, share: float, rng: np.random.Generator) -> None:
+def _mask(features: Samples, axis: int, count: int, share: float, rng: Rng) -> None:
     """Set `count` random bands along `axis` to 0, the mean, in place (SpecAugment, paper 4.2).
 
     share: the largest width of a band as a share of the axis; widths are uniform.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,7 +22,9 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
 Array = NDArray[Any]
+Rng = np.random.Generator
 Span = tuple[float, float]  # start and length in seconds
+Window = tuple[float, Array]  # start in seconds, and the decoded array
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,6 @@ class Layout:
 
 
 S = TypeVar("S", bound=InputSpec)
-T = TypeVar("T")
 
 
 class Modality(ABC, Generic[S]):
@@ -136,7 +137,7 @@ class Modality(ABC, Generic[S]):
         """Return the shape of the byte arrays of `prepare`. Raises UsageError if `spec` contradicts itself."""
 
     @abstractmethod
-    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None) -> ByteArray:
+    def prepare(self, raw: Array, spec: S, rng: Rng | None) -> ByteArray:
         """Return the byte array: with `rng` augmented for training, without it as evaluation needs it."""
 
     def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
@@ -178,17 +179,15 @@ class TimedModality(Modality[S]):
         """
 
     @abstractmethod
-    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None, start_s: float | None = None) -> ByteArray:
+    def prepare(self, raw: Array, spec: S, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return the clip of `raw` from `start_s` seconds on; None means a random start with `rng`, else the middle."""
 
     @abstractmethod
     def blocks(self, source: Source, spec: S, limits: Limits, window_s: float) -> Iterator[Array]:
         """Yield the array of `load` in blocks, from end to end, for a caller that keeps `window_s` seconds of them."""
 
-    def windows(
-        self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, decoded array) of every window of a file, read once from end to end.
+    def windows(self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float) -> Iterator[Window]:
+        """Yield every window of a file, read once from end to end.
 
         Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
         ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
@@ -217,10 +216,8 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
     return np.ascontiguousarray(values.transpose(order).reshape(*grid, -1))
 
 
-def cut_windows(
-    blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float
-) -> Iterator[tuple[float, Array]]:
-    """Yield (start in seconds, array) of every window of a sequence that arrives in blocks along its first axis.
+def cut_windows(blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float) -> Iterator[Window]:
+    """Yield every window of a sequence that arrives in blocks along its first axis.
 
     `TimedModality.windows` says where windows begin. At most one window and one block are in memory.
     """
@@ -228,7 +225,7 @@ def cut_windows(
     held: deque[tuple[int, Array]] = deque()  # (index of the first step, block)
     total = count = start = end = 0
 
-    def window(first: int, last: int) -> tuple[float, Array]:
+    def window(first: int, last: int) -> Window:
         pieces = [block[max(0, first - at) : last - at] for at, block in held if at < last]
         return first / rate_hz, np.concatenate(pieces)
 
@@ -252,18 +249,3 @@ def check_contract(source: Source, values: Array, noun: str) -> Array:
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise DataError(f"{source.shown}: {noun} that are not finite numbers")
     return values
-
-
-def probed(sources: Iterable[Source], probe: Callable[[Source], T], option: str) -> Iterator[T]:
-    """Yield `probe(source)` of every readable source, to settle `option`. Raises DataError if no source is readable."""
-    problem, empty = "", True
-    for source in sources:
-        try:
-            answer = probe(source)
-        except DataError as error:
-            problem = problem or f", the first: {error.message}"
-        else:
-            empty = False
-            yield answer
-    if empty:
-        raise DataError(f'{option} = "auto": no file can be read{problem}', f"give {option} instead")

@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import Annotated, Any, Literal
 
@@ -23,10 +23,10 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, patchify, probed
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, patchify
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.randaugment import randaugment
-from perceiver_cli.preprocess.source import Source, as_data_errors
+from perceiver_cli.preprocess.source import Source, as_data_errors, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
 
@@ -119,10 +119,9 @@ def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -
 
 def _orientation(image: Image.Image) -> int:
     """Return the EXIF orientation, or 1 if EXIF is missing or damaged: the pixels can still be read."""
-    try:
+    with suppress(Exception):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        return 1
+    return 1
 
 
 def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
@@ -176,7 +175,7 @@ class ImageModality(Modality[ImageSpec]):
         grid, colors, area = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3, math.prod(patch)
         return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, colors, area))
 
-    def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
+    def prepare(self, raw: Array, spec: ImageSpec, rng: Rng | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
 
         With `rng`: Inception crop, mirror, RandAugment. Without: the centre crop of `eval_crop`. Positions count within

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import Array, Rng
 
 CROP_TRIES = 10
 
@@ -56,7 +56,7 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, the range is the one that `flatten` describes."""
+    """Return uint8 from numbers in 0..top; without `top`, in the range that `flatten` describes."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels that are not finite numbers")
@@ -94,7 +94,7 @@ def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
     return _centred(width, height, crop_width, crop_height)
 
 
-def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
+def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: Rng) -> Box:
     """Return the Inception crop: a box of random area, place and log-uniform aspect ratio (relative to the target)."""
     height, width = raw.shape[:2]
     target = size[1] / size[0]

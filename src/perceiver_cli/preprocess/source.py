@@ -7,10 +7,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from perceiver_cli.errors import DataError, LimitError, PerceiverError
 from perceiver_cli.files import show_path, show_text
@@ -18,6 +18,7 @@ from perceiver_cli.preprocess.spec import Limits
 
 RECEIVED_BYTES = 1 << 20  # read from a pipe at a time
 HEAD_BYTES = 4096  # enough for every signature that detection asks for
+T = TypeVar("T")
 
 
 def key_of(name: str) -> int:
@@ -125,3 +126,18 @@ def as_data_errors(source: Source, noun: str) -> Iterator[None]:
         # Without the addresses of objects, which differ in each run: records keep this message.
         reason = show_text(re.sub(r" at 0x[0-9a-f]+", "", reason))
         raise DataError(f"{source.shown}: cannot decode the {noun}: {reason}") from error
+
+
+def probed(sources: Iterable[Source], probe: Callable[[Source], T], option: str) -> Iterator[T]:
+    """Yield `probe(source)` of every readable source, to settle `option`. Raises DataError if no source is readable."""
+    problem, empty = "", True
+    for source in sources:
+        try:
+            answer = probe(source)
+        except DataError as error:
+            problem = problem or f", the first: {error.message}"
+        else:
+            empty = False
+            yield answer
+    if empty:
+        raise DataError(f'{option} = "auto": no file can be read{problem}', f"give {option} instead")

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, patchify
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, patchify
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
@@ -138,9 +138,7 @@ class VideoModality(TimedModality[VideoSpec]):
         volume = math.prod(spec.patch)
         return Layout.of_grid(spec, grid, COLORS * volume, **color_statistics(spec, COLORS, volume))
 
-    def prepare(
-        self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
-    ) -> ByteArray:
+    def prepare(self, raw: Array, spec: VideoSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
         Without `rng`: the centre crop of `eval_crop`; with `rng`: one Inception crop, mirror and recolouring for all.
@@ -186,7 +184,7 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
         shown = following
 
 
-def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
+def _clip(total: int, spec: VideoSpec, rng: Rng | None, start_s: float | None) -> Array:
     """Return the indices of a clip's frames among `total` frames: from `start_s`, a random or a central frame on.
 
     A video shorter than the clip is repeated, or its first and last frames are held, as `spec.short` says.
@@ -354,7 +352,7 @@ def _resized(frames: Array, size: tuple[int, int], reducing_gap: float | None, c
     return resized
 
 
-def _recoloring(frames: Array, share: float, rng: np.random.Generator) -> Change:
+def _recoloring(frames: Array, share: float, rng: Rng) -> Change:
     """Return a random change of saturation, contrast and brightness, each by a factor within 1 +- `share`."""
     saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
     some = frames[:, ::4, ::4].reshape(-1, COLORS)  # every fourth pixel is enough for a mean
