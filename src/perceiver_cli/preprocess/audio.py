@@ -241,10 +241,8 @@ def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -
         return raw[start : start + samples]
     if spec.short == "loop":
         return raw.take(np.arange(samples) + (drawn if at is None else at), mode="wrap")
-    kept = raw[at or 0 :]
-    clip = np.zeros(samples, np.float32)
-    clip[drawn if at is None else 0 :][: kept.size] = kept
-    return clip
+    kept, before = raw[at or 0 :], drawn if at is None else 0
+    return np.pad(kept, (before, samples - before - kept.size))
 
 
 def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:

@@ -12,8 +12,7 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -44,16 +43,6 @@ XYZ_SUFFIXES = ("xyz", "txt", "pts")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 ASCII_STL = rb"(?s)solid.*facet"
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
-
-
-@contextmanager
-def quietly(source: Source) -> Iterator[None]:
-    """Turn every exception of a reader into a DataError, and keep its warnings off the terminal."""
-    with as_data_errors(source, "points"), warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
-        # NumPy only warns if it stops in the middle of a text of numbers.
-        warnings.filterwarnings("error", "string or file could not be read")
-        yield
 
 
 def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
@@ -322,7 +311,7 @@ class MeshFormat(NamedTuple):
 
     matches(head, suffix): whether a file that begins with `head` has this format; `suffix` is lower case without a dot.
     read(source, data, limits): the mesh in `data`. It compares the file's claims with its size and the limits before it
-    allocates, opens no other file, and may raise anything: `quietly` makes it a DataError.
+    allocates, opens no other file, and may raise anything: `read_mesh` makes it a DataError.
     """
 
     matches: Callable[[bytes, str], bool]
@@ -369,3 +358,18 @@ def mesh_format(head: bytes, name: str) -> MeshFormat | None:
     """Return the format of a file that begins with `head`, or None if it is no mesh and no point cloud."""
     suffix = name.lower().rpartition(".")[2]
     return next((known for known in FORMATS.values() if known.matches(head, suffix)), None)
+
+
+def read_mesh(source: Source, limits: Limits) -> Mesh:
+    """Return the mesh in a file. Raises DataError for every exception of its reader, whose warnings stay hidden."""
+    data = source.read(limits)
+    file_format = mesh_format(data[:HEAD_BYTES], source.name)
+    if file_format is None:
+        raise DataError(f"{source.shown}: not a format of points", f"expected {', '.join(FORMATS)}")
+    with as_data_errors(source, "points"), warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        # NumPy only warns if it stops in the middle of a text of numbers.
+        warnings.filterwarnings("error", "string or file could not be read")
+        vertices, faces = file_format.read(source, data, limits)
+        check_counts(source, len(vertices), len(faces), limits)
+    return vertices, faces

@@ -11,8 +11,8 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract
-from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, check_counts, mesh_format, quietly
-from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, mesh_format, read_mesh
+from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits, Positive, Range, Size
 
 
@@ -59,14 +59,8 @@ class PointsModality(Modality[PointsSpec]):
         Faces are drawn in proportion to their area, and points uniformly on each face. Draws are independent, so every
         prefix is a fair sample too. Without faces, or without area, the points are the vertices.
         """
-        data = source.read(limits)
-        file_format = mesh_format(data[:HEAD_BYTES], source.name)
-        if file_format is None:
-            raise DataError(f"{source.shown}: not a format of points", f"expected {self.formats}")
         source.check_decoded(spec.pool_points, 12, limits)
-        with quietly(source):
-            vertices, faces = file_format.read(source, data, limits)
-            check_counts(source, len(vertices), len(faces), limits)
+        vertices, faces = read_mesh(source, limits)
         check_contract(source, vertices, "points")
         if np.abs(vertices).max() > MAX_COORDINATE:
             raise DataError(f"{source.shown}: coordinates beyond {MAX_COORDINATE:g}")
