@@ -174,7 +174,7 @@ def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: 
     while shown is not None and k < stop:
         following = next(frames, None)
         end_s = shown.end_s if following is None else following.start_s
-        source.check_limit(end_s, "seconds", "video_seconds", limits)
+        source.check_limit(max(shown.start_s, end_s), "seconds", "video_seconds", limits)
         after = math.ceil(end_s * rate_hz)
         if following is None and after <= k == first <= after + 1:  # the last frame may end before its declared end
             after = k + 1
