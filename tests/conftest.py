@@ -16,7 +16,7 @@ from PIL import Image
 
 from perceiver_cli.data.inputs import opened
 from perceiver_cli.preprocess.base import Array
-from perceiver_cli.preprocess.detection import look
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.training.events import Finished
@@ -56,7 +56,7 @@ def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int =
 
 def detect(source: Source) -> str:
     """Return the modality that a source belongs to by its content."""
-    return look(source).kinds[0]
+    return detected(source).kinds[0]
 
 
 def decode(source: Source, spec: InputSpec, limits: Limits) -> Array:

@@ -18,7 +18,7 @@ from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.pairing import identity
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.audio import AudioSpec
-from perceiver_cli.preprocess.detection import look
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source
@@ -199,7 +199,7 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     (cloud,) = examples_of(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
     assert list(cloud.sources) == ["points"]
     (plain,) = examples_of(str(root / "000.png"), one, Limits())
-    assert plain.sources == {"image": look(Source(str(root / "000.png")))}
+    assert plain.sources == {"image": detected(Source(str(root / "000.png")))}
 
 
 def test_what_an_example_brings(pairs: Path, tmp_path: Path) -> None:

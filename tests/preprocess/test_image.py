@@ -512,7 +512,7 @@ def test_resolve_leaves_what_is_settled() -> None:
 def test_resolve_needs_one_readable_source(auto: str) -> None:
     bad = [Source(f"bad{k}.png", b"\x89PNG\r\n\x1a\nrubbish") for k in range(3)]
     spec = ImageSpec(**{auto: "auto"})
-    with pytest.raises(DataError, match=r"no image can be read.*bad0"):
+    with pytest.raises(DataError, match=r"no file can be read.*bad0"):
         MODALITY.resolve(spec, bad, LIMITS)
 
 

@@ -17,7 +17,7 @@ import pytest
 import perceiver_cli
 from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import container, image, mesh_files, modality, names, register, sound_files
-from perceiver_cli.preprocess.detection import look
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsModality, PointsSpec
 from perceiver_cli.preprocess.source import Source
@@ -111,10 +111,10 @@ def test_a_modality_is_one_file(extended: Path) -> None:
 def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:
     script = (
         "import sys\n"
-        "from perceiver_cli.preprocess import names\nfrom perceiver_cli.preprocess.detection import look\n"
+        "from perceiver_cli.preprocess import names\nfrom perceiver_cli.preprocess.detection import detected\n"
         "from perceiver_cli.preprocess.source import Source\n"
-        "print(look(Source('x', b'# curve\\n1\\n')).kinds)\n"
-        "print(look(Source('x.curve', b'# other\\n1 2 3\\n')).kinds)\n"
+        "print(detected(Source('x', b'# curve\\n1\\n')).kinds)\n"
+        "print(detected(Source('x.curve', b'# other\\n1 2 3\\n')).kinds)\n"
         "print(names())\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -156,7 +156,7 @@ def test_a_mesh_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(decode(source, PointsSpec(), Limits()), points)
     with pytest.raises(perceiver_cli.PerceiverError, match="10 vertices > 5"):
         decode(source, PointsSpec(), Limits(vertices=5))
-    with pytest.raises(perceiver_cli.PerceiverError, match="cannot read the points"):  # what a reader raises
+    with pytest.raises(perceiver_cli.PerceiverError, match="cannot decode the points"):  # what a reader raises
         decode(Source("x", source.data + b"?" if source.data else b""), PointsSpec(), Limits())
 
 
@@ -172,7 +172,7 @@ def test_a_format_of_sound_or_video_is_one_entry(
     source = Source("x", b"MADE UP")
     assert kind not in kinds_of(source)
     monkeypatch.setitem(module.FORMATS, "made up", rb"MADE.UP")
-    assert look(source).kinds[0] == kind
+    assert detected(source).kinds[0] == kind
 
 
 def test_an_image_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from perceiver_cli.data.prepare import byte_array, input_recipe, write_byte_arra
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.preprocess.detection import look
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.training.trainer import Trainer
@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused_in_words(
 
 def test_a_table_of_few_columns_is_a_cloud(tmp_path: Path) -> None:
     np.save(tmp_path / "cloud.npy", np.zeros((50, 6), np.float32))
-    assert look(Source(str(tmp_path / "cloud.npy"))).kinds == ("points",)
+    assert detected(Source(str(tmp_path / "cloud.npy"))).kinds == ("points",)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -21,7 +21,7 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Span, TimedModality
-from perceiver_cli.preprocess.detection import look, other_kind
+from perceiver_cli.preprocess.detection import detected, other_kind
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import stored_rows
@@ -100,7 +100,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
     """Return a source as an Input. Raises DataError if it is unreadable, of another modality or prepared otherwise."""
     if isinstance(source, Stored):
         return source
-    source = look(source, spec.modality)
+    source = detected(source, spec.modality)
     if source.holds_rows:
         return stored_rows(source, spec.modality, spec, limits)
     if spec.modality not in source.kinds:

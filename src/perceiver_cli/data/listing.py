@@ -19,7 +19,7 @@ from typing import Any, Literal
 from perceiver_cli import preprocess
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess.detection import look
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.shards import tar_files
@@ -340,7 +340,7 @@ def looked_at(source: Source, path: str | None = None) -> File:
     """Return what a source is by its content; one that cannot be told has an error and no kinds."""
     path = source.name if path is None else path
     try:
-        return File(path, look(source))
+        return File(path, detected(source))
     except DataError as error:
         return File(path, source, error)
 

@@ -29,7 +29,7 @@ from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import look, other_kind
+from perceiver_cli.preprocess.detection import detected, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
@@ -119,7 +119,7 @@ def _recipe(model: str | None, preset: str | None) -> Config | None:
 
 def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
     """Return the catalog of one input, whose bytes are at hand."""
-    file = File(source.name, look(source))
+    file = File(source.name, detected(source))
     kind = file.kinds[0]
     inside = set(streams([file])) if kind == "video" and reads is None else set()
     wanted = set(reads) if reads is not None else inside or {kind}
@@ -308,7 +308,7 @@ def input_recipe(
 ) -> tuple[InputSpec, Limits]:
     """Return how a model, a preset or else the paper prepares a file. Raises DataError if that reads other files."""
     config = _recipe(model, preset)
-    kind, *others = look(source).kinds
+    kind, *others = detected(source).kinds
     config = config or _recipe(None, modality(kind).paper_preset)
     if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
@@ -337,7 +337,7 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
     """
     from perceiver_cli.model.encoding import with_features  # torch, after all that can be refused without it
 
-    if look(source).holds_rows:
+    if detected(source).holds_rows:
         raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
     array = opened(source, spec, limits).array()
     return with_features(modality(spec.modality).prepare(array, spec, None), spec)

@@ -1,7 +1,7 @@
-"""The modalities there are. Never imports torch.
+"""The registry of modalities. Never imports torch.
 
 A modality is one file: its options, its reader, and `register` at the end. No list names it. The other files of this
-folder are what several modalities share, and `detection.py`, which says to which modality a file belongs.
+folder hold code that several modalities share; `detection.py` finds the modality of a file.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _registered: dict[str, Modality[Any]] = {}
 
 
 def register(new: Modality[Any]) -> None:
-    """Make a modality known. Raises UsageError without an `InputSpec` of its name, or if a file here has the name."""
-    owner = f"{__name__}.{new.name}"
-    if new.name not in InputSpec.kinds or (new.name in _files() and type(new).__module__ != owner):
+    """Make a modality known. Raises UsageError without an `InputSpec` of its name, or if another file here owns it."""
+    is_taken = new.name in _files() and type(new).__module__ != f"{__name__}.{new.name}"
+    if is_taken or new.name not in InputSpec.kinds:
         raise UsageError(f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default")
     _registered[new.name] = new
 
@@ -33,38 +33,36 @@ def _files() -> tuple[str, ...]:
 
 @cache
 def _import(name: str) -> None:
-    import_module(f"{__name__}.{name}")
+    if name in _files():
+        import_module(f"{__name__}.{name}")
 
 
 def names() -> tuple[str, ...]:
-    """Return the names of all modalities in the order in which detection asks them."""
+    """Return the names of all modalities, in the order in which detection asks them."""
     for name in _files():
         _import(name)
     return tuple(sorted(_registered, key=lambda name: _registered[name].precedence))
 
 
 def modality(name: str) -> Modality[Any]:
-    """Return the modality of that name. Raises UsageError where there is none."""
-    if name not in _registered and name in _files():
-        _import(name)  # that file alone: the others may import slow libraries
+    """Return the modality of that name. Raises UsageError if it is unknown."""
+    _import(name)  # this file alone: others may import slow libraries
     if name not in _registered:
         raise UsageError(f"no modality named {name!r}", f"there are {', '.join(names())}")
     return _registered[name]
 
 
 def timed_modality(name: str) -> TimedModality[Any] | None:
-    """Return the modality of that name if it has a time axis. Raises UsageError where there is none."""
-    wanted = modality(name)
-    return wanted if isinstance(wanted, TimedModality) else None
+    """Return the modality of that name, or None if it has no time axis. Raises UsageError if it is unknown."""
+    return timed if isinstance(timed := modality(name), TimedModality) else None
 
 
 def spec_type(name: str) -> type[InputSpec] | None:
-    """Return the class of a modality's options, or None where there is no such modality."""
-    if name not in InputSpec.kinds and name in _files():
-        _import(name)
+    """Return the class of a modality's options, or None if it is unknown."""
+    _import(name)
     return InputSpec.kinds.get(name)
 
 
 def settled(spec: InputSpec) -> InputSpec:
-    """Return a spec whose every "auto" has the value that it takes without data to look at."""
+    """Return a spec whose every "auto" has the value that it takes without training files."""
     return modality(spec.modality).resolve(spec, [], Limits())  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Sound: decoded to mono at one rate, then raw samples in segments or a log-mel spectrogram (paper 4.2).
 
-A file's claims are compared with its size and the limits before decoding, and with the decoded samples afterwards.
+The claims of a file are compared with its size and the limits before decoding, and with the decoded samples afterwards.
 libsndfile decodes sound files (`sound_files`), PyAV the sound of videos (`container`), and soxr resamples. They are
 imported with the first file.
 """
@@ -18,11 +18,11 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import container, register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, check_contract, patchify
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, check_contract, patchify
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
 
@@ -62,11 +62,11 @@ class AudioSpec(InputSpec):
 RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times the span of soxr's filter
 POWER_FLOOR = 1e-10  # power relative to a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # standard deviation of log power; a flatter spectrogram is silence
-SILENT_PEAK = 1e-3  # amplitude relative to full scale, without the mean: -60 dB; a quieter sound is a fault
+SILENT_PEAK = 1e-3  # amplitude relative to full scale, about the mean: -60 dB; a quieter sound is a fault
 
 
 class AudioModality(TimedModality[AudioSpec]):
-    """Sound files that libsndfile reads and that have a signature of their own; the sound of videos."""
+    """Sound files that libsndfile reads and that have a signature; the sound of videos."""
 
     name = "audio"
     steps = "samples"
@@ -91,16 +91,15 @@ class AudioModality(TimedModality[AudioSpec]):
         return _rate(spec)
 
     def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares; without a declaration its samples are decoded."""
+        """Return the length in seconds that a file declares; without a declaration its samples are counted."""
         with open_sound(source, "mix", limits) as sound:
-            if sound.samples is not None:
-                return sound.samples / sound.rate_hz
-            return sum(map(len, sound.read(0, math.inf))) / sound.rate_hz
+            samples = sum(map(len, sound.read(0, math.inf))) if sound.samples is None else sound.samples
+            return samples / sound.rate_hz
 
     def load(self, source: Source, spec: AudioSpec, limits: Limits, span: Span | None = None) -> Samples:
         """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
 
-        A span equals the same samples of the whole, to rounding; in MKV to 1 ms, the resolution of its times.
+        A span equals the same samples of the whole file, to rounding; in MKV to 1 ms, the resolution of its times.
         """
         rate_hz = _rate(spec)
         with open_sound(source, spec.channel, limits) as sound:
@@ -112,13 +111,13 @@ class AudioModality(TimedModality[AudioSpec]):
                 total += len(block)
                 source.check_decoded(total * growth, 4, limits)  # again: a stream may declare no length
                 blocks.append(block)
-        noun = "samples" if span is None else f"samples at {span[0]:g} s"
-        samples = check_contract(source, np.concatenate(blocks) if blocks else np.empty(0, np.float32), noun)
-        if sound.rate_hz != rate_hz:
+        samples = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+        if samples.size and sound.rate_hz != rate_hz:
             import soxr
 
-            samples = check_contract(source, soxr.resample(samples, sound.rate_hz, rate_hz, "HQ"), "samples")
-        return samples if span is None else check_contract(source, samples[first : int(stop)], noun)
+            samples = soxr.resample(samples, sound.rate_hz, rate_hz, "HQ")
+        noun = "samples" if span is None else f"samples at {span[0]:g} s"
+        return check_contract(source, samples[first : int(min(stop, samples.size))], noun)
 
     def blocks(self, source: Source, spec: AudioSpec, limits: Limits, window_s: float) -> Iterator[Samples]:
         with open_sound(source, spec.channel, limits) as sound:
@@ -139,17 +138,12 @@ class AudioModality(TimedModality[AudioSpec]):
         """
         if spec.rate_hz != "auto":
             return spec
-        if not sources:
-            return spec.model_copy(update={"rate_hz": spec.max_auto_rate_hz})
-        rates: Counter[int] = Counter()
-        for source in sources:
-            try:
-                with open_sound(source, "mix", limits) as sound:
-                    rates[sound.rate_hz] += 1
-            except DataError as error:
-                failure = error
-        if not rates:
-            raise failure
+
+        def rate_of(source: Source) -> int:
+            with open_sound(source, "mix", limits) as sound:
+                return sound.rate_hz
+
+        rates = Counter(probed(sources, rate_of, "inputs.audio.rate_hz") if sources else [spec.max_auto_rate_hz])
         commonest = max(rates, key=lambda rate: (rates[rate], rate))  # independent of the order of files
         return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
 
@@ -164,19 +158,11 @@ class AudioModality(TimedModality[AudioSpec]):
         shape = (_num_samples(spec, spec.clip_s),) if spec.features == "raw" else _mel_shape(spec)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
-            raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip's {list(shape)}")
-        if (count := len(spec.max_resolution or grid)) != len(grid):
-            expected = f"expected {len(grid)} for {spec.features}"
-            raise UsageError(f"inputs.audio.max_resolution has {count} number(s), {expected}")
+            raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip, {list(shape)}")
         return Layout.of_grid(spec, grid, math.prod(spec.patch))
 
-    def prepare(
-        self, raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None = None
-    ) -> ByteArray:
-        """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel.
-
-        `rng` also draws the gain and the masks of SpecAugment (mel mode).
-        """
+    def prepare(self, raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
+        """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
         clip = _clip(raw, spec, rng, start_s)
         if rng is not None and spec.gain_db:
             clip = clip * np.float32(10 ** (rng.uniform(-spec.gain_db, spec.gain_db) / 20))
@@ -221,7 +207,7 @@ def _cut(span: Span | None, file_hz: int, rate_hz: int) -> tuple[int, float, int
 
 def _rate(spec: AudioSpec) -> int:
     if spec.rate_hz == "auto":
-        raise UsageError("inputs.audio.rate_hz is still 'auto', expected a number by now", "set it in hertz")
+        raise UsageError("inputs.audio.rate_hz is still 'auto', expected a number", "set it in hertz")
     return spec.rate_hz
 
 
@@ -243,38 +229,31 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     return 1 + (samples - window) // hop, spec.num_mels
 
 
-def _clip(raw: Array, spec: AudioSpec, rng: np.random.Generator | None, start_s: float | None) -> Samples:
+def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
     samples = _num_samples(spec, spec.clip_s)
     spare = raw.size - samples
-    wanted = None if start_s is None else round(start_s * _rate(spec))
+    at = None if start_s is None else round(start_s * _rate(spec))
+    places = raw.size if spare < 0 and spec.short == "loop" else abs(spare) + 1
+    drawn = int(rng.integers(places)) if rng is not None else max(0, spare // 2)
     if spare >= 0:
-        start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
-        start = start if wanted is None else min(wanted, spare)
+        start = drawn if at is None else min(at, spare)
         return raw[start : start + samples]
     if spec.short == "loop":
-        phase = int(rng.integers(raw.size)) if rng is not None else 0
-        return raw.take(np.arange(samples) + (phase if wanted is None else wanted), mode="wrap")
-    start = int(rng.integers(1 - spare)) if rng is not None else 0
-    kept = raw[wanted or 0 :]
-    clip = np.zeros(samples, np.float32)
-    clip[start if wanted is None else 0 :][: kept.size] = kept
-    return clip
+        return raw.take(np.arange(samples) + (drawn if at is None else at), mode="wrap")
+    kept, before = raw[at or 0 :], drawn if at is None else 0
+    return np.pad(kept, (before, samples - before - kept.size))
 
 
 def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:
-    """Return the log-mel spectrogram (frames, mels) of `clip`, with zero mean and unit variance over the clip.
-
-    Subtracting the mean removes the level, which depends on the microphone more than on the sound; dividing by the
-    deviation removes the dynamic range. Silence becomes zeros.
-    """
+    """Return the log-mel spectrogram (frames, mels), standardised: the level depends on the microphone."""
     window, hop = _window_and_hop(spec)
     taper, filters = _filters(_rate(spec), window, spec.num_mels, spec.min_hz)
     frames = sliding_window_view(clip, window)[::hop] * taper
     spectrum = np.fft.rfft(frames, n=_fft_size(window), axis=1)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
-    # One product for each band: the matrix of all filters is mostly zeros, and BLAS would start threads for it, which
-    # disturb each other if several processes prepare data (8 ms instead of 0.3 ms).
+    # One product for each band: the matrix of all filters is mostly zeros, and BLAS would start threads for it that
+    # slow down other processes (8 ms instead of 0.3 ms).
     mel = [power[:, first : first + len(weights)] @ weights for first, weights in filters]
     features: Samples = np.log(np.stack(mel, axis=1) + np.float32(POWER_FLOOR))
     features -= features.mean()
@@ -290,9 +269,8 @@ def _fft_size(window: int) -> int:
 def _filters(rate_hz: int, window: int, num_mels: int, min_hz: float) -> tuple[Samples, list[tuple[int, Samples]]]:
     """Return the periodic Hann window (window,), and the HTK mel filters with equal areas (Slaney).
 
-    Each filter is (first bin of the power spectrum, weights from there on). The window is scaled so that a full-scale
-    sine has power 1. A triangle narrower than the bins of the Fourier transform is widened to one bin on either side,
-    so that no filter is empty.
+    Each filter is (first bin of the power spectrum, weights from there on). The window gives a full-scale sine power 1.
+    A narrow triangle is widened to one bin of the Fourier transform on either side, so that no filter is empty.
     """
     taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window) if window > 1 else np.ones(1)
     taper /= taper.sum() / 2
@@ -310,7 +288,7 @@ def _filters(rate_hz: int, window: int, num_mels: int, min_hz: float) -> tuple[S
     return taper.astype(np.float32), filters
 
 
-def _mask(features: Samples, axis: int, count: int, share: float, rng: np.random.Generator) -> None:
+def _mask(features: Samples, axis: int, count: int, share: float, rng: Rng) -> None:
     """Set `count` random bands along `axis` to 0, the mean, in place (SpecAugment, paper 4.2).
 
     share: the largest width of a band as a share of the axis; widths are uniform.

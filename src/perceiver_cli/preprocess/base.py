@@ -1,8 +1,8 @@
-"""The interface of a modality, and the helpers that modalities share. NumPy only.
+"""The interface of a modality, and helpers that several modalities share. NumPy only.
 
-Preprocessing has two steps. `load` decodes a file into an array: slow, the same every time, worth keeping. `prepare`
-makes a `ByteArray` from that array: cheap, and random only through its `rng`. A byte array keeps a regular grid as a
-shape; the model adds the Fourier features.
+Preprocessing has two steps. `load` decodes a file into an array: slow, deterministic, worth storing. `prepare` makes a
+`ByteArray` from that array: cheap, and random only through its `rng`. A byte array keeps a regular grid as a shape; the
+model adds the Fourier features.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
 Array = NDArray[Any]
+Rng = np.random.Generator
 Span = tuple[float, float]  # start and length in seconds
+Window = tuple[float, Array]  # start in seconds, and the decoded array
 
 
 @dataclass(frozen=True)
 class ByteArray:
-    """One input of the model, before Fourier features (the paper's byte array is M x C with them).
+    """One input of the model, before Fourier features (with them it is the paper's byte array, M x C).
 
     values: (*grid, c) in their native dtype; for a point set (M, c), where c may be 0.
     positions: (M, d) float32 in [-1, 1] for a point set; None for a regular grid.
@@ -41,7 +43,7 @@ class ByteArray:
 class Layout:
     """The shape of every ByteArray of one modality; the model is built from it.
 
-    grid: number of inputs along each axis, after the stem if there is one; (M,) for a point set.
+    grid: number of inputs along each axis, after a stem; (M,) for a point set.
     channels: values per input (c) as prepared, after patches.
     dims: position axes (d): len(grid) for a grid.
     bands: Fourier bands per axis (K).
@@ -70,9 +72,12 @@ class Layout:
 
     @classmethod
     def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
-        """Return the layout of a regular grid with the bands, resolution, positions and permutation of a spec."""
-        options["learned_channels"] = spec.learned_channels if spec.positions == "learned" else 0
+        """Return the layout of a regular grid with the options of `spec`. Raises UsageError for max_resolution."""
         resolution = spec.max_resolution or tuple(map(float, grid))
+        if len(resolution) != len(grid):
+            expected = f"expected {len(grid)}, one for each axis"
+            raise UsageError(f"inputs.{spec.modality}.max_resolution has {len(resolution)} number(s), {expected}")
+        options["learned_channels"] = spec.learned_channels if spec.positions == "learned" else 0
         return cls(grid, channels, len(grid), spec.bands, resolution, learned_std=spec.learned_std,
                    permutation=spec.permutation, **options)  # fmt: skip
 
@@ -101,67 +106,66 @@ S = TypeVar("S", bound=InputSpec)
 
 
 class Modality(ABC, Generic[S]):
-    """One kind of input: one subclass in one file, which `register` makes known."""
+    """One kind of input: one subclass in one file, made known by `register`."""
 
     name: ClassVar[str]
     formats: ClassVar[str]  # the file formats that it reads, for messages
-    decides: ClassVar[tuple[str, ...]]  # the options of its spec that change what `load` returns
+    decides: ClassVar[tuple[str, ...]]  # the options of its spec that change the arrays of `load`
     precedence: ClassVar[int] = 0  # detection asks the modality with the lowest number first
     contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack
-    paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment on it
-    can_mix: ClassVar[bool] = False  # mixup and cutmix of two of its byte arrays give a meaningful third
+    paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment
+    can_mix: ClassVar[bool] = False  # whether mixup and cutmix of two byte arrays give a meaningful third
     preparation: ClassVar[str] = ""  # the steps of `prepare` in words, for programs that run an exported model
 
     @abstractmethod
     def sniff(self, head: bytes, name: str) -> bool:
-        """Return whether the first bytes are of a format that it reads; the name counts if bytes cannot decide."""
+        """Return whether a file that begins with `head` is of a known format; `name` counts if bytes do not decide."""
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits) -> Array:
         """Return the decoded array, the same every time; limits are checked before memory is allocated.
 
-        Raises:
-            DataError: unreadable, truncated, empty, not finite or over a limit.
+        Raises DataError for a file that is unreadable, truncated, empty, not finite or over a limit.
         """
 
     @abstractmethod
     def loaded(self, spec: S) -> tuple[str, tuple[int | None, ...]]:
-        """Return dtype and shape of the arrays that `load` returns; None stands for any length."""
+        """Return dtype and shape of the arrays of `load`; None stands for any length."""
 
     @abstractmethod
     def layout(self, spec: S) -> Layout:
         """Return the shape of the byte arrays of `prepare`. Raises UsageError if `spec` contradicts itself."""
 
     @abstractmethod
-    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None) -> ByteArray:
-        """Return the byte array: augmented for training with `rng`, as for evaluation without it."""
+    def prepare(self, raw: Array, spec: S, rng: Rng | None) -> ByteArray:
+        """Return the byte array: with `rng` augmented for training, without it as evaluation needs it."""
 
     def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
-        """Return `spec` with a value for every "auto", from a sample of the training files."""
+        """Return `spec` with a value for every "auto", chosen by `sources`, a sample of the training files."""
         return spec
 
     def num_views(self, spec: S) -> int:
-        """Return how many byte arrays of one example evaluation averages over."""
+        """Return the number of byte arrays of one example over which evaluation averages."""
         return 1
 
     def fault(self, raw: Array) -> str | None:
-        """Return how `lint` reports a decoded array without content, "constant", or None if it has content."""
+        """Return the word by which `lint` reports a decoded array without content, "constant", or None."""
         rows = raw.reshape(-1, raw.shape[-1] if raw.ndim > 1 else 1)
         return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None
 
 
 class TimedModality(Modality[S]):
-    """A modality with a time axis: one clip can be read without the rest, at a time that sound and picture share."""
+    """A modality with a time axis: one clip can be read without the rest, by a time that sound and picture share."""
 
     steps: ClassVar[str]  # the noun of the items along its time axis, for messages
 
     @abstractmethod
     def clip_s(self, spec: S) -> float:
-        """Return the length in seconds of the byte arrays that `prepare` returns."""
+        """Return the length in seconds of the byte arrays of `prepare`."""
 
     @abstractmethod
     def steps_hz(self, spec: S) -> float:
-        """Return the steps per second along the first axis of the arrays that `load` returns."""
+        """Return the steps per second along the first axis of the arrays of `load`."""
 
     @abstractmethod
     def duration_s(self, source: Source, limits: Limits) -> float:
@@ -175,33 +179,31 @@ class TimedModality(Modality[S]):
         """
 
     @abstractmethod
-    def prepare(self, raw: Array, spec: S, rng: np.random.Generator | None, start_s: float | None = None) -> ByteArray:
+    def prepare(self, raw: Array, spec: S, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return the clip of `raw` from `start_s` seconds on; None means a random start with `rng`, else the middle."""
 
     @abstractmethod
     def blocks(self, source: Source, spec: S, limits: Limits, window_s: float) -> Iterator[Array]:
-        """Yield what `load` returns in blocks, from end to end, for a caller that keeps `window_s` seconds of them."""
+        """Yield the array of `load` in blocks, from end to end, for a caller that keeps `window_s` seconds of them."""
 
-    def windows(
-        self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float
-    ) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, decoded array) of every window of a file, read once from end to end.
+    def windows(self, source: Source, spec: S, limits: Limits, window_s: float, hop_s: float) -> Iterator[Window]:
+        """Yield every window of a file, read once from end to end.
 
         Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
         ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
         """
-        empty = True
-        for window in cut_windows(self.blocks(source, spec, limits, window_s), self.steps_hz(spec), window_s, hop_s):
-            empty = False
-            yield window
-        if empty:
+        blocks = self.blocks(source, spec, limits, window_s)
+        windows = cut_windows(blocks, self.steps_hz(spec), window_s, hop_s)
+        if (first := next(windows, None)) is None:
             raise DataError(f"{source.shown}: no {self.steps} in the file")
+        yield first
+        yield from windows
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:
     """Return (*grid // patch, c * prod(patch)): each patch becomes one input, and its values become channels.
 
-    Order inside a patch is row-major, channels last. An incomplete patch at the far end is dropped.
+    The order inside a patch is row-major, channels last. An incomplete patch at the far end is dropped.
     """
     if all(side == 1 for side in patch):
         return values
@@ -209,15 +211,13 @@ def patchify(values: Array, patch: tuple[int, ...]) -> Array:
     grid = tuple(n // p for n, p in zip(values.shape[:dims], patch, strict=True))
     values = values[tuple(slice(0, n * p) for n, p in zip(grid, patch, strict=True))]
     split = [side for pair in zip(grid, patch, strict=True) for side in pair]
-    values = values.reshape(*split, values.shape[-1])
+    values = values.reshape(*split, values.shape[-1])  # (h, p, w, q, c) for two axes
     order = (*range(0, 2 * dims, 2), *range(1, 2 * dims, 2), 2 * dims)
     return np.ascontiguousarray(values.transpose(order).reshape(*grid, -1))
 
 
-def cut_windows(
-    blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float
-) -> Iterator[tuple[float, Array]]:
-    """Yield (start in seconds, array) of the windows of a sequence that arrives in blocks along its first axis.
+def cut_windows(blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s: float) -> Iterator[Window]:
+    """Yield every window of a sequence that arrives in blocks along its first axis.
 
     `TimedModality.windows` says where windows begin. At most one window and one block are in memory.
     """
@@ -225,7 +225,7 @@ def cut_windows(
     held: deque[tuple[int, Array]] = deque()  # (index of the first step, block)
     total = count = start = end = 0
 
-    def window(first: int, last: int) -> tuple[float, Array]:
+    def window(first: int, last: int) -> Window:
         pieces = [block[max(0, first - at) : last - at] for at, block in held if at < last]
         return first / rate_hz, np.concatenate(pieces)
 
@@ -243,7 +243,7 @@ def cut_windows(
 
 
 def check_contract(source: Source, values: Array, noun: str) -> Array:
-    """Return `values` if they are non-empty and finite, whatever the decoder reported. Raises DataError."""
+    """Return `values`. Raises DataError if they are empty or not finite, which a decoder may fail to report."""
     if values.size == 0:
         raise DataError(f"{source.shown}: no {noun} in the file")
     if values.dtype.kind == "f" and not np.isfinite(values).all():

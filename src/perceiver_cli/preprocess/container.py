@@ -1,8 +1,7 @@
-"""Video containers (MP4, MKV, AVI, MPEG): their claims checked, then their streams decoded by PyAV.
+"""Video containers (MP4, MKV, AVI, MPEG): the claims of a file checked, then its streams decoded by PyAV.
 
 The first bytes choose one of FFmpeg's readers; FFmpeg does not guess. The reader gets a file object, and may open no
-other file or address. A file's claims are compared with its size before decoding. PyAV is an extra, imported with the
-first container.
+other file or address. PyAV is an extra, imported with the first container.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, Literal
 
-from perceiver_cli.errors import AbsentError, DataError, PerceiverError, UsageError
-from perceiver_cli.files import show_text
-from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.errors import AbsentError, DataError, UsageError
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
 NOUNS = {"video": "picture", "audio": "sound"}
 STILL_BRANDS = rb"hei[cxms]|mif1|msf1|avi[fs]|crx "  # of an MP4 that is a still image
-# How a container begins, by the name of FFmpeg's reader. A new container is one entry here.
+# The signature of each container, by the name of FFmpeg's reader. A new container is one entry here.
 FORMATS = {
-    # With a brand that is not a still image's; or QuickTime, from before there were brands.
+    # A brand of videos or sounds, or QuickTime, which is older than brands.
     "mov": rb"....ftyp(?!" + STILL_BRANDS + rb")|\0...(?:moov|mdat|wide|free|skip)",
     "matroska": rb"\x1a\x45\xdf\xa3",
     "avi": rb"RIFF....AVI",
@@ -34,40 +32,37 @@ SOUND_BRANDS = (b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ")
 SOUND_SUFFIXES = (".mka", ".m4a", ".weba")
 COVERS = 0x400 | 0x800  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC and _TIMED_THUMBNAILS
 UNTIMED = ("mpeg",)  # one time for several frames of a packet: after a seek, counted times would be one frame off
-# The size that a RIFF or AU file declares if it was written to a pipe: unset, SoX's largest, or the largest.
+# Sizes that RIFF and AU files declare if they were written to a pipe: unset, SoX's largest, or the largest.
 STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
 BOX_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 MAX_BOXES = 1_000_000
 MAX_FRAMES_PER_S = 1000  # on average; without a limit, a small file could unfold into endless frames
-SPARE_PACKET_BYTES = 1 << 20  # the packets of a file may hold twice its size and this
-SEEK_BACK_S = (0.0, 5.0)  # tried in turn: some frames need data from before the keyframe that precedes them
+SPARE_PACKET_BYTES = 1 << 20  # the packets of a file may hold this more than twice its size
+SEEK_BACK_S = (0.0, 5.0)  # tried in turn: some frames need data from before the last keyframe
 
 
 def format_of(head: bytes) -> str | None:
-    """Return FFmpeg's name of the container that begins with `head`, or None if it is no container."""
+    """Return FFmpeg's name of the container that begins with `head`, or None if `head` begins no container."""
     return next((name for name, signature in FORMATS.items() if re.match(signature, head, re.DOTALL)), None)
 
 
 def holds_sound_only(head: bytes, name: str) -> bool:
-    """Return whether a container declares that it holds only sound: by its brand, or by its suffix if it has none."""
-    if head[4:8] == b"ftyp":
-        return head[8:12] in SOUND_BRANDS
-    return name.lower().endswith(SOUND_SUFFIXES)
+    """Return whether a container declares that it holds only sound, by its brand or else by its suffix."""
+    return head[8:12] in SOUND_BRANDS if head[4:8] == b"ftyp" else name.lower().endswith(SOUND_SUFFIXES)
 
 
 @contextmanager
 def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) -> Iterator[Track]:
-    """Yield the first stream of pictures or of sound in a file; no frame is decoded yet.
+    """Yield the first stream of pictures or of sound in a file, without covers and thumbnails; no frame is decoded yet.
 
-    Raises:
-        UsageError: PyAV is not installed. AbsentError: the file has no such stream.
-        DataError: no container, truncated or damaged; in place of every exception of PyAV, here or in the `with`.
+    Raises UsageError without PyAV, AbsentError if the file has no such stream, and DataError for a file that is no
+    container, truncated or damaged. Every exception of PyAV, here or in the `with`, becomes a DataError.
     """
     try:
         import av
     except ImportError as error:
-        raise UsageError("videos are read by PyAV, which is not there", "pip install 'perceiver-cli[video]'") from error
-    with source.open(limits) as file, as_data_errors(source):
+        raise UsageError("PyAV, which reads videos, is missing", "pip install 'perceiver-cli[video]'") from error
+    with source.open(limits) as file, as_data_errors(source, "file"):
         reader = format_of(file.read(HEAD_BYTES))
         if reader is None:
             raise DataError(f"{source.shown}: not a video container")
@@ -77,7 +72,12 @@ def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) 
         # Twice the limit: a codec's frame is a little larger than its picture, which is checked later.
         options = {"max_pixels": str(2 * limits.video_pixels)}
         with av.open(file, format=reader, options=options, io_open=refuse_reference) as container:
-            stream = _first(source, container, kind)
+            streams = getattr(container.streams, kind)
+            stream = next((each for each in streams if not each.disposition & COVERS), None)
+            if stream is None:
+                raise AbsentError(f"{source.shown}: no {NOUNS[kind]} in it")
+            if stream.codec_context is None:
+                raise DataError(f"{source.shown}: no decoder for its {NOUNS[kind]}")
             if kind == "video":
                 stream.codec_context.options = options
             stream.codec_context.thread_type = "NONE"  # several files are decoded at once, one on each core
@@ -85,32 +85,9 @@ def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) 
             yield Track(source, limits, container, stream, size)
 
 
-@contextmanager
-def as_data_errors(source: Source, noun: str = "file") -> Iterator[None]:
-    """Turn every exception of a decoder in the body, two dozen types of PyAV, into a DataError of one line."""
-    try:
-        yield
-    except PerceiverError:
-        raise
-    except Exception as error:
-        reason = getattr(error, "strerror", None) or getattr(error, "error_string", None)
-        reason = reason or f"{type(error).__name__} {error}"
-        raise DataError(f"{source.shown}: cannot decode the {noun}: {show_text(str(reason))}") from error
-
-
 def refuse_reference(url: str, *_: Any) -> None:
     """Raise OSError: PyAV calls this to open a file or address that the data names."""
     raise OSError(f"external reference refused: {url}")
-
-
-def _first(source: Source, container: Any, kind: str) -> Any:
-    """Return the first stream of a kind that is neither a cover nor a thumbnail. Raises AbsentError or DataError."""
-    stream = next((each for each in getattr(container.streams, kind) if not each.disposition & COVERS), None)
-    if stream is None:
-        raise AbsentError(f"{source.shown}: no {NOUNS[kind]} in it")
-    if stream.codec_context is None:
-        raise DataError(f"{source.shown}: no decoder here for its {NOUNS[kind]}")
-    return stream
 
 
 class Track:
@@ -125,7 +102,7 @@ class Track:
 
     @property
     def duration_s(self) -> float:
-        """The end of the last frame in seconds, as the file declares it; without a declaration, as its packets do."""
+        """The end of the last frame in seconds, as the stream, else the file, else its packets declare it."""
         if self.stream.duration:
             return float(((self.stream.start_time or 0) + self.stream.duration) * self.tick_s - self.zero_s)
         if self.container.duration:
@@ -135,7 +112,7 @@ class Track:
         return max(ends, default=0) * self.tick_s - self.zero_s
 
     def frames(self, start_s: float = 0.0) -> Iterator[tuple[float, Any]]:
-        """Yield (time, frame) in the order in which they are shown, from the frame at `start_s` or an earlier one on.
+        """Yield (time, frame) in the order of display, from the frame shown at `start_s` or an earlier one on.
 
         May be called once. A later start seeks to the keyframe before it, so that fewer frames are decoded.
         """
@@ -159,7 +136,7 @@ class Track:
             yield from again._decoded()
 
     def _decoded(self) -> Iterator[tuple[float, Any]]:
-        """Yield (time, frame) from the current place of the container on."""
+        """Yield (time, frame) from the current place of the container on. Raises DataError for too many frames."""
         first_s, time_s = 0.0, -self.step_s
         for count, frame in enumerate(frame for packet in self._packets() for frame in packet.decode()):
             time_s = time_s + self.step_s if frame.pts is None else frame.pts * float(frame.time_base) - self.zero_s
@@ -174,21 +151,21 @@ class Track:
         for packet in self.container.demux(self.stream):
             allowed -= packet.size + 1
             if allowed < 0:
-                raise DataError(f"{self.source.shown}: the same data is referred to again and again")
+                raise DataError(f"{self.source.shown}: its index names the same data again and again")
             yield packet
 
 
 def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None:
     """Raise DataError if a file is shorter than it declares, or counts more samples than it has bytes.
 
-    FFmpeg reads truncated files without an error, and allocates for every sample that is counted. MPEG streams declare
+    FFmpeg reads truncated files without an error, and allocates memory for every counted sample. MPEG streams declare
     no size.
     """
     end = 0
     file.seek(0)
     if reader == "avi":
         declared = struct.unpack("<4xI", file.read(8))[0]
-        end = 0 if declared in STREAMED_SIZES else declared + 7  # + 8, but some files leave out one byte of padding
+        end = 0 if declared in STREAMED_SIZES else declared + 7  # + 8, but some files omit one byte of padding
     elif reader == "matroska":
         head = file.read(HEAD_BYTES)
         length, at = _ebml_size(head, 4)
@@ -202,7 +179,7 @@ def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None
 
 
 def _end_of_boxes(source: Source, file: BinaryIO, size: int) -> int:
-    """Return where the last box of media or of its index ends. Raises DataError for a count of samples above `size`."""
+    """Return the end of the last box of media or index. Raises DataError for a count of samples above `size`."""
     end = 0
     for count, (name, at, box_end) in enumerate(_boxes(file, 0, size)):
         if count == MAX_BOXES:

@@ -11,22 +11,22 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, PerceiverError, UsageError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract, patchify
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, patchify
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
 from perceiver_cli.preprocess.randaugment import randaugment
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, as_data_errors, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
 
@@ -57,22 +57,21 @@ class ImageSpec(InputSpec):
     randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
 
 
-# The formats that are read, by the names of Pillow's plugins: how files begin (a regular expression), and the name in
-# messages. A new format is one entry here; no other plugin of Pillow is ever called.
+# By the names of Pillow's plugins: the signature, a regular expression, and the name in messages. A new format is one
+# entry here; no other plugin of Pillow is ever called.
 FORMATS = {
     "PNG": (rb"\x89PNG\r\n\x1a\n", "PNG"),
     "JPEG": (rb"\xff\xd8\xff", "JPEG"),
     "WEBP": (rb"RIFF....WEBP", "WebP"),
     "GIF": (rb"GIF8[79]a", "GIF (first frame)"),
     "TIFF": (rb"II[*+]\0|MM\0[*+]", "TIFF (first page)"),
-    # A text may begin with BM: ask for a known header size too.
+    # A text may begin with BM: a known header size must follow.
     "BMP": (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
     "PPM": (rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d", "PPM and PGM"),
 }
 PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
-WIDE_PIXEL_BYTES = 8  # of integers and floats, which become float64 on their way to 8 bits
+WIDE_PIXEL_BYTES = 8  # the same for integers and floats, which become float64 on their way to 8 bits
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
-T = TypeVar("T")
 # By EXIF orientation, from 2 on.
 UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
 UPRIGHT += [Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]
@@ -89,7 +88,7 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
 
     Every exception of Pillow, here or in the body of the `with`, becomes a DataError.
     """
-    with source.open(limits) as file, warnings.catch_warnings():
+    with source.open(limits) as file, warnings.catch_warnings(), as_data_errors(source, "image"):
         warnings.simplefilter("ignore")
         try:
             # Some plugins allocate a frame while they read the header. Only Pillow's own check comes before that: a
@@ -105,15 +104,12 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
             pixel_bytes = WIDE_PIXEL_BYTES if image.mode[0] in "IF" else PIXEL_BYTES
             _check_size(source, image.width * image.height, pixel_bytes, limits)
             yield image
-        except PerceiverError:
-            raise
+        except UnidentifiedImageError as error:  # its own message is the address of a file object
+            raise DataError(f"{source.shown}: damaged or unsupported image: cannot be identified") from error
         except Image.DecompressionBombError as error:
-            pixels = re.search(r"\d+", str(error))  # "Image size (N pixels) exceeds limit of ..."
-            if pixels:
+            if pixels := re.search(r"\d+", str(error)):  # "Image size (N pixels) exceeds limit of ..."
                 _check_size(source, int(pixels[0]), PIXEL_BYTES, limits)
-            raise DataError(f"{source.shown}: too large an image: {_reason(error)}") from error
-        except Exception as error:  # Pillow raises a dozen types, from SyntaxError to struct.error
-            raise DataError(f"{source.shown}: damaged or unsupported image: {_reason(error)}") from error
+            raise
 
 
 def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -> None:
@@ -121,33 +117,17 @@ def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -
     source.check_decoded(pixels, pixel_bytes, limits)
 
 
-def _reason(error: Exception) -> str:
-    """Return Pillow's message as one short printable line; it may quote bytes of the file."""
-    if isinstance(error, UnidentifiedImageError):
-        return "cannot be identified"  # Pillow's message is the address of a file object
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(char if char.isprintable() else "?" for char in text)[:160]
-
-
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if EXIF is missing or damaged, because the pixels can still be read."""
-    try:
+    """Return the EXIF orientation, or 1 if EXIF is missing or damaged: the pixels can still be read."""
+    with suppress(Exception):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        return 1
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return (height, width) after EXIF orientation, from the header alone."""
-    swapped = image.format != "TIFF" and _orientation(image) >= 5  # Pillow rotates TIFF files by itself
-    return (image.width, image.height) if swapped else (image.height, image.width)
+    return 1
 
 
 def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
     """Return the decoded first frame, upright and opaque, in mode L if the file's mode is grey, else in RGB."""
     if spec.size != "auto":
-        # A JPEG decodes at 1/2, 1/4 or 1/8 of its size if the shorter side keeps twice the target.
-        side = 2 * max(spec.size)
+        side = 2 * max(spec.size)  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size if both sides keep at least this
         image.draft(None, (side, side))
     image.load()
     orientation = _orientation(image)  # after load: in a PNG, EXIF may follow the pixels
@@ -188,15 +168,14 @@ class ImageModality(Modality[ImageSpec]):
     def layout(self, spec: ImageSpec) -> Layout:
         """Return a (height, width) grid of patches; the defaults give 224 x 224 with C = 3 + 2 (2 64 + 1) = 261."""
         (height, width), patch = _settled(spec)
-        if patch[0] > height or patch[1] > width:
-            raise UsageError(f"image patch {list(patch)} is larger than image size {[height, width]}")
         values_grid = (height // patch[0], width // patch[1])
+        if 0 in values_grid:
+            raise UsageError(f"inputs.image.patch {list(patch)} is larger than the image, {[height, width]}")
         stem: dict[str, Any] = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": values_grid}
-        grid, colors = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3
-        area = math.prod(patch)
-        return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, 2, colors, area))
+        grid, colors, area = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3, math.prod(patch)
+        return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, colors, area))
 
-    def prepare(self, raw: Array, spec: ImageSpec, rng: np.random.Generator | None) -> ByteArray:
+    def prepare(self, raw: Array, spec: ImageSpec, rng: Rng | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
 
         With `rng`: Inception crop, mirror, RandAugment. Without: the centre crop of `eval_crop`. Positions count within
@@ -217,7 +196,7 @@ class ImageModality(Modality[ImageSpec]):
 
         Size is the median height and width in the headers, scaled down to `max_auto_size` on the longer side, in whole
         patches. Color is grey if no probe has a colour. Without sources, images become squares of `max_auto_size` in
-        RGB. Unreadable sources are skipped. Raises DataError if none can be read.
+        RGB. Unreadable sources are skipped. Raises DataError if no source can be read.
         """
         if not sources:
             known = {"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"}
@@ -245,9 +224,9 @@ register(MODALITY)
 def _settled(spec: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:
     """Return size and patch. Raises UsageError if one is "auto"."""
     if spec.size == "auto":
-        raise UsageError('image size is still "auto"', "it is settled from training data; or give a size")
+        raise UsageError('inputs.image.size is still "auto"', "training data settles it; or give a size")
     if spec.patch == "auto":
-        raise UsageError('image patch is still "auto"', "it is settled with the size; or give a patch")
+        raise UsageError('inputs.image.patch is still "auto"', "the size settles it; or give a patch")
     return spec.size, spec.patch
 
 
@@ -259,39 +238,29 @@ def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
     convolved = [-(-side // 2) for side in grid]
     height, width = (-(-side // 2) if stem == "conv-same" else (side - 3) // 2 + 1 for side in convolved)
     if min(height, width) < 1:
-        raise UsageError(f"image size {list(grid)} is too small for stem {stem}")
+        raise UsageError(f"inputs.image.size: a grid of {list(grid)} is too small for stem {stem}")
     return height, width
 
 
-def _probe(key: str, sources: Iterable[Source], limits: Limits, look: Callable[[Image.Image], T]) -> Iterator[T]:
-    """Yield `look(image)` for each source that can be read. Raises DataError if none can."""
-    problem, unread = "there are no images", True
-    for count, source in enumerate(sources):
-        try:
-            with open_image(source, limits) as image:
-                seen = look(image)
-        except DataError as error:
-            problem = f"no image can be read, the first: {error.message}" if count == 0 else problem
-            continue
-        unread = False
-        yield seen
-    if unread:
-        raise DataError(f'image {key} = "auto": {problem}', f"give inputs.image.{key} instead")
-
-
 def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tuple[int, int]:
-    sides = np.median(list(_probe("size", sources, limits, _upright_size)), axis=0)
+    def upright_size(source: Source) -> tuple[int, int]:
+        with open_image(source, limits) as image:
+            is_turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow rotates TIFF files by itself
+            return image.size if is_turned else image.size[::-1]
+
+    sides = np.median(list(probed(sources, upright_size, "inputs.image.size")), axis=0)
     height, width = (sides * min(1.0, spec.max_auto_size / sides.max())).round().astype(int).tolist()
     return max(1, height), max(1, width)
 
 
 def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> str:
-    def has_color(image: Image.Image) -> bool:
-        values = np.asarray(_decoded(image, spec))
+    def has_color(source: Source) -> bool:
+        with open_image(source, limits) as image:
+            values = np.asarray(_decoded(image, spec))
         return values.ndim == 3 and bool((values[..., :1] != values[..., 1:]).any())
 
     # Probes are spread over the sources, which may be sorted by class; further sources replace unreadable ones.
     step = max(1, len(sources) // COLOR_PROBES)
     spread = (source for start in range(step) for source in sources[start::step])
-    probes = islice(_probe("color", spread, limits, has_color), COLOR_PROBES)
+    probes = islice(probed(spread, has_color, "inputs.image.color"), COLOR_PROBES)
     return "rgb" if any(probes) else "grey"

@@ -1,7 +1,7 @@
-"""Files of meshes and point clouds: their claims checked, then their vertices and triangles read.
+"""Files of meshes and point clouds: the claims of a file checked, then its vertices and triangles read.
 
-A new format is one entry of `FORMATS`, at the end. STL, OBJ, XYZ, NPY and binary PLY are read with NumPy; ASCII PLY,
-OFF and GLB by trimesh, from memory, with a resolver that refuses every other file.
+A new format is one entry of `FORMATS`, at the end. NumPy reads STL, OBJ, XYZ, NPY and binary PLY; trimesh reads ASCII
+PLY, OFF and GLB, from memory, with a resolver that refuses every other file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import logging
 import re
 import struct
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
@@ -21,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import show_path, show_text
+from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.base import Array
-from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
 Floats = NDArray[np.float64]
@@ -42,24 +41,8 @@ GLTF_BYTES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 XYZ_SUFFIXES = ("xyz", "txt", "pts")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+ASCII_STL = rb"(?s)solid.*facet"
 OBJ_WORDS = ("v", "vn", "vt", "f", "o", "g", "mtllib", "usemtl", "s")
-
-
-@contextmanager
-def quietly(source: Source) -> Iterator[None]:
-    """Turn every exception of a reader into a DataError, and keep its warnings off the terminal."""
-    try:
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")
-            # NumPy only warns if it stops in the middle of a text of numbers.
-            warnings.filterwarnings("error", "string or file could not be read")
-            yield
-    except DataError:
-        raise
-    except Exception as error:  # trimesh alone raises more than nine kinds
-        # Without the addresses of objects, which differ in each run: records keep this message.
-        reason = show_text(re.sub(r" at 0x[0-9a-f]+", "", f"{type(error).__name__}: {error}"))
-        raise DataError(f"{source.shown}: cannot read the points: {reason}") from error
 
 
 def check_counts(source: Source, vertices: int, faces: int, limits: Limits) -> None:
@@ -84,22 +67,18 @@ def _triangles(corners: Array, sizes: Array) -> NDArray[np.int64]:
     return np.asarray(corners[np.stack([first, first + step + 1, first + step + 2], axis=1)])
 
 
-# trimesh 5.2 reads OBJ 1.2 to 11 times slower (198,000 triangles: 2.5 s instead of 0.7 s) and in another order of
-# faces, binary STL 5 to 60 times slower, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
-
-
-def _is_ascii_stl(head: bytes) -> bool:
-    return head.startswith(b"solid") and b"facet" in head
+# trimesh 5.2 is slower than these readers: OBJ 1.2 to 11 times (198,000 triangles: 2.5 s instead of 0.7 s) and in
+# another order of faces, binary STL 5 to 60 times, ASCII STL and XYZ up to 2.8 times (from 1,500 triangles on).
 
 
 def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Return the mesh of an STL. Binary files often begin with "solid" too: only the size tells binary from ASCII."""
-    count = struct.unpack("<I", data[80:84])[0] if len(data) >= 84 else -1
+    """Return the mesh of an STL. Binary files often begin with "solid" too: only the size tells them from ASCII."""
+    count = int.from_bytes(data[80:84], "little")
     if len(data) == 84 + 50 * count:
         check_counts(source, 3 * count, count, limits)
         record = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
         vertices = np.frombuffer(data, record, count, 84)["corners"].reshape(-1, 3).astype(np.float64)
-    elif _is_ascii_stl(data[:HEAD_BYTES]):
+    elif re.match(ASCII_STL, data[:HEAD_BYTES]):
         check_counts(source, data.count(b"vertex"), data.count(b"endfacet"), limits)
         if b"endsolid" not in data or data.count(b"vertex") != 3 * data.count(b"endfacet"):
             raise DataError(f"{source.shown}: ends inside a facet, or a facet is no triangle")
@@ -139,9 +118,8 @@ def _read_xyz(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the points of an (N, 3 or more) array of numbers. Raises DataError for objects, never unpickling them."""
-    file = io.BytesIO(data)
-    version = np.lib.format.read_magic(file)
-    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    file, npy = io.BytesIO(data), np.lib.format
+    read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
     shape, column_major, dtype = read_header(file)
     if dtype.kind not in "fiu":
         raise DataError(f"{source.shown}: an array of {dtype.name}, expected numbers")
@@ -156,10 +134,7 @@ def _read_npy(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 
 def _by_trimesh(source: Source, data: bytes, file_type: str) -> Mesh:
-    """Return `data` as one mesh: a copy of each geometry for every node that shows it, moved by the node.
-
-    No vertices are merged and no other file is opened.
-    """
+    """Return `data` as one mesh: a copy of each geometry for every node that shows it, moved by the node."""
     logging.getLogger("trimesh").setLevel(logging.CRITICAL + 1)
     import trimesh
 
@@ -175,8 +150,7 @@ def _by_trimesh(source: Source, data: bytes, file_type: str) -> Mesh:
 
         write = namespaced = get
 
-    # Without a resolver, trimesh makes one that opens files.
-    options = {"resolver": Refuse(), "process": False, "skip_materials": True}
+    options = {"resolver": Refuse(), "process": False, "skip_materials": True}  # the default resolver opens files
     scene = trimesh.load_scene(io.BytesIO(data), file_type=file_type, **options)
     vertices, faces, total = [np.empty((0, 3))], [NO_FACES], 0
     for node in scene.graph.nodes_geometry:
@@ -191,14 +165,14 @@ def _by_trimesh(source: Source, data: bytes, file_type: str) -> Mesh:
 
 def _read_ply(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the mesh of a PLY. Its header is checked first: the file must be long enough for all elements."""
-    body, kind, elements = _ply_header(source, data)
+    body, is_ascii, elements = _ply_header(source, data)
+    columns = [(count, size or kind) for _, count, row in elements for _, kind, size in row]
+    # A number takes a digit and a blank in ASCII.
+    needed = sum(count * (2 if is_ascii else np.dtype(kind).itemsize) for count, kind in columns)
+    _check_claim(source, needed, len(data) - body + 1)
     counts = {name: count for name, count, _ in elements}
-    least = {name: sum(np.dtype(size or kind).itemsize for _, kind, size in row) for name, _, row in elements}
-    if kind == "ascii":
-        least = {name: 2 * len(row) for name, _, row in elements}
-    _check_claim(source, sum(counts[name] * least[name] for name in counts), len(data) - body + 1)
     check_counts(source, counts.get("vertex", 0), counts.get("face", 0), limits)
-    if kind != "ascii":
+    if not is_ascii:
         return _binary_ply(data, body, elements)
     lines = sum(1 for line in data[body:].splitlines() if line.strip())
     if sum(counts.values()) > lines:
@@ -206,15 +180,15 @@ def _read_ply(source: Source, data: bytes, limits: Limits) -> Mesh:
     return _by_trimesh(source, data, "ply")
 
 
-def _ply_header(source: Source, data: bytes) -> tuple[int, str, list[Element]]:
-    """Return where the body of a PLY begins, its encoding ("ascii" or a byte order), and its elements."""
+def _ply_header(source: Source, data: bytes) -> tuple[int, bool, list[Element]]:
+    """Return the offset of the body of a PLY, whether it is ASCII, and its elements."""
     end = data.find(b"end_header", 0, MAX_HEADER_BYTES)
     body = data.find(b"\n", end) + 1
     if end < 0 or body == 0:
         raise DataError(f"{source.shown}: no end of the PLY header in {min(len(data), MAX_HEADER_BYTES)} bytes")
     lines = [line.split() for line in data[:end].decode("ascii", "replace").splitlines()]
-    kind = next(line[1] for line in lines if line[:1] == ["format"])
-    order = ">" if kind == "binary_big_endian" else "<"
+    encoding = next(line[1] for line in lines if line[:1] == ["format"])
+    order = ">" if encoding == "binary_big_endian" else "<"
     elements: list[Element] = []
     for line in lines:
         if line[:1] == ["element"]:
@@ -225,7 +199,7 @@ def _ply_header(source: Source, data: bytes) -> tuple[int, str, list[Element]]:
     properties = sum(len(element[2]) for element in elements)
     if properties > MAX_PROPERTIES or any(count < 0 for _, count, _ in elements):
         raise DataError(f"{source.shown}: {properties} properties, or a negative count, in the PLY header")
-    return body, kind, elements
+    return body, encoding == "ascii", elements
 
 
 def _binary_ply(data: bytes, at: int, elements: list[Element]) -> Mesh:
@@ -256,10 +230,8 @@ def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple
     columns: dict[str, Any] = {key: [] for key, _, _ in row}
     for _ in range(count):
         for key, kind, size in row:
-            length = 1
-            if size:
-                length = int(np.frombuffer(data, size, 1, at)[0])
-                at += np.dtype(size).itemsize
+            length = int(np.frombuffer(data, size, 1, at)[0]) if size else 1
+            at += np.dtype(size).itemsize if size else 0
             if not 0 <= length * np.dtype(kind).itemsize <= len(data) - at:
                 raise ValueError("the PLY ends inside its data")
             columns[key].append(np.frombuffer(data, kind, length, at))
@@ -268,7 +240,7 @@ def _ply_columns(data: bytes, at: int, count: int, row: list[Property]) -> tuple
 
 
 def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Return the mesh of an OFF. Its counts are checked first: a vertex needs 6 bytes of text or more, a face 2."""
+    """Return the mesh of an OFF. Its counts are checked first: a vertex needs at least 6 bytes of text, a face 2."""
     counts = re.match(rb"\w*OFF(?:\s|#[^\n]*\n)+(\d{1,18})[ \t]+(\d{1,18})", data)
     if counts is None:
         raise DataError(f"{source.shown}: no counts of vertices and faces after OFF")
@@ -279,7 +251,7 @@ def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 
 def _read_glb(source: Source, data: bytes, limits: Limits) -> Mesh:
-    """Return the mesh of a GLB. Its chunks and its JSON are checked first: they stay inside the file and the limits."""
+    """Return the mesh of a GLB. Its chunks and its JSON are checked first, against the file and the limits."""
     if len(data) < 20:
         raise DataError(f"{source.shown}: ends inside the GLB header")
     length, json_bytes = struct.unpack("<8x2I", data[:16])
@@ -291,31 +263,31 @@ def _read_glb(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 
 def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits: Limits) -> None:
-    """Raise DataError if a glTF tree names other files, claims more than there is, or unfolds past the limits."""
+    """Raise DataError if a glTF tree names other files, claims more than the file holds, or unfolds past the limits."""
     if any("uri" in buffer for buffer in tree.get("buffers", [])):
         raise DataError(f"{source.shown}: external reference refused", "expected a GLB with all its data inside")
-    views, accessors, nodes = tree.get("bufferViews", []), tree.get("accessors", []), tree.get("nodes", [])
+    accessors, nodes = tree.get("accessors", []), tree.get("nodes", [])
     _check_nodes(source, nodes)
-    claims = [view["byteLength"] for view in views] + [accessor["count"] for accessor in accessors]
-    if any(not isinstance(size, int) or size < 0 for size in claims):
-        raise DataError(f"{source.shown}: a size in the GLB that is no whole number")
-    for view in views:
-        _check_claim(source, view["byteLength"], binary_bytes)
-    source.check_decoded(sum(view["byteLength"] for view in views), 1, limits)  # trimesh copies each view
+    view_bytes = [view["byteLength"] for view in tree.get("bufferViews", [])]
+    counts = [accessor["count"] for accessor in accessors]
+    if any(not isinstance(size, int) or size < 0 for size in view_bytes + counts):
+        raise DataError(f"{source.shown}: a size in the GLB is no whole number")
+    _check_claim(source, max(view_bytes, default=0), binary_bytes)
+    source.check_decoded(sum(view_bytes), 1, limits)  # trimesh copies each view
     total = 0
-    for accessor in accessors:
-        needed = accessor["count"] * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
-        if accessor["count"] > 3 * limits.faces:
-            source.check_limit(accessor["count"], "vertices", "vertices", limits)
+    for accessor, count in zip(accessors, counts, strict=True):
+        needed = count * GLTF_BYTES[accessor["componentType"]] * GLTF_COLUMNS[accessor["type"]]
+        if count > 3 * limits.faces:
+            source.check_limit(count, "vertices", "vertices", limits)
         if "bufferView" in accessor:
-            _check_claim(source, needed, views[accessor["bufferView"]]["byteLength"])
+            _check_claim(source, needed, view_bytes[accessor["bufferView"]])
         total += needed
     source.check_decoded(total, 1, limits)
-    sizes = []  # of each mesh: vertices and corners of triangles
+    sizes = []  # (vertices, corners of triangles) of each mesh
     for mesh in tree.get("meshes", []):
         shapes = [(p["attributes"]["POSITION"], p.get("indices")) for p in mesh["primitives"]]
-        corners = sum(accessors[position if index is None else index]["count"] for position, index in shapes)
-        sizes.append((sum(accessors[position]["count"] for position, _ in shapes), corners))
+        corners = sum(counts[position if index is None else index] for position, index in shapes)
+        sizes.append((sum(counts[position] for position, _ in shapes), corners))
     # Many nodes may show one mesh, and many meshes may use one accessor.
     for shown in (sizes, [sizes[node["mesh"]] for node in nodes if "mesh" in node]):
         check_counts(source, sum(size[0] for size in shown), sum(size[1] for size in shown) // 3, limits)
@@ -337,9 +309,9 @@ def _check_nodes(source: Source, nodes: list[dict[str, Any]]) -> None:
 class MeshFormat(NamedTuple):
     """One file format of meshes or point clouds.
 
-    matches(head, suffix): whether a file is of this format, by its first bytes; `suffix` is in lower case, without dot.
-    read(source, data, limits): the mesh in `data`. It compares what the file declares with its size and the limits
-    before it allocates, opens no other file, and may raise anything: `quietly` makes it a DataError.
+    matches(head, suffix): whether a file that begins with `head` has this format; `suffix` is lower case without a dot.
+    read(source, data, limits): the mesh in `data`. It compares the file's claims with its size and the limits before it
+    allocates, opens no other file, and may raise anything: `read_mesh` makes it a DataError.
     """
 
     matches: Callable[[bytes, str], bool]
@@ -353,10 +325,9 @@ def _is_obj(head: bytes, suffix: str) -> bool:
 
 
 def _is_xyz(head: bytes, suffix: str) -> bool:
-    """Return whether the first line is numbers if the suffix is one of `XYZ_SUFFIXES`; else whether all lines are."""
-    lines = _text_lines(head)
-    certain = lines[:1] if suffix in XYZ_SUFFIXES else lines
-    rows = [" ".join(line).replace(",", " ").split() for line in certain]
+    """Return whether all lines are numbers; if the suffix is one of `XYZ_SUFFIXES`, whether the first line is."""
+    lines = _text_lines(head)[: 1 if suffix in XYZ_SUFFIXES else None]
+    rows = [" ".join(line).replace(",", " ").split() for line in lines]
     return bool(rows) and all(len(row) >= 3 and all(map(NUMBER.fullmatch, row)) for row in rows)
 
 
@@ -377,7 +348,7 @@ FORMATS = {
     "NPY": MeshFormat(lambda head, suffix: head.startswith(b"\x93NUMPY"), _read_npy),
     "OFF": MeshFormat(lambda head, suffix: re.match(rb"(ST)?C?N?OFF\s", head) is not None, _read_off),
     # A binary STL has no signature, only its suffix.
-    "STL": MeshFormat(lambda head, suffix: suffix == "stl" or _is_ascii_stl(head), _read_stl),
+    "STL": MeshFormat(lambda head, suffix: suffix == "stl" or re.match(ASCII_STL, head) is not None, _read_stl),
     "OBJ": MeshFormat(_is_obj, _read_obj),
     "XYZ": MeshFormat(_is_xyz, _read_xyz),
 }
@@ -387,3 +358,18 @@ def mesh_format(head: bytes, name: str) -> MeshFormat | None:
     """Return the format of a file that begins with `head`, or None if it is no mesh and no point cloud."""
     suffix = name.lower().rpartition(".")[2]
     return next((known for known in FORMATS.values() if known.matches(head, suffix)), None)
+
+
+def read_mesh(source: Source, limits: Limits) -> Mesh:
+    """Return the mesh in a file. Raises DataError for every exception of its reader, whose warnings stay hidden."""
+    data = source.read(limits)
+    file_format = mesh_format(data[:HEAD_BYTES], source.name)
+    if file_format is None:
+        raise DataError(f"{source.shown}: not a format of points", f"expected {', '.join(FORMATS)}")
+    with as_data_errors(source, "points"), warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        # NumPy only warns if it stops in the middle of a text of numbers.
+        warnings.filterwarnings("error", "string or file could not be read")
+        vertices, faces = file_format.read(source, data, limits)
+        check_counts(source, len(vertices), len(faces), limits)
+    return vertices, faces

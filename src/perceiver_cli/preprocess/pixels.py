@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import Array, Rng
 
 CROP_TRIES = 10
 
@@ -21,7 +21,6 @@ class ColorSpec(Protocol):
     @property
     def modality(self) -> str: ...
 
-    max_resolution: tuple[float, ...] | None
     mean: tuple[float, ...]
     std: tuple[float, ...]
     eval_crop: float
@@ -57,32 +56,26 @@ def flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, `flatten` says which range is taken."""
+    """Return uint8 from numbers in 0..top; without `top`, in the range that `flatten` describes."""
     low, high = float(values.min()), float(values.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError("pixels that are not finite numbers")
-    if top is None:
-        top = next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
+    top = top or next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
     start, span = (0.0, float(top)) if top is not None else (low, high - low or 1.0)
     return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
 
 
-def color_statistics(spec: ColorSpec, dims: int, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
-    """Return the mean and std of a Layout, one number for each channel of a patch, in units of the uint8 values.
-
-    Raises UsageError if they, max_resolution or a crop contradict the rest.
-    """
-    if spec.max_resolution and len(spec.max_resolution) != dims:
-        raise UsageError(f"{spec.modality} max_resolution needs {dims} numbers, found {len(spec.max_resolution)}")
+def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
+    """Return a Layout's mean and std for each channel of a patch, in uint8 units. Raises UsageError for bad options."""
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
-            raise UsageError(f"{spec.modality} {key} must rise within 0..{top:g}, found {[low, high]}")
+            raise UsageError(f"inputs.{spec.modality}.{key} must rise within 0..{top:g}, found {[low, high]}")
     statistics = {}
     for key, numbers in (("mean", spec.mean), ("std", spec.std)):
         if colors == 1 and len(numbers) == 3:
             numbers = (sum(numbers) / 3,)
         if len(numbers) not in (1, colors):
-            raise UsageError(f"{spec.modality} {key} needs 1 number or {colors}, found {len(numbers)}")
+            raise UsageError(f"inputs.{spec.modality}.{key} needs 1 number or {colors}, found {len(numbers)}")
         statistics[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
     return statistics
 
@@ -93,7 +86,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
     """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio.
 
-    Sides are rounded down as in transformers' image processor: published weights see the pixels of their evaluation.
+    Sides are rounded down as in transformers' image processor, so that published weights see the same pixels.
     """
     height, width = raw.shape[:2]
     crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
@@ -101,11 +94,8 @@ def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
     return _centred(width, height, crop_width, crop_height)
 
 
-def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """Return the Inception crop: a box of random area, aspect ratio (log-uniform) and place.
-
-    `crop_aspect` is relative to the target's aspect ratio.
-    """
+def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: Rng) -> Box:
+    """Return the Inception crop: a box of random area, place and log-uniform aspect ratio (relative to the target)."""
     height, width = raw.shape[:2]
     target = size[1] / size[0]
     low, high = spec.crop_aspect[0] * target, spec.crop_aspect[1] * target
@@ -130,7 +120,7 @@ def _centred(width: int, height: int, crop_width: int, crop_height: int) -> Box:
 def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float | None = None) -> Array:
     """Return a box of (H, W, c) values at `size` (height, width), bicubic; a view of `values` if sizes agree.
 
-    No pixel outside the box reaches the result. With `reducing_gap`, large boxes are first averaged to that many times
+    No pixel outside the box changes the result. With `reducing_gap`, large boxes are first averaged to that many times
     `size`: faster, and accurate enough for training.
     """
     left, top, right, bottom = box

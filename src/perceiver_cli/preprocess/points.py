@@ -10,9 +10,9 @@ from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, check_contract
-from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, check_counts, mesh_format, quietly
-from perceiver_cli.preprocess.source import HEAD_BYTES, Source
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract
+from perceiver_cli.preprocess.mesh_files import FORMATS, Floats, mesh_format, read_mesh
+from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits, Positive, Range, Size
 
 
@@ -23,7 +23,7 @@ class PointsSpec(InputSpec):
     num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
     patch: tuple[Size, ...] = (1,)
-    # Points sampled once from each file and kept; each visit in training draws num_points of them.
+    # Points sampled once from each file and kept; each visit in training draws num_points from these.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
     # Training: a factor for each point (paper 4.3), rotation about one axis, a factor for each axis, a mirror along
     # each named axis with probability one half, and noise on each coordinate.
@@ -35,13 +35,13 @@ class PointsSpec(InputSpec):
 
 
 POOL_SEED = 0  # the pool of a file is the same in every run
-MAX_COORDINATE = 1e30  # its square cannot overflow float64, nor sums of it float32
+MAX_COORDINATE = 1e30  # squares cannot overflow float64, and sums cannot overflow float32
 BLOCK_FACES = 1 << 20  # faces per block of areas, to bound memory
 TINY_POINTS = 64  # a cloud with fewer points is a fault
 
 
 class PointsModality(Modality[PointsSpec]):
-    """Meshes and point clouds in the common formats that need no other file."""
+    """Meshes and point clouds in common formats of a single file."""
 
     name = "points"
     precedence = 4
@@ -59,14 +59,8 @@ class PointsModality(Modality[PointsSpec]):
         Faces are drawn in proportion to their area, and points uniformly on each face. Draws are independent, so every
         prefix is a fair sample too. Without faces, or without area, the points are the vertices.
         """
-        data = source.read(limits)
-        known = mesh_format(data[:HEAD_BYTES], source.name)
-        if known is None:
-            raise DataError(f"{source.shown}: not a format of points", f"expected {self.formats}")
         source.check_decoded(spec.pool_points, 12, limits)
-        with quietly(source):
-            vertices, faces = known.read(source, data, limits)
-            check_counts(source, len(vertices), len(faces), limits)
+        vertices, faces = read_mesh(source, limits)
         check_contract(source, vertices, "points")
         if np.abs(vertices).max() > MAX_COORDINATE:
             raise DataError(f"{source.shown}: coordinates beyond {MAX_COORDINATE:g}")
@@ -84,15 +78,14 @@ class PointsModality(Modality[PointsSpec]):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
         if spec.positions == "learned":
             raise UsageError("inputs.points.positions cannot be learned: points have no fixed places")
-        return Layout(
-            (spec.num_points,), 0, 3, spec.bands, spec.max_resolution, is_grid=False, permutation=spec.permutation
-        )
+        grid, permutation = (spec.num_points,), spec.permutation
+        return Layout(grid, 0, 3, spec.bands, spec.max_resolution, is_grid=False, permutation=permutation)
 
-    def prepare(self, raw: Array, spec: PointsSpec, rng: np.random.Generator | None) -> ByteArray:
+    def prepare(self, raw: Array, spec: PointsSpec, rng: Rng | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3), normalised to [-1, 1], as positions (M, 3) without values.
 
-        In the order of paper 4.3: centred; with `rng` scaled point by point, stretched, mirrored, rotated and jittered;
-        centred again; divided by the largest coordinate. Equal points become zeros.
+        Steps as in paper 4.3: centre; with `rng` scale each point, stretch, mirror, rotate and add noise; centre again;
+        divide by the largest coordinate. Equal points become zeros.
         """
         count, size = spec.num_points, len(raw)
         if rng is None:
@@ -134,7 +127,7 @@ def _centred(points: Array) -> Array:
     return points
 
 
-def random_rotation(axis: str, rng: np.random.Generator) -> NDArray[np.float32]:
+def random_rotation(axis: str, rng: Rng) -> NDArray[np.float32]:
     """Return a random rotation (3, 3): uniform about one axis, or uniform over all rotations for "any"."""
     if axis == "any":
         turn, upper = np.linalg.qr(rng.normal(size=(3, 3)))
@@ -159,7 +152,7 @@ def _pool(vertices: Floats, faces: NDArray[np.int64], count: int) -> Floats:
             drawn = np.searchsorted(area, rng.random(count) * area[-1], side="right").clip(max=len(faces) - 1)
             origin, first, second = (vertices[faces[drawn, corner]] for corner in range(3))
             u, v = weights = rng.random((2, count, 1))
-            u, v = np.where(u + v > 1, 1 - weights, weights)  # fold the far half of the parallelogram back
+            u, v = np.where(u + v > 1, 1 - weights, weights)  # fold back the far half of the parallelogram
             return np.asarray(origin + u * (first - origin) + v * (second - origin))
     if len(vertices) <= count:
         return vertices

@@ -1,6 +1,6 @@
 """RandAugment (Cubuk et al. 2020), with the operations and constants of the official Perceiver code.
 
-Each operation takes an image and a level in 0..1. Lengths are pixels of a 224 x 224 crop of ImageNet; they shrink with
+Each operation takes an image and a level in 0..1. Lengths are pixels of a 224 x 224 crop of ImageNet; they scale with
 the shorter side of the image.
 """
 
@@ -9,18 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 from PIL.Image import Resampling, Transform
 
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.base import Array, Rng
 from perceiver_cli.preprocess.pixels import to_array, to_image
 
 TRANSLATE_PIXELS, CUTOUT_PIXELS, PER_SIDE = 100, 40, 224
-Operation = Callable[[Image.Image, float, np.random.Generator], Image.Image]
+Operation = Callable[[Image.Image, float, Rng], Image.Image]
 
 
-def randaugment(values: Array, layers: int, magnitude: int, rng: np.random.Generator) -> Array:
+def randaugment(values: Array, layers: int, magnitude: int, rng: Rng) -> Array:
     """Return (H, W, c) uint8 values after `layers` random operations of strength `magnitude` in 0..10."""
     image = to_image(values)
     operations = tuple(RANDAUGMENT.values())
@@ -29,7 +28,7 @@ def randaugment(values: Array, layers: int, magnitude: int, rng: np.random.Gener
     return to_array(image)
 
 
-def _sign(rng: np.random.Generator) -> int:
+def _sign(rng: Rng) -> int:
     return 1 if rng.random() < 0.5 else -1
 
 
@@ -41,7 +40,7 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Transform.AFFINE, matrix, Resampling.NEAREST, fillcolor=_gray(image))
 
 
-def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
+def _cutout(image: Image.Image, level: float, rng: Rng) -> Image.Image:
     half = round(CUTOUT_PIXELS * level * min(image.size) / PER_SIDE)
     x, y = int(rng.integers(image.width)), int(rng.integers(image.height))
     image = image.copy()
@@ -49,15 +48,11 @@ def _cutout(image: Image.Image, level: float, rng: np.random.Generator) -> Image
     return image
 
 
-def _solarize_add(image: Image.Image, level: float, rng: np.random.Generator) -> Image.Image:
-    return image.point(lambda value: min(255, value + int(110 * level)) if value < 128 else value)
-
-
 def _enhance(kind: Callable[[Image.Image], Any]) -> Operation:
     return lambda image, level, rng: kind(image).enhance(1.8 * level + 0.1)
 
 
-def _translation(image: Image.Image, level: float, rng: np.random.Generator) -> int:
+def _translation(image: Image.Image, level: float, rng: Rng) -> int:
     return _sign(rng) * round(TRANSLATE_PIXELS * level * min(image.size) / PER_SIDE)
 
 
@@ -78,5 +73,5 @@ RANDAUGMENT: dict[str, Operation] = {
     "TranslateX": lambda image, level, rng: _affine(image, 1, 0, _translation(image, level, rng), 0, 1, 0),
     "TranslateY": lambda image, level, rng: _affine(image, 1, 0, 0, 0, 1, _translation(image, level, rng)),
     "Cutout": _cutout,
-    "SolarizeAdd": _solarize_add,
+    "SolarizeAdd": lambda image, level, rng: image.point(lambda v: min(255, v + int(110 * level)) if v < 128 else v),
 }

@@ -1,4 +1,4 @@
-"""Sound files: their claims checked, then their samples read in blocks by libsndfile, or by PyAV from a video."""
+"""Sound files: the claims of a file checked, then its samples read in blocks by libsndfile, or by PyAV from a video."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import re
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import container
 from perceiver_cli.preprocess.base import Array, check_contract
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
 Samples = NDArray[np.float32]
@@ -29,11 +29,11 @@ UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 frames if a stream decla
 MAX_AMPLITUDE = 1e10
 MAX_CHUNKS = 10_000
 SETTLING_S = 0.2  # decoded and dropped before a span, for decoders whose output depends on earlier samples
-JITTER_S = 0.05  # largest difference between a container's times and the count of samples that is ignored
+JITTER_S = 0.05  # the largest ignored difference between a container's times and its count of samples
 # MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
 # bits, would match UTF-16 text (0xFF 0xFE, which is layer I).
 _MPEG_RATES = re.escape(bytes(byte for byte in range(256) if byte >> 4 not in (0, 15) and byte >> 2 & 3 != 3))
-# How the files of each format begin, by the name in messages. A new format of libsndfile is one entry here.
+# The signature of each format, by its name in messages. A new format of libsndfile is one entry here.
 FORMATS = {
     "WAV": rb"(?:RIFF|RIFX|RF64)....WAVE",
     "FLAC": rb"fLaC",
@@ -48,8 +48,8 @@ FORMATS = {
 class Sound(NamedTuple):
     """An open sound file.
 
-    samples: the number of samples per channel that the file declares, or None.
-    read(first, stop): yields blocks (n,) float32 of one channel, or of the mean of all, that `_checked` has checked.
+    samples: the declared number of samples per channel, or None.
+    read(first, stop): yields checked blocks (n,) float32 of one channel, or of the mean of all.
     """
 
     rate_hz: int
@@ -67,23 +67,21 @@ class _Reader:
         return self.file.tell()
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        try:
-            return self.file.seek(offset, whence)
-        except (OSError, ValueError, OverflowError):  # a damaged header names an impossible offset
-            return self.file.tell()
+        with suppress(OSError, ValueError, OverflowError):  # a damaged header names an impossible offset
+            self.file.seek(offset, whence)
+        return self.file.tell()
 
     def readinto(self, buffer: Any) -> int:
-        try:
+        with suppress(OSError, ValueError):  # a failing disk: the sound ends here, shorter than declared
             return self.file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
-        except (OSError, ValueError):  # a failing disk: the sound ends here, shorter than declared
-            return 0
+        return 0
 
 
 def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
     """Return `file`, rewound; for a WAV that was streamed with size 0, a copy that declares the largest size.
 
-    libsndfile reads no sample of a WAV with size 0. It reads truncated WAV, AIFF and AU files without an error: they
-    are refused here by a DataError.
+    libsndfile reads no sample of a WAV with size 0, and reads truncated WAV, AIFF and AU files without an error. Raises
+    DataError for a truncated file.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -122,14 +120,13 @@ def _check_sound_bytes(source: Source, declared: int, available: int) -> None:
 
 def _is_chunk(data: bytes, room: int, order: str) -> bool:
     """Return whether `data` begins a RIFF chunk and not sound: a printable name, and a size within `room`."""
-    if len(data) < 8 or not all(0x20 <= byte < 0x7F for byte in data[:4]):
-        return False
-    return bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
+    is_name = len(data) >= 8 and all(0x20 <= byte < 0x7F for byte in data[:4])
+    return is_name and bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
 
 
 @contextmanager
 def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
-    """Yield the sound of a file with rate, channels and length checked; no sample is decoded yet."""
+    """Yield the sound of a file, its rate, channels and length checked; no sample is decoded yet."""
     if container.format_of(source.head()) is not None:
         with container.open_track(source, limits, "audio") as track:
             codec = track.stream.codec_context
@@ -140,21 +137,19 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
         return
     import soundfile
 
-    with (
-        source.open(limits) as file,
-        container.as_data_errors(source, "sound"),
-        soundfile.SoundFile(_Reader(_checked_size(source, file))) as sound,
-    ):
-        # Without this, soundfile seeks after every block: slow, and an error if a FLAC declares no length.
-        sound.seekable = lambda: False
-        rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
-        declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
-        source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
-        yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, channel, limits))
+    with source.open(limits) as file, as_data_errors(source, "sound"):
+        reader = _Reader(_checked_size(source, file))
+        with soundfile.SoundFile(reader) as sound:
+            # soundfile would seek after every block: slow, and an error if a FLAC declares no length.
+            sound.seekable = lambda: False
+            rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
+            declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
+            source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
+            yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, channel, limits))
 
 
 def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channel, limits: Limits) -> int:
-    """Return `rate_hz` if rate and channels are allowed. Raises DataError."""
+    """Return `rate_hz`. Raises DataError if rate or channels are not allowed."""
     if not MIN_RATE_HZ <= rate_hz <= MAX_RATE_HZ:
         raise DataError(f"{source.shown}: sample rate {rate_hz} Hz, expected {MIN_RATE_HZ} to {MAX_RATE_HZ}")
     source.check_limit(channels, "channels", "audio_channels", limits)
@@ -164,7 +159,7 @@ def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channe
 
 
 def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
-    """Return a copy (n,) of one channel of (n, channels), or the mean of all, with finite values below the limit."""
+    """Return a copy (n,) of one channel of (n, channels), or the mean of all. Raises DataError for absurd values."""
     if channel != "mix" or samples.shape[1] == 1:
         block: Samples = samples[:, 0 if channel == "mix" else channel].copy()
     else:
@@ -179,20 +174,20 @@ def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
 def _read_file(
     source: Source, sound: Any, declared: int | None, channel: Channel, limits: Limits, first: int, stop: float
 ) -> Iterator[Samples]:
-    """Yield blocks of the samples from `first` to before `stop`, at the file's own rate, by libsndfile."""
+    """Yield blocks of the samples first..stop - 1 at the file's own rate, by libsndfile."""
     at = 0
-    if declared is not None and sound.format != "MP3":  # seeking in an MP3, libmpg123 prints warnings to stderr
+    if declared is not None and sound.format != "MP3":  # libmpg123 prints warnings to stderr if it seeks
         at = min(max(0, first - round(SETTLING_S * sound.samplerate)), declared)
     if at:
         sound.seek(at)
     buffer = np.empty((min(BLOCK_FRAMES, max(1, BLOCK_FRAMES if declared is None else declared)), sound.channels), "f4")
     while at < stop and len(samples := sound.read(out=buffer[: int(min(len(buffer), stop - at))])):
-        source.check_limit(
-            (at + len(samples)) / sound.samplerate, "seconds", "audio_seconds", limits
-        )  # again: a stream may declare no length
-        if at + len(samples) > first:
+        end = at + len(samples)
+        # Again: a stream may declare no length.
+        source.check_limit(end / sound.samplerate, "seconds", "audio_seconds", limits)
+        if end > first:
             yield _checked(source, samples[max(0, first - at) :], channel)
-        at += len(samples)
+        at = end
     if declared is not None and at < min(stop, declared) and _declares_length(source, sound, limits):
         raise DataError(f"{source.shown}: declared {declared} frames of sound, found {at}")
 
@@ -200,9 +195,9 @@ def _read_file(
 def _read_track(
     source: Source, track: container.Track, rate_hz: int, channel: Channel, limits: Limits, first: int, stop: float
 ) -> Iterator[Samples]:
-    """Yield blocks of the samples from `first` to before `stop`, at the stream's own rate, by PyAV.
+    """Yield blocks of the samples first..stop - 1 at the stream's own rate, by PyAV.
 
-    The times of the container place the samples, which keeps them beside the pictures; silence fills gaps.
+    The container's times place the samples, which keeps sound and pictures together; silence fills gaps.
     """
     import av
 
@@ -217,9 +212,8 @@ def _read_track(
             following = place + len(samples)
             source.check_limit(following / rate_hz, "seconds", "audio_seconds", limits)
             while at < min(place, stop):
-                silence = np.zeros(int(min(place, stop, at + BLOCK_FRAMES)) - at, np.float32)
-                yield silence
-                at += len(silence)
+                yield np.zeros(gap := int(min(place, stop, at + BLOCK_FRAMES)) - at, np.float32)
+                at += gap
             samples = samples[max(0, at - place) : int(max(0, min(len(samples), stop - place)))]
             if len(samples):
                 yield _checked(source, samples, channel)
@@ -230,10 +224,7 @@ def _read_track(
 
 
 def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
-    """Return whether the file itself states its frame count; for an MP3 without a Xing header libsndfile estimates it.
-
-    libsndfile reads up to the estimate, which is right for a constant bitrate.
-    """
+    """Return whether the file states its frame count; for an MP3 without a Xing header libsndfile estimates it."""
     if sound.format != "MP3":
         return True
     with source.open(limits) as file:

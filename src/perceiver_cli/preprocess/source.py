@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from perceiver_cli.errors import DataError, LimitError
-from perceiver_cli.files import show_path
+from perceiver_cli.errors import DataError, LimitError, PerceiverError
+from perceiver_cli.files import show_path, show_text
 from perceiver_cli.preprocess.spec import Limits
+
+RECEIVED_BYTES = 1 << 20  # read from a pipe at a time
+HEAD_BYTES = 4096  # enough for every signature that detection asks for
+T = TypeVar("T")
 
 
 def key_of(name: str) -> int:
-    """Return a number made from an id alone, for seeds and splits."""
+    """Return a 64-bit number made from an id alone, for seeds and splits."""
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
-
-
-RECEIVED_BYTES = 1 << 20  # from a pipe at a time
-HEAD_BYTES = 4096  # enough for every signature that detection looks at
 
 
 @dataclass(frozen=True)
 class Source:
-    """One encoded input: a file, or bytes that arrived on a pipe. Nothing is read until asked.
+    """One encoded input: a file, or bytes that arrived on a pipe. Only its methods read it.
 
-    kinds: the modalities that read such content, the nearest first; empty until `preprocess.look` was at it.
+    kinds: the modalities that read the content, the best match first; empty until `detection.detected` fills them in.
     holds_rows: whether it is a byte array in a file, one input as rows with Fourier features.
     """
 
@@ -42,15 +45,15 @@ class Source:
         return show_path(self.name)
 
     def state(self) -> tuple[str, int, int] | None:
-        """Return what changes when the file does: name, bytes, time; None where there is no such file."""
-        try:
-            status = os.stat(self.name) if self.data is None else None
-        except (OSError, ValueError):
-            return None
-        return None if status is None else (self.name, status.st_size, status.st_mtime_ns)
+        """Return (name, size in bytes, time of change in ns) of the file, or None if there is no such file."""
+        with suppress(OSError, ValueError):
+            if self.data is None:
+                status = os.stat(self.name)
+                return self.name, status.st_size, status.st_mtime_ns
+        return None
 
     def head(self) -> bytes:
-        """Return the first `HEAD_BYTES` bytes. Raises DataError if there are none or it is no regular file."""
+        """Return the first `HEAD_BYTES` bytes. Raises DataError for an empty, unreadable or irregular file."""
         try:
             with self._opened() as file:
                 head = file.read(HEAD_BYTES)
@@ -61,7 +64,7 @@ class Source:
         return head
 
     def open(self, limits: Limits) -> BinaryIO:
-        """Return a seekable binary file object over the input. Raises as `head`, and LimitError for its size."""
+        """Return a seekable binary file object over the input. Raises as `head` does, and LimitError for its size."""
         file = self._opened()
         size = file.seek(0, os.SEEK_END)
         if 0 < size <= limits.file_bytes:
@@ -72,14 +75,12 @@ class Source:
         raise DataError(f"{self.shown}: the file is empty")
 
     def read(self, limits: Limits) -> bytes:
-        """Return all bytes of the input, under the same checks as `open`."""
-        if self.data is not None and len(self.data) <= limits.file_bytes:
-            return self.data
+        """Return all bytes of the input. Raises as `open` does."""
         with self.open(limits) as file:
             return file.read()
 
     def check_limit(self, amount: float, unit: str, name: str, limits: Limits) -> None:
-        """Raise LimitError if `amount`, in `unit`, is above the limit of that name."""
+        """Raise LimitError if `amount`, counted in `unit`, is above the limit `name`."""
         allowed = getattr(limits, name)
         if amount > allowed:
             raise LimitError(self.shown, amount, unit, name, allowed)
@@ -104,9 +105,39 @@ class Source:
 
 
 def received(file: BinaryIO, limits: Limits, begun: bytes = b"") -> bytes:
-    """Return `begun` and what else a pipe brings: all, or so much that it is over `limits.file_bytes`."""
+    """Return `begun` and the rest of a pipe, which is read until it ends or exceeds `limits.file_bytes`."""
     data = io.BytesIO(begun)
     data.seek(len(begun))
     while data.tell() <= limits.file_bytes and (block := file.read(RECEIVED_BYTES)):
         data.write(block)
     return data.getvalue()
+
+
+@contextmanager
+def as_data_errors(source: Source, noun: str) -> Iterator[None]:
+    """Turn every exception of a decoder in the body into a DataError of one line: decoders raise dozens of types."""
+    try:
+        yield
+    except PerceiverError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or getattr(error, "error_string", None)
+        reason = str(reason or f"{type(error).__name__}: {error}").removesuffix(": ").removeprefix("OSError: ")
+        # Without the addresses of objects, which differ in each run: records keep this message.
+        reason = show_text(re.sub(r" at 0x[0-9a-f]+", "", reason))
+        raise DataError(f"{source.shown}: cannot decode the {noun}: {reason}") from error
+
+
+def probed(sources: Iterable[Source], probe: Callable[[Source], T], option: str) -> Iterator[T]:
+    """Yield `probe(source)` of every readable source, to settle `option`. Raises DataError if no source is readable."""
+    problem, empty = "", True
+    for source in sources:
+        try:
+            answer = probe(source)
+        except DataError as error:
+            problem = problem or f", the first: {error.message}"
+        else:
+            empty = False
+            yield answer
+    if empty:
+        raise DataError(f'{option} = "auto": no file can be read{problem}', f"give {option} instead")

@@ -1,4 +1,4 @@
-"""The base of every input table: its options and the limits of one input."""
+"""The base of every input table of the configuration, and the limits on the size of one input."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
 
 
-def _pair(value: Any) -> Any:
-    return [value, value] if isinstance(value, int) else value
-
-
-Pair = Annotated[tuple[Size, Size], BeforeValidator(_pair)]  # one number stands for both sides
 Range = tuple[float, float]
+# One number stands for both sides.
+Pair = Annotated[tuple[Size, Size], BeforeValidator(lambda side: [side, side] if isinstance(side, int) else side)]
 
 
 class Table(BaseModel):
-    """One table of the TOML file: fixed once made, and strict about keys and numbers."""
+    """One table of the TOML file: immutable, and strict about keys and numbers."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown_key(cls, value: Any) -> Any:
-        """Refuse the first unknown key with the known ones, which pydantic's own error does not hold."""
+        """Refuse an unknown key and name the known ones, which pydantic's own error omits."""
         known = list(cls.model_fields)
         for key in value if isinstance(value, dict) else ():
             if key not in known:

@@ -1,4 +1,4 @@
-"""Video as a grid, time x height x width: frames by their presentation times, one crop for all of them (paper 4.2).
+"""Video as a grid, time x height x width: frames by their presentation times, one crop for all frames (paper 4.2).
 
 `load` returns the frame shown at each instant of the spec's frame rate, upright, and no larger than crops need. PyAV
 reads MP4, MKV and other containers (`container`), Pillow animated GIF, WebP and PNG.
@@ -10,19 +10,19 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import count, repeat
+from itertools import islice, repeat
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImageSequence
 from PIL.Image import Resampling
 from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, TimedModality, patchify
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, patchify
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
 
@@ -51,7 +51,7 @@ COLORS = 3
 # Containers round times to their tick: a frame counts as shown from half a tick earlier, so that no frame is skipped.
 MAX_SLACK_S = 0.0005
 EPSILON_S = 1e-6
-SHORTEST_S, DEFAULT_S = 0.011, 0.1  # like browsers: a frame of an animation with 10 ms or less is shown for 100 ms
+SHORTEST_S, DEFAULT_S = 0.011, 0.1  # as in browsers: a frame of an animation with 10 ms or less is shown for 100 ms
 MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # outside this range, pixels count as square
 PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
 LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
@@ -59,7 +59,7 @@ Change = Callable[[Image.Image], Image.Image]
 
 
 class TimedFrame(NamedTuple):
-    """A frame, and when it is shown."""
+    """A frame with the times between which it is shown."""
 
     start_s: float
     end_s: float
@@ -98,14 +98,15 @@ class VideoModality(TimedModality[VideoSpec]):
             with container.open_track(source, limits, "video") as track:
                 duration_s = track.duration_s
         else:
-            duration_s = max((shown.end_s for shown in _frames(source, VideoSpec(), limits)), default=0.0) + EPSILON_S
+            frames = _frames(source, VideoSpec(), limits, 0, 0)
+            duration_s = max((frame.end_s for frame in frames), default=0.0) + EPSILON_S
         source.check_limit(duration_s, "seconds", "video_seconds", limits)
         return duration_s
 
     def load(self, source: Source, spec: VideoSpec, limits: Limits, span: Span | None = None) -> Array:
         """Return (T, H, W, 3) uint8: the frame shown at each k / `frame_rate_hz` seconds of the file or of a span.
 
-        H and W are those at which the evaluation crop has the size of the spec, or the file's own if that is smaller.
+        At H x W the evaluation crop has the size of the spec; a smaller file keeps its own size.
         """
         first, stop = 0, math.inf
         if span is not None:
@@ -133,29 +134,26 @@ class VideoModality(TimedModality[VideoSpec]):
         shape = (spec.num_frames, *spec.size)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
-            raise UsageError(f"video patch {list(spec.patch)} is larger than the clip's {list(shape)}")
+            raise UsageError(f"inputs.video.patch {list(spec.patch)} is larger than the clip, {list(shape)}")
         volume = math.prod(spec.patch)
-        return Layout.of_grid(spec, grid, COLORS * volume, **color_statistics(spec, len(grid), COLORS, volume))
+        return Layout.of_grid(spec, grid, COLORS * volume, **color_statistics(spec, COLORS, volume))
 
-    def prepare(
-        self, raw: Array, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None = None
-    ) -> ByteArray:
+    def prepare(self, raw: Array, spec: VideoSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return the clip from `start_s` on as ((T, *size) // patch, 3 x patch volume) uint8.
 
-        Without `rng`: the centre crop of `eval_crop`. With `rng`: one Inception crop, mirror and recolouring for all.
+        Without `rng`: the centre crop of `eval_crop`; with `rng`: one Inception crop, mirror and recolouring for all.
         """
         frames = raw[_clip(len(raw), spec, rng, start_s)]
         box = center_box(frames[0], spec, spec.size) if rng is None else random_box(frames[0], spec, spec.size, rng)
         left, top, right, bottom = box
         frames = frames[:, top:bottom, left:right]
-        if rng is None:
-            return ByteArray(patchify(_resized(frames, spec.size), spec.patch))
         changes: list[Change] = []
-        if rng.random() < spec.flip:
+        if rng is not None and rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
-        if spec.color:
+        if rng is not None and spec.color:
             changes.append(_recoloring(frames, spec.color, rng))
-        return ByteArray(patchify(_resized(frames, spec.size, 3.0, changes), spec.patch))
+        reducing_gap = None if rng is None else 3.0
+        return ByteArray(patchify(_resized(frames, spec.size, reducing_gap, changes), spec.patch))
 
     def num_views(self, spec: VideoSpec) -> int:
         return spec.eval_windows
@@ -166,31 +164,27 @@ register(MODALITY)
 
 
 def _sampled(source: Source, spec: VideoSpec, limits: Limits, first: int, stop: float, held: float) -> Iterator[Array]:
-    """Yield the picture shown at each instant k / rate, from k = `first` to before `stop` or the end of the file.
+    """Yield the picture shown at each instant k / rate, from k = `first` to `stop` - 1 or the end of the file.
 
-    held: how many pictures the caller keeps at a time, for the check of their bytes against the limits.
+    held: the number of pictures that the caller keeps at a time, whose bytes are checked against the limits.
     """
     rate_hz = spec.frame_rate_hz
-    k, shown = first, None
-    for following in _frames(source, spec, limits, first / rate_hz, held):
-        source.check_limit(following.start_s, "seconds", "video_seconds", limits)
-        after = min(stop, math.ceil(following.start_s * rate_hz))
-        if shown is not None and k < after:
-            yield from repeat(shown.picture(), int(after) - k)
-            k = int(after)
-        if k >= stop:
-            return
-        shown = following
-    if shown is not None:
-        source.check_limit(shown.end_s, "seconds", "video_seconds", limits)
-        after = math.ceil(shown.end_s * rate_hz)
-        if after <= k == first <= after + 1:  # the last frame may end a little before its declared end
+    frames = _frames(source, spec, limits, first / rate_hz, held)
+    k, shown = first, next(frames, None)
+    while shown is not None and k < stop:
+        following = next(frames, None)
+        end_s = shown.end_s if following is None else following.start_s
+        source.check_limit(max(shown.start_s, end_s), "seconds", "video_seconds", limits)
+        after = math.ceil(end_s * rate_hz)
+        if following is None and after <= k == first <= after + 1:  # the last frame may end before its declared end
             after = k + 1
-        if k < (after := min(stop, after)):
-            yield from repeat(shown.picture(), int(after) - k)
+        if k < (after := int(min(stop, after))):
+            yield from repeat(shown.picture(), after - k)
+            k = after
+        shown = following
 
 
-def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s: float | None) -> Array:
+def _clip(total: int, spec: VideoSpec, rng: Rng | None, start_s: float | None) -> Array:
     """Return the indices of a clip's frames among `total` frames: from `start_s`, a random or a central frame on.
 
     A video shorter than the clip is repeated, or its first and last frames are held, as `spec.short` says.
@@ -198,19 +192,17 @@ def _clip(total: int, spec: VideoSpec, rng: np.random.Generator | None, start_s:
     spare = total - spec.num_frames
     if start_s is not None:
         start = min(round(start_s * spec.frame_rate_hz), max(0, spare))
-    elif spare >= 0:
-        start = int(rng.integers(spare + 1)) if rng is not None else spare // 2
-    elif spec.short == "loop":
-        start = int(rng.integers(total)) if rng is not None else 0
+    elif rng is None:
+        start = max(0, spare // 2)
+    elif spare < 0 and spec.short == "loop":
+        start = int(rng.integers(total))
     else:
-        start = int(rng.integers(spare, 1)) if rng is not None else 0
+        start = int(rng.integers(min(0, spare), max(0, spare) + 1))
     indices = np.arange(start, start + spec.num_frames)
     return indices % total if spec.short == "loop" else indices.clip(0, total - 1)
 
 
-def _frames(
-    source: Source, spec: VideoSpec, limits: Limits, start_s: float = 0.0, held: float = 0.0
-) -> Iterator[TimedFrame]:
+def _frames(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[TimedFrame]:
     """Return the frames of a file, from the frame shown at `start_s` or an earlier one on."""
     head = source.head()
     if container.format_of(head) is not None:
@@ -221,7 +213,7 @@ def _frames(
 
 
 def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[TimedFrame]:
-    """Yield the frames of a container, with the decoded bytes of `held` pictures checked first."""
+    """Yield the frames of a container, after a check of the decoded bytes of `held` pictures."""
     with container.open_track(source, limits, "video") as track:
         canvas = _Canvas(source, track.stream.codec_context, spec, limits)
         duration_s = track.duration_s
@@ -234,36 +226,30 @@ def _video(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held
             length_s = (frame.duration or 0) * float(frame.time_base) or track.step_s
             if length_s == 0 and before_s is not None:
                 length_s = time_s - before_s
-            picture = container.as_data_errors(source)(partial(canvas, frame))
+            picture = as_data_errors(source, "file")(partial(canvas, frame))
             yield TimedFrame(time_s - slack_s, time_s + length_s - slack_s, picture)
             before_s = time_s
 
 
 class _Canvas:
-    """Makes upright RGB arrays (H, W, 3) uint8 of decoded frames, at the size that `_kept_size` says."""
+    """Makes upright RGB arrays (H, W, 3) uint8 of decoded frames, at the size of `_kept_size`."""
 
     def __init__(self, source: Source, codec: Any, spec: VideoSpec, limits: Limits) -> None:
         from av.video.reformatter import VideoReformatter
 
-        self.source, self.spec, self.limits = source, spec, limits
+        self.source, self.limits = source, limits
         # One each: both keep their setup between frames.
         self.resize, self.convert = VideoReformatter(), VideoReformatter()
         aspect = float(codec.sample_aspect_ratio or 1)  # width of a pixel by its height
         _check_pixels(source, codec, limits)
-        square = codec.width * (aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0)
-        self.shape = codec.height, max(1, round(square))
-        self.size = self._kept(False)
-
-    def _kept(self, turned: bool) -> tuple[int, int]:
-        """Return (height, width) at which frames are kept; `turned` frames before they are transposed."""
-        if turned:
-            return _kept_size(*self.shape[::-1], self.spec)[::-1]
-        return _kept_size(*self.shape, self.spec)
+        square = max(1, round(codec.width * (aspect if MIN_PIXEL_ASPECT < aspect < MAX_PIXEL_ASPECT else 1.0)))
+        self.size = _kept_size(codec.height, square, spec)
+        self.turned_size = _kept_size(square, codec.height, spec)[::-1]  # before the frame is transposed
 
     def __call__(self, frame: Any) -> Array:
         _check_pixels(self.source, frame, self.limits)
         turned, upside_down, mirrored = _orientation(frame)
-        height, width = self._kept(turned)
+        height, width = self.turned_size if turned else self.size
         if (height, width) != (frame.height, frame.width) and frame.format.name in PLANAR:
             # Two steps are twice as fast as one, which FFmpeg computes without vector instructions.
             frame = self.resize.reformat(frame, width, height, frame.format.name, interpolation="BILINEAR", threads=1)
@@ -280,13 +266,13 @@ def _check_pixels(source: Source, frame: Any, limits: Limits) -> None:
 
 
 def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
-    """Return the (height, width) at which the evaluation crop is `spec.size`, or the arguments if these are smaller."""
+    """Return the (height, width) at which the evaluation crop is `spec.size`, or the arguments if they are smaller."""
     scale = max(spec.size[0] / height, spec.size[1] / width) / spec.eval_crop
     return (round(height * scale), round(width * scale)) if scale < 1 else (height, width)
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Return how a stored frame becomes upright: whether transposed, then upside down, then mirrored.
+    """Return the steps that make a stored frame upright: whether to transpose it, then turn it over, then mirror it.
 
     The display matrix ((a, b, u), (c, d, v), (x, y, w)) shows column p and row q at (a p + c q + x, b p + d q + y).
     """
@@ -313,7 +299,7 @@ def _is_animated(head: bytes) -> bool:
 
 
 def _is_animated_gif(head: bytes) -> bool:
-    """Return whether a GIF has a second frame; if the first frame fills `head`, whether it has a duration."""
+    """Return whether a GIF has a second frame; if its first frame fills `head`, whether it has a duration."""
     at, frames, timed = 13, 0, False
     if len(head) > at and head[10] & 0x80:
         at += 3 << (head[10] & 7) + 1  # the colour table
@@ -333,21 +319,17 @@ def _is_animated_gif(head: bytes) -> bool:
 
 
 def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[TimedFrame]:
-    """Yield the frames of a GIF, WebP or PNG from the first on, because each is drawn over the one before."""
+    """Yield the frames of a GIF, WebP or PNG from the first on: each frame is drawn over the previous one."""
     with image.open_image(source, limits) as file:
         _check_pixels(source, file, limits)
         size = _kept_size(file.height, file.width, spec)
         time_s = 0.0
         # A PNG may begin with a still image for programs that cannot show animations.
-        for index in count(1 if getattr(file, "default_image", False) else 0):
-            try:
-                file.seek(index)
-            except EOFError:
-                return
-            file.load()
-            length_s = float(file.info.get("duration", 0)) / 1000
+        for frame in islice(ImageSequence.Iterator(file), int(getattr(file, "default_image", False)), None):
+            frame.load()
+            length_s = float(frame.info.get("duration", 0)) / 1000
             length_s = length_s if length_s >= SHORTEST_S else DEFAULT_S
-            picture = container.as_data_errors(source)(partial(_picture, file.copy(), size))
+            picture = as_data_errors(source, "file")(partial(_picture, frame.copy(), size))
             yield TimedFrame(time_s - EPSILON_S, time_s + length_s - EPSILON_S, picture)
             time_s += length_s
 
@@ -357,10 +339,8 @@ def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
     return resize(values, (0, 0, file.width, file.height), size)
 
 
-def _resized(
-    frames: Array, size: tuple[int, int], reducing_gap: float | None = None, changes: Sequence[Change] = ()
-) -> Array:
-    """Return (T, *size, 3) uint8, resized bilinearly as is usual for videos, with the same changes to each frame."""
+def _resized(frames: Array, size: tuple[int, int], reducing_gap: float | None, changes: Sequence[Change]) -> Array:
+    """Return (T, *size, 3) uint8, resized bilinearly as usual for videos, with the same changes to each frame."""
     if frames.shape[1:3] == size and not changes:
         return frames
     resized = np.empty((len(frames), *size, COLORS), np.uint8)
@@ -372,7 +352,7 @@ def _resized(
     return resized
 
 
-def _recoloring(frames: Array, share: float, rng: np.random.Generator) -> Change:
+def _recoloring(frames: Array, share: float, rng: Rng) -> Change:
     """Return a random change of saturation, contrast and brightness, each by a factor within 1 +- `share`."""
     saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
     some = frames[:, ::4, ::4].reshape(-1, COLORS)  # every fourth pixel is enough for a mean
