@@ -22,8 +22,8 @@ from perceiver_cli.cli.train import _Display
 from perceiver_cli.training.events import StepDone
 
 DOCS = Path(__file__).parent
-STEPS = 400
-SHOWN_STEP = 300  # the run is drawn in the middle of this step
+STEPS = 240
+SHOWN_STEP = 180  # the run is drawn in the middle of this step
 COMMAND = f"perceiver train digits -o runs/digits --steps {STEPS}"
 WIDTH, HEIGHT = 1100, 1000  # pixels of the report
 
