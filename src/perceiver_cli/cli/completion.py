@@ -1,4 +1,4 @@
-"""What the shell offers when Tab is pressed: names of presets, run folders, model files. Nothing slow is imported."""
+"""Completion for Tab: names of presets, run folders and model files. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ PRESETS = Path(__file__).parent.parent / "presets"
 
 
 def presets(incomplete: str) -> list[str]:
-    """Return the names of presets that begin so."""
+    """Return the presets whose names begin with the text."""
     return sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem.startswith(incomplete))
 
 
 def runs(incomplete: str) -> list[str]:
-    """Return the run folders that begin so, of those in runs/ and of those beside what was typed."""
+    """Return the run folders in runs/ and in the typed folder whose paths begin with the text."""
     return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or (path / STATE_FOLDER).is_dir())
 
 
 def models(incomplete: str) -> list[str]:
-    """Return the run folders with a model and the model files that begin so."""
+    """Return the run folders with a model, and the model files, whose paths begin with the text."""
     return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or path.suffix == ".safetensors")
 
 
 def presets_and_models(incomplete: str) -> list[str]:
-    """Return the names of presets, and the runs and model files, that begin so."""
+    """Return the results of `presets` and `models`."""
     return presets(incomplete) + models(incomplete)
 
 
