@@ -42,16 +42,13 @@ class ModelConfig(Table):
     self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6
     num_cross_heads: Size = 1
     num_self_heads: Size = 8
-    # Width of Q, K and V in the cross-attend: the paper's min(input channels, latent channels), or the input's as in
-    # the official code. The two differ only if latents are narrower than inputs.
+    # Width of Q, K, V in the cross-attend: min(input, latent channels) (paper), or the input's (official code).
     cross_channels: Literal["min", "input"] = "min"
     widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
     gelu: Literal["tanh", "erf"] = "tanh"  # tanh is jax.nn.gelu's default, erf that of transformers
-    # Before the last linear layer: the paper's mean over latents, or Perceiver IO's learned query that attends to them.
-    head: Literal["mean", "query"] = "mean"
+    head: Literal["mean", "query"] = "mean"  # the paper's mean over latents, or Perceiver IO's learned query
     query_residual: bool = True  # query head: add the query to its read, or take the read alone
-    # Smallest width of the learned modality encoding with several modalities (paper 4.2: 4 for video).
-    modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4
+    modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4  # smallest width of the modality encoding (paper 4.2)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -78,13 +75,10 @@ class ModelConfig(Table):
             if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
                 raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
             text = expanded
-        steps = []
-        for word in text.split():
-            match = re.fullmatch(r"([ct])(\d{1,4})", word)
-            if match is None:
+        for word in (words := text.split()):
+            if re.fullmatch(r"[ct]\d{1,4}", word) is None:
                 raise ValueError(f"schedule word {word!r} is neither a cross-attend (c0) nor a latent Transformer (t0)")
-            steps.append((match[1], int(match[2])))
-        return tuple(steps)
+        return tuple((word[0], int(word[1:])) for word in words)
 
     @property
     def num_cross_sets(self) -> int:

@@ -146,7 +146,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     second ends it at once.
     """
     received: list[int] = []
-    finished: Finished | None = None
+    event: Event | None = None
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
@@ -159,21 +159,19 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     with display.bar:
         for event in events:
             display.show(event)
-            if isinstance(event, Finished):
-                finished = event
-    if finished is None:
+    if not isinstance(event, Finished):
         say("stopped before the first step")
         end_by_signal(received[0])
         return
-    best, metrics = "", finished.metrics
+    best, metrics = "", event.metrics
     if "val_accuracy" in metrics:
         best = f"best validation accuracy {metrics['val_accuracy']:.4f} at step {metrics['step']}, "
-    ending = "stopped early and saved" if finished.stopped_early else "done"
-    say(f"{ending}: {best}{counted(finished.step, 'step')} in {_clock(finished.elapsed_s)}")
+    ending = "stopped early and saved" if event.stopped_early else "done"
+    say(f"{ending}: {best}{counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
     if received:
-        say(f"to go on: perceiver train --resume -o {show_path(finished.model.parent)}")
+        say(f"to go on: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
-    emit(f"{finished.model}\n")
+    emit(f"{event.model}\n")
 
 
 class _Display:
