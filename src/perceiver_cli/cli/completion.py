@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from glob import escape, glob
 from pathlib import Path
 
 from perceiver_cli.files import printable
 from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER
 
-PRESETS = Path(__file__).parent.parent / "presets"
-
 
 def presets(incomplete: str) -> list[str]:
     """Return the presets whose names begin with the text."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem.startswith(incomplete))
+    from perceiver_cli.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def runs(incomplete: str) -> list[str]:
@@ -33,15 +34,8 @@ def presets_and_models(incomplete: str) -> list[str]:
 
 
 def _beginning(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    folder = os.path.dirname(incomplete)
-    names = [os.path.join(folder, name) for name in _names(folder or ".")]
-    names += [os.path.join("runs", name) for name in _names("runs")] if not folder else []
-    # A name with control characters could not be typed anyway, and must not reach the terminal.
-    return sorted(p for p in names if p.startswith(incomplete) and p == printable(p, "") and wanted(Path(p)))
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError:
-        return []
+    paths = glob(f"{escape(incomplete)}*")
+    if not os.path.dirname(incomplete):
+        paths += [path for path in glob("runs/*") if path.startswith(incomplete)]
+    # A name with control characters cannot be typed, and must not reach the terminal.
+    return sorted(path for path in paths if path == printable(path, "") and wanted(Path(path)))

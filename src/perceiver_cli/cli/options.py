@@ -36,12 +36,12 @@ Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read 
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size [default: what fits, at most 32 on a CPU].")]
 Limit = Annotated[
     list[str] | None,
-    typer.Option("--limit", metavar="NAME=VALUE", help="Raise a limit on one input, e.g. image_pixels=200M."),
+    typer.Option("--limit", metavar="NAME=VALUE", help="Raise a limit of an input, e.g. image_pixels=200M."),
 ]
 Use = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these modalities; the others count as missing.")]
 Preset = Annotated[
     str | None,
-    typer.Option(autocompletion=completion.presets, help="Recipe [default: that of a named model, or a tiny one]."),
+    typer.Option(autocompletion=completion.presets, help="Recipe [default: the named model's, or a tiny one]."),
 ]
 Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of a recipe.")]
 ConfigFile = Annotated[Path | None, typer.Option(help="Recipe in a TOML file, e.g. config.toml of a run.")]
@@ -51,16 +51,12 @@ StdinName = Annotated[str, typer.Option(help="Name for the bytes on stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _be_quiet(wanted: bool) -> None:
-    terminal.quiet = wanted
+def _set_talk(option: typer.CallbackParam, wanted: bool) -> None:
+    setattr(terminal, str(option.name), wanted)
 
 
-def _be_verbose(wanted: bool) -> None:
-    terminal.verbose = wanted
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="Print errors only.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_be_verbose, help="Print library messages too.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set_talk, help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, help="Print library messages too.")]
 
 
 def check_data(data: str | None) -> None:
@@ -120,11 +116,10 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
         _piped_stdin()
     from perceiver_cli.data.inputs import Pipe
 
-    named = (
-        Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
-        for path in inputs
-    )
-    return chain(named, _listed(files_from, null))
+    def opened(path: str) -> Any:
+        return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
+
+    return chain(map(opened, inputs), _listed(files_from, null))
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
@@ -197,9 +192,7 @@ def raised_limits(assignments: list[str] | None) -> dict[str, float]:
     for assignment in assignments or []:
         name, _, text = assignment.partition("=")
         if name not in Limits.model_fields:
-            raise UsageError(
-                f"--limit {assignment}: expected NAME=NUMBER", f"names are {', '.join(Limits.model_fields)}"
-            )
+            raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names: {', '.join(Limits.model_fields)}")
         value = number(f"--limit {assignment}", text)
         raised[name] = int(value) if value.is_integer() else value
     return raised

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options
+from perceiver_cli.cli import completion, options, terminal
 from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_signal, is_terminal, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
@@ -243,9 +243,7 @@ def show_plan(summary: Mapping[str, Any]) -> None:
 
 def _figure(value: float) -> str:
     """Return a number for the table of evaluations; a dash for NaN, without a validation split."""
-    if isnan(value):
-        return "-"
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+    return terminal.figure(None if isnan(value) else value, ".4f" if abs(value) < 1e4 else ".3g")
 
 
 def _clock(seconds: float) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from importlib import resources
+from pathlib import Path
 
 from perceiver_cli.errors import UsageError
 
-FOLDER = resources.files("perceiver_cli") / "presets"
+FOLDER = Path(__file__).parent
 
 
 def preset_names() -> list[str]:
     """Return the names of the built-in recipes, sorted."""
-    return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def preset_text(name: str) -> str:
