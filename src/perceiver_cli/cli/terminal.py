@@ -63,11 +63,9 @@ def guarded(app: Callable[[], None]) -> None:
         _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except MemoryError:
         _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            raise
-        _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:
