@@ -45,7 +45,7 @@ class ModelConfig(Table):
     # Width of Q, K, V in the cross-attend: min(input, latent channels) (paper), or the input's (official code).
     cross_channels: Literal["min", "input"] = "min"
     widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
-    gelu: Literal["tanh", "erf"] = "tanh"  # tanh is jax.nn.gelu's default, erf that of transformers
+    gelu: Literal["tanh", "erf"] = "tanh"  # as the default of jax.nn.gelu (tanh), or of transformers (erf)
     head: Literal["mean", "query"] = "mean"  # the paper's mean over latents, or Perceiver IO's learned query
     query_residual: bool = True  # query head: add the query to its read, or take the read alone
     modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4  # smallest width of the modality encoding (paper 4.2)
@@ -95,7 +95,7 @@ class DataConfig(Table):
     """The examples, and how they are read."""
 
     path: str | None = None
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, without a validation split
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train that validates, without a validation split
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     split: str | None = None  # file of an earlier run's split, which is reused
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
@@ -147,7 +147,7 @@ class TrainConfig(Table):
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup: Duration = "0 steps"
     flat: Duration = "0 steps"  # cosine schedule: length of the peak before the fall
-    decay_at: tuple[Duration, ...] = ()  # step schedule
+    decay_at: tuple[Duration, ...] = ()  # step schedule: times at which the rate falls
     decay_factor: Positive = 0.1
     clip_norm: Positive | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -157,12 +157,12 @@ class TrainConfig(Table):
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"
-    save_every: Duration = "1 epoch"  # the state to resume from; every evaluation saves it too
+    save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    recompute: bool = False  # activations of latent Transformers in the backward pass: less memory, a third more time
-    compile: bool = False  # latent Transformers with torch.compile: a minute at the start, for GPUs
+    recompute: bool = False  # compute latent Transformers again in the backward pass: less memory, a third more time
+    compile: bool = False  # compile latent Transformers, for GPUs: a minute at the start
 
 
 def _with_type(key: str, table: Any) -> tuple[type[InputSpec], Any]:
