@@ -1,1 +1,1 @@
-"""Measurements of this package beside others. Run from the top of the repository; not in the wheel."""
+"""Comparisons of this package with others. Run from the top of the repository; not in the wheel."""

@@ -1,4 +1,4 @@
-"""What the benchmarks' command lines share: how one starts, and how rows are printed."""
+"""Shared code of the benchmarks' command lines: start one, print its rows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def start(command: Callable[..., None]) -> None:
 
 
 def report(rows: Iterable[Mapping[str, Any]], compute: Compute, as_json: bool) -> list[Mapping[str, Any]]:
-    """Print rows as they come, then the machine they were measured on; return the rows."""
+    """Print rows as they come, then the facts about the machine; return the rows."""
     printed = list(show_rows(rows, as_json))
     show_facts(describe_machine(compute), as_json)
     return printed

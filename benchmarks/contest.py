@@ -1,9 +1,9 @@
-"""This package beside other implementations of the same model: each in a process of its own, in turn, several rounds.
+"""This package against other implementations of the same model: each in its own process, in turn, for several rounds.
 
     python -m benchmarks.contest imagenet --against usual,perceiver-pytorch --inputs 224,512
 
-Times are medians inside a process; ratios are made within a round, so that a machine that slows down slows both.
-Memory is the process's peak above what it was with torch imported and nothing built.
+Times are medians inside a process; ratios are taken within a round, so that a machine that slows down slows both.
+Memory is the process's peak above its size with torch imported and nothing built.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from perceiver_cli.model.cost import latent_flops
 from perceiver_cli.model.device import Compute, choose
 
 MODES = ("forward", "train")
-PRODUCTS_S = 1.0  # at most, to time matrix products alone
+PRODUCTS_S = 1.0  # longest timing of matrix products alone
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Measured(Spent):
 def measure(name: str, trial: Trial) -> Measured:
     """Return the time and memory of one contender, measured in this process."""
     base = peak_bytes()
-    # Others run as they are written: malloc's own settings are part of that.
+    # Other implementations keep malloc's default settings.
     if name == "ours":
         keep_freed()  # as the command line does
     compute = choose(trial.device, trial.precision)
@@ -72,9 +72,9 @@ def _product_seconds(
     product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     seconds: float,
 ) -> float:
-    """Return the seconds that the matrix products of all latent Transformers take in one forward pass.
+    """Return the seconds of the matrix products of all latent Transformers in one forward pass.
 
-    The products of one latent Transformer are timed, each with its own weight, and multiplied by how often one runs.
+    The time of one latent Transformer, each product with its own weight, is multiplied by the number of runs.
     """
     model = config.model
     n, d, heads = model.num_latents, model.latent_channels, model.num_self_heads
@@ -110,12 +110,12 @@ def _stock_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def contest(trial: Trial, against: Sequence[str], sides: Sequence[int], rounds: int) -> Iterator[dict[str, Any]]:
     """Yield one row per contender and size: its time, memory, and ratios to ours of the same round.
 
-    A peer that is not installed has a row that says so. "usual" is measured in both its forms.
+    The row of a missing peer names its package. "usual" is measured in both its forms.
 
     Args:
-        trial: what each contender does; its `side` is set here.
-        against: names of `peers.NAMES`.
-        sides: of square images; none is the preset's own inputs.
+        trial: the work of each contender; its `side` is ignored.
+        against: names in `peers.NAMES`.
+        sides: pixels of square images; empty for the preset's own inputs.
         rounds: processes per contender and size, in turn.
 
     Raises:
@@ -126,7 +126,7 @@ def contest(trial: Trial, against: Sequence[str], sides: Sequence[int], rounds: 
         raise UsageError(f"--mode {trial.mode}: expected forward or train")
     present = [name for name in against if peers.is_installed(name)]
     if trial.mode == "train" and "onnxruntime" in present:
-        raise UsageError("--against onnxruntime --mode train: it runs models and trains none", "leave out --mode train")
+        raise UsageError("--against onnxruntime --mode train: onnxruntime trains no model", "leave out --mode train")
     names = ["ours", *(form for name in present for form in (peers.USUAL if name == "usual" else (name,)))]
     choices: list[int | None] = [*sides] or [None]
     for side in choices:
@@ -156,7 +156,7 @@ def _row(name: str, measured: Mapping[str, list[Measured]], flops: int, passes: 
         "memory_over_ours": median(
             theirs.peak_bytes / mine.peak_bytes for theirs, mine in zip(runs, ours, strict=True)
         ),
-        # Beside the latent Transformers' matrix products alone; a backward pass has two more of each.
+        # Ratios to the latent Transformers' matrix products alone; a backward pass has two more of each.
         "time_over_latent_products": median(run.seconds / (passes * run.product_seconds[0]) for run in runs),
         "time_over_fastest_products": median(run.seconds / (passes * run.product_seconds[1]) for run in runs),
         "product_gflop_per_s": flops / median(run.product_seconds[0] for run in runs) / 1e9,
@@ -169,21 +169,21 @@ def _row(name: str, measured: Mapping[str, list[Measured]], flops: int, passes: 
 
 
 def main(
-    preset: Annotated[str, typer.Argument(help="Whose model and inputs to time.")] = "tiny-image",
+    preset: Annotated[str, typer.Argument(help="Preset to time.")] = "tiny-image",
     against: Annotated[str, typer.Option(help=f"Some of {', '.join(peers.NAMES)}.")] = "usual",
-    mode: Annotated[Literal["forward", "train"], typer.Option(help="A forward pass, or a training step.")] = "forward",
+    mode: Annotated[Literal["forward", "train"], typer.Option(help="Call to time.")] = "forward",
     inputs: Annotated[str | None, typer.Option(help="Sides of images in pixels, e.g. 224,512,1024.")] = None,
-    alone: Annotated[bool, typer.Option("--alone", help="One cross-attend alone, against usual.")] = False,
+    alone: Annotated[bool, typer.Option("--alone", help="Time one cross-attend alone, against usual.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per call.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per contender, in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
-    """Measure this package beside other implementations at the same sizes, each in a process of its own.
+    """Measure this package against other implementations at the same sizes, each in its own process.
 
-    "usual" is this very model, its byte array built and K and V projected in every cross-attend.
+    "usual" is the same model, but it builds the byte array and projects K and V in every cross-attend.
     """
     sides = [_side(text) for text in inputs.split(",")] if inputs else []
     names = [name.strip() for name in against.split(",")]

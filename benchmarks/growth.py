@@ -1,4 +1,4 @@
-"""Time and memory for more and more inputs, beside the usual way: `perceiver bench growth` with a second contender.
+"""Time and memory over the number of inputs: `perceiver bench growth` with the usual way as a second contender.
 
 python -m benchmarks.growth --rounds 1 --plot growth.svg
 """
@@ -24,10 +24,10 @@ CONTENDERS: dict[str, Callable[[Trial], Spent]] = {
 
 
 def main(
-    mode: Annotated[Literal["forward", "train"], typer.Option(help="A forward pass, or a training step.")] = "forward",
-    plot: Annotated[str | None, typer.Option(help="Draw into this SVG or PNG.")] = None,
+    mode: Annotated[Literal["forward", "train"], typer.Option(help="Call to time.")] = "forward",
+    plot: Annotated[str | None, typer.Option(help="Plot to FILE.svg or FILE.png.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per contender and size, in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,

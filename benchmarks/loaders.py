@@ -34,9 +34,9 @@ BATCH = 8
 def loaders(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
     """Yield clips per second of reading videos: plain PyAV, then the loader with 1 and 2 workers, and augmenting.
 
-    Videos are 320 x 240, H.264, 32 frames at 25 Hz, all of which the loader's clip needs: both decode the same frames,
-    plain PyAV to arrays and no further; the loader also brings them to 224 x 224, cuts patches and makes batches, and
-    where it augments, crops at random, mirrors and recolours. Each figure is a median of `rounds`, taken in turn.
+    Videos are 320 x 240, H.264, 32 frames at 25 Hz, one clip of the loader, so that both decode the same frames. Plain
+    PyAV stops at arrays; the loader also resizes to 224 x 224, cuts patches and makes batches; augmenting adds random
+    crops, mirroring and recolouring. Each figure is a median of `rounds`, taken in turn.
     """
     spec = load_preset("audioset-video").inputs["video"].model_copy(update={"eval_windows": 1, "eval_crop": 1.0})
     with tempfile.TemporaryDirectory() as folder:
@@ -62,7 +62,7 @@ def loaders(seconds: float, rounds: int) -> Iterator[dict[str, Any]]:
 
 def _clips_per_s(spec: InputSpec, tasks: Callable[[], Iterator[Task]], workers: int, seconds: float) -> float:
     batches = Reader({"video": spec}, Limits()).batches(tasks(), workers)
-    for _ in range(2 * workers):  # what was read ahead is not counted
+    for _ in range(2 * workers):  # skip the batches read ahead
         next(batches)
     rate = BATCH / time_calls(lambda: next(batches), seconds).mean
     batches.close()  # type: ignore[attr-defined]
@@ -83,8 +83,8 @@ def _plain_clips_per_s(sources: Sequence[Source], seconds: float) -> float:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each contender, in turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     json: Json = False,
 ) -> None:
     """Measure clips per second of reading videos: plain PyAV, and the loader with 1 and 2 workers."""

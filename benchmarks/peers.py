@@ -1,4 +1,4 @@
-"""The same model as others compute it, to be measured beside ours: at the same sizes, on the same made-up input.
+"""The same model in other implementations, to measure against ours: the same sizes, the same synthetic input.
 
 Axes: B batch, M inputs, N latents, C input channels, D latent channels, H heads, W width of Q, K and V.
 """
@@ -25,24 +25,24 @@ from perceiver_cli.model.export import Graph, describe_inputs, made_up, missing_
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Layout
 
-# Peers by name, with the module that each package installs. "onnxruntime" runs our model as `perceiver export` writes
-# it; "usual", which needs no package, is our model computed as everyone computes it.
+# Peers by name, with the module of each package. "onnxruntime" runs the output of `perceiver export`; "usual", which
+# needs no package, is our model with the usual computation.
 PACKAGES = {
     "perceiver-pytorch": "perceiver_pytorch",
     "transformers": "transformers",
     "perceiver-io": "perceiver",
     "onnxruntime": "onnxruntime",
 }
-EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}  # what pip installs, where that is not the name
+EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}  # argument of pip install, if it is not the name
 NAMES = ("usual", *PACKAGES)
-USUAL = ("usual (einsum)", "usual (SDPA)")  # the forms in which "usual" is measured
+USUAL = ("usual (einsum)", "usual (SDPA)")  # the two forms of "usual"
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time: `call` gives logits (B, classes), or what one cross-attend reads (B, N, W).
+    """One implementation: `call` returns logits (B, classes), or the read of one cross-attend (B, N, W).
 
-    differs: how its model differs from the one asked for, in words; empty if it is the same function.
+    differs: the difference of its model to the requested one, in words; empty if both are the same function.
     """
 
     call: Callable[[], Tensor]
@@ -64,8 +64,8 @@ def build(
 ) -> Contender:
     """Return a contender by name: "ours", "usual (einsum)", "usual (SDPA)" or a package.
 
-    alone: the first cross-attend's read and no more, without the linear layers on latents that follow it. The usual
-    way then starts from a finished byte array, while ours makes all that stands for it.
+    alone: only the first cross-attend's read, without the linear layers on latents after it. The usual way then starts
+    from a finished byte array; ours computes its replacement too.
 
     Raises:
         UsageError: the peer cannot build a model of these sizes.
@@ -74,12 +74,12 @@ def build(
     if name == "ours" or name in USUAL:
         return _of_this_model(name, new_model(config, layouts, device), segments, alone=alone)
     if alone:
-        raise UsageError(f"--against {name}: its cross-attend is not measured alone", "use --against usual")
+        raise UsageError(f"--against {name}: no measurement of its cross-attend alone", "use --against usual")
     if name == "onnxruntime":
         return _onnxruntime(new_model(config, layouts, torch.device("cpu")), batch)
     (layout,) = layouts.values() if len(layouts) == 1 else (None,)
     if layout is None or not layout.is_grid or layout.learned_channels or layout.stem != "none":
-        raise UsageError(f"--against {name}: measured on one grid with Fourier features only", "use --against usual")
+        raise UsageError(f"--against {name}: needs one grid with Fourier features", "use --against usual")
     values = segments[next(iter(layouts))].values
     peer, differs = _PEERS[name](config, layout)
     peer.to(device).eval()
@@ -99,7 +99,7 @@ def _of_this_model(name: str, model: Perceiver, segments: Mapping[str, Segment],
     if not alone:
         return Contender(lambda: usual_forward(model, segments, fused=fused), list(model.parameters()))
     with torch.no_grad():
-        rows = model.encoding(segments)  # made before the time begins
+        rows = model.encoding(segments)  # before the timing
     latents = model.latents.expand(len(rows), -1, -1)
     return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
 
@@ -118,7 +118,7 @@ def _onnxruntime(model: Perceiver, batch: int) -> Contender:
     graph = Graph(model, Calibration(), multi_label=False)
     data, run, _ = traced(graph, {"inputs": describe_inputs(layouts)}, ".onnx")
     inputs = made_up(layouts, batch, 0, np.random.default_rng(0))
-    size = f"a file of {len(data) / 1e6:.2f} MB, on the CPU; its memory is that of exporting"
+    size = f"a file of {len(data) / 1e6:.2f} MB, on the CPU; its memory includes the export"
     return Contender(lambda: torch.from_numpy(run(inputs)[0]), [], size)
 
 
@@ -152,7 +152,7 @@ def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
 
 
 def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
-    """Return our model's logits (B, classes), its byte array built and read as in every public implementation."""
+    """Return our model's logits (B, classes), computed with a byte array as in every public implementation."""
     encoding: ByteArrayEncoding = model.encoding
     byte_array = encoding(segments)
     latents = model.latents.expand(len(byte_array), -1, -1)
@@ -208,7 +208,7 @@ def _transformers(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
         "concat_pos": True, "max_resolution": layout.grid, "num_bands": layout.bands, "sine_only": False,
     }  # fmt: skip
 
-    # As its PerceiverForImageClassificationFourier puts it together, which is for 224 x 224 and 64 bands only.
+    # Built as its PerceiverForImageClassificationFourier, which takes 224 x 224 and 64 bands only.
     peer = theirs.PerceiverModel(
         settings,
         input_preprocessor=theirs.PerceiverImagePreprocessor(
@@ -226,7 +226,7 @@ def _transformers(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
 
 
 def _perceiver_io(config: ModelConfig, layout: Layout) -> tuple[nn.Module, str]:
-    from perceiver.model import core  # its image classifier without the training framework that comes with it
+    from perceiver.model import core  # its image classifier, without its training framework
 
     class Pixels(core.InputAdapter):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Records: shards beside JPEGs and WebDataset, preprocess, a pipe, and how long a million of them take to open.
+"""Records: shards against JPEGs and WebDataset, preprocess, a pipe, and the time to open a million records.
 
 python -m benchmarks.records --seconds 5 --rounds 3
 """
@@ -35,13 +35,13 @@ from perceiver_cli.records.format import Facts, Header
 from perceiver_cli.records.npy import npy_bytes, parse_npy
 from perceiver_cli.records.stream import Feed, Writer, pack, read_records
 
-FILES = 256  # JPEGs of 500 x 375, in the size of ImageNet
+FILES = 256  # JPEGs of 500 x 375, the size of ImageNet's
 BATCH = 32
-CHUNK = 64  # files that preprocess is timed by
+CHUNK = 64  # files per timed call of preprocess
 RECORDS = 1_000_000  # of 8 x 8 pixels
 PIPE_BYTES = 1 << 20
 ROOT = Path(__file__).parent.parent
-# A program of its own, so that its memory is that of opening records and of nothing else: it imports no torch.
+# A separate program without torch, so that its memory is that of opening records only.
 OPEN_RECORDS = """
 import json, sys, time
 begin = time.perf_counter()
@@ -57,9 +57,9 @@ POUR = "import sys; from benchmarks.records import pour; pour(sys.argv[2:], floa
 def throughput(seconds: float, rounds: int, count: int = RECORDS) -> Iterator[dict[str, Any]]:
     """Yield samples per second of images as files and as records, MB/s of a pipe, and the cost to open `count` records.
 
-    Reading is to arrays in memory; the loader also crops to 224 x 224, mirrors and makes batches, in this process.
+    Reading ends with arrays in memory; the loader also crops to 224 x 224, mirrors and makes batches, in this process.
     Each figure is the median of `rounds`, taken in turn; `ratio` is the median of the ratios within a round to the
-    contender that `over` names.
+    contender `over`.
     """
     with tempfile.TemporaryDirectory() as folder:
         data, shards = Path(folder, "data"), Path(folder, "shards")
@@ -101,7 +101,7 @@ def _reading(reader: Reader, examples: Sequence[Example], seconds: float) -> flo
     order = cycle(np.random.default_rng(0).permutation(len(examples)))
 
     def read() -> None:
-        np.array(reader.decode(examples[int(next(order))]).arrays["image"])  # out of the mapped file
+        np.array(reader.decode(examples[int(next(order))]).arrays["image"])  # copied from the mapped file
 
     return 1 / time_calls(read, seconds).mean
 
@@ -112,7 +112,7 @@ def _loading(reader: Reader, examples: Sequence[Example], seconds: float) -> flo
 
 
 def _webdataset(shards: Path, seconds: float) -> float:
-    """Return samples per second of the stock reader, NaN where it is not installed."""
+    """Return samples per second of WebDataset's reader, or NaN if it is not installed."""
     try:
         import webdataset
     except ImportError:
@@ -123,7 +123,7 @@ def _webdataset(shards: Path, seconds: float) -> float:
 
 
 def _preparing(job: Job, workers: int, seconds: float) -> float:
-    """Return files per second of `preprocess`, its records thrown away."""
+    """Return files per second of `preprocess`, whose records are dropped."""
     endless = replace(job, examples=list(job.examples) * 1000)
     written = write_records(endless, "-", _nothing, workers)
     rate = CHUNK / time_calls(lambda: list(islice(written, CHUNK)), seconds).mean
@@ -132,7 +132,7 @@ def _preparing(job: Job, workers: int, seconds: float) -> float:
 
 
 def _piping(tars: Sequence[Path], seconds: float) -> float:
-    """Return the MB/s at which this process reads and checks records that another one writes."""
+    """Return the MB/s at which this process reads and checks the records of another process."""
     command = [sys.executable, "-c", POUR, str(seconds), *map(str, tars)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=PIPE_BYTES, cwd=ROOT) as writer:
         assert writer.stdout is not None
@@ -148,7 +148,7 @@ def _piping(tars: Sequence[Path], seconds: float) -> float:
 
 
 def pour(tars: Sequence[str], seconds: float) -> None:
-    """Write the records of tars to stdout, packed anew, over and over for some seconds."""
+    """Pack the records of tars again and write them to stdout, repeatedly for `seconds`."""
     originals = []
     for tar in tars:
         with open(tar, "rb") as file:
@@ -185,12 +185,12 @@ def opening(count: int) -> Iterator[dict[str, Any]]:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 3,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
-    records: Annotated[int, typer.Option(min=100, help="Tiny records to open.")] = RECORDS,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each contender, in turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
+    records: Annotated[int, typer.Option(min=100, help="Number of tiny records to open.")] = RECORDS,
     json: Json = False,
 ) -> None:
-    """Measure reading, loading and writing of records, beside JPEGs and WebDataset."""
+    """Measure reading, loading and writing of records, against JPEGs and WebDataset."""
     report(throughput(seconds, rounds, records), choose("cpu"), json)
 
 

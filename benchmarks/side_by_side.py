@@ -1,10 +1,10 @@
-"""Two checkouts of this repository, measured in one run by their command lines alone.
+"""Two checkouts of this repository, measured in one run through their command lines.
 
     python -m benchmarks.side_by_side BASE HERE --rounds 5
 
-BASE and HERE are folders of git worktrees. Every measurement is a process of its own, with the same Python, the same
-model and the same files; the two checkouts take turns, and which goes first alternates by round. A ratio is made
-within a round, so that a machine that slows down slows both.
+BASE and HERE are folders of git worktrees. Every measurement has its own process, with the same Python, the same model
+and the same files; the two checkouts take turns, and the first one alternates by round. A ratio is taken within a
+round, so that a machine that slows down slows both.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RATES = ("training", "forward", "loader")
 
 @dataclass(frozen=True)
 class Checkout:
-    """One of the two: how it is called here, and its folder."""
+    """One of the two checkouts: its name (base or here) and its folder."""
 
     name: str
     folder: Path
@@ -54,9 +54,9 @@ class Checkout:
         """Return the stdout of Python with this checkout's package, run in `place`.
 
         Raises:
-            ResourceError: it ended with an error.
+            ResourceError: Python ended with an error.
         """
-        # Not the caller's own run, nor its package.
+        # Without the caller's run and package.
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PERCEIVER_")}
         environment["PYTHONPATH"] = str(self.folder / "src")
         done = subprocess.run(
@@ -83,10 +83,10 @@ class Checkout:
 
 
 def checkout(name: str, folder: Path) -> Checkout:
-    """Return a checkout whose package is the one that Python imports.
+    """Return a checkout, after a check that Python imports its package.
 
     Raises:
-        DataError: the folder holds no such package.
+        DataError: the folder holds no package, or Python imports another one.
     """
     side = Checkout(name, folder.resolve())
     package = side.folder / "src" / "perceiver_cli"
@@ -122,9 +122,9 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def measurements(place: Path, seconds: float) -> dict[str, Callable[[Checkout], dict[str, float]]]:
-    """Return the measurements of a checkout by name; each gives figures by their row's name.
+    """Return the measurements of a checkout by name; each returns figures by the name of their row.
 
-    Rows in seconds or "times" are better lower, rows in "/s" higher.
+    Lower is better for rows in seconds or "times", higher for rows in "/s".
     """
 
     def help_text(side: Checkout) -> dict[str, float]:
@@ -167,7 +167,7 @@ def compare_checkouts(
             for number in range(-1, rounds):
                 for side in (base, here) if number % 2 == 0 else (here, base):
                     measured = every[name](side)
-                    if number < 0:  # bytecode and the disk's cache are made here
+                    if number < 0:  # a warm-up of bytecode and the disk's cache
                         continue
                     for row, value in measured.items():
                         figures.setdefault(row, {side_name: [] for side_name in SIDES})[side.name].append(value)
@@ -186,7 +186,7 @@ def compare_checkouts(
 
 
 def processor() -> str:
-    """Return the processor's name, or its architecture where the system does not tell."""
+    """Return the processor's name, or its architecture if the system gives no name."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -194,7 +194,7 @@ def processor() -> str:
 
 
 def facts_of(base: Checkout, here: Checkout, rounds: int) -> dict[str, Any]:
-    """Return the facts that the table must be read with: commits, machine, versions."""
+    """Return the facts to report beside the table: commits, machine, versions."""
     facts = {
         "base": base.commit(),
         "here": here.commit(),
@@ -206,16 +206,16 @@ def facts_of(base: Checkout, here: Checkout, rounds: int) -> dict[str, Any]:
         "torch": version("torch"),
     }
     if hasattr(os, "getloadavg"):
-        facts["load"] = round(os.getloadavg()[1], 2)  # of the last five minutes; above 1 + threads others were busy
+        facts["load"] = round(os.getloadavg()[1], 2)  # of five minutes; above 1 + threads, other processes were busy
     return facts
 
 
 def main(
     base: Annotated[Path, typer.Argument(help="Checkout to compare with.")],
     here: Annotated[Path, typer.Argument(help="Checkout to judge.")] = Path("."),
-    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each, in turn.")] = 5,
-    seconds: Annotated[float, typer.Option(min=0.1, help="For each rate of perceiver bench.")] = 3.0,
-    only: Annotated[str, typer.Option(help="Some of these, by commas.")] = ",".join(MEASUREMENTS),
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each checkout, in turn.")] = 5,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each rate of perceiver bench.")] = 3.0,
+    only: Annotated[str, typer.Option(help="Measurements to make, by commas.")] = ",".join(MEASUREMENTS),
     json: Json = False,
 ) -> None:
     """Compare two checkouts: start, predictions, training step, forward pass and loader, with ratios HERE/BASE."""

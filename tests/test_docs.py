@@ -7,13 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from typer.main import get_command
 
 from docs import blocks, make_cli, make_configuration, make_man
+from perceiver_cli.cli.app import app
+from tests.conftest import Perceive
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -115,3 +119,41 @@ def test_explain_examples(modality: str, tmp_path: Path) -> None:
     assert f"{modality}: " in done.stdout
     assert (tmp_path / "out" / "out.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "out.ply").exists() == (modality == "points")
+
+
+def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    """Yield a command and those below it by their full names."""
+    yield name, command
+    for child in getattr(command, "commands", {}).values():
+        yield from commands(f"{name} {child.name}", child)
+
+
+def documented(command: Any) -> list[Any]:
+    """Return a command's arguments and options, except those that Typer itself adds and describes."""
+    return [each for each in command.params if each.name not in ("help", "install_completion", "show_completion")]
+
+
+COMMANDS = dict(commands("perceiver", get_command(app)))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_is_documented(name: str) -> None:
+    section = make_cli.PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert section
+    for each in documented(COMMANDS[name]):
+        argument = each.param_type_name == "argument"
+        for shown in [each.metavar or each.name.upper()] if argument else [*each.opts, *each.secondary_opts]:
+            assert f"`{shown}`" in section
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_help_text_is_a_sentence(name: str) -> None:
+    command = COMMANDS[name]
+    for text in (command.help, *(each.help for each in documented(command))):
+        assert re.fullmatch(r"(?!Of\b)[A-Z0-9].*\.", text or "", re.DOTALL), text
+
+
+def test_the_list_of_commands_cuts_no_line(perceive: Perceive) -> None:
+    listed = perceive("--help", COLUMNS="80").stdout.decode().partition("\nCommands:\n")[2].splitlines()
+    assert [line.split()[0] for line in listed] == list(COMMANDS["perceiver"].commands)
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []

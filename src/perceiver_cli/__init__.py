@@ -1,4 +1,4 @@
-"""The 2021 Perceiver for files: everything that the commands do, as Python. Names load when first used."""
+"""The 2021 Perceiver for files: the work of the commands, as Python. Each name is imported at its first use."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`perceiver` and `python -m perceiver_cli`: sets up the process, then runs the command line.
+"""`perceiver` and `python -m perceiver_cli`: set up the process, then run the command line.
 
-Only here: who imports the package keeps their own environment, signal handlers and malloc.
+Importing the package changes no environment, signal handler or malloc setting.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import os
 
 def main() -> None:
     """Run the command line."""
-    # Read by GNU OpenMP when torch is first imported. Its threads spin 300,000 times at every barrier by default; with
-    # one other busy process on the machine a step then takes 2 to 20 times as long. 2,000 costs nothing where it is
-    # quiet.
+    # Read by GNU OpenMP when torch is imported. Its threads spin 300,000 times at every barrier by default; beside one
+    # busy process a step then takes 2 to 20 times as long. 2,000 costs nothing on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
     from perceiver_cli.cli.app import app

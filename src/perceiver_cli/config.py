@@ -1,7 +1,7 @@
-"""Every option there is: pydantic models read from TOML, changed by dotted overrides, written into each run.
+"""Every option: pydantic models, read from TOML, changed by dotted overrides, written into each run. No torch.
 
-A `Config` fixes a model, its inputs, how data is read and how it is trained. Nothing here touches a file of data
-or imports torch. Unknown keys are refused with the nearest real one.
+A `Config` fixes a model, its inputs, the reading of data and the training. An error of an unknown key names the nearest
+known one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from perceiver_cli.presets import preset_names, preset_text
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
-TINY_DROPOUT = 0.2  # of each modality, where tiny presets are put together
+TINY_DROPOUT = 0.2  # of each modality, in a combination of tiny presets
 
 
 class ModelConfig(Table):
     """The Perceiver's size and weight sharing (paper sections 3.1 and 4.1; defaults: the ImageNet model).
 
-    `schedule` says what runs in which order and with whose weights: `c1` is a cross-attend with weight set 1, `t0`
-    a latent Transformer with weight set 0, `(c1 t0)x7` repeats. The default is Table 7's sharing: the first
-    cross-attend has its own weights, cross-attends 2 to 8 share theirs, and so do all latent Transformers.
+    `schedule` lists the blocks in order, with their weights: `c1` is a cross-attend with weight set 1, `t0` a latent
+    Transformer with weight set 0, `(c1 t0)x7` repeats. The default is Table 7's sharing: the first cross-attend has its
+    own weights, cross-attends 2 to 8 share theirs, all latent Transformers share theirs.
     """
 
     num_latents: Size = 512
@@ -42,16 +42,13 @@ class ModelConfig(Table):
     self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6
     num_cross_heads: Size = 1
     num_self_heads: Size = 8
-    # Width of Q, K and V in the cross-attend: the paper's min(input channels, latent channels), or the input's as in
-    # the official code. The two differ only where latents are narrower than inputs.
+    # Width of Q, K, V in the cross-attend: min(input, latent channels) (paper), or the input's (official code).
     cross_channels: Literal["min", "input"] = "min"
     widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
-    gelu: Literal["tanh", "erf"] = "tanh"  # tanh is jax.nn.gelu's default, erf what transformers computes
-    # Before the last linear layer: the paper's mean over latents, or Perceiver IO's learned query that attends to them.
-    head: Literal["mean", "query"] = "mean"
-    query_residual: bool = True  # of the query head: add what it attends to, or take it alone
-    # Least width of the learned modality encoding when there are several modalities (paper 4.2: 4 for video).
-    modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4
+    gelu: Literal["tanh", "erf"] = "tanh"  # as the default of jax.nn.gelu (tanh), or of transformers (erf)
+    head: Literal["mean", "query"] = "mean"  # the paper's mean over latents, or Perceiver IO's learned query
+    query_residual: bool = True  # query head: add the query to its read, or take the read alone
+    modality_channels: Annotated[int, Field(ge=1, le=1024)] = 4  # smallest width of the modality encoding (paper 4.2)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -69,7 +66,7 @@ class ModelConfig(Table):
 
     @property
     def steps(self) -> tuple[tuple[str, int], ...]:
-        """The schedule, expanded: (kind, weight set) pairs with kind "c" or "t"."""
+        """The expanded schedule: (kind, weight set) pairs with kind "c" or "t"."""
         text = self.schedule
         while "(" in text:
             expanded = re.sub(
@@ -78,13 +75,10 @@ class ModelConfig(Table):
             if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
                 raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
             text = expanded
-        steps = []
-        for word in text.split():
-            match = re.fullmatch(r"([ct])(\d{1,4})", word)
-            if match is None:
+        for word in (words := text.split()):
+            if re.fullmatch(r"[ct]\d{1,4}", word) is None:
                 raise ValueError(f"schedule word {word!r} is neither a cross-attend (c0) nor a latent Transformer (t0)")
-            steps.append((match[1], int(match[2])))
-        return tuple(steps)
+        return tuple((word[0], int(word[1:])) for word in words)
 
     @property
     def num_cross_sets(self) -> int:
@@ -98,14 +92,14 @@ class ModelConfig(Table):
 
 
 class DataConfig(Table):
-    """Where examples come from and how they are read."""
+    """The examples, and how they are read."""
 
     path: str | None = None
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of train, when there is no validation split
-    group_by: str | None = None  # "parent" (folder) or a column: what is never in two splits
-    split: str | None = None  # file of the split of an earlier run, which is taken over as it was
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train that validates, without a validation split
+    group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
+    split: str | None = None  # file of an earlier run's split, which is reused
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
-    workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen from cores and device
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen by cores and device
     cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
     class_weight_power: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 none, 0.5 square root, 1 inverse frequency
     limits: Limits = Limits()
@@ -115,7 +109,7 @@ _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)")
 
 
 def _duration(value: Any) -> Any:
-    """Return a duration as text, a whole number as steps. Raises ValueError for text of another form."""
+    """Return a duration as text; an integer counts steps. Raises ValueError for text of another form."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value} steps"
     if isinstance(value, str) and _DURATION.fullmatch(value.strip()) is None:
@@ -140,9 +134,9 @@ class TrainConfig(Table):
     """Optimiser, schedule and length of a run."""
 
     epochs: Annotated[float, Field(gt=0)] = 120.0
-    max_steps: Annotated[int, Field(gt=0)] | None = None  # an upper bound of what epochs come to
-    steps: Annotated[int, Field(gt=0)] | None = None  # set, it wins over both
-    max_time_s: Positive | None = None  # set, it wins over all: the schedule is planned to end with it
+    max_steps: Annotated[int, Field(gt=0)] | None = None  # upper bound of the steps of `epochs`
+    steps: Annotated[int, Field(gt=0)] | None = None  # overrides epochs and max_steps
+    max_time_s: Positive | None = None  # overrides every other length: the schedule is planned to end with it
     batch_size: Size = 64
     accumulate: Size = 1  # batches per optimiser step
     optimizer: Literal["adamw", "lamb"] = "lamb"
@@ -152,28 +146,27 @@ class TrainConfig(Table):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     schedule: Literal["constant", "cosine", "step"] = "constant"
     warmup: Duration = "0 steps"
-    flat: Duration = "0 steps"  # of the cosine schedule: how long the peak is held before it falls
-    decay_at: tuple[Duration, ...] = ()  # of the step schedule
+    flat: Duration = "0 steps"  # cosine schedule: length of the peak before the fall
+    decay_at: tuple[Duration, ...] = ()  # step schedule: times at which the rate falls
     decay_factor: Positive = 0.1
     clip_norm: Positive | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. For images.
+    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Images only.
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"
-    save_every: Duration = "1 epoch"  # of the state to resume from; every evaluation saves it too
+    save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # Make activations of latent Transformers again in the backward pass instead of keeping them: a third more time.
-    recompute: bool = False
-    compile: bool = False  # latent Transformers through torch.compile: a minute at the start, for GPUs
+    recompute: bool = False  # compute latent Transformers again in the backward pass: less memory, a third more time
+    compile: bool = False  # compile latent Transformers, for GPUs: a minute at the start
 
 
 def _with_type(key: str, table: Any) -> tuple[type[InputSpec], Any]:
-    """Return a table of inputs with the class of its options, by the modality that it names, else by its key.
+    """Return the options class of a table of inputs, by its modality or else its key, and the table.
 
     Raises ValueError for an unknown modality.
     """
@@ -188,7 +181,7 @@ def _with_type(key: str, table: Any) -> tuple[type[InputSpec], Any]:
 
 
 def _validated_spec(typed: Any) -> Any:
-    """Return the options in what `_with_type` returns. Pydantic puts the place of the table before that of an error."""
+    """Return the options of a pair of `_with_type`, validated here so that pydantic's errors locate the table."""
     return typed[0].model_validate(typed[1]) if isinstance(typed, tuple) else typed
 
 
@@ -196,7 +189,7 @@ class Config(Table):
     """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
 
     name: str = "custom"
-    multi_label: bool = False  # several labels an example: sigmoid instead of softmax; a run takes its data's
+    multi_label: bool = False  # several labels per example: sigmoid instead of softmax; a run takes its data's
     num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
     model: ModelConfig = ModelConfig()
     inputs: dict[str, Annotated[SerializeAsAny[InputSpec], BeforeValidator(_validated_spec)]]
@@ -221,18 +214,24 @@ class Config(Table):
         return self
 
     @classmethod
-    def parse(cls, tables: dict[str, Any], origin: str = "configuration") -> Config:
-        """Return the validated Config, or raise a UsageError that names the first wrong key or value."""
+    def parse(cls, tables: dict[str, Any], origin: str = "configuration", args: dict[str, str] | None = None) -> Config:
+        """Return the validated Config. Raises a UsageError that names the first wrong key or value, and its origin.
+
+        args: assignments by key, as the user typed them; each is the origin of its key.
+        """
         try:
             return cls.model_validate(tables)
         except ValidationError as error:
             key, problem = _first_problem(error)
-            raise UsageError(": ".join(filter(None, (origin, key, problem)))) from None
+            args = args or {}
+            wrong = next((name for name in args if key == name or key.startswith(f"{name}.")), "")
+            names = (args.get(wrong, origin), "" if key == wrong else key, problem)
+            raise UsageError(": ".join(filter(None, names))) from None
 
     def override(self, assignments: list[str]) -> Config:
         """Return this Config changed by `a.b=value` assignments, values in TOML (bare words are strings).
 
-        Raises a UsageError that names the first wrong assignment as it was typed.
+        Raises a UsageError that names the first wrong assignment as typed.
         """
         tables = self.to_dict()
         typed: dict[str, str] = {}
@@ -248,39 +247,33 @@ class Config(Table):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
             table[leaf] = None if text.strip() == "none" else _toml_value(text)
             typed[key.strip()] = assignment.typed if isinstance(assignment, Flag) else f"--set {assignment}"
-        try:
-            return Config.model_validate(tables)
-        except ValidationError as error:
-            key, problem = _first_problem(error)
-            wrong = next((name for name in typed if key == name or key.startswith(f"{name}.")), None)
-            where = "options" if wrong is None else typed[wrong]
-            raise UsageError(": ".join(filter(None, (where, key if key != wrong else "", problem)))) from None
+        return Config.parse(tables, "options", typed)
 
     def to_dict(self, *, without_none: bool = False) -> dict[str, Any]:
-        """Return plain tables: only JSON types, the same after a round trip."""
+        """Return the tables as JSON types, the same after a round trip."""
         tables = self.model_dump(mode="json", exclude_none=without_none)
         tables["inputs"] = tables.pop("inputs")  # last, as in every file
         return tables
 
     def to_toml(self) -> str:
-        """Return the resolved configuration as TOML; keys without a value are left out."""
+        """Return the resolved configuration as TOML, without the keys that have no value."""
         return tomli_w.dumps(self.to_dict(without_none=True))
 
 
 class Flag(str):
-    """An assignment that a flag of its own stands for: errors name the flag."""
+    """An assignment made by a flag; errors name the flag."""
 
     typed: str
 
     def __new__(cls, typed: str, key: str, value: object) -> Flag:
-        """Return the assignment of a value to a key; typed: what it was in the command."""
-        made = super().__new__(cls, f"{key}={json.dumps(value)}")
-        made.typed = typed
-        return made
+        """Return the assignment of a value to a key; typed: the flag and value in the command."""
+        flag = super().__new__(cls, f"{key}={json.dumps(value)}")
+        flag.typed = typed
+        return flag
 
 
 def _first_problem(error: ValidationError) -> tuple[str, str]:
-    """Return the key of the first wrong value ("" if no key alone is wrong), and what is wrong."""
+    """Return the key of the first wrong value ("" if no single key is wrong), and the problem."""
     problem = error.errors(include_url=False)[0]
     names = [name for name in problem["loc"] if isinstance(name, str) and not name.startswith(("function-", "tuple["))]
     if problem["type"] == "unknown_key":
@@ -294,7 +287,7 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
 
 
 def _toml_value(text: str) -> Any:
-    """Return a value in TOML; text that is none is a string."""
+    """Return the value of TOML text; other text is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -302,15 +295,15 @@ def _toml_value(text: str) -> Any:
 
 
 def load_preset(name: str) -> Config:
-    """Return the Config of a preset that ships with the package."""
+    """Return the Config of a built-in preset."""
     return Config.parse({"name": name, **tomllib.loads(preset_text(name))}, f"preset {name}")
 
 
 def tiny_config(modalities: Iterable[str]) -> Config:
-    """Return the recipe for data of these modalities if the user names none: tiny-image, tiny-av and so on.
+    """Return the default recipe for data of these modalities: tiny-image, tiny-av and so on.
 
-    A set without a preset gets the tiny presets of its modalities together: all inputs, of which training withholds a
-    share, the most epochs and the smallest batch.
+    Modalities without a common preset combine their tiny presets: all inputs, of which training withholds a share, the
+    most epochs and the smallest batch.
     """
     names = sorted(modalities)
     for preset in preset_names():
@@ -324,7 +317,7 @@ def tiny_config(modalities: Iterable[str]) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the Config in a TOML file; the split that it names lies beside it. Raises UsageError if it is wrong."""
+    """Return the Config in a TOML file; its `data.split` is a file beside it. Raises UsageError if it is wrong."""
     try:
         with path.open("rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)

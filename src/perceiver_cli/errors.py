@@ -1,7 +1,6 @@
-"""Every error a user can meet, with the exit code that scripts see.
+"""Every expected error, with its exit code. Any other exception is a bug and exits with 1.
 
-The message is one line that names the input, what it is and what was expected; the hint says what to do next. Anything
-else that escapes is a bug and exits with 1.
+The message is one line: the input, its state, the expected state. The hint says what to do next.
 """
 
 from __future__ import annotations
@@ -29,39 +28,39 @@ class PerceiverError(Exception):
         return f"{self.message}; {self.hint}" if self.hint else self.message
 
     def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
-        # Errors cross process borders (data workers); the default would lose the hint.
+        # Data workers send errors to another process; the default would lose the hint.
         return type(self), (self.message, self.hint)
 
 
 class UsageError(PerceiverError):
-    """A flag, a configuration value or a combination of them that cannot work."""
+    """A flag or a configuration value, or a combination of them, that cannot work."""
 
     exit_code = EXIT_USAGE
 
 
 class DataError(PerceiverError):
-    """Input data that is missing, corrupt, over a limit or of the wrong kind."""
+    """Input data that is missing, corrupt, too large or of the wrong kind."""
 
     exit_code = EXIT_DATA
 
 
 class AbsentError(DataError):
-    """A file without the stream that was asked for, such as a video without sound: a missing modality, not damage."""
+    """A file that lacks the requested stream, such as a video without sound: a missing modality, not damage."""
 
 
 class LimitError(DataError):
     """Input data that is larger than a limit allows; the hint names the flag that raises it."""
 
-    def __init__(self, what: str, size: float, unit: str, limit: str, allowed: float) -> None:
+    def __init__(self, subject: str, size: float, unit: str, limit: str, allowed: float) -> None:
         needed = ceil(size)
-        super().__init__(f"{what}: {needed} {unit} > {allowed:.0f}", f"pass --limit {limit}={needed} to allow it")
+        super().__init__(f"{subject}: {needed} {unit} > {allowed:.0f}", f"pass --limit {limit}={needed} to allow it")
 
     def __reduce__(self) -> tuple[type[PerceiverError], tuple[str, str]]:
-        return DataError, (self.message, self.hint)  # what it was made from is in the words
+        return DataError, (self.message, self.hint)  # the message holds the other arguments
 
 
 class ResourceError(PerceiverError):
-    """An output that cannot be written, a lock held by another process, or memory that ran out."""
+    """An output that cannot be written, a lock of another process, or too little memory."""
 
     exit_code = EXIT_RESOURCE
 
@@ -73,12 +72,12 @@ class DivergedError(PerceiverError):
 
 
 class IntegrityError(PerceiverError):
-    """A checkpoint that is damaged, incomplete or of another format version."""
+    """A checkpoint or record that is damaged, incomplete or of another format version."""
 
     exit_code = EXIT_INTEGRITY
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, for a message: 1 file, 2 files, 2,000 classes."""
+    """Return a number with its noun: 1 file, 2 files, 2,000 classes."""
     plural = noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")
     return f"{number:,} {noun if number == 1 else plural}"

@@ -1,4 +1,4 @@
-"""Paths as they are shown, and outputs that are either whole or absent."""
+"""Safe text of paths in messages, and outputs that are either complete or absent."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ MAX_SHOWN = 200  # characters of a path in a message
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
-    """Return `path` in quotes as a single safe line: control, bidi and non-UTF-8 bytes C-escaped, <= 200 long.
+    """Return `path` in quotes as one safe line of at most 200 characters; control, bidi, non-UTF-8 bytes are C-escaped.
 
-    A file name is data from a stranger. This is the only way one may reach a terminal or a log.
+    Every file name in a message goes through it: a file name is untrusted data.
     """
     return f"'{show_text(path)}'"
 
 
 def show_text(text: str | os.PathLike[str]) -> str:
-    """Return `text` escaped and cut as `show_path` does, without quotes: for a cell of a table or a title."""
+    """Return `text` escaped and cut as by `show_path`, without quotes, for a cell of a table or a title."""
     escaped, half = _escaped(os.fspath(text)), MAX_SHOWN // 2
     return escaped if len(escaped) <= MAX_SHOWN else f"{escaped[:half]}...{escaped[-half:]}"
 
 
 def show_command(words: Iterable[str]) -> str:
-    """Return a command that can be shown, copied and run: quoted for a shell, what cannot be shown as bash's $'...'."""
+    """Return a command to show, copy and run: words quoted for a shell, those with escapes as bash's $'...'."""
     return " ".join(shlex.quote(word) if _escaped(word) == word else f"$'{_escaped(word)}'" for word in words)
 
 
 def _escaped(text: str) -> str:
-    """Return text with what cannot be shown, backslashes and quotes escaped as in C."""
+    """Return text with unprintable characters, backslashes and quotes escaped as in C."""
     return "".join("\\" + char if char in "\\'" else _printable(char) for char in text)
 
 
 def printable(text: str, keep: str = "\n") -> str:
-    """Return text with control, bidi and non-UTF-8 bytes C-escaped, but for those in `keep`: safe for a terminal."""
+    """Return text that is safe for a terminal: control, bidi, non-UTF-8 bytes C-escaped, except those in `keep`."""
     if text.isascii() and text.replace("\n", "").isprintable():
         return text
     return "".join(char if char in keep else _printable(char) for char in text)
@@ -59,12 +59,11 @@ def _printable(char: str) -> str:
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
+    """Yield a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
 
-    The order write, fsync(file), rename, fsync(folder) means that after a crash or a power cut the name holds
-    either the old content or the new, never a part (ALICE, OSDI 2014). Where the system can, the file has no name until
-    then, so that not even a killed process leaves one behind. Raises ResourceError if the folder cannot be made or
-    written, or the disk is full.
+    The order write, fsync(file), rename, fsync(folder) leaves the old or the new content after a crash or a power cut,
+    never a part (ALICE, OSDI 2014). On systems with O_TMPFILE the file has no name before, so that a killed process
+    leaves none behind. Raises ResourceError if the folder cannot be made or written, or the disk is full.
     """
     target = Path(path)
     folder = target.parent
@@ -79,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if nameless:  # by a folder that is not used, which has Python follow the link to the file
+            if nameless:  # with a src_dir_fd, which is unused, Python follows the link to the file
                 os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
         os.replace(temporary, target)
         sync_folder(folder)
@@ -91,21 +90,21 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 
 def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:
-    """Return a handle of a new file in a folder, and whether it has no name yet; else it is `temporary`."""
+    """Return a handle of a new file in a folder, and whether it has no name; a name is `temporary`."""
     if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
-        with suppress(OSError):  # not every file system has such files
+        with suppress(OSError):  # not every file system supports O_TMPFILE
             return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666), True
     return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666), False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all."""
+    """Write `text` as UTF-8 to `path`, completely or not at all."""
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def check_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], option: str, problem: str) -> str:
-    """Return the suffix of an output, in small letters. Raises UsageError if it is none of `suffixes`."""
+    """Return the suffix of an output in lower case. Raises UsageError if it is not in `suffixes`."""
     suffix = Path(path).suffix.lower()
     if suffix not in suffixes:
         raise UsageError(f"{option} {show_path(path)}: {problem}", f"expected {' or '.join(suffixes)}")
@@ -113,8 +112,8 @@ def check_suffix(path: str | os.PathLike[str], suffixes: Sequence[str], option: 
 
 
 def check_plot(path: str | os.PathLike[str]) -> str:
-    """Return the format of a plot by its suffix. Raises UsageError where it is neither PNG nor SVG."""
-    return check_suffix(path, (".png", ".svg"), "-o", "not a format drawn here")[1:]
+    """Return the format of a plot by its suffix. Raises UsageError if it is neither PNG nor SVG."""
+    return check_suffix(path, (".png", ".svg"), "-o", "not a format of plots")[1:]
 
 
 def sync_folder(folder: Path) -> None:
@@ -127,6 +126,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
-    """Return the one-line error for an output that could not be written."""
+    """Return the error for an output that cannot be written."""
     reason = error.strerror or type(error).__name__
     return ResourceError(f"{show_path(path)}: cannot write: {reason}", "free space or choose another output")

@@ -1,4 +1,4 @@
-"""What this machine has: cores and memory. No torch."""
+"""Cores and memory of this machine. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 
 
 def cores() -> int:
-    """Return how many cores this process may use, as far as the system tells; never 0."""
+    """Return the number of cores that this process may use, at least 1."""
     if hasattr(os, "process_cpu_count"):  # from Python 3.13 on
         return os.process_cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS or Windows
@@ -16,7 +16,7 @@ def cores() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Return how much memory this machine has, or None where the system does not tell (Windows)."""
+    """Return this machine's memory in bytes, or None if the system does not tell (Windows)."""
     with suppress(AttributeError, ValueError, OSError):
         page, count = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
         return page * count if min(page, count) > 0 else None

@@ -1,4 +1,4 @@
-"""Run folders: their numbers, the lock that one process holds, runs/latest, and the log of metrics."""
+"""Run folders: their names and locks, runs/latest, and the log of metrics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MAX_LOG_BYTES = 64 << 20
 
 @contextmanager
 def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
-    """Make a run folder and lock it for this process, before any time is spent. Files in it stay as they are.
+    """Make a run folder and lock it for this process. Changes no other file in it.
 
-    Raises UsageError if it already holds a run, which neither `resume` nor `replace` expects; ResourceError if it
-    cannot be written or another process holds it.
+    Raises UsageError if it already holds a run, without `resume` or `replace`; ResourceError if it cannot be written or
+    another process holds its lock.
     """
     exists = (run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()
     if exists and not resume and not replace:
@@ -38,21 +38,21 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
         raise cannot_write(run, error) from error
     with lock:
         try:
-            # A POSIX lock, unlike flock's, is not inherited by data workers, which outlive a killed run by seconds.
+            # Data workers outlive a killed run by seconds; they inherit flock's locks, but not POSIX locks.
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise ResourceError(f"{show_path(run)}: in use by another training run") from error
         try:
             yield
         finally:
-            if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # it never began: leave no empty folder
+            if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # the run never began: leave no empty folder
                 (run / LOCK_FILE).unlink()
                 with suppress(OSError):
                     run.rmdir()
 
 
 def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
-    """Write a run's config.toml; with `fresh`, remove the model, state and log of an earlier run."""
+    """Write a run's config.toml; with `fresh`, first remove the model, state and log of an earlier run."""
     if fresh:
         for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
             old.unlink(missing_ok=True)
@@ -61,9 +61,9 @@ def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
 
 
 def cut_log(run: Path, step: int) -> None:
-    """Drop the lines of a run's log after a step, from which the run goes on; make the log if there is none."""
-    kept = [record for record in read_log(run) if record["step"] <= step]
-    write_text(run / METRICS_FILE, "".join(json.dumps(record) + "\n" for record in kept))
+    """Drop the lines of a run's log after the step from which the run continues; create a missing log."""
+    kept = (json.dumps(record) + "\n" for record in read_log(run) if record["step"] <= step)
+    write_text(run / METRICS_FILE, "".join(kept))
 
 
 def append_log(run: Path, record: Mapping[str, Any]) -> None:
@@ -76,9 +76,9 @@ def append_log(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the evaluations in a run's log, oldest first; none if there is no log. A line cut short is left out.
+    """Return the evaluations in a run's log, oldest first; none if it is missing. An incomplete line is skipped.
 
-    Raises IntegrityError if the file is no such log.
+    Raises IntegrityError if the file is not a log of a run.
     """
     path = run / METRICS_FILE
     try:
@@ -86,7 +86,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
             lines = file.read(MAX_LOG_BYTES).split(b"\n")
         records = [json.loads(line) for line in lines if line.endswith(b"}")]
         if not all(isinstance(record["step"], int) for record in records):
-            raise ValueError("a step is no whole number")
+            raise ValueError("a step is not an integer")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -101,7 +101,7 @@ def next_run(name: str) -> Path:
 
 
 def mark_latest(run: Path) -> None:
-    """Point runs/latest in the current folder at a run, so that other commands find it without -m."""
+    """Point runs/latest at a run, which other commands then use without -m."""
     runs = Path("runs")
     try:
         runs.mkdir(exist_ok=True)
@@ -114,9 +114,9 @@ def mark_latest(run: Path) -> None:
 
 
 def find_model(name: str | None) -> Path:
-    """Return the model file of a run folder, or the file itself; without a name $PERCEIVER_MODEL, then runs/latest.
+    """Return the model file of a run folder, or the file itself; the default is $PERCEIVER_MODEL, then runs/latest.
 
-    Raises a UsageError that names the place if there is no such file.
+    Raises a UsageError with the path if there is no such file.
     """
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)

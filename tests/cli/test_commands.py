@@ -378,10 +378,10 @@ def test_files_that_claim_too_much_are_refused_from_the_header(
         (["predict", "x.png", "--format", "xml"], 2, b"--format"),
         (["evaluate", ".", "-m", "nowhere"], 2, b"'nowhere': no model file"),
         (["predict", "x.png", "--limit", "pixels=3"], 2, b"no model"),
-        (["predict", "x.wav", "--hop", "1"], 2, b"--hop is of windows; pass --window SECONDS"),
-        (["predict", "x.wav", "--aggregate", "max"], 2, b"--aggregate is of windows; pass --window SECONDS"),
+        (["predict", "x.wav", "--hop", "1"], 2, b"--hop needs windows; pass --window SECONDS"),
+        (["predict", "x.wav", "--aggregate", "max"], 2, b"--aggregate needs windows; pass --window SECONDS"),
         (["predict", "x.wav", "--window", "0"], 2, b"windows of 0 s every 0 s, expected more than 0 s"),
-        (["predict", "x.wav", "--window", "1", "--workers", "2"], 2, b"--workers read whole files"),
+        (["predict", "x.wav", "--window", "1", "--workers", "2"], 2, b"--workers reads whole files"),
     ],
 )
 def test_refusals_are_one_line_with_their_status(

@@ -287,6 +287,17 @@ def test_stderr_that_is_closed_is_no_reason_to_fail(hostile: Path, tmp_path: Pat
         assert len(done.stdout.splitlines()) == 2
 
 
+def test_an_unexpected_oserror_is_a_bug_in_one_line() -> None:
+    script = (
+        "from perceiver_cli.cli.terminal import guarded\n"
+        "def app(): raise PermissionError(13, 'Permission denied')\n"
+        "guarded(app)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr.count(b"\n")) == (1, 1)
+    assert done.stderr.startswith(b"perceiver: this is a bug: PermissionError: [Errno 13]")
+
+
 # ---------------------------------------------------------------- flags and plurals
 
 

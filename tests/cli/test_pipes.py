@@ -159,7 +159,7 @@ def test_bad_inputs_have_a_line_and_the_status_is_3(here: Path, bars: Path) -> N
     assert done.stdout == b"31\n3 3 0\n"
     assert done.stderr.count(b"perceiver preprocess: ") == done.stderr.count(b"perceiver predict: ") == 2
     assert b"\x1b" not in done.stderr
-    assert b"prepared 31 inputs, 2 of them unreadable: errors in their place" in done.stderr
+    assert b"prepared 31 inputs, 2 of them unreadable: their records hold the error" in done.stderr
 
 
 def test_memory_does_not_grow_with_the_number_of_records(here: Path, tmp_path: Path) -> None:

@@ -42,6 +42,6 @@ def test_a_call_longer_than_the_time_is_made_twice() -> None:
 
 
 def test_a_measurement_has_a_process_of_its_own() -> None:
-    with pytest.raises(ResourceError, match="measuring a model that is too large died, most likely for want of memory"):
+    with pytest.raises(ResourceError, match="measuring a model that is too large died, most likely out of memory"):
         in_new_process("a model that is too large", os._exit, 1)
     assert in_new_process("seconds", abs, -3) == 3

@@ -1,1 +1,1 @@
-"""The command line: one file a group of commands, each with what it prints. The only room that prints."""
+"""The command line: one file for each group of commands and their output. No other room prints."""

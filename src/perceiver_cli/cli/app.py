@@ -1,7 +1,7 @@
-"""The program: its commands in the order of `--help`. Each parses, calls one public function and prints the result.
+"""The list of commands, in the order of `--help`. Each parses, calls one public function and prints the result.
 
-torch is imported only inside the bodies that need it, so that `--help` and `--version` are immediate. For the same
-reason no file of commands imports `annotations` from `__future__`: Typer would compile every annotation four times.
+torch is imported only inside the bodies that need it, so that `--help` is immediate. For the same reason no file of
+commands imports `annotations` from `__future__`: Typer would compile every annotation four times.
 """
 
 from collections.abc import Callable

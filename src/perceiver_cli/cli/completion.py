@@ -1,47 +1,41 @@
-"""What the shell offers when Tab is pressed: names of presets, run folders, model files. Nothing slow is imported."""
+"""Completion for Tab: names of presets, run folders and model files. Imports nothing slow."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from glob import escape, glob
 from pathlib import Path
 
 from perceiver_cli.files import printable
 from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER
 
-PRESETS = Path(__file__).parent.parent / "presets"
-
 
 def presets(incomplete: str) -> list[str]:
-    """Return the names of presets that begin so."""
-    return sorted(path.stem for path in PRESETS.glob("*.toml") if path.stem.startswith(incomplete))
+    """Return the presets whose names begin with the text."""
+    from perceiver_cli.presets import preset_names
+
+    return [name for name in preset_names() if name.startswith(incomplete)]
 
 
 def runs(incomplete: str) -> list[str]:
-    """Return the run folders that begin so, of those in runs/ and of those beside what was typed."""
+    """Return the run folders in runs/ and in the typed folder whose paths begin with the text."""
     return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or (path / STATE_FOLDER).is_dir())
 
 
 def models(incomplete: str) -> list[str]:
-    """Return the run folders with a model and the model files that begin so."""
+    """Return the run folders with a model, and the model files, whose paths begin with the text."""
     return _beginning(incomplete, lambda path: (path / MODEL_FILE).exists() or path.suffix == ".safetensors")
 
 
 def presets_and_models(incomplete: str) -> list[str]:
-    """Return the names of presets, and the runs and model files, that begin so."""
+    """Return the results of `presets` and `models`."""
     return presets(incomplete) + models(incomplete)
 
 
 def _beginning(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
-    folder = os.path.dirname(incomplete)
-    names = [os.path.join(folder, name) for name in _names(folder or ".")]
-    names += [os.path.join("runs", name) for name in _names("runs")] if not folder else []
-    # A name with control characters could not be typed anyway, and must not reach the terminal.
-    return sorted(p for p in names if p.startswith(incomplete) and p == printable(p, "") and wanted(Path(p)))
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return [name for name in os.listdir(folder) if not name.startswith(".")]
-    except OSError:
-        return []
+    paths = glob(f"{escape(incomplete)}*")
+    if not os.path.dirname(incomplete):
+        paths += [path for path in glob("runs/*") if path.startswith(incomplete)]
+    # A name with control characters cannot be typed, and must not reach the terminal.
+    return sorted(path for path in paths if path == printable(path, "") and wanted(Path(path)))

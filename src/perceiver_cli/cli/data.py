@@ -1,4 +1,4 @@
-"""`preprocess` and `lint`, and what they show."""
+"""The commands `preprocess` and `lint`, and their output."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import (
-    complain,
-    counting,
-    emit,
-    emit_json,
-    emit_table,
-    say,
-    say_notes,
-    stderr_is_terminal,
-)
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_notes
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
@@ -26,51 +17,41 @@ if TYPE_CHECKING:
     from perceiver_cli.data.lint import Copies, LintReport
     from perceiver_cli.data.prepare import Done
 
-LISTED = 20  # findings of a kind that are shown to people
-NAMED = 5  # of several names on a line
+LISTED = 20  # findings of a kind in the text report
+NAMED = 5  # names on a line
 
 
 def preprocess(
-    inputs: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for the bytes of one on stdin.")
-    ] = None,
+    inputs: options.Inputs = None,
     output: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", help="FILE.tar, 'NAME-%06d.tar', - for stdout; of one input FILE.npy or FILE.safetensors."
-        ),
+        str, typer.Option("--output", "-o", help="FILE.tar, NAME-%06d.tar, FILE.npy, FILE.safetensors, - for stdout.")
     ] = "-",
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", autocompletion=completion.models, help="Prepare as this run or model file does."),
+        typer.Option("--model", "-m", autocompletion=completion.models, help="Prepare for this run or model file."),
     ] = None,
-    preset: Annotated[
-        str | None, typer.Option(autocompletion=completion.presets, help="Prepare as this recipe does.")
-    ] = None,
+    preset: options.Preset = None,
     changes: options.Changes = None,
     files_from: options.FilesFrom = None,
     null: options.Null = False,
-    label_from: Annotated[
-        Literal["parent"] | None, typer.Option(help="Label each file with its folder's name.")
-    ] = None,
+    label_from: Annotated[Literal["parent"] | None, typer.Option(help="Label files with their folder's name.")] = None,
     stdin_name: options.StdinName = "-",
-    augment: Annotated[int, typer.Option(min=0, help="Write so many random variants of each training example.")] = 0,
-    fourier: Annotated[
-        bool, typer.Option("--fourier", help="Write the byte array as rows with Fourier features, M x C.")
-    ] = False,
-    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Of --fourier.")] = "float32",
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Of 'NAME-%06d.tar', e.g. 64M, 1G.")] = "256M",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with shards that an earlier run began.")] = False,
+    augment: Annotated[int, typer.Option(min=0, help="Number of random variants of each training example.")] = 0,
+    fourier: Annotated[bool, typer.Option("--fourier", help="Write M x C rows with Fourier features.")] = False,
+    dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of --fourier rows.")] = "float32",
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of NAME-%06d.tar, e.g. 64M or 1G.")] = "256M",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the shards of an earlier run.")] = False,
     workers: options.Workers = 0,
     limit: options.Limit = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once and write them as records: a tar that train, evaluate, predict and WebDataset read.
+    """Decode files once and write them as a tar of records. Read by train, evaluate, predict and WebDataset.
 
-    Records hold what files decode to, from which training still draws its crops; without -m or --preset as the tiny
-    preset for the data asks, "auto" settled by the data as in training. FILE.npy and FILE.safetensors are the paper's
-    byte array with its Fourier features (ImageNet: 50176 x 261). A bad input is an error in its place, and status 3.
+    Records hold the decoded files, of which training still takes random crops. Without -m or --preset the tiny preset
+    for the data decides, its "auto" settled by the data as in training. FILE.npy and FILE.safetensors hold one input as
+    the paper's byte array with Fourier features (ImageNet: 50176 x 261). A bad input has a record with its error, and
+    status 3.
     """
     named = options.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
@@ -79,7 +60,7 @@ def preprocess(
     from perceiver_cli.data import prepare
 
     if output == "-" and terminal.is_terminal():
-        raise UsageError("a stream of records is binary and stdout is a terminal", "pass -o FILE, or pipe it on")
+        raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them on")
     job = prepare.plan(
         named, model=model, preset=preset, changes=changes or [], raised=options.raised_limits(limit),
         label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
@@ -95,7 +76,7 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
     from perceiver_cli.preprocess.source import Source
 
     if not isinstance(named, Source) and len(named) != 1:
-        raise UsageError(f"-o {show_path(output)}: one byte array, found {len(named)} inputs", "pass -o FILE.tar")
+        raise UsageError(f"-o {show_path(output)}: holds one input, found {len(named)}", "pass -o FILE.tar")
     source = named if isinstance(named, Source) else Source(named[0])
     spec, limits = input_recipe(source, model, preset, options.raised_limits(limit))
     shape = write_byte_array(source, spec, limits, output)
@@ -105,18 +86,16 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
 def lint(
     data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
     json: options.Json = False,
-    workers: Annotated[
-        int | None, typer.Option(min=0, max=256, help="Processes that decode [default: one a core].")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,
     limit: options.Limit = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode all files once and say what is wrong with them.
+    """Decode all files once and report their faults.
 
-    Unreadable files; the same content twice, in one split or in several, with one label or with different ones; silent
-    sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if there are unreadable files or
-    the same content is in several splits.
+    Report unreadable files; the same content twice, in one or several splits, with the same or different labels;
+    silent sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if files are unreadable or
+    content is in several splits.
     """
     options.check_data(data)
     from perceiver_cli.data.lint import lint as check
@@ -130,7 +109,7 @@ def lint(
 
 
 def follow_preparing(done: Iterator["Done"]) -> int:
-    """Show what becomes of inputs that are prepared; return the exit code: 0, or 3 where any input was bad."""
+    """Print progress and errors while inputs are prepared; return the exit code, 3 if any input was bad."""
     last, failed, said = None, 0, time.monotonic()
     with counting("preparing") as progress:
         for last in done:
@@ -138,16 +117,16 @@ def follow_preparing(done: Iterator["Done"]) -> int:
                 failed += 1
                 complain(f"perceiver preprocess: {last.error}")
             progress(last.count, last.total)
-            if not stderr_is_terminal() and time.monotonic() - said > PLAIN_EVERY_S:
+            if not terminal.stderr_is_terminal() and time.monotonic() - said > PLAIN_EVERY_S:
                 said = time.monotonic()
                 say(f"prepared {last.count} of {last.total}")
-    bad = f", {failed} of them unreadable: errors in their place" if failed else ""
+    bad = f", {failed} of them unreadable: their records hold the error" if failed else ""
     say(f"prepared {counted(0 if last is None else last.total, 'input')}{bad}")
     return EXIT_DATA if failed else 0
 
 
 def show_lint(report: "LintReport", as_json: bool) -> None:
-    """Print what is wrong with a data set: tables and the first of each kind of finding, or one JSON object."""
+    """Print the faults of a data set: a table and the first findings of each kind, or one JSON object."""
     if as_json:
         emit_json(report.to_dict())
         return
@@ -176,7 +155,7 @@ def show_lint(report: "LintReport", as_json: bool) -> None:
 
 
 def _group(group: "Copies") -> str:
-    """Return a group of examples of one content as a line."""
+    """Return the examples with one content as a line."""
     rows = []
     for split, name, labels in group.examples:
         said = f" ({', '.join(show_text(label) for label in labels)})" if group.conflict else ""
@@ -185,6 +164,6 @@ def _group(group: "Copies") -> str:
 
 
 def _some(words: Iterable[str], between: str = ", ") -> str:
-    """Return the first of some words."""
+    """Return the first NAMED words, and the number of others."""
     every = list(words)
     return between.join(every[:NAMED]) + (f" and {len(every) - NAMED} more" if len(every) > NAMED else "")

@@ -1,4 +1,4 @@
-"""Commands about models and this machine: info, presets, compare, import, export, doctor, bench."""
+"""The commands about models and this machine: import, export, info, compare, doctor, presets, bench."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import emit, emit_json, emit_table, flat_items, say, say_notes
+from perceiver_cli.cli.terminal import emit, emit_json, emit_table, figure, flat_items, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_path, show_text
 
@@ -18,11 +18,9 @@ if TYPE_CHECKING:
 def import_weights(
     source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.safetensors"),
-    variant: Annotated[
-        Literal["dm", "hf"], typer.Option(help="Compute as the official code (dm) or as transformers (hf).")
-    ] = "dm",
+    variant: Annotated[Literal["dm", "hf"], typer.Option(help="Match official code (dm) or transformers (hf).")] = "dm",
 ) -> None:
-    """Convert an image classifier of transformers (deepmind/vision-perceiver-*) into a model file."""
+    """Convert a transformers image classifier into a model file. It is one of deepmind/vision-perceiver-*."""
     from perceiver_cli.model.pretrained import import_model
 
     info = import_model(source, output, variant)
@@ -30,13 +28,13 @@ def import_weights(
 
 
 def export(
-    model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as of predict].")] = None,
+    model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as for predict].")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
     json: options.Json = False,
 ) -> None:
-    """Write a model for other programs, as ONNX or torch.export, with classes and preparation in its metadata.
+    """Write a model as ONNX or torch.export for other programs. Its metadata holds the classes and the preparation.
 
-    What is written is run beside the model on random inputs; a difference of more than 1e-4 is an error.
+    The written file runs beside the model on random inputs; a difference of more than 1e-4 is an error.
     """
     path = options.model_file(model)
     from perceiver_cli.model.export import export_model
@@ -57,7 +55,7 @@ def info(
     ],
     json: options.Json = False,
 ) -> None:
-    """Print parameters, FLOPs and shapes of a preset or a model file, without building it."""
+    """Print parameters, FLOPs and shapes of a preset or model file. No model is built."""
     from perceiver_cli.model.describe import describe
 
     terminal.show_facts(describe(name), json)
@@ -67,10 +65,10 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", autocompletion=completion.models, help="Run folders, two or more.")
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also a plot: FILE.png or FILE.svg.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also plot to FILE.png or FILE.svg.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Put runs side by side: validation accuracy with its interval, time, parameters, and what was set differently."""
+    """Put runs side by side. Print validation accuracy with its interval, time, parameters, and options that differ."""
     if output is not None:
         check_plot(output)
     from perceiver_cli.report import compare as comparing
@@ -84,12 +82,10 @@ def compare(
 
 def doctor(
     json: options.Json = False,
-    run: Annotated[
-        bool, typer.Option("--run", help="Also train, save, load and compare, in about 10 seconds.")
-    ] = False,
+    run: Annotated[bool, typer.Option("--run", help="Also train, save, load and compare, in about 10 s.")] = False,
     device: options.Device = "auto",
 ) -> None:
-    """Print versions, decoders, devices, kernels and threads; with --run, test that training works here."""
+    """Print versions, decoders, devices, kernels and threads. With --run, test that training works here."""
     from perceiver_cli.machine.doctor import examine, self_test
 
     facts = examine()
@@ -98,7 +94,7 @@ def doctor(
     terminal.show_facts(facts, json)
 
 
-presets_app = typer.Typer(help="List the recipes that ship with the program, or show one.", rich_markup_mode=None)
+presets_app = typer.Typer(help="List the built-in recipes, or show one.", rich_markup_mode=None)
 
 
 @presets_app.callback()
@@ -112,34 +108,30 @@ def presets(context: typer.Context) -> None:
 
 @presets_app.command()
 def show(
-    name: Annotated[
-        str, typer.Argument(autocompletion=completion.presets, help="One of those that `perceiver presets` lists.")
-    ],
+    name: Annotated[str, typer.Argument(autocompletion=completion.presets, help="Name from `perceiver presets`.")],
 ) -> None:
-    """Print a recipe with its comments: perceiver presets show NAME > run.toml."""
+    """Print a recipe with its comments. To change it: perceiver presets show NAME > run.toml."""
     from perceiver_cli.presets import preset_text
 
     emit(preset_text(name))
 
 
 def bench(
-    preset: Annotated[
-        str, typer.Argument(autocompletion=completion.presets, help="Whose model and inputs to time; or growth.")
-    ] = "tiny-image",
+    preset: Annotated[str, typer.Argument(autocompletion=completion.presets, help="Preset, or growth.")] = "tiny-image",
     mode: Annotated[Literal["forward", "train"], typer.Option(help="Calls that growth times.")] = "forward",
-    plot: Annotated[str | None, typer.Option(help="Draw growth into this SVG or PNG.")] = None,
+    plot: Annotated[str | None, typer.Option(help="Plot growth to FILE.svg or FILE.png.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="To spend on each measurement.")] = 5.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per measurement of growth.")] = 3,
     device: options.Device = "auto",
     precision: options.Precision = "auto",
     workers: options.Workers = 0,
     json: options.Json = False,
 ) -> None:
-    """Measure speed on made-up data: samples per second of training, forward pass and loader; or growth.
+    """Measure speed on synthetic data. Print samples per second of a training step, a forward pass and the loader.
 
-    `bench growth` measures time and memory of the imagenet model and of one cross-attend of it, for 2^12 to 2^20
-    inputs, one example at a time, each measurement in a process of its own.
+    `bench growth` measures time and memory of the imagenet model and of one of its cross-attends, for 2^12 to 2^20
+    inputs, one example at a time, each measurement in its own process.
     """
     from perceiver_cli.machine import speed
     from perceiver_cli.machine.growth import Trial, draw, growth
@@ -156,30 +148,26 @@ def bench(
 
 
 def show_comparison(comparison: "Comparison", as_json: bool) -> None:
-    """Print runs side by side, a row each, and a column for each option that differs; or one JSON object."""
+    """Print a row for each run and a column for each option that differs, or one JSON object."""
     say_notes(comparison.notes)
     if as_json:
         emit_json(comparison.to_dict())
         return
-    precise = any(run.mAP is not None for run in comparison.runs)
-    columns = ["accuracy", "interval", *(["mAP"] if precise else []), "loss", "examples", "seconds", "parameters"]
+    multi_label = any(run.mAP is not None for run in comparison.runs)
+    columns = ["accuracy", "interval", *(["mAP"] if multi_label else []), "loss", "examples", "seconds", "parameters"]
     rows = []
     for place, run in enumerate(comparison.runs):
         interval = "-" if run.interval_95 is None else "{:.3f}-{:.3f}".format(*run.interval_95)
-        measured = [_cell_of(run.accuracy, ".4f"), interval, *([_cell_of(run.mAP, ".4f")] if precise else [])]
-        costs = [_cell_of(run.loss, ".4f"), _cell_of(run.num_examples, ","), _cell_of(run.seconds, ".0f")]
+        measured = [figure(run.accuracy, ".4f"), interval, *([figure(run.mAP, ".4f")] if multi_label else [])]
+        costs = [figure(run.loss, ".4f"), figure(run.num_examples, ","), figure(run.seconds, ".0f")]
         settings = [values[place] for values in comparison.differences.values()]
         words = ["-" if value is None else show_text(str(value)) for value in settings]
         rows.append([show_text(run.run), *measured, *costs, f"{run.parameters:,}", *words])
     emit_table(["name", *columns, *map(show_text, comparison.differences)], rows)
 
 
-def _cell_of(value: float | None, style: str) -> str:
-    return "-" if value is None else format(value, style)
-
-
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:
-    """Print each row as it comes, names and values on one line or a JSON object, and yield it."""
+    """Print each row as it comes, as names and values or as a JSON object, and yield it."""
     for row in rows:
         if as_json:
             emit_json(row)

@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,11 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
+DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, or - for stdin."
 
-
-DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, - for stdin."
-
+Aggregate = Literal["mean", "max", "none"]
+Floats = Literal["auto", "fp32", "bf16", "fp16"]
+Inputs = Annotated[list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -28,41 +30,37 @@ Model = Annotated[
         help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest].",
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Precision = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="auto is bf16 on a GPU, else fp32.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[Floats, typer.Option(help="Precision of matrix products; auto is bf16 on a GPU, else fp32.")]
 Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Inputs at once [default: what fits, 32 at most on a CPU].")]
+BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size [default: what fits, at most 32 on a CPU].")]
 Limit = Annotated[
     list[str] | None,
-    typer.Option("--limit", metavar="NAME=VALUE", help="Raise what one input may cost, e.g. image_pixels=200M."),
+    typer.Option("--limit", metavar="NAME=VALUE", help="Raise a limit of an input, e.g. image_pixels=200M."),
 ]
-Use = Annotated[
+Use = Annotated[str | None, typer.Option(metavar="A,B", help="Use only these modalities; the others count as missing.")]
+Preset = Annotated[
     str | None,
-    typer.Option(metavar="A,B", help="Answer from these of the model's modalities alone, as if others were missing."),
+    typer.Option(autocompletion=completion.presets, help="Recipe [default: the named model's, or a tiny one]."),
 ]
-Aggregate = Literal["mean", "max", "none"]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change any option.")]
-ConfigFile = Annotated[Path | None, typer.Option(help="Recipe from a TOML file, e.g. another run's.")]
-FilesFrom = Annotated[str | None, typer.Option(help="Read more paths from a file, or - for stdin.")]
-Null = Annotated[bool, typer.Option("--null", "-0", help="Those paths end in NUL (find -print0).")]
-StdinName = Annotated[str, typer.Option(help="What to call the bytes on stdin.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of a recipe.")]
+ConfigFile = Annotated[Path | None, typer.Option(help="Recipe in a TOML file, e.g. config.toml of a run.")]
+FilesFrom = Annotated[str | None, typer.Option(help="File that lists more paths, or - for stdin.")]
+Null = Annotated[bool, typer.Option("--null", "-0", help="Paths of --files-from end in NUL (find -print0).")]
+StdinName = Annotated[str, typer.Option(help="Name for the bytes on stdin.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-def _be_quiet(wanted: bool) -> None:
-    terminal.quiet = wanted
+def _set_talk(option: typer.CallbackParam, wanted: bool) -> None:
+    setattr(terminal, str(option.name), wanted)
 
 
-def _be_verbose(wanted: bool) -> None:
-    terminal.verbose = wanted
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_be_quiet, help="Say nothing but errors.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_be_verbose, help="Also what libraries say.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set_talk, help="Print errors only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, help="Print library messages too.")]
 
 
 def check_data(data: str | None) -> None:
-    """Refuse what is not there, before torch has been waited for."""
+    """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
     elif data is not None and not Path(data).exists() and not glob.has_magic(data):
@@ -72,10 +70,7 @@ def check_data(data: str | None) -> None:
 
 
 def model_file(model: str | None) -> Path:
-    """Return the model file that is named, or the one that is used without a name, which is said.
-
-    What is wrong with the file is said before torch is imported.
-    """
+    """Return the named model file, or print and return the default one; check its header before torch is imported."""
     from perceiver_cli.model.checkpoint import read_info
     from perceiver_cli.run_folder import find_model
 
@@ -99,47 +94,43 @@ def open_predictor(model: str | None, device: str, precision: str, limit: list[s
 
 
 def windows_of(window: float | None, hop: float | None, aggregate: Aggregate | None, workers: int) -> Any:
-    """Return how inputs are cut into windows, None where they are not."""
+    """Return the Windows that the options describe, or None without --window."""
     if window is None:
         if hop is not None or aggregate is not None:
-            raise UsageError(f"--{'hop' if hop is not None else 'aggregate'} is of windows", "pass --window SECONDS")
+            raise UsageError(f"--{'hop' if hop is not None else 'aggregate'} needs windows", "pass --window SECONDS")
         return None
     if workers:
-        raise UsageError("--workers read whole files", "leave it out with --window, which reads one after another")
+        raise UsageError("--workers reads whole files", "leave it out with --window, which reads one file at a time")
     from perceiver_cli.inference.predictor import Windows
 
     return Windows(window, window if hop is None else hop, aggregate or "mean")
 
 
 def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
-    """Yield what to predict: the paths themselves, listed paths, bytes on stdin."""
+    """Return the paths to predict, those listed in a file, and the bytes on stdin as a Pipe."""
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
         raise UsageError("stdin can be read once", "pass - once, or --files-from -")
     if "-" in inputs or files_from == "-":
         _piped_stdin()
-    return _named(inputs, files_from, null, stdin_name)
-
-
-def _named(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
     from perceiver_cli.data.inputs import Pipe
 
-    for path in inputs:
-        stdin = path == "-"
-        yield Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if stdin else path
-    yield from _listed(files_from, null)
+    def opened(path: str) -> Any:
+        return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
+
+    return chain(map(opened, inputs), _listed(files_from, null))
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
-    """Return the file number of stdin; a terminal there gets help instead of silence."""
+    """Return the file number of stdin; raise a UsageError with an example if it is a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UsageError("stdin is a terminal", f"pipe something in: {example}")
     return sys.stdin.fileno()
 
 
 def _listed(path: str | None, null: bool) -> Iterator[str]:
-    """Yield the paths in a list, as they arrive."""
+    """Yield the paths in a list as they arrive."""
     if path is None:
         return
     try:
@@ -165,7 +156,7 @@ def inputs_to_prepare(
         raise UsageError("nothing to prepare", "pass files or folders, or - with bytes on stdin, or --files-from")
     if "-" in inputs:
         if len(inputs) > 1 or files_from is not None:
-            raise UsageError("- is one input, by itself", "pass the paths of several with --files-from")
+            raise UsageError("- must be the only input", "pass several paths with --files-from")
         with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
             return Source(stdin_name, received(stream, Limits.model_validate(raised_limits(limit))))
     if files_from == "-":
@@ -174,7 +165,7 @@ def inputs_to_prepare(
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:
-    """Return the Config of a preset or a TOML file, None where neither was named."""
+    """Return the Config of a preset or a TOML file, or None if neither is named."""
     from perceiver_cli.config import load_config, load_preset
 
     if preset is not None and config is not None:
@@ -183,7 +174,7 @@ def recipe_of(preset: str | None, config: Path | None) -> Any:
 
 
 def seconds(text: str | None) -> float | None:
-    """Return "300", "5m", "1h30m" in seconds."""
+    """Return a time such as "300", "5m" or "1h30m" in seconds."""
     if text is None:
         return None
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
@@ -194,22 +185,21 @@ def seconds(text: str | None) -> float | None:
 
 
 def raised_limits(assignments: list[str] | None) -> dict[str, float]:
-    """Return the limits raised on the command line, suffixes k, M and G counted as powers of 1000."""
+    """Return the limits in NAME=VALUE assignments; see `number` for the values."""
     from perceiver_cli.preprocess.spec import Limits
 
     raised: dict[str, float] = {}
     for assignment in assignments or []:
         name, _, text = assignment.partition("=")
         if name not in Limits.model_fields:
-            known = ", ".join(Limits.model_fields)
-            raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names are {known}")
+            raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names: {', '.join(Limits.model_fields)}")
         value = number(f"--limit {assignment}", text)
         raised[name] = int(value) if value.is_integer() else value
     return raised
 
 
 def number(option: str, text: str) -> float:
-    """Return a number that may end in k, M or G, which count as powers of 1000."""
+    """Return a number that may end in k, M or G, powers of 1000."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMG]?)", text)
     if match is None:
         raise UsageError(f"{option}: expected a number such as 500k, 64M or 1.5G")

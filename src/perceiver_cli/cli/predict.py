@@ -1,17 +1,16 @@
-"""`predict`, `evaluate` and `explain`, and what they show."""
+"""The commands `predict`, `evaluate` and `explain`, and their output."""
 
 import csv
 import io
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from perceiver_cli.cli import options, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_notes
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, figure, say, say_notes
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import check_suffix, show_path, show_text
 
@@ -20,23 +19,21 @@ if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
 
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet's formula begins with
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
+Format = Literal["auto", "table", "jsonl", "csv", "tsv"]
 
 
 def evaluate(
     data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
     model: options.Model = None,
     use: options.Use = None,
-    split: Annotated[
-        str | None, typer.Option(help="train, val, test or all [default: test, else val, else all].")
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to measure [default: test, else val, else all].")] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
     ] = None,
     calibrate: Annotated[
-        bool,
-        typer.Option("--calibrate", help="First fit a temperature on the validation split, and keep it in the model."),
+        bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
     ] = False,
     json: options.Json = False,
     batch_size: options.BatchSize = None,
@@ -47,7 +44,7 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a model on labelled files: accuracy, top-5, loss, calibration (ECE), and each class."""
+    """Measure a model on labelled files. Print accuracy, top-5, loss, calibration error (ECE), and each class."""
     options.check_data(data)
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model
     from perceiver_cli.inference.evaluation import evaluate as evaluate_model
@@ -77,32 +74,22 @@ def evaluate(
 
 
 def predict(
-    inputs: Annotated[
-        list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")
-    ] = None,
+    inputs: options.Inputs = None,
     model: options.Model = None,
     use: options.Use = None,
-    window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of so many seconds.")] = None,
-    hop: Annotated[float | None, typer.Option(help="Seconds between their beginnings [default: --window].")] = None,
+    window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of this many seconds.")] = None,
+    hop: Annotated[float | None, typer.Option(help="Seconds from window to window [default: --window].")] = None,
     aggregate: Annotated[
-        options.Aggregate | None,
-        typer.Option(help="Of the windows' probabilities; none: a line for each window [default: mean]."),
+        options.Aggregate | None, typer.Option(help="Join the windows' probabilities [default: mean]; none keeps them.")
     ] = None,
-    style: Annotated[
-        Literal["auto", "table", "jsonl", "csv", "tsv"],
-        typer.Option("--format", help="auto is a table on a terminal, else JSON lines."),
-    ] = "auto",
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 5,
-    all_probs: Annotated[bool, typer.Option("--all-probs", help="Give the probability of every class.")] = False,
+    style: Annotated[Format, typer.Option("--format", help="Format; auto: table on a terminal, else jsonl.")] = "auto",
+    top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
+    all_probs: Annotated[bool, typer.Option("--all-probs", help="Print the probability of every class.")] = False,
     files_from: options.FilesFrom = None,
     null: options.Null = False,
     stdin_name: options.StdinName = "-",
-    min_prob: Annotated[
-        float, typer.Option(min=0, max=1, help='Answer "unknown" where no class is at least so probable.')
-    ] = 0.0,
-    embeddings: Annotated[
-        Path | None, typer.Option(help="Also write the mean latent of each line to FILE.npy or FILE.safetensors.")
-    ] = None,
+    min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
+    embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
     device: options.Device = "auto",
@@ -111,11 +98,11 @@ def predict(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Classify files. One line per input, in the order given; a bad input is a line with its error, and status 3.
+    """Classify files. Print one line per input, in input order; a bad input has a line with its error, and status 3.
 
-    For a model of several modalities a video file brings picture and sound; in a folder, files of one stem (017.png,
-    017.wav) are one input; and so is a row of a manifest (CSV, TSV, JSONL), with a column for each modality. What an
-    input lacks is missing, and "used" says what there was.
+    For a model of several modalities, one input is a video with its sound, the files of one stem in a folder (017.png,
+    017.wav), or a row of a manifest (CSV, TSV, JSONL) with a column for each modality. An input may lack a modality;
+    "used" names those that it has.
     """
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
 
@@ -136,31 +123,27 @@ def predict(
 
 
 def explain(
-    inputs: Annotated[
-        list[str], typer.Argument(metavar="INPUT...", help="A file, or one of each modality; - for bytes on stdin.")
-    ],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply: the points in colours.")
-    ] = None,
+    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="A file, or one per modality; - for stdin.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply with colours.")] = None,
     model: options.Model = None,
     use: options.Use = None,
-    label: Annotated[str | None, typer.Option("--class", help="To explain [default: the most probable one].")] = None,
+    label: Annotated[str | None, typer.Option("--class", help="Class to explain [default: the most probable].")] = None,
     json: options.Json = False,
     device: options.Device = "auto",
     limit: options.Limit = None,
 ) -> None:
-    """Show where a model looked: score maps as in the paper's Figure 3, attention, and what speaks for a class."""
+    """Show where a model looked. Draw score maps as in the paper's Figure 3, attention, and evidence for a class."""
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
-        check_suffix(output, (".png", ".ply"), "-o", "not a kind of file that is written here")
+        check_suffix(output, (".png", ".ply"), "-o", "not a format of explain")
     named = list(options.inputs_to_predict(inputs, None, False, "-"))
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save
 
-    give_back_freed()  # of a large model's gradient, which the process does not need twice
+    give_back_freed()  # the process computes a large model's gradient once
     explanation = explained(predictor, named, label)
     if output is not None:
         save(explanation, output)
@@ -178,65 +161,60 @@ def explain(
 def show_predictions(
     predictions: Iterable["Prediction"], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
 ) -> int:
-    """Write predictions as they come; return the exit code: 0, or 3 where any input was bad.
-
-    extra: further columns of tables, of those in EXTRA_WIDTH.
-    """
+    """Print predictions as they come; return the exit code, 3 if any input was bad. extra: columns of EXTRA_WIDTH."""
     if style == "auto":
         style = "table" if terminal.is_terminal() else "jsonl"
     if style == "table":
-        emit(f"{'file':<40} {_padded(extra, extra)}{'label':<16} {'prob':>6}  others\n")
-    delimiter, begun, failed = "\t" if style == "tsv" else ",", False, 0
+        emit(f"{'file':<40} {_padded({name: name for name in extra})}{'label':<16} {'prob':>6}  others\n")
+    exit_code, header = 0, True
     for prediction in predictions:
         if prediction.error is not None:
-            failed += 1
+            exit_code = EXIT_DATA
             complain(f"perceiver predict: {prediction.error}")
         if style == "table":
             emit(_table_row(prediction, top_k, all_probs, extra))
         elif style == "jsonl":
-            emit(json.dumps(prediction.to_dict(top_k, all_probs=all_probs)) + "\n")
+            emit_json(prediction.to_dict(top_k, all_probs=all_probs))
         else:
-            if not begun:
-                emit(_csv_row(_heads(prediction, top_k, all_probs, extra), delimiter))
-            emit(_csv_row(_cells(prediction, top_k, all_probs, extra), delimiter))
-            begun = True
-    return EXIT_DATA if failed else 0
+            cells = _cells(prediction, top_k, all_probs, extra)
+            emit((_csv_row(cells.keys(), style) if header else "") + _csv_row(cells.values(), style))
+            header = False
+    return exit_code
 
 
-def _csv_row(cells: list[Any], delimiter: str) -> str:
-    """Return a row of CSV in which no spreadsheet takes a cell for a formula."""
+def _csv_row(cells: Iterable[Any], style: str) -> str:
+    """Return a row of CSV or TSV in which a spreadsheet finds no formula."""
     safe = [f"'{c}" if isinstance(c, str) and c != "-" and c.startswith(FORMULAS) else c for c in cells]
     stream = io.StringIO()
-    csv.writer(stream, delimiter=delimiter).writerow(safe)  # quotes what it ends lines with: \r and \n both
+    # The writer quotes every character of its line end: \r and \n both.
+    csv.writer(stream, delimiter="\t" if style == "tsv" else ",").writerow(safe)
     return stream.getvalue().removesuffix("\r\n") + "\n"
 
 
-def _heads(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> list[str]:
-    """Return the names of the columns of `_cells`."""
-    ranks = ["", *(f"_{rank}" for rank in range(2, min(top_k, len(prediction.classes)) + 1))]
-    best = [f"{name}{rank}" for rank in ranks for name in ("label", "prob")]
-    return ["path", *extra, *best, *(f"p_{name}" for name in prediction.classes if all_probs), "error"]
+def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> dict[str, Any]:
+    """Return the cells of a row of CSV by column; those of a bad input are empty."""
+    classes = prediction.classes
+    cells: dict[str, Any] = {"path": prediction.path, **_extra(prediction, extra)}
+    for rank, (name, prob) in enumerate(prediction.top(top_k) or [("", "")] * min(top_k, len(classes)), 1):
+        suffix = "" if rank == 1 else f"_{rank}"
+        cells |= {f"label{suffix}": name, f"prob{suffix}": prob}
+    if prediction.error is None:
+        cells["label"] = prediction.label  # or "unknown"
+    if all_probs:
+        cells |= dict(zip((f"p_{name}" for name in classes), prediction.probs or [""] * len(classes), strict=True))
+    return {**cells, "error": prediction.error or ""}
 
 
-def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> list[Any]:
-    count = min(top_k, len(prediction.classes))
-    best: list[Any] = [cell for pair in prediction.top(count) for cell in pair] or [""] * (2 * count)
-    best[0] = prediction.label if prediction.error is None else ""
-    every = (prediction.probs or [""] * len(prediction.classes)) if all_probs else []
-    return [prediction.path, *_extra(prediction, extra), *best, *every, prediction.error or ""]
-
-
-def _extra(prediction: "Prediction", names: Sequence[str]) -> list[str]:
-    """Return the cells of further columns."""
+def _extra(prediction: "Prediction", names: Sequence[str]) -> dict[str, str]:
+    """Return the cells of the columns in EXTRA_WIDTH by name."""
     facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
     if "labels" in names:
         facts["labels"] = ";".join(prediction.labels) if prediction.error is None else ""
-    return ["" if facts[name] is None else str(facts[name]) for name in names]
+    return {name: "" if facts[name] is None else str(facts[name]) for name in names}
 
 
-def _padded(cells: Sequence[str], extra: Sequence[str]) -> str:
-    """Return the cells of further columns for a table."""
-    return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in zip(extra, cells, strict=True))
+def _padded(cells: Mapping[str, str]) -> str:
+    return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells.items())
 
 
 def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
@@ -245,12 +223,12 @@ def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Seq
         return f"{shown:<40} (not read)\n"
     (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
     rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
-    further = _padded(_extra(prediction, extra), extra)
+    further = _padded(_extra(prediction, extra))
     return f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 def show_report(report: "Report", as_json: bool) -> None:
-    """Print an evaluation: headline and per-class table, or one JSON object."""
+    """Print an evaluation: a headline and a table of classes, or one JSON object."""
     if as_json:
         emit_json(report.to_dict())
         return
@@ -263,10 +241,8 @@ def show_report(report: "Report", as_json: bool) -> None:
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
-    rows = []
-    for name, row in report.per_class.items():
-        cells = ((key, row[key]) for key in columns)
-        rows.append(
-            [show_text(name), *("-" if v is None else str(v) if k == "count" else f"{v:.3f}" for k, v in cells)]
-        )
+    rows = (
+        [show_text(name), *(figure(row[column], "" if column == "count" else ".3f") for column in columns)]
+        for name, row in report.per_class.items()
+    )
     emit_table(["class", *columns], rows)

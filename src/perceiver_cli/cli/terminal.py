@@ -1,6 +1,6 @@
-"""What people and pipes see: data on stdout, talk on stderr, exit codes, progress.
+"""Data on stdout, talk on stderr, progress bars, exit codes.
 
-The only user of rich, which is imported when something is drawn: `--help` does not wait for it.
+The only user of rich, imported when it first draws, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-LAST_WORDS = 5  # lines of libraries that are shown when something went wrong
-LIBRARY_BYTES = 1 << 16  # read at a time of what libraries wrote: all that a pipe holds
+LAST_WORDS = 5  # lines of libraries that are shown after a failure
+LIBRARY_BYTES = 1 << 16  # read from the libraries' pipe at a time: its capacity
 debug = False
-quiet = False  # -q: errors and nothing else
-verbose = False  # -v: also what libraries have to say
-_stderr: IO[str] | None = None  # file 2 as it was before libraries were kept from it
+quiet = False  # -q: errors only
+verbose = False  # -v: also messages of libraries
+_stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe took its place
 
 
 @cache
 def talk() -> Console:
-    """Return the console on stderr. A reader that leaves is no reason for a run to end."""
+    """Return the console on stderr; it turns quiet when its reader leaves, so that a run goes on."""
     from rich.console import Console
 
-    # In a pipe or a log a line stays a line; on a terminal words wrap.
+    # Lines wrap on a terminal only.
     stream = _stderr or sys.stderr
     console = Console(
         file=stream, quiet=stream is None, highlight=False, markup=False, soft_wrap=not stderr_is_terminal()
@@ -48,13 +48,13 @@ def talk() -> Console:
 
 
 def stderr_is_terminal() -> bool:
-    """Return whether somebody looks at stderr."""
+    """Return whether stderr is a terminal."""
     stream = _stderr or sys.stderr
     return stream is not None and stream.isatty()
 
 
 def guarded(app: Callable[[], None]) -> None:
-    """Run the command line: expected errors become one line and their exit code; a bug says so and exits with 1."""
+    """Run the command line: an expected error becomes one line and its exit code, a bug one line and exit code 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
     _guard_stderr()
     try:
@@ -63,13 +63,11 @@ def guarded(app: Callable[[], None]) -> None:
         _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except MemoryError:
         _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            raise
-        _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
-        _fail(f"{bug}; run it again with --debug before the command", EXIT_BUG, quote_libraries=True)
+        _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:
         _libraries.heard()
 
@@ -84,7 +82,7 @@ def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> Non
 
 
 class _Escaped(io.TextIOWrapper):
-    """A stream on which control characters come out escaped: messages of others quote what people typed."""
+    """A stream that escapes control characters: usage errors and warnings quote the user's words."""
 
     def write(self, text: str) -> int:
         super().write(printable(text))
@@ -92,7 +90,7 @@ class _Escaped(io.TextIOWrapper):
 
 
 def _guard_stderr() -> None:
-    """Let only `talk` write as it likes to stderr; what else Python writes there (usage, warnings) is escaped."""
+    """Escape everything that Python writes to stderr (usage errors, warnings), except by `talk`."""
     if sys.stderr is None:
         return
     global _stderr
@@ -102,10 +100,10 @@ def _guard_stderr() -> None:
 
 
 class _Libraries:
-    """What C libraries write to file 2 by themselves, such as libtiff's warnings of a damaged file: kept, not shown.
+    """Lines that C libraries write to file 2, such as libtiff's warnings of a damaged file.
 
-    With -v each line is shown, escaped; without, the last ones are if the program then fails. It goes through a pipe
-    that never blocks, so that what is too much is lost and no decoder waits.
+    With -v each line is printed, escaped; otherwise the last lines are, if the program fails. The pipe never blocks:
+    it drops what exceeds its capacity, and no decoder waits.
     """
 
     def __init__(self) -> None:
@@ -113,7 +111,7 @@ class _Libraries:
         self.lines: deque[str] = deque(maxlen=LAST_WORDS)
 
     def listen(self) -> None:
-        """Begin, in place of file 2."""
+        """Put a pipe in place of file 2."""
         self.pipe, write_end = os.pipe()
         os.set_blocking(self.pipe, False)
         os.set_blocking(write_end, False)
@@ -121,8 +119,8 @@ class _Libraries:
         os.close(write_end)
 
     def heard(self) -> None:
-        """Take in what there is."""
-        with suppress(OSError):  # nothing more; or in a process that was forked and reads for another
+        """Read the lines written so far."""
+        with suppress(OSError):  # the pipe is empty, or another process forked from the same one reads it
             while self.pipe is not None and (data := os.read(self.pipe, LIBRARY_BYTES)):
                 for line in data.decode("utf-8", "surrogateescape").splitlines():
                     self.lines.append(line)
@@ -130,7 +128,7 @@ class _Libraries:
                         _print(f"library: {line}")
 
     def last_words(self) -> None:
-        """Show the last lines, where they were not shown already."""
+        """Print the last lines, unless -v has printed them."""
         self.heard()
         for line in () if verbose else self.lines:
             _print(f"library: {line}")
@@ -140,7 +138,7 @@ _libraries = _Libraries()
 
 
 def begin(with_tracebacks: bool) -> None:
-    """Settle how the command that follows speaks: with --debug, libraries write to stderr directly."""
+    """Keep the libraries' lines from now on; with --debug, they write to stderr directly."""
     global debug
     debug = with_tracebacks
     if not debug and sys.stderr is not None:
@@ -148,34 +146,34 @@ def begin(with_tracebacks: bool) -> None:
 
 
 def say(message: str) -> None:
-    """Print one line of talk on stderr; nothing with -q."""
+    """Print one line on stderr; nothing with -q."""
     if not quiet:
         complain(message)
 
 
 def say_notes(notes: Iterable[str]) -> None:
-    """Print what is worth knowing, a line each."""
+    """Print a line for each note."""
     for note in notes:
         say(f"note: {note}")
 
 
 def complain(message: str) -> None:
-    """Print one line on stderr that -q does not silence: an error, or an input that cannot be used."""
+    """Print one line on stderr, with -q too: an error, or an unusable input."""
     _libraries.heard()
     _print(message)
 
 
 def _print(message: str) -> None:
-    with suppress(OSError, ValueError):  # nobody may be listening
+    with suppress(OSError, ValueError):  # stderr may be closed or full
         from rich.text import Text
 
         talk().print(Text(printable(message)))
 
 
 def emit(text: str, *, styled: bool = False) -> None:
-    """Write data to stdout and flush. Ends quietly by SIGPIPE where the reader has left.
+    """Write data to stdout and flush. If the reader has left, the process ends by SIGPIPE.
 
-    On a terminal control characters are escaped, unless the text is `styled`: safe, with escapes of our own. Raises
+    On a terminal control characters are escaped, unless the text is `styled`, safe text with our own escapes. Raises
     ResourceError if stdout is closed or its disk is full.
     """
     if is_terminal() and not styled:
@@ -194,12 +192,12 @@ def emit_bytes(data: bytes) -> None:
     except BrokenPipeError:
         end_by_signal(signal.SIGPIPE)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered can no longer fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit must not fail again
         raise ResourceError(f"stdout: cannot write: {error.strerror}") from error
 
 
 def end_by_signal(number: int) -> None:
-    """End this process by a signal, so that shells and schedulers see which."""
+    """End this process by a signal, for shells and schedulers to see."""
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 
@@ -215,7 +213,7 @@ def emit_json(record: Mapping[str, Any]) -> None:
 
 
 def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> None:
-    """Write a table to stdout, names to the left and figures to the right; total: the cells of a last row."""
+    """Write a table to stdout, names left-aligned and figures right-aligned; total: the cells of a last row."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -228,14 +226,13 @@ def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Seq
     if total:
         table.add_row(*map(Text, total), style="bold")
     stream = io.StringIO()
-    # In a pipe a row is a line, however long.
-    width = None if is_terminal() else 1000
+    width = None if is_terminal() else 1000  # in a pipe rows do not wrap
     Console(file=stream, width=width, force_terminal=is_terminal(), markup=False).print(table)
     emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
 def bar(*more: str) -> Progress:
-    """Return a bar on stderr with further texts; it shows nothing if that is no terminal, or with -q."""
+    """Return a progress bar on stderr with more text columns; it is hidden off a terminal and with -q."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -245,14 +242,14 @@ def bar(*more: str) -> Progress:
 
 @contextmanager
 def counting(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar while something is counted."""
+    """Show a bar; yield the function that sets its (done, total)."""
     with bar() as progress:
         task = progress.add_task(description, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
-    """Print names and values: aligned lines, or one JSON object."""
+    """Print names and values as aligned lines or as one JSON object."""
     if as_json:
         emit_json(facts)
         return
@@ -261,7 +258,13 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
 
 
+def figure(value: float | None, style: str) -> str:
+    """Return a number in a format such as ".3f", or a dash for None."""
+    return "-" if value is None else format(value, style)
+
+
 def flat_items(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield each value with its dotted name, as text; skip None."""
     for name, value in facts.items():
         if isinstance(value, dict):
             yield from flat_items(value, f"{prefix}{name}.")

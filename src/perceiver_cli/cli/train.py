@@ -1,4 +1,4 @@
-"""`train` and `lr-find`, and what they show."""
+"""The commands `train` and `lr-find`, and their output."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options
+from perceiver_cli.cli import completion, options, terminal
 from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_signal, is_terminal, say, say_notes
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
@@ -26,54 +26,38 @@ def train(
         Path | None,
         typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=completion.presets,
-            help="Recipe [default: --init-from's, or a tiny one for what the data holds].",
-        ),
-    ] = None,
+    preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,
     epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
-    max_time: Annotated[
-        str | None, typer.Option(help="Length in time, e.g. 300, 5m, 1h30m: the run ends with it.")
-    ] = None,
+    max_time: Annotated[str | None, typer.Option(help="Length in time, e.g. 300, 5m or 1h30m.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of weights, order and augmentation.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"] | None, typer.Option(help="As computed.")] = None,
-    recompute: Annotated[
-        bool,
-        typer.Option("--recompute", help="Make activations again instead of keeping them: slower, far less memory."),
-    ] = False,
-    compile_: Annotated[bool, typer.Option("--compile", help="Through torch.compile, for GPUs.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed for weights, data order and augmentation.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = None,
+    precision: Annotated[options.Floats | None, typer.Option(help="Precision of matrix products.")] = None,
+    recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
-    group_by: Annotated[
-        str | None, typer.Option(help="parent (folder) or a column: what is never in both train and val.")
-    ] = None,
+    group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: options.Limit = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in -o, or runs/latest.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or runs/latest.")] = False,
     init_from: Annotated[
-        str | None,
-        typer.Option(autocompletion=completion.models, help="Start from the weights of a run or model file."),
+        str | None, typer.Option(autocompletion=completion.models, help="Start from weights of a run or model file.")
     ] = None,
-    freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="trunk: only the head learns.")] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Start over where -o already holds a run.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, and stop.")] = False,
-    log: Annotated[
-        Literal["none", "tensorboard"], typer.Option(help="Also write the figures of each step into RUN/tensorboard.")
-    ] = "none",
+    freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="Train the head only (trunk).")] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace the run that -o already holds.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, then stop.")] = False,
+    log: Annotated[Literal["none", "tensorboard"], typer.Option(help="Log each step to RUN/tensorboard.")] = "none",
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train a model on labelled files. The last line printed is the path of the best model.
+    """Train a model on labelled files. The last line on stdout is the path of the best model.
 
     Several modalities make one model: files of one stem in a class folder (cat/017.png, cat/017.wav), a manifest with a
-    column for each (image,audio,label), or videos with their sound. A missing one is missing, not an error.
+    column for each (image,audio,label), or videos with their sound. An example may lack a modality.
     """
     from perceiver_cli.config import Flag
     from perceiver_cli.training.tensorboard import check_tensorboard, logged
@@ -93,7 +77,7 @@ def train(
         "--max-bad": ("data.max_bad", max_bad),
         "--group-by": ("data.group_by", group_by),
     }
-    overrides: list[str] = list(changes or [])
+    overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length on the command line replaces every length of the recipe.
         lengths = {"max_steps": None, "steps": steps, "max_time_s": options.seconds(max_time)}
@@ -106,7 +90,7 @@ def train(
     options.check_data(data)
     if log == "tensorboard":
         check_tensorboard()
-    from perceiver_cli.training.trainer import Trainer  # torch, after what can be refused without it
+    from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
 
     trainer = Trainer(
         data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
@@ -122,21 +106,19 @@ def train(
 
 def lr_find(
     data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The curve: FILE.png or FILE.svg.")] = Path(
-        "lr-find.png"
-    ),
-    preset: Annotated[str | None, typer.Option(help="Recipe [default: a tiny one for what the data holds].")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Plot: FILE.png or FILE.svg.")] = Path("lr-find.png"),
+    preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
-    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Of rates from 1e-5 to 1, at most.")] = 100,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Most steps, from rate 1e-5 to 1.")] = 100,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
-    """Suggest a learning rate: train a fresh model while the rate grows, and look where the loss is lowest."""
+    """Suggest a learning rate. A fresh model trains while the rate grows; the suggestion is below the lowest loss."""
     recipe = options.recipe_of(preset, config)
-    chosen = None if device == "auto" else device
-    flags = {"--preset": preset, "--config": config, "--batch-size": batch_size, "--device": chosen}
+    flags = {"--preset": preset, "--config": config, "--batch-size": batch_size}
+    flags |= {} if device == "auto" else {"--device": device}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
     overrides = [*(changes or []), f"train.device={device}"]
@@ -158,13 +140,13 @@ def lr_find(
 
 
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
-    """Show a run's events as they come; the last line on stdout is the path of the best model.
+    """Print a run's events as they come; the last line on stdout is the path of the best model.
 
-    The first SIGINT or SIGTERM ends the run after its step, saved, and then ends the process by the same signal; the
+    The first SIGINT or SIGTERM ends and saves the run after its step, then ends the process by the same signal; the
     second ends it at once.
     """
     received: list[int] = []
-    finished: Finished | None = None
+    event: Event | None = None
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
@@ -177,25 +159,23 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     with display.bar:
         for event in events:
             display.show(event)
-            if isinstance(event, Finished):
-                finished = event
-    if finished is None:
+    if not isinstance(event, Finished):
         say("stopped before the first step")
         end_by_signal(received[0])
         return
-    best, metrics = "", finished.metrics
+    best, metrics = "", event.metrics
     if "val_accuracy" in metrics:
         best = f"best validation accuracy {metrics['val_accuracy']:.4f} at step {metrics['step']}, "
-    ending = "stopped early and saved" if finished.stopped_early else "done"
-    say(f"{ending}: {best}{counted(finished.step, 'step')} in {_clock(finished.elapsed_s)}")
+    ending = "stopped early and saved" if event.stopped_early else "done"
+    say(f"{ending}: {best}{counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
     if received:
-        say(f"to go on: perceiver train --resume -o {show_path(finished.model.parent)}")
+        say(f"to go on: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
-    emit(f"{finished.model}\n")
+    emit(f"{event.model}\n")
 
 
 class _Display:
-    """A live bar on a terminal; otherwise a line per evaluation and now and then one of progress."""
+    """A live bar on a terminal; otherwise a line per evaluation, and a line of progress every PLAIN_EVERY_S."""
 
     def __init__(self) -> None:
         self.bar = bar("{task.fields[facts]}")
@@ -203,7 +183,7 @@ class _Display:
         self.live, self.header_shown, self.last_line = not self.bar.disable, False, time.monotonic()
 
     def show(self, event: Event) -> None:
-        """Show an event while the run goes on."""
+        """Print an event or update the bar."""
         match event:
             case Started(summary, notes):
                 for line in plan_lines(summary):
@@ -233,7 +213,7 @@ class _Display:
 
 
 def plan_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the plan of a run as lines for people."""
+    """Return the plan of a run as lines of text."""
     splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
     inputs = ", ".join(
         f"{name} {' x '.join(map(str, layout['shape']))} of {counted(layout['channels'], 'channel')}"
@@ -262,10 +242,8 @@ def show_plan(summary: Mapping[str, Any]) -> None:
 
 
 def _figure(value: float) -> str:
-    """Return a number for the table of evaluations; a dash where there is no validation split."""
-    if isnan(value):
-        return "-"
-    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3g}"
+    """Return a number for the table of evaluations; a dash for NaN, without a validation split."""
+    return terminal.figure(None if isnan(value) else value, ".4f" if abs(value) < 1e4 else ".3g")
 
 
 def _clock(seconds: float) -> str:

@@ -1,1 +1,1 @@
-"""What this machine can do: versions, self-tests and speed."""
+"""Versions, self-tests and speed on this machine."""

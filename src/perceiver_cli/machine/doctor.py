@@ -1,4 +1,4 @@
-"""`perceiver doctor`: what is installed, what it can do, and whether training works here. Made for bug reports."""
+"""`perceiver doctor`, made for bug reports: installed packages, decoders, devices, and a short training as a test."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.trainer import Trainer
 
 CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh", "pydantic", "typer", "matplotlib")
-# What is missing without the package, and the extra that installs it.
+# Package: the ability that needs it, and the extra that installs it.
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
@@ -34,17 +34,16 @@ OPTIONAL = {
     "huggingface_hub": ("import ORG/NAME", "hub"),
 }
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-SELF_TEST_S = 6.0  # of training; with reading, evaluating and loading about ten
-FALLS_TO = 0.7  # the loss at the end, as a share of that at the beginning, at most
-SAME = 1e-5  # difference of the loss before saving and after loading, at most
-SIDE, FILES = 16, 60  # of made-up pictures; files in each of three classes
+SELF_TEST_S = 6.0  # training time; the whole self-test takes about 10 s
+FALLS_TO = 0.7  # largest accepted last loss, as a share of the first
+SAME = 1e-5  # largest accepted difference of the loss before saving and after loading
+SIDE, FILES = 16, 60  # pixels of a picture's side; pictures in each of three classes
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, decoders, devices, kernels and threads; "problems" lists each problem in a sentence."""
-    problems: list[str] = []
+    """Return versions, decoders, devices, kernels and threads; "problems" holds a sentence for each problem."""
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    devices = {name: _device(name, problems) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
+    devices = {name: _device(name) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
     return {
         "perceiver": version("perceiver-cli"),
         "python": platform.python_version(),
@@ -59,7 +58,11 @@ def examine() -> dict[str, Any]:
         "threads": {"torch": torch.get_num_threads(), "cores": cores(), **variables},
         "memory_bytes": memory_bytes(),
         "free_bytes": {"here": shutil.disk_usage(".").free, "temporary": shutil.disk_usage(tempfile.gettempdir()).free},
-        "problems": problems,
+        "problems": [
+            f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower"
+            for name, facts in devices.items()
+            if facts["kernel"] == kernels.PLAIN.name
+        ],
     }
 
 
@@ -85,21 +88,19 @@ def _decoders() -> dict[str, str]:
     return decoders
 
 
-def _device(name: str, problems: list[str]) -> dict[str, Any]:
+def _device(name: str) -> dict[str, Any]:
     """Return a device's name, its precision, and the attention kernel that passes its self-test there."""
     compute = choose(name)
     kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
-    if kernel is kernels.PLAIN:
-        problems.append(f"{name}: no fused attention kernel passes its self-test; plain products are right, but slower")
     return {"name": describe_machine(compute)["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 
 def self_test(device: str = "auto") -> dict[str, Any]:
-    """Return the losses and the accuracy of a short training on made-up pictures.
+    """Return the losses and the accuracy of a short training on synthetic pictures.
 
-    Raises PerceiverError if the loss did not fall, or the saved model's loss differs from the trained one's.
+    Raises PerceiverError if the loss did not fall, or the saved model's loss differs from the trained model's.
     """
-    report_it = f"please report it with what perceiver doctor prints ({sys.platform})"
+    report_it = f"please report it with the output of perceiver doctor ({sys.platform})"
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "data", Path(folder) / "run"
         _write_pictures(data)
@@ -113,14 +114,14 @@ def self_test(device: str = "auto") -> dict[str, Any]:
     if not last <= FALLS_TO * first:
         raise PerceiverError(f"self-test: the loss went from {first:.4f} to {last:.4f}, expected a fall", report_it)
     if not difference <= SAME * max(1.0, before):
-        problem = f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after"
-        raise PerceiverError(problem, report_it)
-    losses_seen = {"steps": len(losses), "first_loss": first, "last_loss": last}
-    return {**losses_seen, "accuracy": report.accuracy, "difference_after_loading": difference}
+        message = f"self-test: validation loss {before:.6f} before saving, {report.loss:.6f} after loading"
+        raise PerceiverError(message, report_it)
+    facts = {"steps": len(losses), "first_loss": first, "last_loss": last}
+    return {**facts, "accuracy": report.accuracy, "difference_after_loading": difference}
 
 
 def _write_pictures(folder: Path) -> None:
-    """Write PNG class folders: class k is a bright bar in its own rows of noise."""
+    """Write class folders of PNGs: noise with a bright bar, in rows that tell the class."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

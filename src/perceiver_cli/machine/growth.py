@@ -1,13 +1,14 @@
-"""Time and memory of one cross-attend and of the whole model for more and more inputs.
+"""Time and memory of one cross-attend and of the whole model over the number of inputs.
 
-Axes: B batch, N latents, W width of Q, K and V. Each measurement has a process of its own. Times are medians inside a
-process; memory is the process's peak above what it was with torch imported and nothing built.
+Axes: B batch, N latents, W width of Q, K and V. Each measurement has its own process. Times are medians inside a
+process; memory is the process's peak above its size with torch imported and nothing built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import Config, ModelConfig, load_preset
 from perceiver_cli.errors import UsageError
-from perceiver_cli.machine.measure import forward_pass, in_new_process, peak_above, time_calls
+from perceiver_cli.machine.measure import forward_pass, in_new_process, peak_above, time_calls, training_step
 from perceiver_cli.malloc import keep_freed, peak_bytes
 from perceiver_cli.model.attention import CrossAttend, Memory
 from perceiver_cli.model.device import Compute, choose
@@ -28,18 +29,17 @@ from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import Layout
 
 GROWTH_INPUTS = tuple(2**power for power in range(12, 21, 2))  # squares: 64 x 64 to 1024 x 1024
-SLOPE_FROM = 2**14
+SLOPE_FROM = 2**14  # inputs
 NUM_CLASSES = 1000
-COLOURS = ("#1b6ca8", "#c8553d")  # of a plot's contenders, in order
+COLOURS = ("#1b6ca8", "#c8553d")  # a plot's contenders, in order
 
 
 @dataclass(frozen=True)
 class Trial:
     """One measurement in one process.
 
-    side: of square images, in pixels; None is the preset's own inputs. alone: the first cross-attend's read and no
-    more. mode: "forward", or "train": forward, cross-entropy (a sum, where alone), backward and a plain SGD step.
-    seconds: to spend.
+    mode: "forward", or "train": forward, cross-entropy (a sum if alone), backward and a plain SGD step. seconds: time
+    to spend. side: pixels of square images; None for the preset's inputs. alone: only the first cross-attend's read.
     """
 
     preset: str
@@ -54,24 +54,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds of a call, and bytes at the peak."""
+    """Seconds of a call, and peak memory in bytes."""
 
     seconds: float
     peak_bytes: int
 
 
 def layouts_of(config: Config, side: int | None) -> dict[str, Layout]:
-    """Return a preset's layouts, with a side those of side x side pixels; raise UsageError if it reads no images."""
+    """Return a preset's layouts; with a side, for side x side pixels. Raises UsageError if it reads no images."""
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
     if side is not None:
         if set(specs) != {"image"}:
-            raise UsageError(f"{side} x {side} inputs: sizes of images, but {config.name} reads {'+'.join(specs)}")
+            raise UsageError(f"{side} x {side} inputs need images, but {config.name} reads {'+'.join(specs)}")
         specs = {"image": specs["image"].model_copy(update={"size": (side, side)})}
     return {name: modality(spec.modality).layout(spec) for name, spec in specs.items()}
 
 
 def made_up_segments(layouts: Mapping[str, Layout], batch: int, device: torch.device) -> dict[str, Segment]:
-    """Return a batch of random inputs, the same ones every time."""
+    """Return a batch of random inputs from a fixed seed."""
     segments = {}
     for name, layout in layouts.items():
         generator = torch.Generator().manual_seed(0)
@@ -84,15 +84,15 @@ def made_up_segments(layouts: Mapping[str, Layout], batch: int, device: torch.de
 
 
 def new_model(config: ModelConfig, layouts: Mapping[str, Layout], device: torch.device) -> Perceiver:
-    """Return a model with random weights, those of its head included."""
+    """Return a model with random weights, in its head too."""
     model = Perceiver(config, layouts, NUM_CLASSES).to(device)
-    # A head of zeros would give every other parameter a gradient of zero.
+    # With a head of zeros the gradient of every other parameter is zero.
     nn.init.normal_(model.head.weight, std=0.02)
     return model
 
 
 def read_alone(model: Perceiver, segments: Mapping[str, Segment]) -> Tensor:
-    """Return what the first cross-attend reads (B, N, W), without the linear layers on latents that follow it."""
+    """Return the read of the first cross-attend (B, N, W), without the linear layers on latents after it."""
     block = model.cross_attends[0]
     assert isinstance(block, CrossAttend)
     return block.read(model.latents.unsqueeze(0), Memory(model.encoding.inputs(segments).values()))
@@ -106,21 +106,14 @@ def timed_call(
         return forward_pass(call, compute)
     optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=1e-6)
     labels = torch.zeros(trial.batch, dtype=torch.long, device=compute.device)
-
-    def step() -> None:
-        with compute.autocast():
-            out = call().float()
-        (out.sum() if trial.alone else F.cross_entropy(out, labels)).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
+    loss = Tensor.sum if trial.alone else partial(F.cross_entropy, target=labels)
+    return training_step(lambda: call().float(), loss, optimizer, compute)
 
 
 def measure_model(trial: Trial) -> Spent:
     """Return the time and memory of this package's model, measured in this process."""
     base = peak_bytes()
-    keep_freed()  # as the command line does: this is a process of its own
+    keep_freed()  # as the command line does
     compute = choose(trial.device, trial.precision)
     config = load_preset(trial.preset)
     layouts = layouts_of(config, trial.side)
@@ -139,9 +132,9 @@ OURS: Mapping[str, Measure] = {"ours": measure_model}
 def growth(trial: Trial, rounds: int, contenders: Mapping[str, Measure] = OURS) -> Iterator[dict[str, Any]]:
     """Yield rows of one cross-attend, then of the whole model, for GROWTH_INPUTS inputs.
 
-    The last rows of each, one per contender, hold `slope`: of log time over log inputs from SLOPE_FROM inputs on. The
-    trial's `side` and `alone` are set here. rounds: processes per contender and size, in turn; contenders: functions
-    that measure a trial, by name, each called in a process of its own.
+    The last rows of each, one per contender, hold `slope`, that of log time over log inputs from SLOPE_FROM inputs on.
+    The trial's `side` and `alone` are ignored. rounds: processes per contender and size, in turn; contenders: functions
+    by name that measure a trial, each called in its own process.
     """
     for alone in (True, False):
         about = {"what": "cross-attend" if alone else "model"}
@@ -175,11 +168,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["name"] for row in rows))
     for axis, (key, label) in zip(axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True):
-        for what, line in (("cross-attend", "--"), ("model", "-")):
+        for kind, line in (("cross-attend", "--"), ("model", "-")):
             for name, colour in zip(names, COLOURS, strict=False):
-                points = [(r["inputs"], r[key]) for r in rows if r["what"] == what and r["name"] == name and key in r]
+                points = [(r["inputs"], r[key]) for r in rows if r["what"] == kind and r["name"] == name and key in r]
                 axis.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour,
-                          label=what if len(names) == 1 else f"{what}, {name}")  # fmt: skip
+                          label=kind if len(names) == 1 else f"{kind}, {name}")  # fmt: skip
         axis.set(xscale="log", yscale="log", xlabel="inputs M", ylabel=label)
         axis.set_xticks(GROWTH_INPUTS, [f"{count:,}" for count in GROWTH_INPUTS], fontsize=8)
         axis.grid(alpha=0.3)

@@ -1,10 +1,10 @@
-"""Files that are made up for measurements, as large as real ones: JPEG, WAV, STL, MP4."""
+"""Synthetic files for measurements, as large as real ones: JPEG, WAV, STL, MP4."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,53 +12,52 @@ from perceiver_cli.preprocess.source import Source
 
 
 def made_up_files(folder: Path, modality: str, count: int) -> list[Source]:
-    """Write files of a modality into a folder, no two alike, and return them."""
+    """Write different files of a modality into a folder and return them."""
     folder.mkdir(parents=True, exist_ok=True)
     suffix, make = _MAKERS[modality]
     paths = [folder / f"{number}{suffix}" for number in range(count)]
     for number, path in enumerate(paths):
-        stream = io.BytesIO()
-        make(np.random.default_rng(number), stream)
-        path.write_bytes(stream.getvalue())
+        with path.open("wb") as file:
+            make(np.random.default_rng(number), file)
     return [Source(str(path)) for path in paths]
 
 
-def _jpeg(rng: np.random.Generator, stream: io.BytesIO) -> None:
+def _jpeg(rng: np.random.Generator, file: BinaryIO) -> None:
     from PIL import Image
 
-    # Smooth noise: as hard to decode as a photograph, which plain noise is not.
+    # Smooth noise is as hard to decode as a photograph; plain noise is harder.
     small = Image.fromarray(rng.integers(0, 256, (47, 63, 3), dtype=np.uint8))
-    small.resize((500, 375), Image.Resampling.BICUBIC).save(stream, "JPEG", quality=90)
+    small.resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
 
 
-def _wav(rng: np.random.Generator, stream: io.BytesIO) -> None:
+def _wav(rng: np.random.Generator, file: BinaryIO) -> None:
     import soundfile
 
-    soundfile.write(stream, rng.normal(0, 0.1, 80_000), 16_000, format="WAV", subtype="PCM_16")
+    soundfile.write(file, rng.normal(0, 0.1, 80_000), 16_000, format="WAV", subtype="PCM_16")
 
 
-def _stl(rng: np.random.Generator, stream: io.BytesIO) -> None:
+def _stl(rng: np.random.Generator, file: BinaryIO) -> None:
     import trimesh
 
     mesh = trimesh.creation.icosphere(subdivisions=4)
     mesh.vertices *= rng.uniform(0.5, 2.0, 3)
-    stream.write(mesh.export(file_type="stl"))
+    file.write(mesh.export(file_type="stl"))
 
 
-def _mp4(rng: np.random.Generator, stream: io.BytesIO) -> None:
+def _mp4(rng: np.random.Generator, file: BinaryIO) -> None:
     import av
 
-    with av.open(stream, "w", format="mp4") as container:
+    with av.open(file, "w", format="mp4") as container:
         track = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
         track.width, track.height, track.pix_fmt = 320, 240, "yuv420p"
         still = np.kron(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
-        for number in range(32):  # smooth enough to be compressed as a film is, and moving
+        for number in range(32):  # smooth and moving, to compress as a film does
             picture = np.roll(still, 3 * number, axis=1)
             container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(track.encode(None))
 
 
-_MAKERS: dict[str, tuple[str, Callable[[np.random.Generator, io.BytesIO], None]]] = {
+_MAKERS: dict[str, tuple[str, Callable[[np.random.Generator, BinaryIO], None]]] = {
     "image": (".jpg", _jpeg),
     "audio": (".wav", _wav),
     "points": (".stl", _stl),

@@ -1,4 +1,4 @@
-"""How this package measures: a model in a process of its own, its time, its memory, and the machine it ran on."""
+"""Tools of every measurement: a timer, peak memory, a new process for each model, and the facts about the machine."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils.benchmark import Measurement, Timer
 
 from perceiver_cli.data.workers import end_with_parent
@@ -21,15 +23,15 @@ from perceiver_cli.malloc import peak_bytes
 from perceiver_cli.model.device import Compute
 
 CPU = torch.device("cpu")
-Asked = TypeVar("Asked")
-Answer = TypeVar("Answer")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def time_calls(call: Callable[[], object], seconds: float, device: torch.device = CPU) -> Measurement:
-    """Return the times of a call, repeated for `seconds` after a warm-up: `.median` and `.mean` are seconds a call.
+    """Return the times of a call, repeated for `seconds` after a warm-up: `.median` and `.mean` are seconds per call.
 
-    On a GPU each time includes the work that the call left running. Threads and the garbage collector are as they are
-    in a program, where `Timer` alone would take one thread and no collector.
+    On a GPU each time includes the work that the call left running. The call keeps this process's threads and garbage
+    collector; `Timer` alone would take one thread and no collector.
     """
     timer = Timer("call()", setup="gc.enable()", globals={"call": call, "gc": gc}, num_threads=torch.get_num_threads())
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -37,7 +39,7 @@ def time_calls(call: Callable[[], object], seconds: float, device: torch.device 
 
 
 def forward_pass(call: Callable[[], object], compute: Compute) -> Callable[[], None]:
-    """Return a function that runs `call` once as a forward pass: in a device's precision, without gradients."""
+    """Return a function that runs `call` once as a forward pass, in a device's precision and without gradients."""
 
     def forward() -> None:
         with torch.inference_mode(), compute.autocast():
@@ -46,28 +48,43 @@ def forward_pass(call: Callable[[], object], compute: Compute) -> Callable[[], N
     return forward
 
 
+def training_step(
+    call: Callable[[], Tensor], loss: Callable[[Tensor], Tensor], optimizer: Optimizer, compute: Compute
+) -> Callable[[], None]:
+    """Return a function that runs `call` in a device's precision, then the loss's backward pass and the optimiser."""
+
+    def step() -> None:
+        with compute.autocast():
+            out = call()
+        loss(out).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
 def peak_above(base: int, compute: Compute) -> int:
-    """Return the most bytes in use so far: on a GPU of tensors, else of this process above `base` bytes."""
+    """Return the peak memory in bytes: of tensors on a GPU, else of this process above `base`."""
     if compute.device.type == "cuda":
         return torch.cuda.max_memory_allocated(compute.device)
     return peak_bytes() - base
 
 
-def in_new_process(name: str, measure: Callable[[Asked], Answer], asked: Asked) -> Answer:
-    """Return `measure(asked)`, called in a fresh process that ends when this one does.
+def in_new_process(name: str, measure: Callable[[T], R], trial: T) -> R:
+    """Return `measure(trial)`, called in a new process that ends with this one.
 
-    Raises a ResourceError that names `name` if the process died.
+    Raises a ResourceError with `name` if the process died.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         try:
-            return pool.submit(measure, asked).result()
+            return pool.submit(measure, trial).result()
         except BrokenProcessPool as error:
-            problem = f"measuring {name} died, most likely for want of memory"
-            raise ResourceError(problem, "try a smaller model or smaller inputs") from error
+            message = f"measuring {name} died, most likely out of memory"
+            raise ResourceError(message, "try a smaller model or smaller inputs") from error
 
 
 def describe_machine(compute: Compute) -> dict[str, Any]:
-    """Return the facts that a measurement must be read with: device, cores, threads, versions."""
+    """Return the facts to report beside a measurement: device, cores, threads, versions."""
     name = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else platform.machine()
     facts = {"device": str(compute.device), "device_name": name, "precision": compute.precision, "cores": cores()}
     versions = {"torch": torch.__version__, "python": platform.python_version()}

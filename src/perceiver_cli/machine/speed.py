@@ -1,22 +1,21 @@
-"""Measurements of speed on made-up data: training step, forward pass, data loaders. Nothing here is a test."""
+"""`perceiver bench PRESET`: speed of the training step, forward pass and data loader on synthetic data."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch.nn.functional import cross_entropy
 
-from perceiver_cli.config import TrainConfig, load_preset
+from perceiver_cli.config import load_preset
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.machine.made_up import made_up_files
-from perceiver_cli.machine.measure import describe_machine, forward_pass, time_calls
+from perceiver_cli.machine.measure import describe_machine, forward_pass, time_calls, training_step
 from perceiver_cli.model.describe import DEFAULT_CLASSES
-from perceiver_cli.model.device import Compute, choose
-from perceiver_cli.model.encoding import Segment
+from perceiver_cli.model.device import choose
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import settled
 from perceiver_cli.preprocess.spec import Limits
@@ -30,9 +29,9 @@ def bench(
 ) -> dict[str, Any]:
     """Return samples per second of a preset's training step, forward pass and data loader, with machine and versions.
 
-    Each is the median over as many calls as fit in `seconds`; of a loader with workers it is the mean. The loader
-    decodes, augments and batches made-up files (500 x 375 JPEG, 5 s of 16 kHz WAV, STL meshes of 5,120 triangles, MP4
-    of 320 x 240); nothing is kept in memory between visits. Raises UsageError if there is no such preset or device.
+    Each is the median over the calls that fit in `seconds`, for a loader with workers the mean. The loader decodes,
+    augments and batches synthetic files (500 x 375 JPEG, 5 s of 16 kHz WAV, STL meshes of 5,120 triangles, MP4 of
+    320 x 240) and keeps nothing in memory. Raises UsageError if there is no such preset or device.
     """
     config = load_preset(preset)
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
@@ -46,11 +45,16 @@ def bench(
         batches = reader.batches(training_tasks(examples, size, 0, 0, 1 << 40), workers)
         batch = next(batches)
         loading = time_calls(lambda: next(batches), seconds)
-        # Batches of several workers come in bursts, of which a median would see only the quick ones.
+        # Workers deliver batches in bursts; a median would count only the fast ones.
         loader_s = loading.mean if workers else loading.median
         model = Perceiver(config.model, reader.layouts, DEFAULT_CLASSES).to(compute.device)
         segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
-        step = _training_step(model, segments, batch.labels.to(compute.device), config.train, compute)
+        optimizer = make_optimizer(model, config.train)
+        if config.train.ema_decay:
+            average = make_average(model, config.train.ema_decay)
+            optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
+        loss = partial(cross_entropy, target=batch.labels.to(compute.device))
+        step = training_step(lambda: model(segments), loss, optimizer, compute)
         step_s = time_calls(step, seconds, compute.device).median
         model.eval()
         forward_s = time_calls(forward_pass(lambda: model(segments), compute), seconds, compute.device).median
@@ -64,21 +68,3 @@ def bench(
         "workers": workers,
         **describe_machine(compute),
     }
-
-
-def _training_step(
-    model: Perceiver, segments: Mapping[str, Segment], labels: torch.Tensor, train: TrainConfig, compute: Compute
-) -> Callable[[], object]:
-    optimizer = make_optimizer(model, train)
-    average = make_average(model, train.ema_decay) if train.ema_decay else None
-
-    def step() -> None:
-        with compute.autocast():
-            logits = model(segments)
-        torch.nn.functional.cross_entropy(logits, labels).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        if average is not None:
-            average.update_parameters(model)
-
-    return step

@@ -1,22 +1,22 @@
-"""The recipes that ship with the package, one TOML file each."""
+"""The built-in recipes, one TOML file each."""
 
 from __future__ import annotations
 
 import difflib
-from importlib import resources
+from pathlib import Path
 
 from perceiver_cli.errors import UsageError
 
-FOLDER = resources.files("perceiver_cli") / "presets"
+FOLDER = Path(__file__).parent
 
 
 def preset_names() -> list[str]:
-    """Return the names of the recipes that ship with the package, sorted."""
-    return sorted(entry.name.removesuffix(".toml") for entry in FOLDER.iterdir() if entry.name.endswith(".toml"))
+    """Return the names of the built-in recipes, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def preset_text(name: str) -> str:
-    """Return a preset's TOML with its comments, or raise a UsageError that names the nearest preset."""
+    """Return a preset's TOML with its comments. Raises a UsageError that names the nearest preset."""
     names = preset_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
