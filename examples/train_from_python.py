@@ -24,7 +24,7 @@ def main(data: str, run: str, *overrides: str) -> None:
     print(f"{report.split}: {report.accuracy:.3f} of {report.num_examples}")
     wrong = [record["path"] for record in report.records if not record["correct"]]
     print(f"wrong: {wrong[:3]}")
-    examples = trainer.catalog.splits.get("test", trainer.val_examples)[:3]
+    examples = trainer.plan.catalog.splits.get("test", trainer.plan.val_examples)[:3]
     for prediction in predictor.predict(examples):
         print(prediction.label, round(prediction.prob, 3))
 

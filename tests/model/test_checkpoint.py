@@ -156,7 +156,7 @@ def test_a_damaged_state_falls_back_and_says_so(tmp_path: Path) -> None:
     assert "step-00000002" in notes[0]
     assert "sha256" in notes[0]
     (tmp_path / STATE_FOLDER / "step-00000001.safetensors").unlink()
-    with pytest.raises(IntegrityError, match="no whole training state"):
+    with pytest.raises(IntegrityError, match="no intact training state"):
         load_state(tmp_path)
 
 

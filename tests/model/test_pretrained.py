@@ -272,7 +272,7 @@ def test_fine_tuning_starts_from_it(bars: Path, tmp_path: Path) -> None:
         bars, tmp_path / "run", info.config, overrides=overrides, init_from=tmp_path / "start.safetensors"
     )
     list(trainer.fit())
-    (note,) = (note for note in trainer.notes if "started from" in note)
+    (note,) = (note for note in trainer.plan.notes if "started from" in note)
     fresh = sum(name.startswith("cross_attends.0.") for name in donor.state_dict())  # as many as cross-attend 1 has
     taken = len(donor.state_dict()) - 2  # all but the head's weight and bias, which go by class
     assert f"{taken} tensors taken, {fresh} fresh, 3 of 3 classes known to it" in note

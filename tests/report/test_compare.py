@@ -52,10 +52,12 @@ def test_runs_of_other_data_and_moved_models_are_said_so(trained: Path, filmed: 
     found = compare([str(filmed), str(moved)])
     assert found.differences["inputs"] == ("audio+video", "image")
     assert not any(key.startswith("inputs.") for key in found.differences)
-    assert "the runs are of different data" in found.notes[0]
+    assert "the runs have different data" in found.notes[0]
     assert found.runs[1].interval_95 is None
     assert found.runs[1].seconds is None
-    assert any("mine.safetensors" in note and "how many examples" in note for note in found.notes)
+    assert any(
+        "mine.safetensors" in note and "number of validation examples is unknown" in note for note in found.notes
+    )
     with pytest.raises(UsageError, match="1 run to compare"):
         compare([str(trained)])
 

@@ -240,7 +240,7 @@ def test_a_damaged_log_is_said_so(trained: Path, bars: Path, tmp_path: Path) -> 
 def test_diagrams_say_what_they_draw_in_the_colours_of_the_page(trained: Path, bars: Path) -> None:
     report, html = made(trained, bars)
     assert Page(html).diagrams() == ["Reliability diagram", "Loss while training", "Accuracy while training"]
-    svg = charts.reliability(report.bins)
+    svg = charts.reliability_diagram(report.bins)
     ElementTree.fromstring(svg)
     full = [one for one in report.bins if one is not None]
     titles = re.findall(r"<title>(\S+) of 30: mean probability (\S+), (\S+) of them right</title>", svg)
@@ -252,11 +252,11 @@ def test_diagrams_say_what_they_draw_in_the_colours_of_the_page(trained: Path, b
     used = set(re.findall(r'(?:url\(|href=")#(\w+)', html))
     assert used
     assert used <= set(re.findall(r' id="(\w+)"', html))
-    assert svg == charts.reliability(report.bins)
+    assert svg == charts.reliability_diagram(report.bins)
     points = [(float(k), abs(np.sin(k))) for k in range(100_000)]
     assert len(charts.curves("many", {"a": points})) < 40_000
     assert charts.curves("none", {"a": [(0.0, 1.0)], "b": []}) == ""
-    assert charts.reliability(()) == ""
+    assert charts.reliability_diagram(()) == ""
 
 
 def test_several_labels(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_names_are_text(trained: Path) -> None:
         "http://y",
     ):
         assert wrong not in text, wrong
-    assert f"... and {len(evil)} classes more." in text
+    assert f"... and {len(evil)} more classes." in text
     assert "None." in text  # no splits
 
 

@@ -44,7 +44,7 @@ def test_groups_stay_together_in_a_run(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_images(tmp_path / "data" / name, {f"s{i}": 3 for i in range(8)})
     trainer = Trainer(tmp_path / "data", tmp_path / "run", overrides=[*SMALL, "data.group_by=parent"])
-    groups = {split: {example.group for example in examples} for split, examples in trainer.catalog.splits.items()}
+    groups = {split: {example.group for example in examples} for split, examples in trainer.plan.catalog.splits.items()}
     assert groups["val"]
     assert not groups["train"] & groups["val"]
     os.rename(tmp_path / "data", tmp_path / "train")
@@ -55,14 +55,15 @@ def test_groups_stay_together_in_a_run(tmp_path: Path) -> None:
 
 def test_a_recipe_takes_its_part_of_what_there_is(clips: Path, pairs: Path, tmp_path: Path) -> None:
     trainer = Trainer(clips, tmp_path / "run", load_preset("tiny-video"), overrides=SMALL)
-    assert trainer.catalog.modalities == ("video",)
-    assert "100% of the videos have sound, which is not read" in trainer.notes
-    assert Trainer(clips, tmp_path / "run", load_preset("tiny-audio"), overrides=SMALL).catalog.modalities == ("audio",)
+    assert trainer.plan.catalog.modalities == ("video",)
+    assert "100% of the videos have sound, which is not read" in trainer.plan.notes
+    trainer = Trainer(clips, tmp_path / "run", load_preset("tiny-audio"), overrides=SMALL)
+    assert trainer.plan.catalog.modalities == ("audio",)
     trainer = Trainer(pairs, tmp_path / "run", load_preset("tiny-image"), overrides=SMALL)
-    assert len(trainer.train_examples) + len(trainer.val_examples) == 96
+    assert len(trainer.plan.train_examples) + len(trainer.plan.val_examples) == 96
     with pytest.raises(DataError, match=r"holds audio\+image, but tiny-av reads audio\+video"):
         Trainer(pairs, tmp_path / "run", load_preset("tiny-av"), overrides=SMALL)
-    with pytest.raises(UsageError, match=r"mixup and train\.cutmix are for images alone, this run reads audio\+image"):
+    with pytest.raises(UsageError, match=r"mixup and train\.cutmix need images alone, this run reads audio\+image"):
         Trainer(pairs, tmp_path / "run", overrides=["train.mixup=0.2"])
 
 

@@ -170,11 +170,11 @@ def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path,
     write_images(data / "left", {"more": 20}, seed=9)
     write_images(data, {"new": 10}, seed=9)
     resumed = Trainer(data, cut, resume=True)
-    assert any("left out 30 examples that it does not name" in note for note in resumed.notes)
+    assert any("left out 30 examples that it does not name" in note for note in resumed.plan.notes)
     list(resumed.fit())
     assert digest(cut) == expected
     replayed = Trainer(data, tmp_path / "again", load_config(run / "config.toml"))
-    assert replayed.catalog.classes == ("left", "middle", "right")
+    assert replayed.plan.catalog.classes == ("left", "middle", "right")
     list(replayed.fit())
     assert digest(tmp_path / "again") == expected
     assert (tmp_path / "again" / "split.jsonl").read_bytes() == (run / "split.jsonl").read_bytes()
@@ -186,9 +186,9 @@ def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path,
     everything = evaluate(Predictor(tmp_path / "alone.safetensors"), data)
     assert (everything.split, everything.split_from, everything.num_examples) == ("all", "data", 140)
     anew = Trainer(data, tmp_path / "n", load_config(run / "config.toml"), overrides=["data.split=none"])
-    assert "new" in anew.catalog.classes
+    assert "new" in anew.plan.catalog.classes
     other = Trainer(bars, tmp_path / "o", load_config(run / "config.toml"))
-    assert other.notes[0].endswith("is the split of other data: this is split anew")
+    assert other.plan.notes[0].endswith("is the split of other data: this data is split anew")
 
 
 def test_a_time_limit_is_a_plan(bars: Path, tmp_path: Path) -> None:
@@ -258,9 +258,9 @@ def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) 
     trainer = Trainer(
         tmp_path / "data", tmp_path / "run", overrides=["train.steps=1", "train.lr=1e-9"], init_from=trained
     )
-    assert trainer.config.model == load_config(trained / "config.toml").model
+    assert trainer.plan.config.model == load_config(trained / "config.toml").model
     list(trainer.fit())
-    assert any("1 of 2 classes known to it" in note for note in trainer.notes)
+    assert any("1 of 2 classes known to it" in note for note in trainer.plan.notes)
     ours, theirs = load_model(tmp_path / "run" / MODEL_FILE)[0], load_model(trained / MODEL_FILE)[0]
     torch.testing.assert_close(ours.latents, theirs.latents)
     torch.testing.assert_close(ours.head.weight[0], theirs.head.weight[0])
@@ -298,7 +298,7 @@ def test_pairs_by_stem_and_by_manifest_give_the_same_model_to_the_bit(pairs: Pat
     overrides = [*SMALL_PAIRS, "train.steps=12", "train.ema_decay=0.9"]
     for name, data in (("stems", root), ("rows", root / "m.csv")):
         trainer = Trainer(data, tmp_path / name, overrides=overrides)
-        assert trainer.config.name == "tiny-audio-image"
+        assert trainer.plan.config.name == "tiny-audio-image"
         list(trainer.fit())
     assert digest(tmp_path / "stems") == digest(tmp_path / "rows")
     assert (tmp_path / "stems" / MODEL_FILE).read_bytes() == (tmp_path / "rows" / MODEL_FILE).read_bytes()
@@ -309,8 +309,8 @@ def test_videos_with_sound_resume_to_the_bit(clips: Path, tmp_path: Path, worker
     """Whatever is kept in memory: short files whole, files of more than 8 clips never."""
     overrides = [*SMALL_CLIPS, "train.steps=9", "inputs.audio.clip_s=0.1", "inputs.audio.patch=[2, 4]"]
     trainer = Trainer(clips, tmp_path / "whole", overrides=overrides)
-    assert trainer.config.name == "tiny-av"
-    assert trainer.summary()["modalities"] == ["audio", "video"]
+    assert trainer.plan.config.name == "tiny-av"
+    assert trainer.plan.summary()["modalities"] == ["audio", "video"]
     list(trainer.fit())
     run = tmp_path / "cut"
     trainer = Trainer(clips, run, overrides=[*overrides, f"data.workers={workers}", "data.cache_bytes=0"])
@@ -333,7 +333,7 @@ def test_any_set_of_modalities_trains_as_one_model(pairs: Path, tmp_path: Path, 
         if "audio" not in kinds:
             path.with_suffix(".wav").unlink()
     trainer = Trainer(root, tmp_path / "run", overrides=[*SMALL, "train.steps=2", "train.batch_size=4"])
-    assert trainer.config.name == f"tiny-{'-'.join(kinds)}"
+    assert trainer.plan.config.name == f"tiny-{'-'.join(kinds)}"
     list(trainer.fit())
     (prediction,) = Predictor(tmp_path / "run").predict(
         {kinds[0]: next(root.rglob("*.png" if kinds[0] == "image" else "*.wav"))}
@@ -355,7 +355,7 @@ def test_too_many_bad_files_stop_the_run_with_the_list(tmp_path: Path) -> None:
     assert all(f"00{i}.png" in str(caught.value) for i in range(3))
     trainer = Trainer(tmp_path / "data", tmp_path / "run2", overrides=[*SMALL, "train.steps=2", "data.max_bad=0.075"])
     list(trainer.fit())
-    assert "left out 3 unreadable files" in trainer.notes
+    assert "left out 3 unreadable files" in trainer.plan.notes
 
 
 @pytest.mark.parametrize("cache", [0, 1 << 30])
@@ -366,7 +366,7 @@ def test_a_bad_file_is_never_replaced_by_another_example(tmp_path: Path, cache: 
     overrides = [*SMALL, "train.epochs=2", "data.max_bad=0.5", f"data.cache_bytes={cache}", "data.val_fraction=0"]
     trainer = Trainer(tmp_path / "data", tmp_path / "run", overrides=overrides)
     list(trainer.fit())
-    assert set(trainer.reader.bad) == {"a/007.png"}
+    assert set(trainer.plan.reader.bad) == {"a/007.png"}
 
 
 def test_a_run_folder_is_not_overwritten_or_shared(trained: Path, bars: Path, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_resume_can_go_further_and_says_so(bars: Path, tmp_path: Path) -> None:
     trainer = Trainer(None, tmp_path / "run", overrides=["train.steps=9"], resume=True)
     events = list(trainer.fit())
     assert [event.step for event in events if isinstance(event, StepDone)] == [5, 6, 7, 8, 9]
-    assert any("the plan changed from 4 to 9 steps" in note for note in trainer.notes)
+    assert any("the plan changed from 4 to 9 steps" in note for note in trainer.plan.notes)
 
 
 def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

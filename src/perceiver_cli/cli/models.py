@@ -75,7 +75,7 @@ def compare(
 
     comparison = comparing.compare(runs)
     if output is not None:
-        comparing.draw(comparison, output)
+        comparing.draw_comparison(comparison, output)
         say(f"wrote {show_path(output)}")
     show_comparison(comparison, json)
 

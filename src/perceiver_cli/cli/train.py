@@ -97,11 +97,11 @@ def train(
         started_at=STARTED_AT,
     )  # fmt: skip
     if dry_run:
-        say_notes(trainer.notes)
+        say_notes(trainer.plan.notes)
         show_plan(trainer.dry_run())
         return
     events = trainer.fit()
-    follow_training(logged(events, trainer.output) if log == "tensorboard" else events, trainer.stop)
+    follow_training(logged(events, trainer.plan.output) if log == "tensorboard" else events, trainer.stop)
 
 
 def lr_find(

@@ -1,1 +1,1 @@
-"""From a trained model to predictions, figures and explanations."""
+"""Predictions, evaluations and explanations of a trained model."""

@@ -1,4 +1,4 @@
-"""Embeddings of any number of inputs in one file: rows are written as they come, nothing is held, whole or absent."""
+"""Embeddings of any number of inputs in one file, written row by row in constant memory."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 def check_embeddings(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of an output, if it is one that can be written. Raises UsageError."""
+    """Return the suffix of an output. Raises UsageError if it is no format of embeddings."""
     return check_suffix(path, (".npy", ".safetensors"), "--embeddings", "not a format written here")
 
 
 def keeping_embeddings(
     predictions: Iterable[Prediction], path: str | os.PathLike[str], channels: int
 ) -> Iterator[Prediction]:
-    """Yield predictions as they come and write their embeddings, D = `channels`, in the same order.
+    """Yield predictions and write their embeddings, D = `channels`, in the same order.
 
-    FILE.npy holds rows (n, D); FILE.safetensors also their "paths", UTF-8, each ended by NUL. An input that could not
-    be read has a row of NaN. The file appears when all is done. The number of rows stands at the beginning of both
-    formats and is known at the end: npy's header is written over, and what safetensors holds waits in temporary files.
-    Raises UsageError if the suffix is another, ResourceError if the file cannot be written.
+    FILE.npy holds rows (n, D); FILE.safetensors also their "paths", UTF-8, each ended by NUL. An unreadable input has a
+    row of NaN. The file appears at the end. Both formats begin with the number of rows, known only then: npy's header
+    is overwritten, the content of safetensors waits in temporary files. Raises UsageError for another suffix,
+    ResourceError if the file cannot be written.
     """
     named = check_embeddings(path) == ".safetensors"
-    count, folder = 0, os.path.dirname(path) or "."  # where there is to be room for the file itself
+    count, folder = 0, os.path.dirname(path) or "."  # temporary files need the disk of the output
     with atomic_write(path) as file, TemporaryFile(dir=folder) as waiting, TemporaryFile(dir=folder) as names:
         if not named:
             file.write(_npy_header(0, channels))
@@ -55,7 +55,7 @@ def keeping_embeddings(
             "paths": {"dtype": "U8", "shape": [names.tell()], "data_offsets": [end, end + names.tell()]},
         }
         header = json.dumps(tensors).encode()
-        header += b" " * (-len(header) % 8)  # so that tensors are aligned
+        header += b" " * (-len(header) % 8)  # aligns the tensors
         file.write(len(header).to_bytes(8, "little") + header)
         for content in (waiting, names):
             content.seek(0)
@@ -63,7 +63,7 @@ def keeping_embeddings(
 
 
 def _npy_header(count: int, channels: int) -> bytes:
-    """Return the header of rows (count, channels), of one length for every count: numpy leaves room for its growth."""
+    """Return the npy header of rows (count, channels). Its length is the same for every count: numpy pads it."""
     stream = io.BytesIO()
     shape = (count, channels)
     np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})

@@ -1,4 +1,4 @@
-"""Metrics of a model on labelled examples; the splits that they are of; the calibration of a model."""
+"""Metrics of a model on labelled examples, the choice of their split, and the calibration of a model."""
 
 from __future__ import annotations
 
@@ -38,54 +38,43 @@ from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import MODEL_FILE
 
 TOP = 5
-MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities gone through for the interval of the mAP, about 10 s
+MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities read for the mAP's interval, about 10 s
 
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics of a model on examples, and a record of each.
-
-    accuracy, top5: shares in 0..1 of examples whose label is the first, or among the first five; with several labels an
-    example: of which any label is. loss: mean cross-entropy in nats (several labels: binary, mean over classes).
-    confusion: (classes, classes) counts, rows the true class; None with several labels. average_precision: by class,
-    with several labels; None where no example has the class. modalities: those that the model saw. records: one per
-    example, as in predictions.jsonl. bad: (example id, error). strangers: examples of no class that the model knows,
-    which are left out. ece: expected calibration error of the first label's probability, in 15 bins of equal width
-    (several labels: of the probabilities of all classes); ece_uncalibrated: what it would be without `temperature`;
-    bins: those of the ECE. intervals_95: of the headline figures, by name, where they were asked for. examples: those
-    of the records. split_from: who says what is in the split, "data" or the "run" that held it out.
-    """
+    """Metrics of a model on labelled examples, with a record of each example."""
 
     classes: tuple[str, ...]
-    accuracy: float
-    top5: float
-    loss: float
-    confusion: tuple[tuple[int, ...], ...] | None
+    accuracy: float  # share of examples whose first answer is one of their labels
+    top5: float  # share of examples with one of their labels among the first five answers
+    loss: float  # mean cross-entropy in nats; with several labels binary, and mean over classes
+    confusion: tuple[tuple[int, ...], ...] | None  # (classes, classes) counts, rows are true; None with several labels
     num_examples: int
-    average_precision: tuple[float | None, ...] | None = None
+    average_precision: tuple[float | None, ...] | None = None  # by class, with several labels; None without examples
     split: str = ""
-    split_from: str = "data"
-    modalities: tuple[str, ...] = ()
-    records: tuple[dict[str, Any], ...] = field(default=(), repr=False)
-    bad: tuple[tuple[str, str], ...] = ()
-    strangers: int = 0
+    split_from: str = "data"  # who defines the split: the "data", or the "run" that held it out
+    modalities: tuple[str, ...] = ()  # modalities that the model read
+    records: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # one per example, as in predictions.jsonl
+    bad: tuple[tuple[str, str], ...] = ()  # (example id, error)
+    strangers: int = 0  # examples left out because the model does not know their class
     notes: tuple[str, ...] = ()
-    ece: float | None = None
-    ece_uncalibrated: float | None = None
+    ece: float | None = None  # expected calibration error of the first answer; with several labels of all classes
+    ece_uncalibrated: float | None = None  # ECE with a temperature of 1
     temperature: float = 1.0
-    bins: tuple[Bin | None, ...] = ()
-    intervals_95: Mapping[str, Interval] = field(default_factory=dict)
-    examples: tuple[Example, ...] = field(default=(), repr=False)
+    bins: tuple[Bin | None, ...] = ()  # bins of the ECE
+    intervals_95: Mapping[str, Interval] = field(default_factory=dict)  # of the headline figures, by name
+    examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
 
     @property
     def mean_average_precision(self) -> float | None:
-        """mAP: the mean over the classes that have examples; None with one label an example."""
+        """Mean over the classes with examples (mAP); None with one label an example."""
         averages = [value for value in self.average_precision or () if value is not None]
         return float(np.mean(averages)) if averages else None
 
     @property
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
-        """By class name: count, recall, precision, F1, or average precision; None where there is nothing to divide."""
+        """By class name: count, recall, precision, F1, or average precision; None for 0 / 0."""
         if self.confusion is None:
             return {
                 name: {"average_precision": value}
@@ -94,13 +83,13 @@ class Report:
         table = np.array(self.confusion, dtype=np.int64)
         rows: dict[str, dict[str, float | int | None]] = {}
         for i, name in enumerate(self.classes):
-            right, count, said = int(table[i, i]), int(table[i].sum()), int(table[:, i].sum())
+            right, count, answers = int(table[i, i]), int(table[i].sum()), int(table[:, i].sum())
             rows[name] = {
                 "count": count,
                 "correct": right,
                 "accuracy": right / count if count else None,
-                "precision": right / said if said else None,
-                "f1": 2 * right / (count + said) if count + said else None,
+                "precision": right / answers if answers else None,
+                "f1": 2 * right / (count + answers) if count + answers else None,
             }
         return rows
 
@@ -142,9 +131,9 @@ def score(
     *,
     with_intervals: bool = False,
 ) -> Report:
-    """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be scored.
+    """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be read.
 
-    with_intervals: also say how sure the headline figures are, which takes seconds on 100,000 examples.
+    with_intervals: compute `intervals_95`, which takes seconds on 100,000 examples.
     """
     scored = label_logits(model, reader, examples, compute, batch_size, workers, progress)
     logits, targets = scored.logits / temperature, scored.targets
@@ -158,16 +147,16 @@ def score(
     ranked = logits.topk(min(TOP, len(classes))).indices
     records = _records(scored, classes, ranked[:, 0], probabilities, losses, with_used=len(model.encoding.layouts) > 1)
     count, right = len(records), sum(record["correct"] for record in records)
-    among = sum(not set(top).isdisjoint(e.labels) for e, top in zip(scored.examples, ranked.tolist(), strict=True))
+    right_top5 = sum(not set(top).isdisjoint(e.labels) for e, top in zip(scored.examples, ranked.tolist(), strict=True))
     confidence, true = _judged(probabilities, targets)
     intervals_95: dict[str, Interval] = {}
     if with_intervals:
-        intervals_95 = {"accuracy": share_interval(right, count), "top5": share_interval(among, count)}
+        intervals_95 = {"accuracy": share_interval(right, count), "top5": share_interval(right_top5, count)}
         intervals_95 |= _resampled(losses.numpy(), confidence, true)
     return Report(
         classes=classes,
         accuracy=right / count,
-        top5=among / count,
+        top5=right_top5 / count,
         loss=float(losses.mean()),
         confusion=None if multi_label else _confusion(targets, ranked[:, 0], len(classes)),
         num_examples=count,
@@ -188,13 +177,12 @@ def score(
 
 @dataclass(frozen=True)
 class LabelledLogits:
-    """Logits of labelled examples: logits (n, classes) float64; targets (n,) or, with several labels, (n, classes) of 0
-    and 1; used: by example, the modalities there are of it; bad, strangers: as of a Report."""
+    """Logits of labelled examples. bad, strangers: as in a Report."""
 
     examples: tuple[Example, ...]
-    logits: Tensor
-    targets: Tensor
-    used: tuple[tuple[str, ...], ...]
+    logits: Tensor  # (n, classes) float64
+    targets: Tensor  # (n,) or, with several labels, (n, classes) of 0 and 1
+    used: tuple[tuple[str, ...], ...]  # modalities of each example
     bad: tuple[tuple[str, str], ...]
     strangers: int
 
@@ -208,13 +196,14 @@ def label_logits(
     workers: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> LabelledLogits:
-    """Return a model's logits of examples, in evaluation mode. Raises DataError if none could be read."""
+    """Return a model's logits for examples, in evaluation mode. Raises DataError if none could be read."""
     multi_label = reader.multi_label_classes > 0
     batch_size = max(1, batch_size // reader.num_views)
     known = [example for example in examples if example.labels or multi_label]
     scored: list[Example] = []
     used: list[tuple[str, ...]] = []
     rows: list[Tensor] = []
+    labels: list[Tensor] = []
     bad: list[tuple[str, str]] = []
     was_training = model.training
     model.eval()
@@ -222,6 +211,7 @@ def label_logits(
         scored += batch.examples
         used += batch.used
         rows.append(outputs.logits)
+        labels.append(batch.labels.clone())  # a tensor from a worker keeps a file open
         bad += [(example.id, error) for _, example, error in batch.bad]
         if progress is not None:
             progress(len(scored) + len(bad))
@@ -232,13 +222,8 @@ def label_logits(
             f"{len(examples) - len(known)} of classes that the model does not know",
             *(error for _, error in bad[:1]),
         )
-    logits = torch.cat(rows)
-    if multi_label:
-        targets = torch.zeros_like(logits)
-        for row, example in enumerate(scored):
-            targets[row, list(example.labels)] = 1.0
-    else:
-        targets = torch.tensor([e.labels[0] for e in scored])
+    logits, targets = torch.cat(rows), torch.cat(labels)
+    targets = targets.to(logits.dtype) if multi_label else targets
     return LabelledLogits(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
 
 
@@ -273,7 +258,7 @@ def _confusion(targets: Tensor, best: Tensor, num_classes: int) -> tuple[tuple[i
 
 
 def _judged(probabilities: Tensor, targets: Tensor) -> tuple[Any, Any]:
-    """Return probabilities and whether they came true: (n,) of the first label or, with several, (n, classes)."""
+    """Return probabilities and their truth: (n,) of the first answer or, with several labels, (n, classes)."""
     if targets.ndim == 2:
         return probabilities.numpy(), targets.numpy()
     confidence, best = probabilities.max(dim=1)
@@ -281,7 +266,7 @@ def _judged(probabilities: Tensor, targets: Tensor) -> tuple[Any, Any]:
 
 
 def _resampled(losses: Any, confidence: Any, true: Any) -> dict[str, Interval]:
-    """Return the bootstrap intervals of loss and ECE and, with several labels, of the mAP, by name."""
+    """Return by name the bootstrap intervals of loss, ECE and, with several labels, mAP."""
     if not (np.isfinite(losses).all() and np.isfinite(confidence).all()):
         return {}
     count = len(losses)
@@ -297,13 +282,13 @@ def _resampled(losses: Any, confidence: Any, true: Any) -> dict[str, Interval]:
 
 
 def _mean_of_known(averages: Any) -> float:
-    """Return the mean without NaN, 0 if there is nothing else."""
+    """Return the mean without NaN, or 0 if all are NaN."""
     known = averages[~np.isnan(averages)]
     return float(known.mean()) if len(known) else 0.0
 
 
 def average_precision(scores: Any, targets: Any) -> tuple[float | None, ...]:
-    """Return the average precision of each class, None for a class without examples. Arguments: (examples, classes)."""
+    """Return each class's average precision, None without examples. Arguments: (examples, classes)."""
     averages = average_precisions(scores, targets)(np.ones(len(scores)))
     return tuple(None if np.isnan(value) else value for value in averages.tolist())
 
@@ -316,15 +301,13 @@ def evaluate(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Return the Report of a model on a folder of class folders; classes are matched by name.
+    """Return the Report of a model on labelled data; classes are matched by name.
 
-    Without `split`: the test split, else the validation split (that of the run, if it was trained on this very data, or
-    the data's own), else everything.
-
-    The data may lack some of the modalities of a model of several: they are missing, as those that are not used.
+    Without `split`: the test split, else the validation split (the run's if it was trained on this data, else the
+    data's), else everything. The data may lack some of the model's modalities.
 
     Raises:
-        DataError: no such split, nothing usable, or data of another modality than the model's.
+        UsageError: no such split. DataError: nothing usable, or none of the model's modalities.
     """
     reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
     catalog, origin = split_of_run(catalog, predictor, split)
@@ -337,7 +320,7 @@ def evaluate(
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
     if name == "val" and predictor.info.calibration is not None:
-        notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too good")
+        notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
     total = len(examples)
     report = score(
         predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
@@ -351,14 +334,14 @@ def evaluate(
 def calibrate(
     predictor: Predictor, data: str | os.PathLike[str], batch_size: int | None = None, workers: int = 0
 ) -> Calibration:
-    """Return the calibration fitted on the validation split of `data`, stored in the model file and used from now on.
+    """Fit a calibration on the validation split of `data`, store it in the model file and the predictor; return it.
 
     Raises:
-        UsageError: no validation split, or not all modalities are used. DataError: nothing in it that could be scored,
+        UsageError: no validation split, or a predictor that does not use all modalities. DataError: nothing to score,
         or several labels an example for a model of one. ResourceError: the model file cannot be written.
     """
     if predictor.reader.specs.keys() != set(predictor.modalities):
-        raise UsageError("a calibration is of all of the model's modalities", "leave out --use")
+        raise UsageError("a calibration needs all modalities of the model", "leave out --use")
     catalog, _ = split_of_run(_catalog(predictor, data)[0], predictor, "val")
     _, examples = choose_split(catalog, "val")
     from scipy.special import expit
@@ -377,12 +360,12 @@ def calibrate(
 
 
 def _reader(predictor: Predictor, catalog: Catalog) -> Reader:
-    several = len(predictor.classes) if predictor.info.config.multi_label else 0
-    return Reader(predictor.reader.specs, predictor.reader.limits, catalog.bad, several)
+    reader = predictor.reader
+    return Reader(reader.specs, reader.limits, catalog.bad, reader.multi_label_classes)
 
 
 def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
-    """Return labelled data that the model can be measured on, and the modalities it has. Raises DataError."""
+    """Return labelled data for the model and the modalities that both have. Raises DataError if there are none."""
     catalog = scan(data, predictor.classes, predictor.modalities)
     used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
     if not used:
@@ -398,10 +381,10 @@ def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalo
 
 
 def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> tuple[Catalog, str]:
-    """Return the catalog with the training and validation split of the model's run, and who says so: "run" or "data".
+    """Return the catalog split as in the model's run, and the source of the split: "run" or "data".
 
-    The run saved its split, which holds even if files were added since. A model file that lies outside its run has the
-    split by hash of its data, if they did not change. A test split, or all of the data, needs neither.
+    A run's saved split is valid even if files were added since. Outside its run a model file has the split by hash, if
+    the data are unchanged. The test split and "all" need neither.
     """
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
         return catalog, "data"
@@ -416,7 +399,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
 
 
 def choose_split(catalog: Catalog, split: str | None) -> tuple[str, Sequence[Example]]:
-    """Return the name and the examples of the split to evaluate."""
+    """Return the name and the examples of the split to evaluate. Raises UsageError if it does not exist."""
     if split is None:
         split = next((name for name in ("test", "val") if name in catalog.splits), "all")
     if split == "all":

@@ -1,19 +1,18 @@
-"""Attention, evidence, heat and score maps: the inputs that a model read, and those that speak for a class.
+"""Attention, evidence, heat and score maps: the inputs that a model reads, and the inputs that speak for a class.
 
 Axes: M inputs, N latents, H heads, n = H N queries, C input channels.
 
 From one input and one class:
 
 - Score maps, the paper's Figure 3: q . k before the softmax of one latent, in the first, second and last cross-attend.
-- Attention: how much of each input reaches the class if every attention only mixes what it reads (rollout: Abnar and
-  Zuidema 2020). It is carried from the class to the latents of each cross-attend as N weights, and from there to the
-  inputs a block of tiles at a time, so nothing of size N x M exists. It is the same for every class.
-- Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, on the path from a blank input to
-  this one. A blank input has its own mean in all places; a blank cloud has all points in its centre. The gain of an
-  input is summed over its channels and averaged with its neighbours' within a few percent of the side of a grid, so
-  that noise cancels; only positive gains are kept.
+- Attention: the share of each input in the output if every attention only mixes its inputs (rollout: Abnar and Zuidema
+  2020). It goes back from the output to the latents of each cross-attend as N weights, and from there to the inputs a
+  block of tiles at a time, so nothing of size N x M exists. It is the same for every class.
+- Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, from a blank input to this one. A
+  blank input has its mean in all places; a blank cloud has all points in its centre. An input's gain is the sum over
+  its channels, averaged with neighbours within a few percent of a grid's side against noise; only positive gains count.
 - Heat: evidence times the square root of attention. In tests with known evidence, neither factor alone locates it in
-  pictures, sound and clouds alike (CHANGELOG.md has the comparison).
+  pictures, sound and clouds alike.
 """
 
 from __future__ import annotations
@@ -50,45 +49,40 @@ from perceiver_cli.preprocess.spec import InputSpec
 
 Heat = NDArray[np.float32]
 
-PATH_STEPS = 4  # of the integral; 4, 8 and 16 gave the same heat within 0.01
-NEIGHBOURHOOD = 0.03  # of a grid's side: one standard deviation of the average over neighbours
-SMALL_SIDE = 8  # inputs along an axis; below, there is no average over neighbours
+PATH_STEPS = 4  # steps of the integral; 4, 8 and 16 gave the same heat within 0.01
+NEIGHBOURHOOD = 0.03  # standard deviation of the average over neighbours, as a share of a grid's side
+SMALL_SIDE = 8  # inputs along an axis; a shorter axis is not averaged over neighbours
 MAPS = 6  # latents whose scores are shown
-COARSE = 8  # numbers along each axis of a grid in JSON, at most
-COARSE_TIME = 32
+COARSE, COARSE_TIME = 8, 32  # largest side of a grid in JSON, and of the time axis of sound
 
 
 @dataclass(frozen=True)
 class ScoreMap:
-    """Scores before the softmax of one latent and head in one cross-attend, all three counted from 1.
+    """Scores before the softmax of one latent and head in one cross-attend, all three counted from 1."""
 
-    cross_attend: its place in the order of execution. scores: by modality, in the shape of its inputs.
-    """
-
-    cross_attend: int
+    cross_attend: int  # in the order of execution
     latent: int
     head: int
-    scores: Mapping[str, Heat]
+    scores: Mapping[str, Heat]  # by modality, in the shape of its inputs
 
 
 @dataclass(frozen=True)
 class ExplainedInput:
-    """One modality of an explained example: the decoded array or clip that the model saw, with its heat.
+    """One modality of an explained example.
 
-    heat, attention: one number for each input, in the shape of the grid or (points,); those of all modalities together
-    sum to 1, unless all are 0. A sound or film that was repeated to fill a clip has them summed over its repetitions.
-    start_s, end_s: the clip within its file.
+    Heat and attention sum to 1 over all modalities, or are 0. If a sound or film was repeated to fill a clip, they are
+    summed over its repetitions.
     """
 
-    raw: Array
+    raw: Array  # the decoded array or clip that the model read
     spec: InputSpec
-    heat: Heat
-    attention: Heat
-    start_s: float | None = None
+    heat: Heat  # by input, in the shape of the grid or (points,)
+    attention: Heat  # the same shape
+    start_s: float | None = None  # of the clip in its file
     end_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: the shares of all heat and attention, then both by point or by coarse box."""
+        """Return the JSON object: the modality's shares of heat and attention, then both by point or by coarse box."""
         fields: dict[str, Any] = {"share": float(self.heat.sum()), "attention_share": float(self.attention.sum())}
         if self.spec.modality == "points":
             rows = np.column_stack([self.raw.astype(np.float64), self.heat, self.attention])
@@ -96,7 +90,7 @@ class ExplainedInput:
         if self.start_s is not None:
             fields |= {"start_s": self.start_s, "end_s": self.end_s}
         for name, heat in (("heat", self.heat), ("attention", self.attention)):
-            audio = self.spec.modality == "audio"  # over time alone
+            audio = self.spec.modality == "audio"  # over time only
             grid = coarse(heat.reshape(len(heat), -1).sum(axis=1), COARSE_TIME) if audio else coarse(heat, COARSE)
             fields[name] = grid.tolist()
         return fields
@@ -116,7 +110,7 @@ class Explanation:
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object: each modality's shares, and its heat and attention on a coarse grid or by point."""
+        """Return the JSON object of `explain --json`."""
         return {
             "path": self.path,
             "label": self.predicted,
@@ -131,11 +125,9 @@ class Explanation:
 def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | None = None) -> Explanation:
     """Return the Explanation of one input for a class, by default the most probable one.
 
-    Several files make one input, each of another modality by its content. If the model reads a file in several
-    windows, the one that speaks most for the class is explained.
-
-    Raises:
-        UsageError: no such class, or not one input. DataError: an input that cannot be read.
+    Several files make one input, one for each modality. If the model reads an input in several windows, the window that
+    speaks most for the class is explained. Raises UsageError for an unknown class or not exactly one input, DataError
+    if the input cannot be read.
     """
     if not isinstance(named, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
         named = named[0] if len(named) == 1 else _together(named, predictor)
@@ -162,9 +154,9 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
     heat = weighed(evidence(model, segments, target, several), attention)
     notes = []
     if len(views) > 1:
-        notes.append(f"of {len(views)} windows, the one that speaks most for {show_path(label)}")
+        notes.append(f"this window of {len(views)} speaks most for {show_path(label)}")
     if not any(grid.any() for grid in heat.values()):
-        notes.append(f"nothing in this input speaks for {show_path(label)} more than a blank one does")
+        notes.append(f"nothing in this input speaks for {show_path(label)} more than a blank input does")
     missing = sorted(reader.specs.keys() - segments.keys())
     if missing:
         notes.append(f"{', '.join(missing)}: missing in this input")
@@ -182,7 +174,7 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
 
 
 def _together(paths: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
-    """Return the source of each modality from several files of one input."""
+    """Return the source of each modality from the files of one input; raise UsageError if a modality has two."""
     files = [looked_at(source_of(path)) for path in paths]
     for file in files:
         if file.error is not None:
@@ -196,7 +188,7 @@ def _together(paths: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
 
 
 def log_odds(logits: Tensor, target: int, several: bool) -> Tensor:
-    """Return log p / (1 - p) of a class (B,), which still rises when the probability is already 1."""
+    """Return log p / (1 - p) of a class (B,), which still rises where the probability rounds to 1."""
     if several:
         return logits[:, target]
     others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1)
@@ -210,7 +202,7 @@ def _explained(
     spec = reader.specs[name]
     if name not in reader.timed:
         raw = decoded.arrays[name]
-        if name == "points":  # of few points each is given to the model several times
+        if name == "points":  # the model reads each of too few points several times
             count = min(len(raw), len(heat))
             return ExplainedInput(raw[:count], spec, _folded(heat, count), _folded(attention, count))
         return ExplainedInput(raw, spec, heat, attention)
@@ -222,19 +214,16 @@ def _explained(
 
 
 def _folded(heat: Heat, count: int) -> Heat:
-    """Return heat (count, ...) of an input that was repeated along the first axis: repetitions are summed."""
+    """Return heat (count, ...) summed over the repetitions of an input along the first axis."""
     folded = np.zeros((count, *heat.shape[1:]), heat.dtype)
     np.add.at(folded, np.arange(len(heat)) % count, heat)
     return folded
 
 
-# ---------------------------------------------------------------- evidence
-
-
 def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, several: bool) -> dict[str, Heat]:
-    """Return one example's evidence for a class by modality, (*grid) or (M,): together 1, or 0 if there is none.
+    """Return one example's evidence for a class by modality, (*grid) or (M,), with sum 1, or 0 without evidence.
 
-    Memory is that of a step of training on the example with activations made again.
+    It needs the memory of a training step on the example with recomputed activations.
     """
     full = {name: [x for x in (s.values.float(), s.positions) if x is not None] for name, s in segments.items()}
     gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, *_) in full.items()}
@@ -255,11 +244,11 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
 
 
 def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
-    """Return the heat: evidence times the square root of attention, which together sums to 1, or is 0."""
+    """Return the heat: evidence times the square root of attention, with sum 1 over all modalities, or 0."""
     heat = {}
     for name, grid in gains.items():
         looked = attention[name]
-        for axis, side in enumerate(grid.shape):  # a stem leaves fewer inputs than there are values
+        for axis, side in enumerate(grid.shape):  # with a stem there are fewer inputs than values
             looked = looked.take(np.arange(side) * looked.shape[axis] // side, axis=axis)
         heat[name] = torch.from_numpy(grid * np.sqrt(looked)).double()
     return _normalised(heat)
@@ -267,7 +256,7 @@ def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[st
 
 @contextmanager
 def _lean(model: Perceiver) -> Iterator[None]:
-    """Let a model save little for a gradient of its inputs: no weights' gradients, activations made again."""
+    """Make gradients of the inputs cheap in memory: recompute activations, keep no gradients of weights."""
     recompute, learned = model.recompute, [weight for weight in model.parameters() if weight.requires_grad]
     model.recompute = True
     model.requires_grad_(False)
@@ -280,7 +269,7 @@ def _lean(model: Perceiver) -> Iterator[None]:
 
 
 def _mean(values: Tensor) -> Tensor:
-    """Return the mean over all places (1, 1.., c)."""
+    """Return the mean over all places (1, 1.., C)."""
     return values.mean(dim=tuple(range(1, values.dim() - 1)), keepdim=True)
 
 
@@ -290,7 +279,7 @@ def _between(values: Tensor, share: float) -> Tensor:
 
 
 def _with_neighbours(grid: Tensor) -> Tensor:
-    """Return the grid after a Gaussian mean along each axis."""
+    """Return the grid after a Gaussian average along each axis."""
     for axis, side in enumerate(grid.shape):
         if side < SMALL_SIDE:
             continue
@@ -310,12 +299,9 @@ def _normalised(heat: Mapping[str, Tensor]) -> dict[str, Heat]:
     return {name: (grid / total).float().numpy() for name, grid in heat.items()}
 
 
-# ---------------------------------------------------------------- attention and score maps
-
-
 @contextmanager
 def _watched(model: Perceiver) -> Iterator[list[tuple[CrossAttend | SelfAttend, tuple[Any, ...]]]]:
-    """Yield a list that receives every attention of a forward as it begins, with its arguments."""
+    """Yield a list that receives every attention block of a forward with its arguments, in order."""
     seen: list[tuple[CrossAttend | SelfAttend, tuple[Any, ...]]] = []
 
     def note(block: nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -331,9 +317,9 @@ def _watched(model: Perceiver) -> Iterator[list[tuple[CrossAttend | SelfAttend, 
 
 @torch.no_grad()
 def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, Heat], list[ScoreMap]]:
-    """Return one example's attention by modality, (*grid) or (M,) and together 1, and its score maps.
+    """Return one example's attention by modality, (*grid) or (M,) with sum 1, and its score maps.
 
-    The maps show the latents with the largest weight for the class, in the first, the second and the last cross-attend.
+    The maps show the latents with the largest weight in the output, in the first, second and last cross-attend.
     """
     with _watched(model) as seen:
         model(segments)
@@ -342,25 +328,25 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         block, (query, latents, *_) = seen.pop()
         weights = _read_from(block, query, latents, weights.new_ones(1))[0]
     total: list[Tensor] = []
-    heard: list[tuple[CrossAttend, Tensor, Memory, Tensor]] = []
+    reads: list[tuple[CrossAttend, Tensor, Memory, Tensor]] = []
     for block, (latents, *others) in reversed(seen):
         if isinstance(block, SelfAttend):
             weights = (weights + weights @ _mixing(block, latents)) / 2
             continue
         memory = others[0]
-        heard.append((block, latents, memory, weights))
+        reads.append((block, latents, memory, weights))
         looked = _read_from(block, latents, memory, weights)
         total = [a + b for a, b in zip(total, looked, strict=True)] if total else looked
         weights = weights / 2 if block.residual else torch.zeros_like(weights)
-    heard.reverse()
+    reads.reverse()
     grids = {name: layout.grid for name, layout in model.encoding.layouts.items() if name in segments}
 
     def shaped(rows: Iterable[Tensor]) -> dict[str, Tensor]:
         return {name: x.cpu().view(grid) for (name, grid), x in zip(grids.items(), rows, strict=True)}
 
     maps = []
-    for place in dict.fromkeys((0, min(1, len(heard) - 1), len(heard) - 1)):
-        block, latents, memory, weights = heard[place]
+    for place in dict.fromkeys((0, min(1, len(reads) - 1), len(reads) - 1)):
+        block, latents, memory, weights = reads[place]
         chosen = weights.topk(min(MAPS, len(weights))).indices
         u = block.fold(block.queries(latents))
         for k, latent in enumerate(chosen.tolist()):
@@ -383,7 +369,7 @@ def _mixing(block: SelfAttend, latents: Tensor) -> Tensor:
 
 
 def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory, weights: Tensor) -> list[Tensor]:
-    """Return for each modality of the memory (M,) the sum over latents of weight (N,) times the mean of its heads'."""
+    """Return for each modality (M,) the attention of the latents, mean over heads, summed with weights (N,)."""
     assert isinstance(block, CrossAttend)
     u = block.fold(block.queries(latents))
     kernel = kernels.choose(u.device, u.dtype)
@@ -397,7 +383,7 @@ def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory,
 
 
 def coarse(heat: Array, most: int) -> Array:
-    """Return sums of heat over the boxes of a coarse grid, with at most `most` boxes along each axis."""
+    """Return heat summed over the boxes of a coarse grid, with at most `most` boxes along each axis."""
     heat = heat.astype(np.float64)
     for axis, side in enumerate(heat.shape):
         count = min(side, most)

@@ -1,4 +1,4 @@
-"""From a model file and files (or bytes) to predictions, in order, a batch at a time, whole or in windows of time.
+"""Predictions of a trained model, in input order, for whole inputs or for windows of time.
 
 Axes: B batch, N latents, D latent channels.
 """
@@ -33,23 +33,18 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.run_folder import find_model
 
-FORWARD_BYTES = (
-    256 << 20
-)  # of activations on a CPU, where larger batches are no faster; on a GPU half of the free memory
-UNKNOWN = "unknown"  # the label if no class is probable enough
-MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # predictions come in batches: a reader of a pipe waits for one
-NEVER = 1e-12  # least probability of a mean over windows, so that its logit is finite
+FORWARD_BYTES = 256 << 20  # activations on a CPU, where larger batches are no faster
+UNKNOWN = "unknown"  # the label if no class reaches `min_prob`
+MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # the largest batch; a reader of a pipe waits for one
+NEVER = 1e-12  # smallest mean probability of views, so that its logit is finite
 
 
 @dataclass(frozen=True)
 class Windows:
-    """How inputs with a time axis are cut: windows of `window_s` seconds, one every `hop_s`.
+    """Windows of `window_s` seconds, one every `hop_s`, each predicted like a file of that length.
 
-    Each is predicted like a file of that length. aggregate: the mean or the maximum of each class's probabilities makes
-    one prediction an input; "none": each window is a prediction.
-
-    Raises:
-        UsageError: a length that is not above 0 s.
+    aggregate: one prediction per input from the mean or the maximum of each class's probabilities; "none": one per
+    window. Raises UsageError if a length is not above 0 s.
     """
 
     window_s: float
@@ -63,24 +58,18 @@ class Windows:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Class probabilities of one input or a window of it, in the order of `classes`, or an error.
-
-    With several labels an example the probabilities are independent of each other, and do not sum to 1; nor do the
-    highest ones of several windows. used: the modalities that the input has, for a model of several. start_s, end_s:
-    the window, if it is one. thresholds: by class, with several labels an example; else empty. min_prob: a class below
-    it is not a label. embedding: (D,) float32, the mean latent, if requested.
-    """
+    """Class probabilities of one input or one window, or an error."""
 
     path: str
     classes: tuple[str, ...]
-    probs: tuple[float, ...] = ()
+    probs: tuple[float, ...] = ()  # by class; with several labels, or as maxima of windows, they do not sum to 1
     error: str | None = None
-    used: tuple[str, ...] = ()
-    start_s: float | None = None
+    used: tuple[str, ...] = ()  # modalities of the input, for a model of several
+    start_s: float | None = None  # of the window
     end_s: float | None = None
-    thresholds: tuple[float, ...] = ()
-    min_prob: float = 0.0
-    embedding: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)
+    thresholds: tuple[float, ...] = ()  # by class, with several labels an example
+    min_prob: float = 0.0  # smallest probability of a label
+    embedding: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)  # (D,) mean latent
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """Return the k most probable classes with their probabilities, best first; ties keep the class order."""
@@ -99,7 +88,7 @@ class Prediction:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes that reach their threshold and `min_prob`, with several labels an example; may be none."""
+        """The classes that reach their threshold and `min_prob`, with several labels an example. May be empty."""
         every = zip(self.classes, self.probs, self.thresholds, strict=True)
         return tuple(name for name, prob, least in every if prob >= max(least, self.min_prob))
 
@@ -127,8 +116,8 @@ class Predictor:
     Args:
         model: a run folder or a model file; None looks at $PERCEIVER_MODEL, then runs/latest.
         device, precision: as on the command line; "auto" uses a GPU if there is one.
-        limits: what one input may cost; None takes the model's.
-        use: the modalities to predict from, of those that the model reads; None is all. The others count as missing.
+        limits: limits of one input; None takes the model's.
+        use: the model's modalities to predict from; None is all. The others count as missing.
 
     Raises:
         UsageError: no such model, or a modality that it does not read. IntegrityError: a damaged model file.
@@ -162,17 +151,17 @@ class Predictor:
 
     @property
     def calibration(self) -> Calibration:
-        """The model's calibration, or one that changes nothing."""
+        """The model's calibration, or the neutral one."""
         return self.info.calibration or Calibration()
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that the model reads, sorted; its reader has those that it predicts from."""
+        """All modalities of the model, sorted; `reader` has those to predict from."""
         return tuple(sorted(self.info.config.inputs))
 
     @property
     def batch_that_fits(self) -> int:
-        """The largest batch that memory allows by the model's own cost, up to MOST_AT_ONCE."""
+        """The largest batch that fits FORWARD_BYTES, or half of a GPU's free memory, up to MOST_AT_ONCE."""
         layouts = Reader(self.info.config.inputs, self.reader.limits).layouts
         each = estimate(self.info.config.model, layouts, len(self.classes)).forward_bytes
         kind = self.compute.device.type
@@ -189,19 +178,17 @@ class Predictor:
         min_prob: float = 0.0,
         embeddings: bool = False,
     ) -> Iterator[Prediction]:
-        """Yield one prediction per input, in order; that of a bad input has `error` set.
+        """Yield one prediction per input, in order; an unreadable input has `error` set.
 
-        An input is a path or bytes, a mapping of these by modality, or a pipe. A folder stands for the files below it
-        (those of one stem are one input of a model of several modalities), a manifest for its rows, a tar for its
-        records, read one after another. With `windows` there may be several predictions an input, or one that
-        aggregates them; memory is bounded by a batch of windows, however long the input.
-        `batch_size` is `batch_that_fits` by default; of windows on a CPU it is 1, which is as fast. `workers` read
+        An input is a path or bytes, a mapping of these by modality, or a pipe. A folder stands for its files (files of
+        one stem are one input of a model of several modalities), a manifest for its rows, a tar for its records. With
+        `windows` an input has several predictions, or one that aggregates them; memory holds one batch of windows.
+        `batch_size` is `batch_that_fits` by default; for windows on a CPU it is 1, which is as fast. `workers` read
         whole inputs only. `min_prob`, `embeddings`: see Prediction.
 
         Raises:
-            DataError: a manifest that cannot be read, or records that were prepared otherwise.
-            IntegrityError: records that are damaged or cut short, after the predictions of those before them.
-            UsageError: windows for a model without a time axis.
+            DataError: an unreadable manifest, or records prepared with other options. IntegrityError: damaged records,
+            after the predictions of those before them. UsageError: windows for a model without a time axis.
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
             inputs = [inputs]
@@ -225,11 +212,11 @@ class Predictor:
             yield from predictions
 
     def examples(self, named: Named) -> Iterator[Example]:
-        """Yield the examples that an input stands for, as `predict` says."""
+        """Yield the examples of an input of `predict`."""
         return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs)
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the modalities that a prediction used, or none for a model of one modality."""
+        """Return the used modalities for a model of several, else none."""
         return used if len(self.modalities) > 1 else ()
 
     @property
@@ -239,7 +226,7 @@ class Predictor:
         return self.calibration.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
 
     def _fields(self, outputs: Outputs, embeddings: bool) -> Iterator[dict[str, Any]]:
-        """Yield, by example, the fields of a Prediction that come from the model."""
+        """Yield for each example the fields of its Prediction that come from the model."""
         logits = outputs.logits / self.calibration.temperature
         probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
         for probs, embedding in zip(probabilities.tolist(), outputs.embeddings.numpy(), strict=True):
@@ -248,7 +235,7 @@ class Predictor:
     def _in_windows(
         self, examples: Iterable[Example], windows: Windows, batch_size: int, blank: Prediction, embeddings: bool
     ) -> Iterator[Prediction]:
-        """Yield the predictions of examples that are cut into windows; `blank` holds their common fields."""
+        """Yield the predictions of examples cut into windows; `blank` holds their common fields."""
         predicted = self._predicted(self._cut(examples, windows, blank), batch_size, embeddings)
         for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
             predictions = (prediction for _, prediction in of_one)
@@ -260,7 +247,7 @@ class Predictor:
     def _cut(
         self, examples: Iterable[Example], windows: Windows, blank: Prediction
     ) -> Iterator[tuple[int, Prediction, list[View]]]:
-        """Yield (number of the example, prediction without probabilities, rows for the model) of each window."""
+        """Yield for each window the number of its example, its prediction without probabilities, and its views."""
         for number, example in enumerate(examples):
             try:
                 for span, decoded in self.reader.windows(example, windows.window_s, windows.hop_s):
@@ -274,7 +261,7 @@ class Predictor:
     def _predicted(
         self, cut: Iterator[tuple[int, Prediction, list[View]]], batch_size: int, embeddings: bool
     ) -> Iterator[tuple[int, Prediction]]:
-        """Yield (number of the example, prediction) of each window of `_cut`, computed a batch at a time."""
+        """Yield for each window of `_cut` the number of its example and its prediction, computed in batches."""
         several = self.info.config.multi_label
         while chunk := list(islice(cut, batch_size)):
             fields: Iterator[dict[str, Any]] = iter(())
@@ -288,7 +275,7 @@ class Predictor:
 def aggregated(predictions: Iterable[Prediction], aggregate: Literal["mean", "max"]) -> Prediction:
     """Return one prediction from an input's windows: the mean or the maximum of each class's probabilities.
 
-    Its embedding is the mean of theirs. If one of the windows could not be read, the input could not.
+    Its embedding is their mean. The error of a window is the error of the input.
     """
     combine = np.add if aggregate == "mean" else np.maximum
     total: Any = None
@@ -333,7 +320,7 @@ def forward(
 ) -> Outputs:
     """Return the outputs for segments with `num_views` rows an example.
 
-    Several views give the logits of their mean probabilities, and their mean embedding.
+    Several views give the logits of their mean probabilities and their mean embedding.
     """
     with torch.inference_mode(), compute.autocast():
         latents = model.encode({name: segment.to(compute.device) for name, segment in segments.items()})

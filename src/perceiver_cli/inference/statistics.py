@@ -1,8 +1,7 @@
 """Statistics of scores and labels: temperature, thresholds, calibration error, average precision, intervals.
 
 A temperature divides all logits (Guo et al. 2017): probabilities change, their order does not. With several labels an
-example, each class also has the threshold above which it is an answer. SciPy is imported where it is needed: importing
-this module stays cheap.
+example, each class also has a threshold above which it is an answer. Only functions import SciPy, because it is slow.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD
 
 Floats = NDArray[np.float64]
 BINS = 15  # of equal width in 0..1, as in Guo et al.
-TEMPERATURES = (0.05, 20.0)  # least and most: a model that is right every time would ask for 0
-MIN_PROB = 1e-12  # so that the logit of a probability of 0 or 1 is finite
+TEMPERATURES = (0.05, 20.0)  # limits; the best temperature of a model without mistakes is 0
+MIN_PROB = 1e-12  # makes the logit of a probability of 0 or 1 finite
 
 
 def fit_temperature(logits: Floats, targets: NDArray[Any]) -> float:
-    """Return the temperature that gives logits (n, classes) the least cross-entropy.
+    """Return the temperature that gives logits (n, classes) the lowest cross-entropy.
 
     targets: (n,) class indices, or (n, classes) of 0 and 1 with several labels an example. Cross-entropy is convex in
-    1 / temperature; its slope there is mean(expected logit - true logit), and the root of the slope is the best one.
+    1 / temperature, with the slope mean(expected logit - true logit); the best temperature is the root of the slope.
     """
     from scipy.optimize import brentq
     from scipy.special import expit, softmax
@@ -48,8 +47,8 @@ def fit_temperature(logits: Floats, targets: NDArray[Any]) -> float:
 def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
     """Return for each class the threshold with the highest F1 on probs and targets (n, classes) of 0 and 1.
 
-    It lies halfway, in logits, between the last probability that is in and the first that is out. Of equally good ones
-    the highest is taken; a class without examples keeps DEFAULT_THRESHOLD.
+    It lies halfway, in logits, between the last probability above it and the first below it. Among equal F1 the highest
+    threshold wins; a class without examples keeps DEFAULT_THRESHOLD.
     """
     from scipy.special import expit, logit
 
@@ -57,7 +56,7 @@ def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
     for p, t in zip(probs.T, targets.T, strict=True):
         order = np.argsort(-p, kind="stable")
         p, t = p[order], t[order]
-        cut = np.flatnonzero(np.append(p[1:] < p[:-1], True))  # after each of these, a threshold fits
+        cut = np.flatnonzero(np.append(p[1:] < p[:-1], True))  # a threshold fits after each of these
         f1 = 2 * np.cumsum(t)[cut] / (cut + 1 + t.sum())
         if not t.any():
             thresholds.append(DEFAULT_THRESHOLD)
@@ -70,7 +69,7 @@ def fit_thresholds(probs: Floats, targets: NDArray[Any]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Bin:
-    """Probabilities that fell into one bin: how many, their mean, and the share of them that came true."""
+    """Probabilities in one bin: their number, their mean, and the share that is right."""
 
     count: int
     confidence: float
@@ -78,9 +77,9 @@ class Bin:
 
 
 def reliability(confidence: Floats, correct: NDArray[Any]) -> tuple[Bin | None, ...]:
-    """Return the reliability diagram: BINS of equal width in 0..1, None where one is empty.
+    """Return the BINS of a reliability diagram, of equal width in 0..1, None for an empty bin; () if there is NaN.
 
-    confidence, correct: as of the ECE. Nothing where a confidence is not a number.
+    Arguments as in `calibration_error`.
     """
     if not np.isfinite(confidence).all():
         return ()
@@ -92,8 +91,8 @@ def reliability(confidence: Floats, correct: NDArray[Any]) -> tuple[Bin | None, 
 def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
     """Return the expected calibration error (ECE): mean |share correct - mean confidence| over BINS, by their counts.
 
-    confidence: (n,) probabilities, or (n, k) of several each; correct: of 0 and 1, in the same shape. Not a number
-    where a confidence is none.
+    confidence: probabilities (n,), or (n, k) with several labels; correct: 0 and 1 in the same shape. NaN if a
+    confidence is NaN.
     """
     if not np.isfinite(confidence).all():
         return nan
@@ -101,7 +100,7 @@ def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
 
 
 def calibration_gaps(confidence: Floats, correct: NDArray[Any]) -> Floats:
-    """Return (n, BINS): for each of n examples and bin, the sum of correct - confidence. Arguments as of the ECE."""
+    """Return (n, BINS), the sum of correct - confidence by example and bin. Arguments as in `calibration_error`."""
     count = len(confidence)
     places = _bins(confidence).reshape(count, -1) + BINS * np.arange(count)[:, None]
     weights = (correct - confidence).reshape(-1)
@@ -115,16 +114,16 @@ def _bins(confidence: Floats) -> NDArray[np.int64]:
 def average_precisions(scores: Floats, targets: NDArray[Any]) -> Callable[[Floats], Floats]:
     """Return a function from weights (n,), one for each example, to the average precision (classes,) of each class.
 
-    scores, targets: (n, classes), in this order and not transposed: the mistake that made the first version of the
-    paper report 44.9 mAP on AudioSet (its appendix F). Examples of one score are ranked as one: precision is read at
-    the last of them. A class is NaN if no example that has it has a weight.
+    scores, targets: (n, classes), not transposed: that mistake gave the first version of the paper 44.9 mAP on AudioSet
+    (its appendix F). Examples with equal scores are ranked as one: precision is read at the last of them. A class is
+    NaN if its examples have no weight.
     """
     classes = []
     for score, target in zip(scores.T, targets.T, strict=True):
         order = np.argsort(-score, kind="stable").astype(np.int32)
         ends = np.append(np.flatnonzero(np.diff(score[order])), len(order) - 1)  # the last of each score
         hits = np.flatnonzero(target[order] > 0)
-        ends = ends[np.searchsorted(ends, hits)]  # of each hit's own score
+        ends = ends[np.searchsorted(ends, hits)]  # the last with each hit's score
         classes.append((order, order[hits], ends, np.searchsorted(hits, ends, side="right") - 1))
 
     def figure(weights: Floats) -> Floats:
@@ -142,13 +141,13 @@ def average_precisions(scores: Floats, targets: NDArray[Any]) -> Callable[[Float
 
 Interval = tuple[float, float]
 
-INSIDE = 0.95  # share of the draws that an interval holds
+INSIDE = 0.95  # share of the draws inside an interval
 RESAMPLES = 1000
 SEED = 0
 
 
 def share_interval(hits: int, count: int) -> Interval:
-    """Return the exact interval of hits / count (Clopper and Pearson 1934): it holds the true share 19 times of 20."""
+    """Return the exact 95 % interval of the share hits / count (Clopper and Pearson 1934)."""
     from scipy.stats import binomtest
 
     low, high = binomtest(hits, count).proportion_ci(INSIDE, "exact")
@@ -156,10 +155,10 @@ def share_interval(hits: int, count: int) -> Interval:
 
 
 def figure_interval(figure: Callable[[Floats], float], count: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the bootstrap interval of a figure, which is a function of how often each of `count` examples counts.
+    """Return the bootstrap interval of a figure, a function of how often each of `count` examples is drawn.
 
-    Drawing an example twice moves some figures as a whole: the ECE is larger on every resample. The interval is moved
-    back by as much, so that the median of the draws is the figure itself.
+    Resampling biases some figures: the ECE is larger on every resample. The interval is moved back by the bias, so that
+    the median of the draws is the figure itself.
     """
     rng = np.random.default_rng(SEED)
     times = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples))

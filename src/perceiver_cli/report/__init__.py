@@ -1,1 +1,1 @@
-"""Pages and pictures of what was measured. Nothing is measured here."""
+"""Pages and plots of results: evaluations, explanations, comparisons, model cards."""

@@ -1,7 +1,7 @@
-"""Diagrams by matplotlib: curves and reliability as SVG for a page, the confusion matrix, and how figures are saved.
+"""Diagrams by matplotlib: curves and reliability as SVG for a page, the confusion matrix, and plots in files.
 
-An SVG of a page has the page's fonts and colours, light or dark: its colours are those of the style sheet in
-report.html, by name. Never pyplot, which keeps every figure. matplotlib is slow to import: only functions do.
+An SVG of a page takes the page's font and, by name, the light or dark colours of the style sheet in report.html.
+pyplot is not used: it keeps every figure. Only functions import matplotlib, because it is slow to import.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from perceiver_cli.errors import counted
 from perceiver_cli.files import atomic_write, check_plot, show_text
 from perceiver_cli.inference.statistics import BINS, Bin
 
-if TYPE_CHECKING:  # torch is not needed to compare runs
+if TYPE_CHECKING:  # `compare` works without torch
     from perceiver_cli.inference.evaluation import Report
 
-SIZE = 4.9, 3.1  # of a diagram, in inches: 72 units of its SVG each
-MAX_POINTS = 500  # of a line: more cannot be seen
+SIZE = 4.9, 3.1  # a diagram in a page, in inches of 72 SVG units
+MAX_POINTS = 500  # points of a line; more cannot be seen
 ONE, TWO, BAR, RULE, TEXT = "#1b6ca8", "#c84830", "#c9d3dc", "#e3e4e6", "#646b73"
 IN_PAGE = {ONE: "var(--one)", TWO: "var(--two)", BAR: "var(--bar)", RULE: "var(--rule)", TEXT: "currentColor"}
 
@@ -34,9 +34,9 @@ Point = tuple[float, float]
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Draw names as they are: no dollar sign starts mathematics, no letter that the font lacks is warned of.
+    """Draw names literally: a dollar sign starts no mathematics, a letter missing in the font gives no warning.
 
-    SVG keeps text as text, and is the same on every run.
+    SVG keeps text as text and is the same on every run.
     """
     import matplotlib
 
@@ -46,17 +46,26 @@ def plain_text() -> Iterator[None]:
         yield
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG or SVG, by the suffix. Raises UsageError for another, ResourceError if it cannot write."""
+@contextmanager
+def plotted(path: str | os.PathLike[str], width: float, height: float) -> Iterator[Any]:
+    """Yield an empty figure, in inches, and write it as PNG or SVG by the suffix.
+
+    Raises UsageError for another suffix, ResourceError if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
     kind = check_plot(path)
-    with atomic_write(path) as file:
-        figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+    with plain_text():
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_write(path) as file:
+            figure.savefig(file, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
 
 
 def curves(name: str, lines: Mapping[str, Sequence[Point]], most: float = inf) -> str:
     """Return an SVG of up to two lines over epochs, by their names; "" if no line has two points.
 
-    most: what no value exceeds, and so the axis does not.
+    most: upper limit of the values and so of the axis.
     """
     lines = {label: points for label, points in lines.items() if len(points) > 1}
     if not lines:
@@ -71,8 +80,8 @@ def curves(name: str, lines: Mapping[str, Sequence[Point]], most: float = inf) -
         return _svg(figure, name)
 
 
-def reliability(bins: Sequence[Bin | None]) -> str:
-    """Return an SVG of the share that is right over the probability, above bars of how many; "" if there are none."""
+def reliability_diagram(bins: Sequence[Bin | None]) -> str:
+    """Return an SVG of the share of right answers over the probability, and bars of counts; "" without bins."""
     full = {place: one for place, one in enumerate(bins) if one is not None}
     if not full:
         return ""
@@ -92,7 +101,7 @@ def reliability(bins: Sequence[Bin | None]) -> str:
 
 
 def _axes(x_name: str) -> tuple[Any, Any]:
-    """Return a figure and its axes, with horizontal lines alone."""
+    """Return a figure and its axes, with horizontal grid lines only."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=SIZE, layout="constrained")
@@ -106,7 +115,7 @@ def _axes(x_name: str) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any, name: str) -> str:
-    """Return a figure as the SVG element of a page. name: said to those who do not see it."""
+    """Return a figure as the SVG element of a page. name: its label for screen readers."""
     figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=TEXT)
     buffer = io.StringIO()
     figure.savefig(
@@ -114,36 +123,33 @@ def _svg(figure: Any, name: str) -> str:
     )
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{name}"', 1)
-    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # it would be the whole page's
+    svg = re.sub(r"<defs>\s*<style.*?</defs>", "", svg, count=1, flags=re.DOTALL)  # it would apply to the whole page
     svg = re.sub(r'<g id="title: ([^"]*)">', r"<g><title>\1</title>", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the next diagram has the same
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # ids must differ within the page
     svg = re.sub(r"font-family: [^;\"]*", "font-family: inherit", svg)
     for color, in_page in IN_PAGE.items():
         svg = svg.replace(color, in_page)
     return svg
 
 
-def confusion(report: Report) -> Any:
-    """Return a figure of the confusion matrix: shares of each true class by colour, counts in the cells."""
-    from matplotlib.figure import Figure
-
+def draw_confusion(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the confusion matrix as PNG or SVG: shares of each true class as colours, counts in the cells."""
     counts = np.array(report.confusion)
     shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
     size = min(16.0, 3.0 + 0.42 * len(report.classes))
-    figure = Figure(figsize=(size + 1, size), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    names = [show_text(name) for name in report.classes]
-    if len(names) <= 60:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(names)), names, fontsize=8)
-    if len(names) <= 25:
-        for (i, j), count in np.ndenumerate(counts):
-            if count:
-                color = "white" if shares[i, j] > 0.5 else "black"
-                axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
-    examples = counted(report.num_examples, "example")
-    axes.set(xlabel="predicted", ylabel="true")
-    axes.set_title(f"accuracy {report.accuracy:.4f} on {examples} ({report.split})", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
-    return figure
+    with plotted(path, size + 1, size) as figure:
+        axes = figure.subplots()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        names = [show_text(name) for name in report.classes]
+        if len(names) <= 60:
+            axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
+            axes.set_yticks(range(len(names)), names, fontsize=8)
+        if len(names) <= 25:
+            for (i, j), count in np.ndenumerate(counts):
+                if count:
+                    color = "white" if shares[i, j] > 0.5 else "black"
+                    axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
+        examples = counted(report.num_examples, "example")
+        axes.set(xlabel="predicted", ylabel="true")
+        axes.set_title(f"accuracy {report.accuracy:.4f} on {examples} ({report.split})", fontsize=10)
+        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")

@@ -1,6 +1,6 @@
-"""Several runs side by side: how good on validation, how sure that is, what they cost, and what was set differently.
+"""Several runs side by side: validation scores with intervals, costs, and the options that differ.
 
-All of it is read from the run folders; no model is built, so torch is not needed.
+Everything is read from the run folders; no model is built, so torch is not needed.
 """
 
 from __future__ import annotations
@@ -17,36 +17,33 @@ from perceiver_cli.files import show_path, show_text
 from perceiver_cli.inference.statistics import Interval, share_interval
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.describe import describe
+from perceiver_cli.report.charts import plotted
 from perceiver_cli.run_folder import MODEL_FILE, find_model, read_log
 
-NAME_LENGTH = 40  # of a run in the plot
+NAME_LENGTH = 40  # characters of a run's name in the plot
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run: its best model on the validation split, its time, and how it came there.
-
-    interval_95: of the accuracy; None where the model was moved away from that split. seconds: until the last
-    evaluation, None without a log. curve: (seconds, accuracy) of every evaluation.
-    """
+    """Scores of a run's best model on the validation split, and the cost of the run."""
 
     run: str
     preset: str
     accuracy: float | None
-    interval_95: Interval | None
+    interval_95: Interval | None  # of the accuracy; None if the run's split is missing
     mAP: float | None
     loss: float | None
     num_examples: int | None
-    seconds: float | None
+    seconds: float | None  # until the last evaluation; None without a log
     steps: int
     parameters: int
     fingerprint: str
-    curve: tuple[tuple[float, float], ...]
+    curve: tuple[tuple[float, float], ...]  # (seconds, accuracy) of every evaluation
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs in the order of the arguments, and by option the value of each where they differ."""
+    """Runs in the order of the arguments, and the values of every option that differs between them."""
 
     runs: tuple[RunFacts, ...]
     differences: Mapping[str, tuple[Any, ...]]
@@ -58,9 +55,9 @@ class Comparison:
 
 
 def compare(runs: Sequence[str]) -> Comparison:
-    """Return run folders, or model files, side by side.
+    """Return a comparison of run folders or model files.
 
-    Raises UsageError if there are fewer than two or no model, IntegrityError if a model file, log or split is damaged.
+    Raises UsageError for fewer than two or without a model, IntegrityError if a model file, log or split is damaged.
     """
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run to compare", "pass two or more: perceiver compare runs/a runs/b")
@@ -68,10 +65,10 @@ def compare(runs: Sequence[str]) -> Comparison:
     for run in runs:
         path = find_model(run)
         info = read_info(path)
-        whole = path.name == MODEL_FILE  # else a model file by itself, whatever lies beside it
-        log = read_log(path.parent) if whole else []
+        in_run = path.name == MODEL_FILE  # another model file does not belong to the run in its folder
+        log = read_log(path.parent) if in_run else []
         split = path.parent / SPLIT_FILE
-        count = int(read_split(split).held.sum()) if whole and split.is_file() else 0
+        count = int(read_split(split).held.sum()) if in_run and split.is_file() else 0
         accuracy = _number(info.metrics, "val_accuracy")
         timed = [(seconds, record) for record in log if (seconds := _number(record, "elapsed_s")) is not None]
         curve = [(at, share) for at, record in timed if (share := _number(record, "val_accuracy")) is not None]
@@ -97,7 +94,7 @@ def compare(runs: Sequence[str]) -> Comparison:
 
 
 def _differences(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
-    """Return by option the value of each configuration, where they differ; an input that only some have is named."""
+    """Return the values of every option that differs; of inputs that not all runs have, the names."""
     tables = [dict(_flat(config.to_dict())) for config in configs]
     columns: dict[str, tuple[Any, ...]] = {"inputs": tuple("+".join(sorted(config.inputs)) for config in configs)}
     columns |= {key: tuple(table[key] for table in tables) for key in tables[0] if all(key in t for t in tables[1:])}
@@ -108,23 +105,21 @@ def _differences(configs: Sequence[Config]) -> dict[str, tuple[Any, ...]]:
 def _notes(rows: Sequence[RunFacts]) -> Iterator[str]:
     same = len({row.fingerprint for row in rows}) == 1
     if not same:
-        yield "the runs are of different data: their accuracies are not of the same examples"
+        yield "the runs have different data, so their accuracies cannot be compared"
     for row in rows:
         if row.accuracy is None:
-            yield f"{show_path(row.run)}: was not evaluated while it was trained"
+            yield f"{show_path(row.run)}: was not evaluated during training"
         elif row.interval_95 is None:
-            yield f"{show_path(row.run)}: without the run's split it is not known how many examples its accuracy is of"
-    known = [
-        (row.accuracy, row.interval_95) for row in rows if row.accuracy is not None and row.interval_95 is not None
-    ]
+            yield f"{show_path(row.run)}: the number of validation examples is unknown without the run's split"
+    known = [(row.accuracy, row.interval_95) for row in rows if row.accuracy is not None and row.interval_95]
     if same and len(known) > 1:
         (_, best), (_, second) = sorted(known, key=lambda pair: pair[0], reverse=True)[:2]
         if second[1] >= best[0]:
-            yield "the intervals of the best two overlap: which of them is better may be chance"
+            yield "the intervals of the best two runs overlap: their order may be chance"
 
 
 def _number(record: Mapping[str, Any], key: str) -> float | None:
-    """Return a finite number of what a file holds, None for all else."""
+    """Return a finite number from a record, or None."""
     value = record.get(key)
     return float(value) if isinstance(value, int | float) and abs(value) < 1e30 else None
 
@@ -137,15 +132,10 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
-def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Write a plot as PNG or SVG: accuracy over seconds of each run, and the accuracies with their intervals."""
-    from matplotlib.figure import Figure
-
-    from perceiver_cli.report.charts import plain_text, save_figure
-
+def draw_comparison(comparison: Comparison, path: str | os.PathLike[str]) -> None:
+    """Write a plot as PNG or SVG: accuracy over seconds of each run, and the final accuracies with intervals."""
     runs = comparison.runs
-    with plain_text():
-        figure = Figure(figsize=(9.5, max(3.2, 1.2 + 0.35 * len(runs))), layout="constrained")
+    with plotted(path, 9.5, max(3.2, 1.2 + 0.35 * len(runs))) as figure:
         over_time, kept = figure.subplots(1, 2)
         for place, run in enumerate(runs):
             colour = f"C{place % 10}"
@@ -159,8 +149,7 @@ def draw(comparison: Comparison, path: str | os.PathLike[str]) -> None:
         short = [f"…{name[-NAME_LENGTH:]}" if len(name) > NAME_LENGTH else name for name in names]
         kept.set_yticks(range(len(runs)), short)
         kept.tick_params(axis="y", labelsize=8)
-        kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="of the model kept, with 95 % interval")
+        kept.set(ylim=(len(runs) - 0.5, -0.5), xlabel="accuracy of the saved model, 95 % interval")
         over_time.set(xlabel="seconds of training", ylabel="validation accuracy")
         for axes in (over_time, kept):
             axes.grid(alpha=0.3)
-        save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""Pictures, points and numbers of an explanation."""
+"""The page of an explanation as PNG, or its points as PLY."""
 
 from __future__ import annotations
 
@@ -17,19 +17,15 @@ from perceiver_cli.report import pictures
 from perceiver_cli.report.charts import plain_text
 
 GAP = 12
-WIDTH = 3 * pictures.SIDE + 2 * GAP  # of the page between its margins, in pixels
-HEAD, LINE, KEY = 38, 25, 48  # heights: of the first line, of others, of a bar of colours
+WIDTH = 3 * pictures.SIDE + 2 * GAP  # the page between its margins, in pixels
+HEAD, LINE, KEY = 38, 25, 48  # heights of the first line, of other lines, of a colour bar
 
 Draw = Callable[[Any], None]
-Row = tuple[int, Draw]  # its height, and what draws it on a figure
+Row = tuple[int, Draw]  # its height, and a function that draws it on a figure
 
 
 def to_ply(explanation: Explanation) -> bytes:
-    """Return a cloud as a binary PLY whose points are coloured by heat, with the heat as a property.
-
-    Raises:
-        UsageError: the explanation is not of points.
-    """
+    """Return a cloud as a binary PLY, coloured by heat and with heat as a property; raise UsageError without points."""
     if "points" not in explanation.shown:
         kinds = "+".join(explanation.shown)
         raise UsageError(f"a PLY holds points, {show_path(explanation.path)} is {kinds}", "pass -o FILE.png")
@@ -42,11 +38,8 @@ def to_ply(explanation: Explanation) -> bytes:
     return header.encode() + b"".join(struct.pack("<3f3Bf", *point, *tint, heat) for point, tint, heat in rows)
 
 
-# ---------------------------------------------------------------- the page
-
-
 def save(explanation: Explanation, path: Path) -> None:
-    """Write a page as PNG, or to a path that ends in .ply the coloured points."""
+    """Write the page as PNG, or the coloured points if `path` ends in .ply."""
     with atomic_write(path) as file:
         if path.suffix.lower() == ".ply":
             file.write(to_ply(explanation))
@@ -55,7 +48,7 @@ def save(explanation: Explanation, path: Path) -> None:
 
 
 def to_picture(explanation: Explanation) -> pictures.Picture:
-    """Return a page: each modality as it is, with attention, with heat; sound below pictures; then the score maps."""
+    """Return the page: each modality plain, with attention and with heat, sound last; then the score maps."""
     with plain_text():
         label = show_text(explanation.label)
         head = f"{label}: {explanation.prob:.3f}"
@@ -87,7 +80,7 @@ def _write(figure: Any, text: str, size: float = 7.5, color: str = "black") -> N
 
 
 def _panels(figure: Any, panels: Sequence[tuple[str, Draw]], color: str = "black") -> None:
-    """Draw titles and what they name side by side."""
+    """Draw panels with their titles side by side."""
     width = (figure.bbox.width + GAP) / len(panels) - GAP
     widths, heights = ((width, GAP) * len(panels))[:-1], (LINE, figure.bbox.height - LINE - GAP, GAP)
     cells = figure.subfigures(3, len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)
@@ -97,12 +90,12 @@ def _panels(figure: Any, panels: Sequence[tuple[str, Draw]], color: str = "black
 
 
 def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> list[Row]:
-    """Return the rows of a modality: attention and heat side by side with the medium, or below each other if wide."""
-    looked, spoke = (f": {share.sum():.0%}" if several else "" for share in (shown.attention, shown.heat))
+    """Return the rows of a modality: attention and heat beside the medium, or below each other if it is wide."""
+    attention_share, heat_share = (f": {share.sum():.0%}" if several else "" for share in (shown.attention, shown.heat))
     heats = {
         name: None,
-        f"{name}, where it looked (attention){looked}": shown.attention,
-        f"{name}, what it found for {label} (heat){spoke}": shown.heat,
+        f"{name}, where it looked (attention){attention_share}": shown.attention,
+        f"{name}, what it found for {label} (heat){heat_share}": shown.heat,
     }
     panels = [
         (title, partial(pictures.draw, raw=shown.raw, spec=shown.spec, heat=heat, start_s=shown.start_s or 0.0))
@@ -115,10 +108,10 @@ def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> l
 
 
 def _score_maps(name: str, shown: ExplainedInput, maps: Sequence[ScoreMap]) -> list[Row]:
-    """Return the rows of a modality's score maps: a row for each cross-attend, a column for each latent."""
+    """Return the rows of a modality's score maps: one row per cross-attend, one column per latent."""
     rows: list[Row] = [(LINE, partial(_write, text=f"{name}: scores before the softmax, one latent each"))]
     heads = any(score.head > 1 for score in maps)
-    height = (WIDTH - GAP * (MAPS - 1)) // MAPS // (3 if shown.start_s is not None else 1)  # of sound and film: a strip
+    height = (WIDTH - GAP * (MAPS - 1)) // MAPS // (3 if shown.start_s is not None else 1)  # a strip for sound and film
     for number in sorted({score.cross_attend for score in maps}):
         panels = []
         for score in (score for score in maps if score.cross_attend == number):
@@ -137,7 +130,7 @@ def _score_map(figure: Any, scores: Heat, shown: ExplainedInput) -> None:
     else:
         pictures.grid(axes, values, pictures.SCORE)
         if values.ndim == 2:
-            axes.set_box_aspect(np.clip(values.shape[0] / values.shape[1], 1 / 3, 3))  # a grid of 200 x 4 is no line
+            axes.set_box_aspect(np.clip(values.shape[0] / values.shape[1], 1 / 3, 3))  # 200 x 4 must not be a line
 
 
 def _key(figure: Any, name: str, low: str, high: str) -> None:

@@ -1,4 +1,4 @@
-"""The model card: README.md of a run folder, for whoever finds the model. All that is data in it is escaped."""
+"""The model card: README.md of a run folder. All data in it is escaped."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from perceiver_cli.files import show_text, write_text
+from perceiver_cli.files import show_text
 from perceiver_cli.model.checkpoint import ModelInfo
 
 MAX_LISTED = 200  # classes
 
 
-def write_card(run: Path, summary: Mapping[str, Any], info: ModelInfo) -> None:
-    """Write README.md beside a run's best model so far, whose header is `info`. Where the data lay stays out of it."""
-    write_text(run / "README.md", card(summary, info))
-
-
 def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
-    """Return the card as Markdown: the template `model_card.md.jinja`, in which every value is escaped by `plain`."""
+    """Return the card of a run's plan and best model as Markdown, every value escaped, without the data's full path."""
     world = Environment(
         finalize=plain, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     template = world.from_string((resources.files("perceiver_cli.report") / "model_card.md.jinja").read_text("utf-8"))
-    versions = {"perceiver": version("perceiver-cli"), "torch": torch.__version__, "python": platform.python_version()}
-    facts = {"folder": Path(summary["data"]).name, "info": info, "config": info.config, "max_listed": MAX_LISTED}
-    return template.render(summary, **facts, versions=versions)
+    facts = {"folder": Path(summary["data"]).name, "info": info, "config": info.config, "versions": versions()}
+    return template.render(summary, **facts, max_listed=MAX_LISTED)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package, torch and Python."""
+    return {"perceiver": version("perceiver-cli"), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def plain(value: Any) -> str:
-    """Return a value that Markdown shows as it is: one line, no link, image, HTML, code or table cell of its own."""
+    """Return a value as one line of literal Markdown text: no link, image, HTML, code or table cell."""
     shown = show_text(f"{value:.4g}" if isinstance(value, float) else str(value))
     escaped = re.sub(r"([\\`*_{}\[\]()#!|~$^@:]|(?<=www)\.)", r"\\\1", shown)
     return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,7 +1,7 @@
-"""Media as the model saw them, with or without heat on them: `draw` on a matplotlib figure, `sample` as a picture.
+"""Media as the model reads them, with or without heat: `draw` on a matplotlib figure, `sample` as a picture.
 
-Heat is one number for each input of the model, not negative, in the shape of its grid. It lies on the medium in colours
-that are darker where it is hotter. Sizes are in pixels. matplotlib is slow to import: only functions do.
+Heat is one number >= 0 for each input of the model, in the shape of its grid; darker colours are hotter. Sizes are in
+pixels. Only functions import matplotlib, because it is slow to import.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ Floats = NDArray[np.float64]
 Picture = Image.Image
 Extent = tuple[float, float, float, float]  # left, right, bottom, top
 
-DPI = 128  # a power of two: pixels by inches and back are whole
+DPI = 128  # a power of two, so that pixels stay whole through inches
 INK, FAINT, GROUND, COLD = "#464646", "#7a8086", "#fafafa", 0.81
-HEAT, SCORE = "OrRd", "viridis"  # matplotlib's: of falling lightness on a light ground; of scores
-SIDE = 320  # of a medium, unless another is asked for
-TOP_PERCENTILE = 99.5  # of heat that is drawn in the darkest colour: one input alone does not bleach the others
-PALED = -139  # where the grey scale under heat begins, so that black is drawn as 90 of 255
+HEAT, SCORE = "OrRd", "viridis"  # matplotlib's colour maps of heat and of scores
+SIDE = 320  # default side of a medium
+TOP_PERCENTILE = 99.5  # heat drawn in the darkest colour, so that one very hot input does not bleach the others
+PALED = -139  # start of the grey scale under heat, so that black is drawn as 90 of 255
 FILM_FRAMES, FILM_TEXT = 6, 18
-LEAST_CELLS = 8  # sides of a grid from which on its cells are blended; those of a coarser one are shown as they are
+LEAST_CELLS = 8  # smallest side of a grid whose cells are blended; a coarser grid shows its cells
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
-SOUND_MARGIN, SOUND_TEXT = 12, 22  # beside it, so that the first and last second are readable; below it
-TURN, TILT = np.radians(35), np.radians(22)  # from where a cloud is looked at, its y axis up
-FAR = 0.55  # how much of the white shines through the farthest points
+SOUND_MARGIN, SOUND_TEXT = 12, 22  # beside it, for the labels of the first and last second; below it
+TURN, TILT = np.radians(35), np.radians(22)  # the view of a cloud, y axis up
+FAR = 0.55  # share of white in the farthest points
 
 
 def sample(
     raw: Array, spec: InputSpec, heat: Array | None = None, *, side: int = SIDE, start_s: float = 0.0
 ) -> Picture:
-    """Return a picture of a decoded array, of the size that `size_of` tells. Arguments are those of `draw`."""
+    """Return a picture of a decoded array in the size of `size_of`. Arguments as in `draw`."""
     with plain_text():
         figure = new_figure(*size_of(raw, spec, side))
         draw(figure, raw, spec, heat, start_s)
@@ -51,7 +51,7 @@ def sample(
 
 
 def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
-    """Return width and height of a medium: within side x side; of sound and film, twice as wide as side."""
+    """Return width and height of a medium within side x side; sound and film are 2 side wide."""
     match spec:
         case ImageSpec():
             tall, wide = raw.shape[:2]
@@ -82,10 +82,10 @@ def rendered(figure: Any) -> Picture:
 
 
 def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, start_s: float = 0.0) -> None:
-    """Draw a decoded array, as its `Modality.load` gives it, with the heat of the model's inputs on it.
+    """Draw a decoded array from `Modality.load` with the heat of the model's inputs on it.
 
-    figure: a Figure or a SubFigure. `raw` of sound and video is the clip that the model saw, which began at `start_s`
-    seconds. A modality from outside the package has no picture of its own: its heat alone is drawn, or nothing.
+    figure: a Figure or a SubFigure. raw: for sound and video the clip that the model read, which starts at `start_s`
+    seconds. A modality from outside the package has no picture, so only its heat is drawn.
     """
     heat = None if heat is None else scaled(heat)
     match spec:
@@ -102,57 +102,51 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
 
 
 def bare_axes(figure: Any) -> Any:
-    """Return axes that fill a figure and draw no lines of their own."""
+    """Return axes that fill a figure, without lines."""
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_anchor("NW")
     return axes
 
 
-# ---------------------------------------------------------------- colours
-
-
 def colours(values: Array, name: str) -> Floats:
-    """Return (..., 3) in 0..1: the colours of values in 0..1 in one of matplotlib's colour maps."""
+    """Return (..., 3) in 0..1, the colours of values in 0..1 in a colour map of matplotlib."""
     from matplotlib import colormaps
 
     return np.asarray(colormaps[name](np.asarray(values, np.float64))[..., :3])
 
 
 def scaled(heat: Array) -> Floats:
-    """Return heat in 0..1, where 1 is its `TOP_PERCENTILE`; zeros stay zeros."""
+    """Return heat in 0..1, where 1 is its TOP_PERCENTILE; zeros stay zeros."""
     top = float(np.percentile(heat, TOP_PERCENTILE)) or float(heat.max())
     return np.clip(heat / top, 0, 1) if top > 0 else np.zeros(heat.shape)
 
 
 def spanned(scores: Array) -> Floats:
-    """Return scores in 0..1, from the least to the greatest."""
+    """Return scores in 0..1, from the lowest to the highest."""
     return np.asarray((scores - scores.min()) / (np.ptp(scores) or 1.0), np.float64)
 
 
 def _warm(heat: Array) -> Floats:
-    """Return (P, 3): the colours of points, grey enough for one without heat to be seen on white."""
+    """Return the colours of points (P, 3); a point without heat is a grey that is visible on white."""
     share = np.sqrt(heat)[:, None]
     return COLD * (1 - share) + colours(heat, HEAT) * share
 
 
 def _lay(axes: Any, heat: Array, extent: Extent) -> None:
-    """Lay heat (h, w) in 0..1 over what is drawn on axes already."""
-    layer = np.dstack([colours(heat, HEAT), 0.85 * np.sqrt(heat)])  # opaque enough for little heat to be seen at all
+    """Lay heat (h, w) in 0..1 over the drawing on axes."""
+    layer = np.dstack([colours(heat, HEAT), 0.85 * np.sqrt(heat)])  # the square root keeps little heat visible
     axes.autoscale(False)
     axes.imshow(layer, extent=extent, aspect=axes.get_aspect(), interpolation=_blend(heat))
 
 
 def _blend(values: Array) -> str:
-    """Return matplotlib's name of how cells are enlarged: as they are where they are few, else through their values."""
+    """Return matplotlib's interpolation of cells: none for a coarse grid, else Catmull-Rom."""
     return "nearest" if min(values.shape[:2]) < LEAST_CELLS else "catrom"
 
 
-# ---------------------------------------------------------------- media
-
-
 def _still(axes: Any, values: Array, heat: Array | None, box: Box) -> None:
-    """Draw (H, W, c) uint8; heat (h, w) lies over its box."""
+    """Draw (H, W, c) uint8, with heat (h, w) over its box."""
     if heat is None:
         axes.imshow(values[..., 0] if values.shape[-1] == 1 else values, cmap="gray", vmin=0, vmax=255)
         return
@@ -185,7 +179,7 @@ def _sound(figure: Any, samples: Array, spec: AudioSpec, heat: Array | None, sta
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
-    """Return (mel bins, frames), the lowest last, for the eye: the same for every model."""
+    """Return a spectrogram (mel bins, frames) to look at, the lowest bin last, the same for every model."""
     assert spec.rate_hz != "auto"
     window_s = min(0.032, len(samples) / spec.rate_hz)
     seconds = len(samples) / spec.rate_hz
@@ -201,7 +195,7 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
 
 
 def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float) -> None:
-    """Draw a strip of frames of (T, H, W, 3), evenly in time; heat is (time, h, w), on each that of its time."""
+    """Draw a strip of frames of (T, H, W, 3), evenly in time, each with its part of the heat (time, h, w)."""
     places = _middles(FILM_FRAMES, len(frames))
     room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - FILM_TEXT / figure.bbox.height, "wspace": 0.03}
     strip = figure.subplots(1, len(places), squeeze=False, gridspec_kw=room)
@@ -214,38 +208,38 @@ def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start
 
 
 def _middles(most: int, count: int) -> list[int]:
-    """Return up to `most` of `count` places, evenly."""
+    """Return up to `most` of `count` places, evenly spaced."""
     shown = min(most, count)
     return [int((k + 0.5) * count / shown) for k in range(shown)]
 
 
 def cloud(axes: Any, points: Array, tints: Array | None) -> None:
-    """Draw points (P, 3) seen from the front, a little from above and the right; tints are (P, 3) in 0..1.
+    """Draw points (P, 3), y axis up, from the front, a little above and right; tints are (P, 3) in 0..1.
 
-    The y axis is up. Near points lie over far ones, which fade.
+    Near points cover far ones, which fade.
     """
     turned = (points - (points.min(axis=0) + points.max(axis=0)) / 2) @ _view()
     depth = spanned(turned[:, 2])  # 1 is nearest
     order = np.argsort(depth, kind="stable")
-    fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # colours are to be told apart
+    fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # less fading keeps colours distinct
     shades = (np.full((len(points), 3), 0.27) if tints is None else tints) * (1 - fade) + fade
     side = min(axes.bbox.width, axes.bbox.height)
     radius = float(np.clip(side / np.sqrt(len(points)) / 3, 1.0, side / 60))
-    area = (2 * radius * 72 / DPI) ** 2  # in points, as matplotlib takes it
+    area = (2 * radius * 72 / DPI) ** 2  # in points, matplotlib's unit
     axes.scatter(*turned[order, :2].T, c=shades[order], s=area, linewidths=0)
     reach = (float(np.abs(turned[:, :2]).max()) or 1.0) * side / (side - 4 * radius)
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
 def _view() -> Floats:
-    """Return (3, 3): columns are right, up and towards the eye."""
+    """Return (3, 3), whose columns are right, up and towards the viewer."""
     turn = np.array([[np.cos(TURN), 0, np.sin(TURN)], [0, 1, 0], [-np.sin(TURN), 0, np.cos(TURN)]])
     tilt = np.array([[1, 0, 0], [0, np.cos(TILT), np.sin(TILT)], [0, -np.sin(TILT), np.cos(TILT)]])
     return np.asarray(turn @ tilt)
 
 
 def grid(axes: Any, values: Array, name: str, left: float = 0.0, right: float = 1.0) -> None:
-    """Draw values in 0..1 of a grid as colours of a colour map: of three axes and more, the middles of the first."""
+    """Draw a grid of values in 0..1 in a colour map; with three axes or more, slices along the first."""
     if values.ndim > 2:
         places = _middles(4, len(values))
         step = (right - left) * 1.02 / len(places)

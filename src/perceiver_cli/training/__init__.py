@@ -1,1 +1,1 @@
-"""A run: its plan, its loop, its state on disk."""
+"""A training run: its plan, its loop and its state on disk."""

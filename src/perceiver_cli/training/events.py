@@ -18,7 +18,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Files were read. done: so far; total: to read; bad: unreadable ones."""
+    """Files were read. done, bad: files read and files found unreadable so far; total: files to read."""
 
     done: int
     total: int
@@ -27,14 +27,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Note:
-    """A message for the user that came up after the start."""
+    """A message for the user after the start."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimiser step was done. loss: of its batches; samples_per_s: since the last such event, 16 steps on a GPU."""
+    """An optimiser step ended. loss: mean of its batches; samples_per_s: since the last StepDone, 16 steps on a GPU."""
 
     step: int
     total_steps: int
@@ -59,7 +59,7 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Saved:
-    """A file was committed."""
+    """A file was saved."""
 
     path: Path
     step: int
@@ -67,7 +67,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended, as planned or because it was asked to stop. metrics: of the best model."""
+    """The run ended, as planned or early. metrics: those of the best model."""
 
     model: Path
     step: int

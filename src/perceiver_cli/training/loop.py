@@ -1,4 +1,4 @@
-"""The loop of training: read, step, average, evaluate, save; a generator of events."""
+"""The training loop, a generator of events: read, step, average, evaluate, save."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from perceiver_cli.training.plan import Plan
 from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
 from perceiver_cli.training.timing import Progress, Timing
 
-MIX_STREAM = 1  # tells the random numbers of mixing from those of order and augmentation
-CUDA_CHECK_EVERY = 16  # steps between looks at the loss, each of which waits for the GPU
+MIX_STREAM = 1  # separates the random numbers of mixing from those of order and augmentation
+CUDA_CHECK_EVERY = 16  # steps between reads of the loss, each of which waits for the GPU
 ENDLESS = 1 << 40  # batches
 
 
@@ -40,8 +40,8 @@ class Run:
         self.config, self.compute, self.catalog = plan.config, plan.compute, plan.catalog
         train = self.config.train
         model = Perceiver(self.config.model, plan.reader.layouts, len(self.catalog.classes), train.seed)
-        if plan.asked.init_from is not None:
-            plan.notes.extend(transfer_weights(model, self.catalog.classes, plan.asked.init_from))
+        if plan.request.init_from is not None:
+            plan.notes.append(transfer_weights(model, self.catalog.classes, plan.request.init_from))
         if train.freeze == "trunk":
             model.requires_grad_(False)
             model.head.requires_grad_(True)
@@ -68,27 +68,27 @@ class Run:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, those before a resume included."""
-        return self.elapsed_before + time.monotonic() - self.plan.asked.started_at
+        """Seconds of training, including those before a resume."""
+        return self.elapsed_before + time.monotonic() - self.plan.request.started_at
 
     @property
     def progress(self) -> Progress:
-        """Where the run stands now."""
+        """The current step, planned steps and elapsed seconds."""
         return Progress(self.step, self.total_steps, self.elapsed)
 
     @property
     def epoch(self) -> float:
-        """Epochs seen, as a fraction."""
+        """Epochs trained so far, as a fraction."""
         return self.step * self.plan.examples_per_step / len(self.plan.train_examples)
 
     def tasks(self, batches: int) -> Iterator[Task]:
-        """Return the tasks of the next `batches` batches."""
+        """Return the reading tasks of the next `batches` batches."""
         train = self.config.train
         start = self.step * train.accumulate
         return training_tasks(self.plan.train_examples, train.batch_size, train.seed, start, start + batches)
 
     def events(self, stopping: Callable[[], bool]) -> Iterator[Event]:
-        """Yield the events of the loop, which ends after the step in progress once `stopping` returns True."""
+        """Yield the events of the loop; end after the current step once `stopping` returns True."""
         plan, train = self.plan, self.config.train
         timing = Timing(train, plan.steps_per_epoch, len(plan.val_examples), self.progress)
         workers = self.compute.default_workers if self.config.data.workers is None else self.config.data.workers
@@ -97,7 +97,7 @@ class Run:
         batches = plan.reader.batches(self.tasks(count), workers, pin=on_cuda)
         cut_log(plan.output, self.step)
         check_every = CUDA_CHECK_EVERY if on_cuda else 1
-        looked_s, looked_step = time.perf_counter(), self.step  # time and step of the last look at the loss
+        read_s, read_step = time.perf_counter(), self.step  # time and step of the last read of the loss
         evaluated_at = self.step
         while not timing.over(self.progress) and not stopping():
             lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
@@ -110,8 +110,8 @@ class Run:
                 step_loss = float(loss)
                 self._check_finite(step_loss, lr)
                 now = time.perf_counter()
-                rate = (self.step - looked_step) * plan.examples_per_step / max(1e-9, now - looked_s)
-                looked_s, looked_step = now, self.step
+                rate = (self.step - read_step) * plan.examples_per_step / max(1e-9, now - read_s)
+                read_s, read_step = now, self.step
                 yield StepDone(self.step, self.total_steps, self.epoch, step_loss, lr, rate)
             evaluate = timing.evaluation_due(self.progress)
             if evaluate or timing.save_due(self.progress):
@@ -124,7 +124,7 @@ class Run:
                     if evaluated.best:
                         yield Saved(plan.output / MODEL_FILE, self.step)
                 yield self._save()
-                looked_s, looked_step = time.perf_counter(), self.step
+                read_s, read_step = time.perf_counter(), self.step
         stopped = stopping()
         if evaluated_at != self.step and not stopped:
             yield self._evaluate(lr)
@@ -134,7 +134,7 @@ class Run:
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
-        """Do one optimiser step; return its mean loss, still on the device."""
+        """Do one optimiser step; return its mean loss, on the device."""
         train = self.config.train
         loss = torch.zeros((), device=self.compute.device)
         for micro in range(train.accumulate):
@@ -159,7 +159,7 @@ class Run:
         device, train = self.compute.device, self.config.train
         segments, targets = batch.segments, [(batch.labels, 1.0)]
         if train.mixup or train.cutmix:
-            # Its own stream: a function of seed and place in the run, like everything random here.
+            # A function of the seed and the place in the run, so that a resumed run mixes the same examples.
             rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
             mixed = mix(batch, train.mixup, train.cutmix, rng)
             segments, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
@@ -176,20 +176,18 @@ class Run:
         """Return softmax cross-entropy, or sigmoid cross-entropy if examples have several labels (paper 4.2)."""
         smoothing = self.config.train.label_smoothing
         if self.config.multi_label:
-            # Summed over classes, so that the gradient does not shrink with their number.
+            # A sum over classes, so that the gradient does not shrink with their number.
             smoothed = labels * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
         return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
     def _note_bad(self, batch: Batch) -> None:
-        """Remember the unreadable files of a batch; raise DataError if they are too many."""
+        """Record the unreadable files of a batch; raise DataError if there are too many."""
         reader = self.plan.reader
-        fresh = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
-        if not fresh:
-            return
-        reader.bad.update(fresh)
+        new = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
+        reader.bad.update(new)
         seen = max(self.looked_at, min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples)))
-        if len(reader.bad) > 10 or seen == len(self.plan.train_examples):
+        if new and (len(reader.bad) > 10 or seen == len(self.plan.train_examples)):
             self.plan.check_bad(reader.bad, seen)
 
     def _check_finite(self, loss: float, lr: float) -> None:
@@ -203,18 +201,18 @@ class Run:
 
     @property
     def judged(self) -> Perceiver:
-        """The model that is evaluated and saved: the average, if the run keeps one."""
+        """The model that is evaluated and saved: the average of the weights if the run keeps one."""
         model = self.model if self.average is None else self.average.module
         assert isinstance(model, Perceiver)
         return model
 
     def _evaluate(self, lr: float) -> Evaluated:
-        """Score the validation split, log the scores, keep the model if it is the best; return the event."""
+        """Score the validation split, log the scores and save a best model; return the event."""
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
         record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": lr}
-        better = True  # without a validation split the latest model is the best known
+        better = True  # without a validation split the latest model counts as the best
         if examples := self.plan.val_examples:
             batch_size = max(self.config.train.batch_size, 64)
             report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
@@ -228,23 +226,23 @@ class Run:
         if better:
             self.best = record
             self._save_model(record)
-        # The time stays out of the model file: the same seed gives the same bytes.
+        # Only the log holds the time, so that the same seed gives the same model file.
         append_log(self.plan.output, {**record, "elapsed_s": round(self.elapsed, 3), "best": better})
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
-        """Write the model file, without the place of the data: the file travels."""
+        """Write the model file without the paths of the data, because it may be shared."""
         data = self.config.data.model_copy(update={"path": None, "split": None})
         config = self.config.model_copy(update={"data": data})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
         save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
-        if self.plan.asked.latest:
-            with suppress(ResourceError):  # a convenience; the current folder may well be read-only
+        if self.plan.request.latest:
+            with suppress(ResourceError):  # runs/latest is a convenience, and the current folder may be read-only
                 mark_latest(self.plan.output)
 
     def _save(self) -> Saved:
-        """Commit the state to resume from; return the event."""
+        """Save the state to resume from; return the event."""
         modules = {"model": self.model} | ({} if self.average is None else {"average": self.average})
         tensors = {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -265,7 +263,7 @@ class Run:
         return Saved(save_state(self.plan.output, tensors, state), self.step)
 
     def _restore(self, saved: TrainingState) -> None:
-        """Take over weights, optimiser and place of a saved run; raise IntegrityError if they do not fit."""
+        """Load weights, optimiser and step of a saved run; raise IntegrityError if they do not fit."""
         fields = saved.fields
         try:
             self.model.load_state_dict(_below("model.", saved.tensors))
@@ -294,15 +292,15 @@ class Run:
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `prefix`, without it."""
+    """Return the tensors whose names begin with `prefix`, by the rest of the name."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def within_one_error(value: float, top: float, count: int) -> bool:
     """Return whether a validation score is within one standard error of the highest so far, on `count` examples.
 
-    The latest such model counts as the best: on 30 examples a lead of one or two says nothing, and an early model that
-    was lucky would win over one that has learned on at a falling rate (Breiman's one-standard-error rule).
+    The latest model within it counts as the best (Breiman's one-standard-error rule): on few examples a lead of one or
+    two is chance, and a lucky early model would beat one that has trained longer.
     """
     return value >= top - sqrt(max(0.0, top * (1 - top)) / count)
 

@@ -1,4 +1,4 @@
-"""The learning rate range test (Smith 2017): the loss while the rate grows from step to step, and what it suggests."""
+"""The learning rate range test (Smith 2017): the loss while the rate grows, and the rate that it suggests."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from math import isfinite, sqrt
 import numpy as np
 
 from perceiver_cli.errors import DivergedError
-from perceiver_cli.report.charts import save_figure
+from perceiver_cli.report.charts import plotted
 from perceiver_cli.training.trainer import Trainer
 
 RATES = (1e-5, 1.0)  # first and last
 SMOOTHING = 0.9  # share that the moving average of the loss keeps at each step
-WORSE = 1.5  # times the lowest loss ends the test
-LEAST_STEPS = 10
+WORSE = 1.5  # the test ends at this multiple of the lowest loss
+MIN_STEPS = 10
 
 
 @dataclass(frozen=True)
 class Curve:
-    """The result of a range test. rates, losses, smoothed losses: by step; notes: how far to trust the suggestion."""
+    """The result of a range test. rates, losses, smoothed losses: by step; notes: doubts about the suggestion."""
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]
@@ -33,11 +33,10 @@ class Curve:
 def range_test(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
     """Return the losses of up to `steps` optimiser steps while the learning rate grows by a constant factor.
 
-    The test ends early if the loss grows well beyond its lowest, and fails as `suggest` does. Nothing is written.
+    The test ends early once the smoothed loss is WORSE times its lowest. Nothing is written. Raises as `suggest` does.
     """
-    run = trainer.new_run()
-    tasks = run.tasks(steps * trainer.config.train.accumulate)
-    batches = trainer.reader.batches(tasks, trainer.config.data.workers or 0)
+    run, config = trainer.new_run(), trainer.plan.config
+    batches = trainer.plan.reader.batches(run.tasks(steps * config.train.accumulate), config.data.workers or 0)
     low, high = RATES
     rates, losses, smoothed, average = [], [], [], 0.0
     for step in range(steps):
@@ -52,21 +51,18 @@ def range_test(trainer: Trainer, steps: int, progress: Callable[[int, int], None
         losses.append(loss)
         smoothed.append(average / (1 - SMOOTHING ** (step + 1)))
         progress(step + 1, steps)
-        if step >= LEAST_STEPS and smoothed[-1] > WORSE * min(smoothed):
+        if step >= MIN_STEPS and smoothed[-1] > WORSE * min(smoothed):
             break
     return suggest(rates, losses, smoothed)
 
 
 def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> Curve:
-    """Return the curve with a suggested learning rate.
+    """Return the curve with a suggested learning rate; raise DivergedError if fewer than MIN_STEPS losses are finite.
 
-    The suggestion lies halfway (geometrically) between two rates: where the smoothed loss has first done half of its
-    fall, so that it is steep, and where it is lowest, beyond which training is unstable.
-
-    Raises:
-        DivergedError: fewer than `LEAST_STEPS` losses are finite.
+    The suggestion is the geometric mean of two rates: the first at which the smoothed loss has fallen by half of its
+    whole fall (there it is steep), and the one at which it is lowest (beyond it training is unstable).
     """
-    if len(rates) < LEAST_STEPS:
+    if len(rates) < MIN_STEPS:
         raise DivergedError(
             f"the loss is not finite after {len(rates)} steps of a learning rate up to {rates[-1] if rates else 0:.2g}",
             "look at the data and its scale",
@@ -76,22 +72,21 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
     suggestion = float(f"{sqrt(rates[half] * rates[best]):.2g}")
     notes = []
     if best == len(rates) - 1:
-        notes.append("the loss was still falling at the highest rate: it may well be higher, or take more --steps")
-    if best < LEAST_STEPS:
-        notes.append("the loss never fell: the suggestion means nothing")
+        notes.append(
+            "the loss was still falling at the highest rate: the best rate may lie higher or need more --steps"
+        )
+    if best < MIN_STEPS:
+        notes.append("the loss never fell: ignore the suggestion")
     return Curve(tuple(rates), tuple(losses), tuple(smoothed), suggestion, tuple(notes))
 
 
 def draw_curve(curve: Curve, path: str | os.PathLike[str]) -> None:
     """Write the curve as PNG or SVG. Raises ResourceError if it cannot be written."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(curve.rates, curve.losses, color="#1b6ca8", alpha=0.3, linewidth=1)
-    axes.plot(curve.rates, curve.smoothed, color="#1b6ca8", label="loss, smoothed")
-    axes.axvline(curve.suggestion, color="#c8553d", linestyle="--", label=f"suggested {curve.suggestion:g}")
-    axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
-    save_figure(figure, path)
+    with plotted(path, 6, 3.6) as figure:
+        axes = figure.subplots()
+        axes.plot(curve.rates, curve.losses, color="#1b6ca8", alpha=0.3, linewidth=1)
+        axes.plot(curve.rates, curve.smoothed, color="#1b6ca8", label="loss, smoothed")
+        axes.axvline(curve.suggestion, color="#c8553d", linestyle="--", label=f"suggested {curve.suggestion:g}")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8, frameon=False)

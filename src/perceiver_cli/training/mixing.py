@@ -1,4 +1,4 @@
-"""MixUp and CutMix."""
+"""MixUp and CutMix: batches mixed with themselves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from perceiver_cli.model.encoding import Segment
 
 @dataclass(frozen=True)
 class MixedBatch:
-    """A batch in which each example is mixed with another. share: of `labels`, 0..1; `other_labels` have the rest."""
+    """A batch of pairs of mixed examples. share: weight of `labels`, 0..1; `other_labels` have the rest."""
 
     segments: Mapping[str, Segment]
     labels: Tensor
@@ -25,12 +25,12 @@ class MixedBatch:
 def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> MixedBatch:
     """Return a batch mixed with itself in reverse order: MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019).
 
-    `mixup` and `cutmix` are the parameters of the Beta distribution that the share is drawn from, 0 for never; with
-    both set, one of the two is drawn for the batch. CutMix pastes a box along the first two axes of a grid.
+    `mixup` and `cutmix` are parameters of the Beta distribution of the share; 0 turns one off. If both are set, one is
+    drawn for the batch. CutMix pastes a box along the first two axes of a grid.
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     share = float(rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup))
-    centres, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # of the box, in shares of each axis
+    centres, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # the box, as shares of each axis
     segments = {}
     for name, segment in batch.segments.items():
         values, other = segment.values, segment.values.flip(0)
@@ -42,7 +42,7 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
             rows, columns = (slice(*pair) for pair in edges)
             values = values.clone()
             values[:, rows, columns] = other[:, rows, columns]
-            share = 1 - values[0, rows, columns, 0].numel() / values[0, ..., 0].numel()  # as it came out at the borders
+            share = 1 - values[0, rows, columns, 0].numel() / values[0, ..., 0].numel()  # borders may cut the box
         else:
             values = share * values.float() + (1 - share) * other.float()
         segments[name] = Segment(values, segment.positions)

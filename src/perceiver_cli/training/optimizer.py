@@ -1,4 +1,4 @@
-"""LAMB, parameter groups, and the learning rate as a pure function of the step."""
+"""The optimisers, and the learning rate as a pure function of the step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from perceiver_cli.config import TrainConfig, duration_steps
 class Lamb(Optimizer):
     """LAMB (You et al., ICLR 2020): Adam's direction, decayed, then rescaled per tensor by ||weights|| / ||update||.
 
-    As in the official Perceiver code the trust ratio is taken after weight decay and is 1 where either norm is 0.
+    As in the official Perceiver code the trust ratio is computed after weight decay and is 1 where either norm is 0.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Lamb(Optimizer):
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
-    """Return the optimiser of a model. Weight decay spares biases and LayerNorms, as in the official code."""
+    """Return a model's optimiser. Biases and LayerNorms have no weight decay, as in the official code."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -76,7 +76,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_epoch: int) -> float:
-    """Return the learning rate of optimiser step `step` (from 0): warm-up, then constant, flat and cosine, or steps."""
+    """Return the learning rate of optimiser step `step` (from 0): warm-up, then the schedule of the configuration."""
     warmup = duration_steps(config.warmup, total_steps, steps_per_epoch)
     if step < warmup:
         return config.lr * (step + 1) / warmup
@@ -91,7 +91,7 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_ep
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model's weights that starts quickly and settles at `decay`."""
+    """Return an exponential moving average of a model's weights, whose decay rises from 0.1 to `decay`."""
 
     @torch.no_grad()
     def update(averaged: Any, current: Any, count: Tensor | int) -> None:

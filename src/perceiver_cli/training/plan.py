@@ -1,4 +1,4 @@
-"""The plan of a run: recipe, data, device and sizes, all of it settled and checked before the first step."""
+"""The plan of a run: recipe, data, device and sizes, resolved and checked before the first step."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ LIST_BAD = 20  # unreadable files named in an error
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a run was asked for: the arguments of `Trainer`."""
+class RunRequest:
+    """The arguments of `Trainer` that the plan needs."""
 
     data: str | os.PathLike[str] | None
     output: str | os.PathLike[str] | None
@@ -44,9 +44,9 @@ class Asked:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run works from. saved: the state that it resumes; notes: messages for the user, to which it adds."""
+    """The inputs of a run. saved: the state that it resumes; notes: messages for the user, which the run extends."""
 
-    asked: Asked
+    request: RunRequest
     config: Config
     catalog: Catalog
     reader: Reader
@@ -63,22 +63,22 @@ class Plan:
 
     @property
     def val_examples(self) -> tuple[Example, ...]:
-        """The examples that choose the best model, without those known to be unreadable. May be empty."""
+        """The readable examples that choose the best model. May be empty."""
         return tuple(e for e in self.catalog.splits.get("val", ()) if e.id not in self.reader.bad)
 
     @property
     def examples_per_step(self) -> int:
-        """Examples that one optimiser step sees."""
+        """Examples in one optimiser step."""
         return self.config.train.batch_size * self.config.train.accumulate
 
     @cached_property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in which every training example is seen once, rounded."""
+        """Optimiser steps of one epoch, rounded."""
         return max(1, round(len(self.train_examples) / self.examples_per_step))
 
     @cached_property
     def planned_steps(self) -> int:
-        """Optimiser steps of the run, if no time limit says otherwise."""
+        """Optimiser steps of the run without a time limit."""
         train = self.config.train
         if train.steps is not None:
             return train.steps
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def training_bytes(self) -> int:
-        """Memory that a training step takes, about."""
+        """Approximate memory of a training step."""
         train = self.config.train
         return self.cost.training_bytes(train.batch_size, averaged=train.ema_decay > 0, recompute=train.recompute)
 
@@ -116,7 +116,7 @@ class Plan:
         }
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many files of those looked at are unreadable, as `bad` says by id; raise DataError if too many."""
+        """Return how many of `looked_at` files are unreadable (`bad`: error by id); raise DataError if too many."""
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
         errors = [error for identity, error in bad.items() if identity in ids]
         allowed = self.config.data.max_bad
@@ -130,25 +130,25 @@ class Plan:
         return len(errors)
 
 
-def make_plan(asked: Asked) -> Plan:
-    """Return the plan of a run, after every check that needs no training step."""
-    config, output, saved = asked.config, asked.output, None
+def make_plan(request: RunRequest) -> Plan:
+    """Return the plan of a run after every check that needs no training step."""
+    config, output, saved = request.config, request.output, None
     notes: list[str] = []
-    if asked.resume:
+    if request.resume:
         if output is None:
             raise UsageError("--resume needs the run folder to continue", "pass -o RUN")
         saved = load_state(Path(output))
         notes += [f"fell back to an older training state: {note}" for note in saved.damaged]
         config = Config.parse(saved.fields["config"], show_path(output))
-    elif config is None and asked.init_from is not None:
-        config = read_info(find_model(os.fspath(asked.init_from))).config
-    path = os.fspath(asked.data) if asked.data is not None else config.data.path if config is not None else None
+    elif config is None and request.init_from is not None:
+        config = read_info(find_model(os.fspath(request.init_from))).config
+    path = os.fspath(request.data) if request.data is not None else config.data.path if config is not None else None
     if path is None:
         raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
     if config is not None:
-        config = config.override(asked.overrides)
-    scanned = _scan(path, config, asked, saved, notes)
-    config = config or tiny_config(scanned.modalities).override(asked.overrides)
+        config = config.override(request.overrides)
+    scanned = _scan(path, config, request, saved, notes)
+    config = config or tiny_config(scanned.modalities).override(request.overrides)
     _check_recipe(config, scanned, path)
     catalog = scanned.hold_out(config.data.val_fraction)
     catalog.check_groups()
@@ -167,23 +167,25 @@ def make_plan(asked: Asked) -> Plan:
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
-    plan = Plan(asked, config, catalog, reader, compute, cost, folder, saved, notes)
+    plan = Plan(request, config, catalog, reader, compute, cost, folder, saved, notes)
     _check_size(plan)
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
     return plan
 
 
-def _scan(path: str, config: Config | None, asked: Asked, saved: TrainingState | None, notes: list[str]) -> Catalog:
-    """Return the catalog of the data; a split file that belongs to the data divides it, or `notes` say that none does.
+def _scan(
+    path: str, config: Config | None, request: RunRequest, saved: TrainingState | None, notes: list[str]
+) -> Catalog:
+    """Return the catalog of the data, divided by a split file if it belongs to the data, else with a note.
 
     A resumed run takes the split file of its own folder.
     """
-    changes = [change for change in asked.overrides if change.startswith("data.")]
+    changes = [change for change in request.overrides if change.startswith("data.")]
     options = (config or tiny_config(["image"]).override(changes)).data
     split = options.split
-    if saved is not None and asked.output is not None:
-        own = Path(asked.output) / SPLIT_FILE
+    if saved is not None and request.output is not None:
+        own = Path(request.output) / SPLIT_FILE
         split = os.fspath(own) if own.exists() else None
     before = None if split is None else read_split(split)
     classes = None if saved is None else saved.fields.get("classes")
@@ -197,7 +199,7 @@ def _scan(path: str, config: Config | None, asked: Asked, saved: TrainingState |
     shown = show_path(split or "")
     if path == "-":
         raise UsageError(f"{shown}: the split of other data", "pass --set data.split=none")
-    notes.append(f"{shown} is the split of other data: this is split anew")
+    notes.append(f"{shown} is the split of other data: this data is split anew")
     return scan(path, None, reads, options.group_by)
 
 
@@ -207,13 +209,13 @@ def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
     if set(config.inputs) - set(catalog.modalities):
         raise DataError(f"{show_path(path)}: holds {'+'.join(catalog.holds)}, but {config.name} reads {reads}")
     if (config.train.mixup or config.train.cutmix) and not all(modality(name).can_mix for name in config.inputs):
-        raise UsageError(f"train.mixup and train.cutmix are for images alone, this run reads {reads}")
+        raise UsageError(f"train.mixup and train.cutmix need images alone, this run reads {reads}")
     if catalog.multi_label and config.data.class_weight_power:
-        raise UsageError("data.class_weight_power is for one label an example")
+        raise UsageError("data.class_weight_power needs one label per example, this data has several")
 
 
 def _check_classes(catalog: Catalog) -> tuple[str, ...]:
-    """Return notes on classes that are too small; raise DataError if there are not two classes to tell apart."""
+    """Return notes on classes that are too small; raise DataError if there are fewer than two classes."""
     where = show_path(catalog.root)
     if not catalog.splits.get("train"):
         raise DataError(f"{where}: no training split", f"found {', '.join(sorted(catalog.splits))}")
@@ -226,7 +228,7 @@ def _check_classes(catalog: Catalog) -> tuple[str, ...]:
 
 
 def _check_size(plan: Plan) -> None:
-    """Raise UsageError if the model cannot be built or trained here, before anything is allocated."""
+    """Raise UsageError if the model is too large to build or to train here."""
     parameters = plan.cost.parameters
     if parameters > MAX_PARAMETERS:
         size = f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)"
@@ -240,7 +242,7 @@ def _check_size(plan: Plan) -> None:
 
 
 def _check_resumable(plan: Plan, before: dict[str, Any]) -> None:
-    """Raise UsageError if model, inputs or optimiser are not those of the configuration `before` of the saved run."""
+    """Raise UsageError if model, inputs or optimiser differ from the saved run's configuration `before`."""
     now = plan.config.to_dict()
     changed = [f"model.{key}" for key, value in now["model"].items() if before["model"].get(key) != value]
     if before["train"]["optimizer"] != now["train"]["optimizer"]:

@@ -1,4 +1,4 @@
-"""The state of a run on disk: whole, checksummed, and the one before it kept."""
+"""The training state on disk: checksummed, committed as a whole, with the previous state kept."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from perceiver_cli.run_folder import STATE_FOLDER, find_model
 MANIFEST = "MANIFEST.json"
 
 
-def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> list[str]:
-    """Copy each weight of a trained model that fits by name and shape into `model`; return a note on how many did.
+def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> str:
+    """Copy the weights of a trained model that fit by name and shape into `model`; return a note with their number.
 
-    Rows of the head are matched by class name. Raises UsageError if there is no model, or none of its weights fits.
+    Rows of the head are matched by class name. Raises UsageError if there is no model or no weight fits.
     """
     donor, info = load_model(find_model(os.fspath(source)))
     theirs, ours = donor.state_dict(), model.state_dict()
@@ -39,14 +39,14 @@ def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.
                 ours["head.weight"][mine] = theirs["head.weight"][other]
                 ours["head.bias"][mine] = theirs["head.bias"][other]
     fresh = sum(name not in taken and "head." not in name for name in ours)
-    return [
+    return (
         f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
         f"{len(rows)} of {counted(len(classes), 'class')} known to it"
-    ]
+    )
 
 
 class TrainingState(NamedTuple):
-    """Where a run stood. damaged: a note on each newer state that was not whole."""
+    """A saved state of a run. damaged: the error of each newer state that could not be loaded."""
 
     tensors: dict[str, Tensor]
     fields: dict[str, Any]
@@ -54,10 +54,10 @@ class TrainingState(NamedTuple):
 
 
 def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> Path:
-    """Commit a training state to `run`/last and drop all but the one before it; return its file.
+    """Commit a training state to `run`/last, keep the previous one and delete older ones; return its file.
 
-    `fields` must be JSON and have "step". A crash at any moment leaves the previous state committed: the rename of the
-    manifest is the commit.
+    `fields` must be JSON and have "step". The rename of the manifest is the commit, so a crash at any moment leaves the
+    previous state.
     """
     folder = run / STATE_FOLDER
     file = folder / f"step-{fields['step']:08d}.safetensors"
@@ -73,7 +73,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
 
 
 def load_state(run: Path) -> TrainingState:
-    """Return a run's newest whole state; raise UsageError if there is none at all, IntegrityError if none is whole."""
+    """Return a run's newest intact state; raise UsageError if there is none, IntegrityError if all are damaged."""
     folder = run / STATE_FOLDER
     damaged: list[str] = []
     for entry in _committed(folder):
@@ -83,12 +83,12 @@ def load_state(run: Path) -> TrainingState:
         except PerceiverError as error:
             damaged.append(str(error))
     if damaged:
-        raise IntegrityError(f"{show_path(run)}: no whole training state: {'; '.join(damaged)}")
+        raise IntegrityError(f"{show_path(run)}: no intact training state: {'; '.join(damaged)}")
     raise UsageError(f"{show_path(run)}: no training state to resume", "start it without --resume")
 
 
 def _committed(folder: Path) -> list[dict[str, Any]]:
-    """Return the manifest's entries, newest first; none if there is no manifest."""
+    """Return the manifest's entries, newest first, or none without a manifest."""
     path = folder / MANIFEST
     try:
         states = json.loads(path.read_bytes())["states"]

@@ -1,4 +1,4 @@
-"""TensorBoard's event files of a run (extra `[tensorboard]`; TensorFlow is not needed)."""
+"""TensorBoard event files of a run (extra `[tensorboard]`; TensorFlow is not needed)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def check_tensorboard() -> None:
 
 
 def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
-    """Yield a run's events, and write their figures below its folder for `tensorboard --logdir RUN`.
+    """Yield a run's events and write their figures into its folder for `tensorboard --logdir RUN`.
 
-    A resumed run goes on in the same plots and drops the figures after its first step.
+    A resumed run continues the same plots and drops the old figures after its first step.
     """
     writer: Any = None
     try:
@@ -38,7 +38,7 @@ def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
 
                     writer = SummaryWriter(run / FOLDER, purge_step=event.step)
                 for name, field in FIGURES[type(event)].items():
-                    if not isnan(value := getattr(event, field)):  # without a validation split
+                    if not isnan(value := getattr(event, field)):  # NaN: no validation split
                         writer.add_scalar(name, value, event.step)
             yield event
     finally:

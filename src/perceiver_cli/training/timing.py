@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and ends: numbers in, answers out. No clock is read here."""
+"""When a run evaluates, saves and ends, computed from step numbers and seconds. No clock is read here."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from perceiver_cli.config import TrainConfig, duration_steps
 
-TIMED_STEPS = 5  # steps whose rate the first plan of a timed run rests on
-TIMED_EVALUATIONS = 10  # of a timed run, at equal intervals
-SAFETY = 0.02  # share of a time budget left free for what the plan cannot see
+TIMED_STEPS = 5  # steps measured before the first plan of a timed run
+TIMED_EVALUATIONS = 10  # evaluations of a timed run, at equal intervals
+SAFETY = 0.02  # share of the time limit kept free
 STEPS_PER_FORWARD = 1 / 3  # time of a forward, in steps, until an evaluation has been measured
 
 
 class Progress(NamedTuple):
-    """Where a run stands. elapsed_s: seconds of training, those before a resume included."""
+    """The position of a run. elapsed_s: seconds of training, including those before a resume."""
 
     step: int
     total_steps: int
@@ -21,10 +21,10 @@ class Progress(NamedTuple):
 
 
 class Timing:
-    """When a run evaluates, saves and ends.
+    """Decides when a run evaluates, saves and ends.
 
-    With a time limit the total number of steps is planned again after every step, from the measured rate and with
-    room for the last evaluation, so that the learning rate schedule ends with the time.
+    With a time limit the total number of steps is planned anew after every step, from the measured rate and with time
+    for the last evaluation, so that the learning rate schedule ends with the time.
     """
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int, num_val_examples: int, start: Progress) -> None:
@@ -41,7 +41,7 @@ class Timing:
         return at.step >= at.total_steps or (late and at.step > self.start.step)
 
     def stepped(self, at: Progress) -> int:
-        """Return the total number of steps as planned after a finished step, which a time limit changes."""
+        """Record a finished step; return the planned number of steps, which a time limit changes."""
         self.mark_s = at.elapsed_s
         if self.limit_s is None:
             return at.total_steps
@@ -52,11 +52,10 @@ class Timing:
         evaluation_s = self.evaluating_s / self.evaluations if self.evaluations else step_s * self.steps_per_evaluation
         left_s = self.limit_s * (1 - SAFETY) - at.elapsed_s
         coming = max(1, round(TIMED_EVALUATIONS * left_s / self.limit_s))
-        # From here on the number can only be a real plan: at least this step, at most what the time allows.
         return at.step + max(0, int((left_s - coming * evaluation_s) / step_s))
 
     def evaluation_due(self, at: Progress) -> bool:
-        """Return whether to evaluate after the step just done."""
+        """Return whether to evaluate after the last step."""
         if self.over(at):
             return True
         if self.limit_s is not None:
@@ -64,7 +63,7 @@ class Timing:
         return self._falls_on(self.config.eval_every, at)
 
     def evaluated(self, elapsed_s: float) -> None:
-        """Count an evaluation that has just ended."""
+        """Record the end of an evaluation."""
         self.evaluating_s += elapsed_s - self.mark_s
         self.evaluations += 1
         self.mark_s = self.evaluated_s = elapsed_s
@@ -74,5 +73,5 @@ class Timing:
         return self._falls_on(self.config.save_every, at)
 
     def _falls_on(self, every: str, at: Progress) -> bool:
-        """Return whether the step just done is a multiple of a duration such as "2 epochs"."""
+        """Return whether the last step is a multiple of a duration, for example "2 epochs"."""
         return at.step % max(1, duration_steps(every, at.total_steps, self.steps_per_epoch)) == 0

@@ -1,8 +1,8 @@
-"""Training: a plan is settled first, then the run goes as a generator of events.
+"""Training: make a plan, then yield the events of the run.
 
 A run folder holds `model.safetensors` (the best model so far: the latest within one standard error of the highest
-validation score), `last/` (the state to resume from), `metrics.jsonl`, `split.jsonl` (who validates) and `config.toml`
-(resolved; `perceiver train --config` replays it, on the same split).
+validation score), `last/` (the state to resume from), `metrics.jsonl`, `split.jsonl` (the validation examples) and
+`config.toml` (resolved; `perceiver train --config` replays it on the same split).
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any
 import torch
 
 from perceiver_cli.config import Config
-from perceiver_cli.data.examples import Example
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
 from perceiver_cli.errors import counted
+from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
-from perceiver_cli.report.model_card import write_card
+from perceiver_cli.report.model_card import card
 from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
-from perceiver_cli.training.plan import Asked, make_plan
+from perceiver_cli.training.plan import RunRequest, make_plan
 from perceiver_cli.training.timing import TIMED_STEPS
 
 
 class Trainer:
-    """One training run.
+    """One training run; `plan` holds its configuration, data, device and notes.
 
     Args:
         data: a folder of class folders; None takes `config.data.path`.
         output: the run folder; None makes runs/<preset>-<n>.
-        config: a complete recipe; None takes that of `init_from`, else a tiny one for the data's modalities.
-        overrides: `key=value` changes, as of `--set`.
-        resume: continue the run in `output`. Its configuration is used; overrides apply on top.
-        init_from: a run folder or model file whose weights are a start (the head is new where classes differ).
+        config: a complete recipe; None takes the recipe of `init_from`, else a tiny one for the data's modalities.
+        overrides: `key=value` changes, as in `--set`.
+        resume: continue the run in `output` with its configuration and `overrides`.
+        init_from: a run folder or model file whose weights the model starts from (new classes get a new head row).
         replace: start over in an output folder that already holds a run.
-        latest: point runs/latest in the current folder at this run once it has something to show.
-        started_at: the moment, by `time.monotonic`, that a time limit counts from; None is now.
+        latest: point runs/latest in the current folder at this run once it has saved a model.
+        started_at: the start of the time limit by `time.monotonic`; None is now.
     """
 
     def __init__(
@@ -58,35 +58,24 @@ class Trainer:
         started_at: float | None = None,
     ) -> None:
         begun = time.monotonic() if started_at is None else started_at
-        self.plan = make_plan(Asked(data, output, config, list(overrides), resume, init_from, latest, begun))
-        self.config, self.catalog, self.reader = self.plan.config, self.plan.catalog, self.plan.reader
-        self.output, self.notes, self.train_examples = self.plan.output, self.plan.notes, self.plan.train_examples
+        self.plan = make_plan(RunRequest(data, output, config, list(overrides), resume, init_from, latest, begun))
         self.replace = replace
         self.looked_at = 0  # files decoded before the first step
         self.stopping = False
 
-    @property
-    def val_examples(self) -> Sequence[Example]:
-        """The examples that choose the best model, without those known to be unreadable. May be empty."""
-        return self.plan.val_examples
-
-    def summary(self) -> dict[str, Any]:
-        """Return data, shapes, sizes, length and paths of the run as JSON types."""
-        return self.plan.summary()
-
     def stop(self) -> None:
-        """Ask the run to end after the step in progress, saved and resumable. Safe to call from a signal handler."""
+        """End and save the run after the step in progress. Safe to call from a signal handler."""
         self.stopping = True
 
     def new_run(self) -> Run:
-        """Return the run, with model and optimiser, before its next step."""
+        """Return the run with its model and optimiser, ready for its next step."""
         return Run(self.plan, self.looked_at)
 
     def dry_run(self) -> dict[str, Any]:
-        """Return the summary with a measured step and the time it adds up to. Nothing is written."""
-        run = self.new_run()
+        """Return the plan's summary with the measured time of a step and of the run; write nothing."""
+        run, train = self.new_run(), self.plan.config.train
         times = []
-        for batch in self.reader.batches(run.tasks(TIMED_STEPS)):
+        for batch in self.plan.reader.batches(run.tasks(TIMED_STEPS)):
             before = time.perf_counter()
             run.backward(batch, 1)
             run.optimizer.step()
@@ -94,49 +83,49 @@ class Trainer:
             if run.compute.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - before)
-        step_s = median(times) * self.config.train.accumulate
-        eta_s = self.config.train.max_time_s or step_s * self.plan.planned_steps
-        return {**self.summary(), "seconds_per_step": step_s, "eta_s": eta_s}
+        step_s = median(times) * train.accumulate
+        eta_s = train.max_time_s or step_s * self.plan.planned_steps
+        return {**self.plan.summary(), "seconds_per_step": step_s, "eta_s": eta_s}
 
     def fit(self) -> Iterator[Event]:
-        """Train, yielding events. Closing the generator early leaves the last saved state to resume from.
+        """Train and yield events. A generator closed early leaves the last saved state to resume from.
 
-        Asked to stop before the first step, it ends without Finished: there is nothing to show or resume.
+        A stop before the first step yields no Finished, because nothing was trained.
 
         Raises:
             DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
             cannot be written, holds another run, or is in use.
         """
-        resume = self.plan.saved is not None
-        with claim_run(self.output, resume=resume, replace=self.replace):
-            yield Started(self.summary(), tuple(self.notes))
-            num_told = len(self.notes)
+        plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
+        with claim_run(output, resume=resume, replace=self.replace):
+            yield Started(plan.summary(), tuple(plan.notes))
+            num_told = len(plan.notes)
             yield from self._preload()
             if self.stopping:
                 return
             run = self.new_run()
-            # Only now, when nothing but training is left to fail, does an older run give way.
-            begin_run(self.output, self.config.to_toml(), fresh=not resume)
-            if not (resume and (self.output / SPLIT_FILE).exists()):
-                save_split(self.output / SPLIT_FILE, self.catalog)
-            yield from map(Note, self.notes[num_told:])
+            # An older run is deleted only now, when nothing but training can still fail.
+            begin_run(output, plan.config.to_toml(), fresh=not resume)
+            if not (resume and (output / SPLIT_FILE).exists()):
+                save_split(output / SPLIT_FILE, plan.catalog)
+            yield from map(Note, plan.notes[num_told:])
             for event in run.events(lambda: self.stopping):
-                if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == self.output / MODEL_FILE):
-                    write_card(self.output, self.summary(), read_info(self.output / MODEL_FILE))
+                if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == output / MODEL_FILE):
+                    write_text(output / "README.md", card(plan.summary(), read_info(output / MODEL_FILE)))
                 yield event
 
     def _preload(self) -> Iterator[Loaded]:
-        """Decode what fits in memory and yield how far that is; raise DataError if too many files are unreadable."""
-        data = self.config.data
-        examples = [*self.train_examples, *self.catalog.splits.get("val", ())]
+        """Decode the files that fit in memory and yield progress; raise DataError if too many are unreadable."""
+        data, catalog, reader = self.plan.config.data, self.plan.catalog, self.plan.reader
+        examples = [*self.plan.train_examples, *catalog.splits.get("val", ())]
         total, done = len(examples), 0
-        if self.catalog.prepared is None:  # of arrays on disk, mapped, there is nothing to decode or keep
+        if catalog.prepared is None:  # prepared arrays are mapped from disk, with nothing to decode or keep
             workers = cores() if data.workers is None else data.workers
-            for done in self.reader.preload(examples, data.cache_bytes, workers):
+            for done in reader.preload(examples, data.cache_bytes, workers):
                 if done % 100 == 0 or done == total:
-                    yield Loaded(done, total, len(self.reader.bad))
+                    yield Loaded(done, total, len(reader.bad))
                 if self.stopping:
                     return
         self.looked_at = done or total
-        if unreadable := self.plan.check_bad(self.reader.bad, self.looked_at):
-            self.notes.append(f"left out {counted(unreadable, 'unreadable file')}")
+        if unreadable := self.plan.check_bad(reader.bad, self.looked_at):
+            self.plan.notes.append(f"left out {counted(unreadable, 'unreadable file')}")
