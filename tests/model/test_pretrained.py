@@ -173,7 +173,7 @@ def test_published_sizes(architecture: str) -> None:
     config = transformers.PerceiverConfig(**sizes, num_cross_attention_heads=1, image_size=224, num_labels=1000)
     with torch.device("meta"):
         reference = getattr(transformers, architecture)(config)
-    mine = pretrained._config(architecture, {**pretrained.DEFAULTS, **config.to_dict()}, None, 1000, "dm")
+    mine = pretrained._config(architecture, {**pretrained.TABLES["defaults"], **config.to_dict()}, None, 1000, "dm")
     with torch.device("meta"):
         model = Perceiver(mine.model, {"image": modality("image").layout(mine.inputs["image"])}, 1000)
     shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}

@@ -119,7 +119,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _checksum(json.dumps(fields, allow_nan=False), whole)
     with atomic_write(path) as file:
-        # One entry, because the library orders several at random and the same run must give the same bytes.
+        # One entry, because the library writes several in no fixed order and the same run must give the same bytes.
         file.write(save(whole, {"perceiver": json.dumps({"sha256": checksum, **fields})}))
 
 
