@@ -392,7 +392,7 @@ def test_class_names_used_twice_are_told_apart(fourier: Path, tmp_path: Path) ->
         ({"num_latents": {"a": [1] * 1000}}, "num_latents must be a whole number .* found a dict"),
         ({"num_latents": None}, "num_latents must be a whole number .* found None"),
         ({"num_latents": 1 << 20, "d_latents": 1 << 20}, "parameters and .* at most 2,000,000,000"),
-        ({"num_blocks": 1 << 20}, "num_blocks 1048576, fewer than 4096"),
+        ({"num_blocks": 1 << 20}, "num_blocks 1048576, expected fewer than 4096"),
         ({"num_self_attends_per_block": 1 << 20}, "self_attends_per_block"),
     ],
 )
