@@ -6,7 +6,7 @@ and V, n = H N queries, T tiles, m inputs of a tile.
 Both blocks are pre-LayerNorm residual: `x = x + attention(norm(x), ...)`, then `x = x + dense(norm(x))` (App. C).
 
 Where it costs less, the cross-attend is computed without the byte array, in three exact steps that
-docs/cross-attention.md derives: 1. fold the projections into queries u, so that keys = values = xhat (the rows after
+docs/how-it-works.md derives: 1. fold the projections into queries u, so that keys = values = xhat (the rows after
 LayerNorm without its scale and offset); 2. separate u . xhat by the axes of a grid; 3. tile the grid, so that keys are
 short (`tiles.py`). Point sets, whose rows exist, take step 1 only.
 """

@@ -1,4 +1,4 @@
-"""A grid of inputs as tiles, and softmax attention over them (docs/cross-attention.md, sections 2 to 4).
+"""A grid of inputs as tiles, and softmax attention over them (docs/how-it-works.md, sections 2 to 4).
 
 Axes: B batch, M inputs, C input channels (c of them values), n queries, T tiles, m inputs of a tile, w width of its
 keys, s width of the columns of a query that all tiles share.
