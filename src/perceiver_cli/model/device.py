@@ -32,7 +32,7 @@ class Compute:
         return 0 if self.device.type == "cpu" else min(8, max(1, cores() - 1))
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Compute:
+def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
     """Return the Compute of a device and a precision; "auto" means the GPU if there is one, and bf16 if it can.
 
     Raises UsageError if the device is missing or unsupported, or for fp16 on a CPU.
