@@ -90,7 +90,7 @@ class Perceiver(nn.Module):
         """Return the folded queries of the first cross-attend, which depend on no input; computed once per model."""
         block = self.cross_attends[0]
         assert isinstance(block, CrossAttend)
-        weights = [*block.latent_norm.parameters(), *block.query.parameters()]
+        weights: list[Tensor] = [*block.latent_norm.parameters(), *block.query.parameters()]
         weights += [self.latents, block.key.weight, block.input_norm.weight]
         kind = self.latents.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
