@@ -27,7 +27,7 @@ from perceiver_cli.machine.measure import in_new_process, peak_above, time_calls
 from perceiver_cli.malloc import keep_freed, peak_bytes
 from perceiver_cli.model import kernels
 from perceiver_cli.model.cost import latent_flops
-from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.device import Compute, choose_compute
 
 MODES = ("forward", "train")
 PRODUCTS_S = 1.0  # longest timing of matrix products alone
@@ -51,7 +51,7 @@ def measure(name: str, trial: Trial) -> Measured:
     # Other implementations keep malloc's default settings.
     if name == "ours":
         keep_freed()  # as the command line does
-    compute = choose(trial.device, trial.precision)
+    compute = choose_compute(trial.device, trial.precision)
     config = load_preset(trial.preset)
     layouts = layouts_of(config, trial.side)
     contender = peers.build(name, config.model, layouts, trial.batch, compute.device, alone=trial.alone)
@@ -188,7 +188,7 @@ def main(
     sides = [_side(text) for text in inputs.split(",")] if inputs else []
     names = [name.strip() for name in against.split(",")]
     trial = Trial(preset, mode, seconds, device, precision, batch_size, alone=alone)
-    report(contest(trial, names, sides, rounds), choose(device, precision), json)
+    report(contest(trial, names, sides, rounds), choose_compute(device, precision), json)
 
 
 def _side(text: str) -> int:

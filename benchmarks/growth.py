@@ -15,7 +15,7 @@ from benchmarks import contest
 from benchmarks.command import report, start
 from perceiver_cli.cli.options import Device, Json, Precision
 from perceiver_cli.machine.growth import OURS, Spent, Trial, draw, growth
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 
 CONTENDERS: dict[str, Callable[[Trial], Spent]] = {
     **OURS,
@@ -34,7 +34,7 @@ def main(
 ) -> None:
     """Measure the imagenet model and one cross-attend for 2^12 to 2^20 inputs, ours and the usual way (SDPA)."""
     rows = growth(Trial("imagenet", mode, seconds, device, precision), rounds, CONTENDERS)
-    printed = report(rows, choose(device, precision), json)
+    printed = report(rows, choose_compute(device, precision), json)
     if plot is not None:
         draw(printed, plot)
 

@@ -23,7 +23,7 @@ from perceiver_cli.data.loader import Reader, Task, ordered_tasks, training_task
 from perceiver_cli.errors import counted
 from perceiver_cli.machine.made_up import made_up_files
 from perceiver_cli.machine.measure import time_calls
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
@@ -88,7 +88,7 @@ def main(
     json: Json = False,
 ) -> None:
     """Measure clips per second of reading videos: plain PyAV, and the loader with 1 and 2 workers."""
-    report(loaders(seconds, rounds), choose("cpu"), json)
+    report(loaders(seconds, rounds), choose_compute("cpu"), json)
 
 
 if __name__ == "__main__":

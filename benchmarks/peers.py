@@ -147,7 +147,7 @@ def _usual_self_read(block: SelfAttend, latents: Tensor) -> Tensor:
 
 
 def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
-    out: Tensor = dense.project(F.gelu(dense.widen(dense.norm(latents)), approximate=dense.approximate))
+    out: Tensor = dense.project(dense.gelu(dense.widen(dense.norm(latents))))
     return out
 
 

@@ -28,7 +28,7 @@ from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.data.prepare import Job, plan, write_records
 from perceiver_cli.machine.made_up import made_up_files
 from perceiver_cli.machine.measure import time_calls
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Facts, Header
@@ -191,7 +191,7 @@ def main(
     json: Json = False,
 ) -> None:
     """Measure reading, loading and writing of records, against JPEGs and WebDataset."""
-    report(throughput(seconds, rounds, records), choose("cpu"), json)
+    report(throughput(seconds, rounds, records), choose_compute("cpu"), json)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def draw_run() -> None:
     terminal.stderr_is_terminal = lambda: True
     console.print(Text(f"$ {COMMAND}", style="bold"))
     display = _Display()
-    for event in Trainer("digits", "runs/digits", overrides=[f"train.steps={STEPS}", "train.eval_every='2 epochs'"]).fit():
+    options = [f"train.steps={STEPS}", "train.eval_every='2 epochs'"]
+    for event in Trainer("digits", "runs/digits", overrides=options).fit():
         display.show(event)
         if isinstance(event, StepDone) and event.step == SHOWN_STEP:
             console.print(display.bar.get_renderable())

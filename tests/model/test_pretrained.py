@@ -173,7 +173,7 @@ def test_published_sizes(architecture: str) -> None:
     config = transformers.PerceiverConfig(**sizes, num_cross_attention_heads=1, image_size=224, num_labels=1000)
     with torch.device("meta"):
         reference = getattr(transformers, architecture)(config)
-    mine = pretrained._config(architecture, {**pretrained.DEFAULTS, **config.to_dict()}, None, 1000, "dm")
+    mine = pretrained._config(architecture, {**pretrained.TABLES["defaults"], **config.to_dict()}, None, 1000, "dm")
     with torch.device("meta"):
         model = Perceiver(mine.model, {"image": modality("image").layout(mine.inputs["image"])}, 1000)
     shapes = {name: tuple(tensor.shape) for name, tensor in reference.state_dict().items()}
@@ -392,7 +392,7 @@ def test_class_names_used_twice_are_told_apart(fourier: Path, tmp_path: Path) ->
         ({"num_latents": {"a": [1] * 1000}}, "num_latents must be a whole number .* found a dict"),
         ({"num_latents": None}, "num_latents must be a whole number .* found None"),
         ({"num_latents": 1 << 20, "d_latents": 1 << 20}, "parameters and .* at most 2,000,000,000"),
-        ({"num_blocks": 1 << 20}, "num_blocks 1048576, fewer than 4096"),
+        ({"num_blocks": 1 << 20}, "num_blocks 1048576, expected fewer than 4096"),
         ({"num_self_attends_per_block": 1 << 20}, "self_attends_per_block"),
     ],
 )

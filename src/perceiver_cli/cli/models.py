@@ -136,7 +136,7 @@ def bench(
     from perceiver_cli.machine import speed
     from perceiver_cli.machine.growth import Trial, draw, growth
     from perceiver_cli.machine.measure import describe_machine
-    from perceiver_cli.model.device import choose
+    from perceiver_cli.model.device import choose_compute
 
     if preset != "growth":
         terminal.show_facts(speed.bench(preset, batch_size, seconds, device, precision, workers), json)
@@ -144,7 +144,7 @@ def bench(
     rows = list(show_rows(growth(Trial("imagenet", mode, seconds, device, precision), rounds), json))
     if plot is not None:
         draw(rows, plot)
-    terminal.show_facts(describe_machine(choose(device, precision)), json)
+    terminal.show_facts(describe_machine(choose_compute(device, precision)), json)
 
 
 def show_comparison(comparison: "Comparison", as_json: bool) -> None:

@@ -26,7 +26,7 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, load_model
 from perceiver_cli.model.cost import estimate
-from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.source import Source
@@ -132,7 +132,7 @@ class Predictor:
         use: Iterable[str] | None = None,
     ) -> None:
         self.path: Path = find_model(None if model is None else os.fspath(model))
-        self.compute = choose(device, precision)
+        self.compute = choose_compute(device, precision)
         loaded, self.info = load_model(self.path)
         self.model = loaded.to(self.compute.device)
         config = self.info.config

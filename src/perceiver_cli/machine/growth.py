@@ -22,7 +22,7 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.machine.measure import forward_pass, in_new_process, peak_above, time_calls, training_step
 from perceiver_cli.malloc import keep_freed, peak_bytes
 from perceiver_cli.model.attention import CrossAttend, Memory
-from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality, settled
@@ -114,7 +114,7 @@ def measure_model(trial: Trial) -> Spent:
     """Return the time and memory of this package's model, measured in this process."""
     base = peak_bytes()
     keep_freed()  # as the command line does
-    compute = choose(trial.device, trial.precision)
+    compute = choose_compute(trial.device, trial.precision)
     config = load_preset(trial.preset)
     layouts = layouts_of(config, trial.side)
     segments = made_up_segments(layouts, trial.batch, compute.device)

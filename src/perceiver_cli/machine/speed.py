@@ -15,7 +15,7 @@ from perceiver_cli.data.loader import Reader, training_tasks
 from perceiver_cli.machine.made_up import made_up_files
 from perceiver_cli.machine.measure import describe_machine, forward_pass, time_calls, training_step
 from perceiver_cli.model.describe import DEFAULT_CLASSES
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import settled
 from perceiver_cli.preprocess.spec import Limits
@@ -35,7 +35,7 @@ def bench(
     """
     config = load_preset(preset)
     specs = {name: settled(spec) for name, spec in config.inputs.items()}
-    compute = choose(device, precision)
+    compute = choose_compute(device, precision)
     size = batch_size or config.train.batch_size
     with tempfile.TemporaryDirectory() as folder:
         files = {name: made_up_files(Path(folder, name), spec.modality, MADE_UP_FILES) for name, spec in specs.items()}

@@ -5,16 +5,16 @@ and V, n = H N queries, T tiles, m inputs of a tile.
 
 Both blocks are pre-LayerNorm residual: `x = x + attention(norm(x), ...)`, then `x = x + dense(norm(x))` (App. C).
 
-The cross-attend is computed without the byte array wherever that costs less, in three exact steps that
-docs/cross-attention.md derives: 1. fold the projections into queries u, so that keys = values = xhat (the rows after
+Where it costs less, the cross-attend is computed without the byte array, in three exact steps that
+docs/how-it-works.md derives: 1. fold the projections into queries u, so that keys = values = xhat (the rows after
 LayerNorm without its scale and offset); 2. separate u . xhat by the axes of a grid; 3. tile the grid, so that keys are
-short (`tiles.py`). Steps 2 and 3 are for grids; rows that exist (point sets) are folded only.
+short (`tiles.py`). Point sets, whose rows exist, take step 1 only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from math import exp, log, prod
 from typing import Any
 
@@ -30,34 +30,32 @@ from perceiver_cli.model.tiles import EPS, GridTiles, RowTiles, Tiles
 
 
 class Memory:
-    """The inputs of one forward, from which each cross-attend reads in the form that costs it least.
+    """The inputs of one forward; each cross-attend reads them in the form that costs it least.
 
-    Args:
-        inputs: of each modality that is present, of one batch size B.
-        tileable: cut grids into tiles where that costs less; else make all rows, which can be traced.
+    inputs: of each modality that is present, all with the same B.
+    tileable: cut grids into tiles where that costs less; else make all rows, which can be traced.
     """
 
     def __init__(self, inputs: Iterable[ModalityInputs], *, tileable: bool = True) -> None:
         self.inputs, self.tileable = tuple(inputs), tileable
         self.batch = self.inputs[0].values.shape[0]
         self.num_channels = self.inputs[0].num_channels
-        self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}  # made once per weight set
+        self._projected: dict[CrossAttend, tuple[Tensor, Tensor]] = {}
 
     @cached_property
     def rows(self) -> Tensor:
-        """xhat (B, M, C) of all modalities: the byte array after LayerNorm without scale and offset, in float32."""
+        """xhat (B, M, C) float32 of all modalities: the byte array after LayerNorm without scale and offset."""
         rows = [F.layer_norm(inputs.rows().float(), (self.num_channels,), eps=EPS) for inputs in self.inputs]
         return rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
 
     @cached_property
     def mask(self) -> Tensor | None:
-        """(B, 1, 1, M) bool of all modalities, or None where every row is an input."""
+        """(B, 1, 1, M) bool of all modalities, or None if every row is an input."""
         if all(inputs.mask is None for inputs in self.inputs):
             return None
-        shapes = [(self.batch, prod(inputs.grid)) for inputs in self.inputs]
         true = self.inputs[0].values.new_ones((), dtype=torch.bool)
-        masks = [true if inputs.mask is None else inputs.mask for inputs in self.inputs]
-        return torch.cat([m.expand(shape) for m, shape in zip(masks, shapes, strict=True)], dim=1)[:, None, None]
+        masks = [(true if x.mask is None else x.mask).expand(self.batch, prod(x.grid)) for x in self.inputs]
+        return torch.cat(masks, dim=1)[:, None, None]
 
     @cached_property
     def tiles(self) -> list[Tiles]:
@@ -65,7 +63,7 @@ class Memory:
         return [GridTiles(inputs) if inputs.tables else RowTiles(inputs) for inputs in self.inputs]
 
     def tiled_width(self) -> float:
-        """Return the mean number of multiply-adds per score when tiled; C where that does not pay."""
+        """Return the mean number of multiply-adds per score of tiles, or C if tiles do not pay."""
         counts = [prod(inputs.grid) for inputs in self.inputs]
         on_grids = sum(count for count, inputs in zip(counts, self.inputs, strict=True) if inputs.tables)
         if not self.tileable or on_grids < MIN_TILED_INPUTS:
@@ -75,7 +73,7 @@ class Memory:
         return min(mean, self.num_channels)
 
     def projected(self, block: CrossAttend) -> tuple[Tensor, Tensor]:
-        """Return K and V (B, H, M, W / H) of a cross-attend."""
+        """Return K and V (B, H, M, W / H) of a cross-attend, made once per weight set."""
         if block not in self._projected:
             rows = self.rows * block.input_norm.weight + block.input_norm.bias
             keys, values = linears(rows, unchanged, [block.key, block.value])
@@ -98,11 +96,11 @@ class Memory:
 
 
 class Dense(nn.Module):
-    """LayerNorm, linear, GELU, linear: the block after every attention; widening 1 is the paper's (no bottleneck)."""
+    """LayerNorm, linear, GELU, linear: the block after every attention. The paper's widening is 1 (no bottleneck)."""
 
     def __init__(self, channels: int, widening: int, gelu: str = "tanh") -> None:
         super().__init__()
-        self.approximate = "tanh" if gelu == "tanh" else "none"
+        self.gelu = partial(F.gelu, approximate="tanh" if gelu == "tanh" else "none")
         self.norm = nn.LayerNorm(channels, eps=EPS)
         self.widen = nn.Linear(channels, channels * widening)
         self.project = nn.Linear(channels * widening, channels)
@@ -113,18 +111,14 @@ class Dense(nn.Module):
         (out,) = linears(wide, self.gelu, [self.project])
         return out
 
-    def gelu(self, x: Tensor) -> Tensor:
-        """Return GELU of any shape."""
-        return F.gelu(x, approximate=self.approximate)
-
 
 class CrossAttend(nn.Module):
     """Latents (B, N, D) attend to a byte array (B, M, C) (paper 3.1, App. C).
 
-    A key bias shifts all scores of a latent equally, so it changes nothing and gets no gradient in the folded forms
-    (and exactly zero, mathematically, in the projected one).
+    A key bias shifts all scores of a latent equally and so changes nothing: the folded forms leave it out, and its
+    gradient in the projected form is zero up to rounding.
 
-    residual: add the result of the attention to the latents, or put it in their place.
+    residual: add the attention's output to the latents, or replace them by it.
     """
 
     def __init__(
@@ -152,8 +146,8 @@ class CrossAttend(nn.Module):
     def form(self, num_latents: int, tiled_width: float) -> str:
         """Return the form with the fewest multiply-adds per input: "tiled", "folded" or "projected".
 
-        Tiled and folded: 2 H N scores and sums of the tile's width or of C. Projected: K and V, then scores and sums of
-        all heads together W wide.
+        Tiled and folded: scores and sums of H N queries, as wide as a tile's keys or as C. Projected: K and V, then
+        scores and sums of N queries, W wide over all heads.
         """
         width, channels = self.key.weight.shape
         costs = {
@@ -181,7 +175,7 @@ class CrossAttend(nn.Module):
     def read(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
         """Return softmax(Q K^T / sqrt(W / H)) V of all heads (B, N, W), before the output's linear layer.
 
-        folded: the folded queries of these latents, if they are known already.
+        folded: the folded queries of these latents, if they are already known.
         """
         form = self.form(latents.shape[1], memory.tiled_width())
         if form == "projected":
@@ -195,7 +189,7 @@ class CrossAttend(nn.Module):
         return merge_heads(mean @ value_rows.mT) + self.value.bias
 
     def forward(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
-        """Return the new latents (B, N, D) from latents (B or 1, N, D), 1 if all examples still have the same."""
+        """Return the new latents (B, N, D) from latents (B or 1, N, D): 1 if all examples share them."""
         (attended,) = linears(self.read(latents, memory, folded), unchanged, [self.output])
         latents = add(latents, attended) if self.residual else attended
         return add(latents, self.dense(latents))
@@ -228,7 +222,7 @@ class SelfAttend(nn.Module):
 
 
 def _is_for_products(x: Tensor, heads: int) -> bool:
-    """Return whether the attention of latents (B, N, D) among themselves is faster by `_HeadSoftmax`."""
+    """Return whether `_HeadSoftmax` is the faster self-attention for latents (B, N, D)."""
     if torch.compiler.is_compiling() or x.dtype != torch.float32 or x.device.type != "cpu":
         return False
     return kernels.choose(x.device, x.dtype).shifts(x.shape[1] ** 2 * x.shape[2] // heads)
@@ -237,8 +231,8 @@ def _is_for_products(x: Tensor, heads: int) -> bool:
 class _HeadSoftmax(torch.autograd.Function):
     """Attention of latents among themselves: the merged heads (B, N, D) of Q, K and V (B, N, D).
 
-    As in `_TileSoftmax` one more column of the queries subtracts from each score its level, and in the backward pass
-    its normaliser; a column of ones in the values sums the weights.
+    One more column of the queries subtracts from each score its level, and in backward its normaliser. A column of ones
+    in the values sums the weights.
     """
 
     @staticmethod
@@ -261,12 +255,12 @@ class _HeadSoftmax(torch.autograd.Function):
         q, k, v, out = ctx.saved_tensors
         delta = split_heads(grad * out, ctx.heads).sum(dim=-1, keepdim=True)
         grad_out = torch.cat([split_heads(grad, ctx.heads), -delta], dim=-1).flatten(0, 1)
-        by_head: list[list[Tensor]] = [[], [], []]  # gradients of Q, K and V
+        by_head: list[list[Tensor]] = [[], [], []]  # of Q, K and V
         for a, b, c, d in zip(q.unbind(), k.unbind(), v.unbind(), grad_out.unbind(), strict=True):
             weights = kernels.exponentials(a, b)
             slopes = kernels.product(d, c).mul_(weights)
             by_head[0].append(kernels.product(slopes, b.mT))
-            # oneDNN takes three times as long where the first matrix, if it is large, is transposed.
+            # A large, transposed first matrix triples oneDNN's time.
             by_head[1].append(kernels.product(a.mT, slopes.mT).mT)
             by_head[2].append(kernels.product(d.mT, weights.mT).mT)
         shape = len(grad), ctx.heads, *q.shape[1:]
@@ -276,9 +270,9 @@ class _HeadSoftmax(torch.autograd.Function):
 
 
 def _level(q: Tensor, k: Tensor) -> Tensor:
-    """Return a level (H, N) above every score q . k by `kernels.FAR` or more, for q and k (H, N, W).
+    """Return a level (H, N) at least `kernels.FAR` above every score q . k, for q and k (H, N, W).
 
-    It follows from the lengths of q and k or, where that is too far above the normaliser, from the scores.
+    The norms of q and k bound the scores; where that bound is too far above the normaliser, the scores are computed.
     """
     above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1, keepdim=True) + kernels.FAR
     below = (q @ k.mean(dim=-2).unsqueeze(-1)).squeeze(-1) + log(k.shape[-2])
@@ -289,26 +283,26 @@ def _level(q: Tensor, k: Tensor) -> Tensor:
 
 
 def add(latents: Tensor, update: Tensor) -> Tensor:
-    """Return latents + update, written over the update unless autocast gave it another type."""
+    """Return latents + update, in the update's memory unless autocast gave it another type."""
     return update.add_(latents) if update.dtype == latents.dtype else latents + update
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Return (B, N, W) as (B, H, N, W / H)."""
+    """Return x (B, N, W) as (B, H, N, W / H)."""
     return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """Return (B, H, N, W / H) as (B, N, W)."""
+    """Return x (B, H, N, W / H) as (B, N, W)."""
     return x.transpose(1, 2).flatten(2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(scale * Q K^T) V over (B, H, N or M, W) through PyTorch's fused attention."""
+    """Return softmax(scale * Q K^T) V over (B, H, N or M, W) by PyTorch's fused attention."""
     width = query.shape[-1]
     pad = -width % 8 if query.is_cuda else 0
     if pad:
-        # CUDA's fused kernels refuse a width such as the paper's 261 and PyTorch then silently builds all N x M
-        # scores; zero columns change no score.
+        # CUDA's fused kernels refuse a width like the paper's 261, and PyTorch then silently builds all N x M scores;
+        # zero columns change no score.
         query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)[..., :width]

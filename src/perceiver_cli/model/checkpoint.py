@@ -1,7 +1,7 @@
-"""Weights on disk: safetensors only, self-contained, checksummed, and never half written.
+"""Weights on disk: safetensors only, self-contained, checksummed and never half written.
 
-A model file's header holds everything that its use needs: format number, configuration (with preprocessing), class
-names, step and metrics, and one sha256 of all of that and of the tensors. A training state is such a file too.
+A model file's header holds all that its use needs: format number, configuration (with preprocessing), class names, step
+and metrics, and one sha256 of these and of the tensors. A training state has the same format.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass(frozen=True)
 class Calibration:
-    """How logits become answers. temperature: divides them. thresholds: by class, empty with one label an example."""
+    """How logits become answers: `temperature` divides them; `thresholds`, by class, are empty for single labels."""
 
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
 
     @classmethod
     def parse(cls, fields: Mapping[str, Any], num_classes: int) -> Calibration:
-        """Return the calibration in a model file's header. Raises ValueError if it makes no sense."""
+        """Return the calibration in a model file's header. Raises ValueError if its numbers are out of range."""
         temperature, thresholds = float(fields["temperature"]), tuple(map(float, fields["thresholds"]))
         if not (isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature {temperature}, expected more than 0")
+            raise ValueError(f"temperature {temperature}, expected a number above 0")
         if len(thresholds) not in (0, num_classes) or not all(0 <= t <= 1 for t in thresholds):
             raise ValueError(f"{len(thresholds)} thresholds, expected one in 0..1 for each of {num_classes} classes")
         return cls(temperature, thresholds)
@@ -50,7 +50,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The header of a model file: everything but the weights."""
+    """The header of a model file: everything except the weights."""
 
     config: Config
     classes: tuple[str, ...]
@@ -69,7 +69,7 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
 
 
 def store_calibration(path: Path, calibration: Calibration) -> None:
-    """Replace the calibration in a model file and keep the rest. After an error the whole file is as it was.
+    """Replace the calibration in a model file; after an error the file is unchanged.
 
     Raises IntegrityError if the file is damaged, ResourceError if it cannot be written.
     """
@@ -78,7 +78,7 @@ def store_calibration(path: Path, calibration: Calibration) -> None:
 
 
 def read_info(path: Path) -> ModelInfo:
-    """Return the header of a model file; reads no weights and needs no torch. Raises as `read_header`."""
+    """Return the header of a model file, without weights and torch. Raises as `read_header`."""
     header = read_header(path)
     if header.get("kind") != "model":
         raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
@@ -107,27 +107,27 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     if expected != stored:
         differing = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         shown = "; ".join(f"{n}: expected {expected.get(n)}, found {stored.get(n)}" for n in differing[:3])
-        raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit its configuration: {shown}")
+        raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit the configuration: {shown}")
     model.load_state_dict(tensors)
     return model.eval(), info
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:
-    """Write tensors and JSON fields with one checksum of both, whole or not at all."""
+    """Write tensors and JSON fields with one checksum, whole or not at all."""
     from safetensors.torch import save
 
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     checksum = _checksum(json.dumps(fields, allow_nan=False), whole)
     with atomic_write(path) as file:
-        # One entry: the library writes several in an order of its own, and the same run should give the same bytes.
+        # One entry, because the library writes several in no fixed order and the same run must give the same bytes.
         file.write(save(whole, {"perceiver": json.dumps({"sha256": checksum, **fields})}))
 
 
 def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """Return the shape of each tensor that any safetensors file lists, and its metadata; no torch, no weights.
+    """Return the shape of each tensor of any safetensors file, and its metadata, without weights and torch.
 
-    The library checks that names, types, shapes and offsets agree with each other and with the size of the file. Raises
-    UsageError if it cannot be read, IntegrityError if it is cut short, damaged, or of types that are not read here.
+    The library checks that names, types, shapes, offsets and the size of the file agree. Raises UsageError if the file
+    cannot be read, IntegrityError if it is cut short or damaged, or has other types than `DTYPES`.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -136,7 +136,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:  # the library would take 100 MB
-            raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one (header of {length} bytes)")
+            raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one: header of {length} bytes")
         with safe_open(path, "numpy") as contents:
             slices = [(name, contents.get_slice(name)) for name in contents.keys()]  # noqa: SIM118
             shapes = {name: tuple(entry.get_shape()) for name, entry in slices}
@@ -152,9 +152,9 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return the JSON fields in a header of this program; "sha256" is their checksum with the tensors.
+    """Return the JSON fields in a header of this program; "sha256" is the checksum of the other fields and the tensors.
 
-    Raises UsageError if it is of another program, IntegrityError if it is damaged or of another format version.
+    Raises UsageError if another program wrote it, IntegrityError if it is damaged or has another format version.
     """
     shown = show_path(path)
     text = read_table(path)[1].get("perceiver")
@@ -162,9 +162,9 @@ def read_header(path: Path) -> dict[str, Any]:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
         fields = dict(json.loads(text))
-        # The way back shows a key that stood twice, and refuses a number that JSON does not have.
+        # Writing it again reveals a repeated key, and refuses NaN and infinity.
         if json.dumps(fields, allow_nan=False) != text:
-            raise ValueError("not as it was written")
+            raise ValueError("not in the form in which this program writes it")
         version, _ = fields["format"], fields["sha256"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{shown}: damaged header: {error}") from error
@@ -174,21 +174,20 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the JSON fields and the tensors of a file of this program, both as they were written.
+    """Return the JSON fields and the tensors of a file of this program.
 
     Raises IntegrityError if the checksum differs, or as `read_header`.
     """
     fields, tensors = read_header(path), load_tensors(path)
-    written = str(fields.pop("sha256"))
-    content = _checksum(json.dumps(fields), tensors)
-    if content != written:
-        wrong = f"content sha256 {content[:12]}, the header says {show_path(written[:12])}"
-        raise IntegrityError(f"{show_path(path)}: {wrong}")
+    stated, actual = str(fields.pop("sha256")), _checksum(json.dumps(fields), tensors)
+    if actual != stated:
+        found = f"content sha256 {actual[:12]}, the header says {show_path(stated[:12])}"
+        raise IntegrityError(f"{show_path(path)}: {found}")
     return fields, tensors
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of any safetensors file; raise IntegrityError if it is damaged."""
+    """Return the tensors of any safetensors file. Raises IntegrityError if it is damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -199,7 +198,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _damage(path: Path, error: Exception) -> IntegrityError:
-    """Return the library's error as one of ours; it may quote the file."""
+    """Return the library's error as one of ours; its text may quote the file."""
     return IntegrityError(f"{show_path(path)}: damaged: {show_text(str(error))}")
 
 

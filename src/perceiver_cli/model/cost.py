@@ -1,8 +1,8 @@
-"""What a model costs, in closed form: parameters, FLOPs, memory. No torch, nothing built.
+"""The cost of a model in closed form: parameters, FLOPs, memory. No torch; no model is built.
 
 Axes: M inputs, N latents, C input channels, D latent channels, W width of Q, K and V in the cross-attend.
-FLOPs count multiply and add separately and matrix products only, as the paper's tables do, for the model as it is
-published: K and V projected in every cross-attend (the exact reformulation that runs here needs fewer).
+As in the paper's tables, FLOPs are those of matrix products, a multiply-add counts as 2, and every cross-attend
+projects K and V (the exact reformulation that runs here needs fewer).
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from dataclasses import dataclass
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.preprocess.base import Layout
 
-MIN_TILED_INPUTS = 1024  # of a grid; below, its byte array is small and is built
-TILE_KEY = 40  # about the width of a tile's keys, beside the values
-
-
-MAX_PARAMETERS = 2_000_000_000  # of a model that is built here
+MIN_TILED_INPUTS = 1024  # the byte array of a smaller grid is built
+TILE_KEY = 40  # typical width of a tile's keys, without the values
+MAX_PARAMETERS = 2_000_000_000  # a larger model is refused
 
 
 @dataclass(frozen=True)
 class Cost:
     """The cost of one model; bytes are approximate, in float32, for one example.
 
-    flops: of a forward. activation_bytes: kept for the backward pass. recomputed_bytes: the same with `recompute`,
-    those that are made again included. forward_bytes: at the peak of a forward alone.
+    flops: one forward. activation_bytes: kept for the backward pass. recomputed_bytes: the same with `recompute`, with
+    the recomputed activations. forward_bytes: the peak of a forward alone.
     """
 
     parameters: int
@@ -37,43 +35,42 @@ class Cost:
     forward_bytes: int
 
     def training_bytes(self, batch_size: int, *, averaged: bool, recompute: bool = False) -> int:
-        """Return the memory of a training step: weights, gradients, two moments, an average, activations."""
+        """Return the bytes of a training step: weights, gradients, two moments, the average if any, activations."""
         activations = self.recomputed_bytes if recompute else self.activation_bytes
         return 4 * self.parameters * (5 if averaged else 4) + batch_size * activations
 
 
-def input_channels(config: ModelConfig, layouts: Mapping[str, Layout]) -> int:
-    """Return C: the widest modality's channels, plus room for modality encodings when there are several."""
+def input_channels(layouts: Mapping[str, Layout], modality_channels: int) -> int:
+    """Return C: the widest modality's channels, plus `modality_channels` if there are several modalities."""
     widest = max(layout.num_channels for layout in layouts.values())
-    return widest + (config.modality_channels if len(layouts) > 1 else 0)
+    return widest + (modality_channels if len(layouts) > 1 else 0)
 
 
 def cross_width(config: ModelConfig, input_channels: int) -> int:
-    """Return the width of Q, K and V in the cross-attends: min(C, D) by the paper, C in the official code."""
+    """Return the width of Q, K and V in the cross-attends: min(C, D) in the paper, C in the official code."""
     return min(input_channels, config.latent_channels) if config.cross_channels == "min" else input_channels
 
 
 def latent_flops(config: ModelConfig) -> int:
-    """Return the FLOPs of all latent Transformers in one input's forward."""
+    """Return the FLOPs of all latent Transformers in the forward of one example."""
     n, d = config.num_latents, config.latent_channels
     block = 2 * (4 * n * d * d + 2 * n * n * d) + 2 * n * 2 * d * d * config.widening_factor
     return sum(kind == "t" for kind, _ in config.steps) * config.self_attends_per_block * block
 
 
 def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: int) -> Cost:
-    """Return the cost of the model that `Perceiver(config, layouts, num_classes)` would build."""
+    """Return the cost of `Perceiver(config, layouts, num_classes)` without building it."""
     n, d, widening = config.num_latents, config.latent_channels, config.widening_factor
-    c = input_channels(config, layouts)
+    c = input_channels(layouts, config.modality_channels)
     m = sum(layout.num_inputs for layout in layouts.values())
     w = cross_width(config, c)
-
     num_cross = sum(kind == "c" for kind, _ in config.steps)
     rounds, blocks = len(config.steps) - num_cross, config.self_attends_per_block
 
     dense = 2 * d + _linear(d, d * widening) + _linear(d * widening, d)
     cross = 2 * d + 2 * c + _linear(d, w) + 2 * _linear(c, w) + _linear(w, d) + dense
     self_block = 2 * d + 4 * _linear(d, d) + dense
-    encodings = sum(c - layout.num_channels for layout in layouts.values()) if len(layouts) > 1 else 0
+    encodings = sum(c - layout.num_channels for layout in layouts.values())  # 0 for one modality
     readout = d + 4 * d + 4 * _linear(d, d) + 2 * d + 2 * _linear(d, d) if config.head == "query" else 0
     fronts = [_front(layout) for layout in layouts.values()]
     parameters = n * d + encodings + sum(count for count, _ in fronts) + readout + _linear(d, num_classes)
@@ -85,8 +82,8 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
     flops = num_cross * cross_flops + latent_flops(config) + readout_flops + 2 * d * num_classes
     flops += sum(count for _, count in fronts)
 
-    # In numbers. A block keeps for the backward pass the arguments of norms, Q, K, V, attention output, the argument of
-    # GELU. With `recompute` the latents between latent Transformers are kept, and one Transformer at a time is whole.
+    # Counts of numbers. For the backward pass a block keeps the inputs of norms and GELU, Q, K, V and the attention's
+    # output. `recompute` keeps the latents between latent Transformers, and the activations of one of these at a time.
     inputs = sum(_input_numbers(layout, c) for layout in layouts.values())
     cross_kept, self_kept = n * (3 * d + 4 * c + d * widening), n * d * (6 + widening)
     kept = inputs + num_cross * cross_kept
@@ -99,21 +96,21 @@ def estimate(config: ModelConfig, layouts: Mapping[str, Layout], num_classes: in
 
 
 def _input_numbers(layout: Layout, c: int) -> int:
-    """Return the count of numbers that hold a modality's inputs: rows and their normalised form, or keys of tiles."""
+    """Return how many numbers hold a modality's inputs: rows and their normalised form, or keys of tiles."""
     if layout.is_grid and not layout.learned_channels and layout.num_inputs >= MIN_TILED_INPUTS:
         return layout.num_inputs * min(2 * c, 3 * layout.channels + TILE_KEY)
     return 2 * layout.num_inputs * c
 
 
 def _front(layout: Layout) -> tuple[int, int]:
-    """Return the parameters of learned positions and of the stem, and the stem's FLOPs."""
+    """Return the parameters of learned positions and stem, and the stem's FLOPs."""
     positions = layout.num_inputs * layout.learned_channels
     weights = layout.channels * layout.stem_channels
     if layout.stem == "none":
         return positions, 0
     if layout.stem == "linear":
         return positions + weights + layout.stem_channels, 2 * layout.num_inputs * weights
-    height, width, _ = layout.prepared_shape  # 7 x 7 convolution of stride 2, scale and offset of the batch norm
+    height, width, _ = layout.prepared_shape  # 7 x 7 convolution of stride 2, then batch norm
     return positions + 49 * weights + 2 * layout.stem_channels, 2 * -(-height // 2) * -(-width // 2) * 49 * weights
 
 

@@ -1,4 +1,4 @@
-"""From a name (preset, configuration, run, model file) to facts about the model."""
+"""Facts about the model of a preset, a configuration, a run or a model file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.presets import preset_names
 from perceiver_cli.run_folder import find_model
 
-DEFAULT_CLASSES = 10  # counted for recipes that leave the classes to the data
+DEFAULT_CLASSES = 10  # for recipes that take the classes from the data
 
 
 def describe(name: str) -> dict[str, Any]:
     """Return parameters, FLOPs and shapes of a preset, a TOML file, a run folder or a model file.
 
-    Raises:
-        UsageError: nothing has that name.
+    Raises UsageError if nothing has that name.
     """
     facts: dict[str, Any] = {}
     if name in preset_names() or name.endswith(".toml"):

@@ -28,15 +28,14 @@ class Compute:
 
     @property
     def default_workers(self) -> int:
-        """Number of data workers: none on a CPU, whose cores the model needs; beside a GPU, one for each other core."""
+        """Number of data workers: 0 on a CPU, whose cores the model needs; up to 8, one per spare core, with a GPU."""
         return 0 if self.device.type == "cpu" else min(8, max(1, cores() - 1))
 
 
-def choose(device: str = "auto", precision: str = "auto") -> Compute:
-    """Return the Compute of a device and a precision; "auto" is the GPU if there is one, and bf16 if it has it.
+def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
+    """Return the Compute of a device and a precision; "auto" means the GPU if there is one, and bf16 if it can.
 
-    Raises:
-        UsageError: a device that is not there, or fp16 without a GPU.
+    Raises UsageError if the device is missing or unsupported, or for fp16 on a CPU.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,7 +44,7 @@ def choose(device: str = "auto", precision: str = "auto") -> Compute:
     except RuntimeError as error:
         raise UsageError(f"--device {device}: not a device", "expected auto, cpu, cuda or cuda:1") from error
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
-        raise UsageError(f"--device {device}: {torch.cuda.device_count()} GPUs are here", "use --device cpu")
+        raise UsageError(f"--device {device}: found {torch.cuda.device_count()} GPUs", "use --device cpu")
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"--device {device}: not supported", "expected auto, cpu, cuda or mps")
     if precision == "auto":

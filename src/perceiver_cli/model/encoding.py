@@ -1,7 +1,7 @@
-"""Positions become Fourier features, and values with features the byte array that latents attend to.
+"""The byte array that latents attend to: values with the Fourier features of their positions.
 
 Axes: B batch, M inputs, C input channels, c value channels, d position axes, K bands per axis.
-Positions and features are float32 whatever the precision of the run: in bfloat16 the high bands are noise.
+Positions and features are float32 in every precision of the run: in bfloat16 the high bands are noise.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perceiver_cli.model.cost import input_channels
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import ByteArray, Layout
 from perceiver_cli.preprocess.spec import InputSpec
@@ -26,8 +27,7 @@ class Segment:
     """A batch of one modality's byte arrays before Fourier features.
 
     values: (B, *grid, c) in any dtype; positions: (B, M, d) float32 for point sets, None for grids.
-    mask: (B, M) bool, False where there is padding instead of an input; (B, 1) for examples that have the modality or
-    have it not; None where every input is one.
+    mask: bool, False for padding: (B, M), or (B, 1) where whole examples lack the modality; None if nothing is padding.
     """
 
     values: Tensor
@@ -35,18 +35,17 @@ class Segment:
     mask: Tensor | None = None
 
     def to(self, device: torch.device) -> Segment:
-        """Return the segment on `device`; the copy overlaps with computation where the memory is pinned."""
+        """Return the segment on `device`; from pinned memory, the copy overlaps with computation."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Segment:
-        """Return the segment in page-locked memory (called by the data loader when training on a GPU)."""
+        """Return the segment in page-locked memory; the data loader calls this when a GPU trains."""
         return self._each(Tensor.pin_memory)
 
     def clone(self) -> Segment:
         """Return a copy of the segment in memory that NumPy allocates.
 
-        glibc's memalign does not use memory that torch freed for the next tensor of this size (a thousand fresh pages
-        a clip), and NumPy asks for huge pages besides.
+        For torch, glibc's memalign takes a thousand fresh pages a clip, not the freed ones; NumPy asks for huge pages.
         """
         return self._each(lambda x: torch.from_numpy(x.numpy().copy()))
 
@@ -55,10 +54,10 @@ class Segment:
 
 
 def fourier_features(positions: Tensor, bands: int, max_resolution: tuple[float, ...]) -> Tensor:
-    """Return (..., d (2 K + 1)) features of positions (..., d) in [-1, 1] (paper 3.2).
+    """Return the features (..., d (2 K + 1)) of positions (..., d) in [-1, 1] (paper 3.2).
 
-    For axis i, band k: sin and cos of f_k pi x_i with f_k spaced linearly from 1 to max_resolution[i] / 2.
-    Channel order as in the official code: [x_1 .. x_d, sin of axis 1 .. d, cos of axis 1 .. d].
+    For axis i and band k: sin and cos of f_k pi x_i, with f_k spaced linearly from 1 to max_resolution[i] / 2.
+    Channels in the official code's order: [x_1 .. x_d, sin of axis 1 .. d, cos of axis 1 .. d].
     """
     positions = positions.float()
     if bands == 0:
@@ -73,20 +72,20 @@ def fourier_features(positions: Tensor, bands: int, max_resolution: tuple[float,
 
 
 def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
-    """Return (M, d) positions of a regular grid, row-major; each axis runs from -1 to 1, ends included."""
+    """Return the positions (M, d) of a regular grid, row-major; each axis runs from -1 to 1, ends included."""
     axes = [torch.linspace(-1.0, 1.0, side, device=device) for side in grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, len(grid))
 
 
 def axis_features(layout: Layout, places: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return a table (side, d (2 K + 1)) per axis: the features of places along it, zero in the other axes' columns.
+    """Return a table (side, d (2 K + 1)) per axis: features of its places, zero in the other axes' columns.
 
     places: positions (side, 1) in [-1, 1], per axis.
     """
     tables = []
     for axis, positions in enumerate(places):
         features = fourier_features(positions, layout.bands, layout.max_resolution[axis : axis + 1])
-        # One axis alone: position, K sines, K cosines. All: d positions, d K sines, d K cosines.
+        # Columns of one axis: position, K sines, K cosines. Of all: d positions, d K sines, d K cosines.
         sines = torch.arange(layout.bands, device=positions.device) + layout.dims + axis * layout.bands
         first = torch.arange(axis, axis + 1, device=positions.device)
         columns = torch.cat([first, sines, sines + layout.dims * layout.bands])
@@ -99,10 +98,10 @@ def axis_features(layout: Layout, places: Sequence[Tensor]) -> tuple[Tensor, ...
 class ModalityInputs:
     """The inputs of one modality: rows of the paper's byte array, or a grid that stands for them.
 
-    values: (B, M, C) rows where `tables` is empty, else (B, *grid, c), the first c columns of each row.
-    tables: (side, C - c) per axis of the grid, what a place along this axis adds to the other columns. Each position
-    feature belongs to one axis and is zero in the tables of the others; a modality encoding is in the first.
-    mask: (B, M) bool, False where there is no input; None where every row is one.
+    values: (B, M, C) rows if `tables` is empty, else (B, *grid, c), the first c columns of each row.
+    tables: (side, C - c) per axis of the grid; the other columns of a row are the sum of its places' entries. Each
+    position feature is nonzero in the table of one axis; a modality encoding is in the first table.
+    mask: (B, M) bool, False for padding; None if every row is an input.
     """
 
     values: Tensor
@@ -133,16 +132,14 @@ class ModalityInputs:
 class ByteArrayEncoding(nn.Module):
     """Makes the paper's byte array (B, M, C) of all modalities, or the inputs of each, from their segments.
 
-    One modality: C = c + d (2 K + 1). Several (paper 4.2): each row ends in a learned vector of its modality, wide
-    enough that all rows have C = the widest + `modality_channels`. Modalities follow each other in sorted order; those
-    without a segment have no rows.
+    One modality: C = c + d (2 K + 1). Several (paper 4.2): a learned vector of the modality fills each row up to C, the
+    widest modality's channels + `modality_channels`. Modalities are sorted; one without a segment has no rows.
     """
 
     def __init__(self, layouts: Mapping[str, Layout], modality_channels: int) -> None:
         super().__init__()
         self.layouts = dict(sorted(layouts.items()))
-        widest = max(layout.num_channels for layout in self.layouts.values())
-        self.num_channels = widest + (modality_channels if len(self.layouts) > 1 else 0)
+        self.num_channels = input_channels(self.layouts, modality_channels)
         self.modality_encodings = nn.ParameterDict()
         if len(self.layouts) > 1:
             for name, layout in self.layouts.items():
@@ -158,10 +155,10 @@ class ByteArrayEncoding(nn.Module):
                 self.stems[name] = ConvStem(layout.channels, layout.stem_channels, same=layout.stem == "conv-same")
             self.register_buffer(f"mean_{name}", torch.tensor(layout.mean), persistent=False)
             self.register_buffer(f"std_{name}", torch.tensor(layout.std), persistent=False)
-        self._axis_features: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}  # made once per device, not saved
+        self._axis_features: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}  # made once per device
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
-        """Return the byte array (B, M, C) float32, M summed over the modalities."""
+        """Return the byte array (B, M, C) float32, with the rows of all modalities."""
         rows = []
         for name, inputs in self.inputs(segments).items():
             rows.append(inputs.rows())
@@ -173,8 +170,7 @@ class ByteArrayEncoding(nn.Module):
     def inputs(self, segments: Mapping[str, Segment]) -> dict[str, ModalityInputs]:
         """Return the inputs of each modality, without its permutation: attention does not see the order of rows.
 
-        Raises:
-            ValueError: no segments, one of an unknown modality, or of another shape than its layout's; names both.
+        Raises ValueError, which names both, if modalities or shapes are not those of the layouts.
         """
         if not segments or not segments.keys() <= self.layouts.keys():
             raise ValueError(f"segments of {sorted(segments) or 'nothing'}, expected {sorted(self.layouts)}")
@@ -189,7 +185,7 @@ class ByteArrayEncoding(nn.Module):
         return {name: self.modality_inputs(name, segments[name]) for name in self.layouts if name in segments}
 
     def modality_inputs(self, name: str, segment: Segment, tables: Sequence[Tensor] | None = None) -> ModalityInputs:
-        """Return the inputs of one modality, of any grid if its `tables` (from `axis_features`) are passed."""
+        """Return the inputs of one modality; its grid may have any sides if `tables` of `axis_features` are passed."""
         layout, values, positions, mask = self.layouts[name], segment.values, segment.positions, segment.mask
         values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
         if name in self.stems:
@@ -210,8 +206,8 @@ class ByteArrayEncoding(nn.Module):
         else:
             assert positions is not None
             features = fourier_features(positions, layout.bands, layout.max_resolution)
-        ending = [] if encoding is None else [encoding.expand(*values.shape[:2], -1)]
-        return ModalityInputs(torch.cat([values, features, *ending], dim=-1), mask=mask)
+        encodings = [] if encoding is None else [encoding.expand(*values.shape[:2], -1)]
+        return ModalityInputs(torch.cat([values, features, *encodings], dim=-1), mask=mask)
 
     def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
         if (name, device) not in self._axis_features:
@@ -224,7 +220,7 @@ class ByteArrayEncoding(nn.Module):
 class ConvStem(nn.Module):
     """Convolution of 7, batch norm, ReLU, max pooling of 3, each halving the sides (Perceiver IO's conv variant).
 
-    same: pad as TensorFlow's SAME does, the larger half at the end; else 3 on every side and none for the pooling.
+    same: pad as TensorFlow's SAME, the larger half at the end; else pad the convolution by 3 and the pooling by 0.
     """
 
     def __init__(self, channels: int, out_channels: int, *, same: bool) -> None:
@@ -244,13 +240,13 @@ class ConvStem(nn.Module):
 
 
 def _same_padding(x: Tensor, kernel: int) -> tuple[int, int, int, int]:
-    """Return (left, right, top, bottom) so that a stride of 2 gives half of each side, rounded up."""
+    """Return the padding (left, right, top, bottom) with which a stride of 2 halves each side, rounded up."""
     height, width = (max(0, (-(-side // 2) - 1) * 2 + kernel - side) for side in x.shape[-2:])
     return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 def with_features(prepared: ByteArray, spec: InputSpec) -> NDArray[np.float32]:
-    """Return (M, C): the values of a byte array, brought to mean 0 and deviation 1, and its Fourier features."""
+    """Return (M, C) rows: the values of a byte array, at mean 0 and deviation 1, and its Fourier features."""
     positions = None if prepared.positions is None else torch.from_numpy(prepared.positions[None].copy())
     segment = Segment(torch.from_numpy(prepared.values[None].copy()), positions)
     layout = modality(spec.modality).layout(spec)

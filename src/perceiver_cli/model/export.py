@@ -1,7 +1,7 @@
 """A trained model as one file for other programs: ONNX, or torch.export's .pt2, checked against the model itself.
 
-The graph takes prepared values and positions, before Fourier features, and returns logits and probabilities. Its inputs
-(B batch, M inputs, c value channels, d position axes):
+The graph takes prepared values and positions, without Fourier features, and returns logits and probabilities. Inputs (B
+batch, M inputs, c value channels, d position axes):
 
 | name | shape | when |
 |---|---|---|
@@ -9,8 +9,8 @@ The graph takes prepared values and positions, before Fourier features, and retu
 | NAME_positions | (batch, M, d) float32 in [-1, 1] | point sets |
 | NAME_present | (batch,) bool: the example has this modality | models of several modalities |
 
-The cross-attend is that of `attention.py` in its folded or projected form; tiles need calls that cannot be traced.
-Batch is dynamic, and so are the sides of a grid whose positions are Fourier features: the graph makes those.
+The cross-attend takes the folded or projected form of `attention.py`: tiles need calls that cannot be traced.
+The batch is dynamic, and so are the sides of a grid with Fourier features, because the graph computes these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from perceiver_cli.errors import IntegrityError, UsageError
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, ModelInfo, load_model
 from perceiver_cli.model.encoding import Segment, axis_features
@@ -41,21 +40,20 @@ from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import find_model
 
-TOLERANCE = 1e-4  # of the largest difference, relative to the largest logit if that is above 1
+TOLERANCE = 1e-4  # for the largest difference, relative to the largest logit if that is above 1
 MAX_ONNX_BYTES = (1 << 31) - (1 << 24)  # protobuf's limit of 2 GiB, less room for the graph
 FORMATS = {".onnx": ("onnx", "onnxscript", "onnxruntime"), ".pt2": ()}
 OUTPUTS = ("logits", "probabilities")
 Run = Callable[[Mapping[str, Any]], Sequence[Any]]  # runs the written file: arrays by input name to OUTPUTS
-TRACED_BATCH = 2  # 1 would be taken for a constant
-CHECKED = ((1, 0), (3, 1))  # examples, and by how much the sides of dynamic grids differ from the layout's
+TRACED_BATCH = 2  # tracing makes a batch of 1 a constant
+CHECKED = ((1, 0), (3, 1))  # examples, and how many places the sides of dynamic grids have more than the layout
 BATCH = torch.export.Dim("batch")
-
 PATCHES = "(*grid, c): row-major within a patch, channels last; c is the channels of a patch"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file. inputs: of the graph, by name, as in its metadata. difference: the largest of the check."""
+    """A written file; `inputs` of the graph, by name, as in its metadata; `difference`, the largest of the check."""
 
     path: str
     bytes: int
@@ -67,7 +65,7 @@ class Exported:
 
 
 class Graph(nn.Module):
-    """A Perceiver as a function of tensors alone, in a form that can be traced."""
+    """A Perceiver as a traceable function of tensors alone."""
 
     def __init__(self, model: Perceiver, calibration: Calibration, *, multi_label: bool) -> None:
         super().__init__()
@@ -92,18 +90,15 @@ class Graph(nn.Module):
 def export_model(model: str | os.PathLike[str] | None, output: str | os.PathLike[str]) -> Exported:
     """Write a run's or file's model as FILE.onnx or FILE.pt2, whole or not at all, after checking it.
 
-    Raises:
-        UsageError: another suffix, a package that is missing, or more weights than ONNX holds in one file.
-        IntegrityError: the file differs from the model by more than TOLERANCE. ResourceError: cannot write.
+    Raises UsageError for another suffix, a missing package or more weights than ONNX holds in one file, IntegrityError
+    if the file differs from the model by more than TOLERANCE, ResourceError if it cannot be written.
     """
     suffix = check_output(output)
     perceiver, info = load_model(find_model(None if model is None else os.fspath(model)))
     size = 4 * sum(parameter.numel() for parameter in perceiver.parameters())
     if suffix == ".onnx" and size > MAX_ONNX_BYTES:
-        raise UsageError(
-            f"{show_path(output)}: {size:,} bytes of weights, ONNX holds {MAX_ONNX_BYTES:,} in one file",
-            "export to .pt2 instead",
-        )
+        problem = f"{size:,} bytes of weights, ONNX holds {MAX_ONNX_BYTES:,} in one file"
+        raise UsageError(f"{show_path(output)}: {problem}", "export to .pt2 instead")
     data, metadata, difference = exported(perceiver, info, suffix)
     with atomic_write(output) as file:
         file.write(data)
@@ -112,11 +107,7 @@ def export_model(model: str | os.PathLike[str] | None, output: str | os.PathLike
 
 
 def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dict[str, Any], float]:
-    """Return the bytes of a file, its metadata, and the largest difference from the model.
-
-    Raises:
-        IntegrityError: that is more than TOLERANCE.
-    """
+    """Return the bytes of a file, its metadata, and the largest difference from the model. Raises as `traced`."""
     metadata = metadata_of(model, info)
     graph = Graph(model, info.calibration or Calibration(), multi_label=info.config.multi_label)
     data, _, difference = traced(graph, metadata, suffix)
@@ -126,48 +117,41 @@ def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dic
 def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[bytes, Run, float]:
     """Return the bytes of a file, a function that runs it, and the largest difference from the model.
 
-    Raises:
-        IntegrityError: that is more than TOLERANCE.
+    Raises IntegrityError if that is more than TOLERANCE.
     """
     model = graph.eval().model
     layouts, rng = model.encoding.layouts, np.random.default_rng(0)
     example = made_up(layouts, TRACED_BATCH, 0, rng)
     with torch.no_grad(), _quiet():
-        model(segments_of(layouts, example))  # makes the tables of positions, constants where sides are fixed
+        model(segments_of(layouts, example))  # makes the tables of positions: constants if sides are fixed
         shapes = tuple(dynamic_axes(layouts, name, example[name].ndim) for name in graph.names)
         tensors = tuple(torch.from_numpy(example[name]) for name in graph.names)
         program = torch.export.export(graph, tensors, dynamic_shapes={"tensors": shapes})
-        program.example_inputs = None  # nobody needs the random numbers
+        program.example_inputs = None  # random numbers
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # names folders of this machine
+            node.meta.pop("stack_trace", None)  # it names folders of this machine
         data, run = _WRITERS[suffix](program, graph.names, metadata)
-        # NumPy's maximum of anything and NaN is NaN, which no tolerance admits.
+        # NumPy's maximum passes NaN on, which no tolerance admits.
         difference = float(np.max([_difference(graph, run, made_up(layouts, *sizes, rng)) for sizes in CHECKED]))
     if not difference <= TOLERANCE:
         raise IntegrityError(
             f"the exported model differs from the original by {difference:.2g}, more than {TOLERANCE:g}",
-            "nothing was written; please report this with what perceiver doctor prints",
+            "nothing was written; please report this with the output of perceiver doctor",
         )
     return data, run, difference
 
 
 def check_output(output: str | os.PathLike[str]) -> str:
-    """Return the suffix of an output that can be written here; else raise UsageError."""
-    suffix = Path(output).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"-o {show_path(output)}: not a format written here", f"expected {' or '.join(FORMATS)}")
-    missing = missing_packages(suffix)
-    if missing:
+    """Return the suffix of an output. Raises UsageError if its format cannot be written here."""
+    suffix = check_suffix(output, tuple(FORMATS), "-o", "not a format written here")
+    if missing := missing_packages(suffix):
         raise UsageError(f"{suffix} needs {', '.join(missing)}", "pip install 'perceiver-cli[onnx]', or export to .pt2")
     return suffix
 
 
 def missing_packages(suffix: str) -> list[str]:
-    """Return the packages that a format needs and that are not installed."""
+    """Return the packages that a format needs and this machine lacks."""
     return [package for package in FORMATS[suffix] if find_spec(package) is None]
-
-
-# ---------------------------------------------------------------- inputs
 
 
 def input_names(layouts: Mapping[str, Layout]) -> Iterator[str]:
@@ -182,12 +166,12 @@ def input_names(layouts: Mapping[str, Layout]) -> Iterator[str]:
 
 
 def is_dynamic(layout: Layout) -> bool:
-    """Return whether a grid may have other sides than its layout's: its positions are a formula, not learned."""
+    """Return whether an input may be a grid of other sides than its layout's: its positions are not learned."""
     return layout.is_grid and not layout.learned_channels and layout.stem in ("none", "linear")
 
 
 def dynamic_axes(layouts: Mapping[str, Layout], name: str, ndim: int) -> dict[int, Any]:
-    """Return the dynamic axes of an input, by number: the batch, and sides of a grid."""
+    """Return the dynamic axes of an input, by number: the batch, and the sides of a dynamic grid."""
     axes = {0: BATCH}
     if name in layouts and is_dynamic(layouts[name]):
         axes |= {axis: torch.export.Dim(f"{name}_side_{axis}", min=2) for axis in range(1, ndim - 1)}
@@ -195,9 +179,9 @@ def dynamic_axes(layouts: Mapping[str, Layout], name: str, ndim: int) -> dict[in
 
 
 def _places(side: int) -> Tensor:
-    """Return positions (side, 1) along an axis, like `grid_positions`, whose linspace cannot have a symbolic length.
+    """Return positions (side, 1) along an axis like `grid_positions`, whose linspace refuses a symbolic length.
 
-    Like linspace it counts from the nearer end, so that the places are symmetric to the bit.
+    Like linspace it counts from the nearer end, so that the positions are symmetric to the bit.
     """
     index = torch.arange(side).float()
     last = index[-1]
@@ -206,10 +190,10 @@ def _places(side: int) -> Tensor:
 
 
 def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Return random inputs (arrays by name) of `count` examples; dynamic grids have `more` on each side.
+    """Return random inputs, arrays by name, of `count` examples; each side of a dynamic grid has `more` places.
 
-    Values are about as large as real ones: two deviations about their mean. With several modalities the last example
-    has only the first of them.
+    Values are within two deviations of their mean, as real ones mostly are. With several modalities, the last example
+    has only the first.
     """
     arrays: dict[str, Any] = {}
     for place, (name, layout) in enumerate(layouts.items()):
@@ -237,9 +221,6 @@ def segments_of(layouts: Mapping[str, Layout], inputs: Mapping[str, Any]) -> dic
     return segments
 
 
-# ---------------------------------------------------------------- formats
-
-
 def _onnx(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tuple[bytes, Run]:
     import onnxruntime
 
@@ -249,7 +230,7 @@ def _onnx(program: Any, names: Sequence[str], metadata: Mapping[str, Any]) -> tu
     assert written is not None
     proto = written.model_proto
     for node in proto.graph.node:
-        del node.metadata_props[:]  # the exporter's notes to itself, a quarter of a small file
+        del node.metadata_props[:]  # the exporter's notes, a quarter of a small file
     del proto.graph.value_info[:]
     symbols = {  # our names of dynamic axes, by the exporter's
         dim.dim_param: side
@@ -282,7 +263,7 @@ _WRITERS = {".onnx": _onnx, ".pt2": _pt2}
 def _difference(graph: Graph, run: Run, inputs: Mapping[str, Any]) -> float:
     """Return the largest difference of logits (relative to the largest one above 1) and of probabilities.
 
-    The reference is the model itself or, for sizes that only the graph takes, the graph before it was exported.
+    The reference is the model or, for sizes that only the graph takes, the graph before its export.
     """
     layouts = graph.model.encoding.layouts
     if all(inputs[name].shape[1:] == layout.prepared_shape for name, layout in layouts.items() if name in inputs):
@@ -290,13 +271,13 @@ def _difference(graph: Graph, run: Run, inputs: Mapping[str, Any]) -> float:
     else:
         logits, probabilities = graph(*(torch.from_numpy(inputs[name]) for name in graph.names))
     run_logits, run_probabilities = (torch.from_numpy(np.asarray(out)) for out in run(inputs))
-    off = float((run_logits - logits).abs().max()) / max(1.0, float(logits.abs().max()))
-    return float(np.max([off, float((run_probabilities - probabilities).abs().max())]))
+    relative = float((run_logits - logits).abs().max()) / max(1.0, float(logits.abs().max()))
+    return float(np.max([relative, float((run_probabilities - probabilities).abs().max())]))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' messages about their steps, deprecations and missing packages."""
+    """Silence the exporters' messages on steps, deprecations and missing packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -312,17 +293,17 @@ def describe_inputs(layouts: Mapping[str, Layout]) -> dict[str, Any]:
     example = made_up(layouts, 1, 0, np.random.default_rng(0))
     inputs = {}
     for name in input_names(layouts):
-        of = name if name in layouts else name.rpartition("_")[0]
+        owner = name if name in layouts else name.rpartition("_")[0]
         axes = dynamic_axes(layouts, name, example[name].ndim)
         shape = [axes[i].__name__ if i in axes else side for i, side in enumerate(example[name].shape)]
-        inputs[name] = {"modality": of, "shape": shape, "dtype": str(example[name].dtype)}
+        inputs[name] = {"modality": owner, "shape": shape, "dtype": str(example[name].dtype)}
         if name in layouts:
             inputs[name] |= {"trained_shape": list(layouts[name].prepared_shape), "values": PATCHES}
     return inputs
 
 
 def metadata_of(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
-    """Return the metadata of an exported model: all that another program needs to use it."""
+    """Return the metadata of an exported model: all that another program needs for its use."""
     config = info.config
     calibration = info.calibration or Calibration()
     decision: dict[str, Any] = {"temperature": calibration.temperature}

@@ -1,11 +1,11 @@
-"""Matrix products, and softmax attention that also gives its normaliser: all calls below PyTorch's public interface.
+"""Matrix products, and softmax attention that also returns its normaliser: all calls below PyTorch's public interface.
 
-Axes: T tiles, n queries, m keys, w width. In every kernel of tiles values = keys and the scale is 1. The last column of
-keys is all ones, that of queries and gradients zero: a kernel may write there a number that is subtracted from each
-score of the row. The last column of its sums is the sum of weights.
+Axes: T tiles, n queries, m keys, w width. In every kernel values = keys and the scale is 1. The last column of keys is
+ones, that of queries and gradients zeros: a kernel may write a number there that it subtracts from each score of the
+row. The last column of its sums is the sum of weights.
 
 `product` and `choose` try each candidate once on a small problem and fall back to plain PyTorch where it is missing,
-refuses, or is wrong, so that a change inside PyTorch costs speed and never correctness.
+fails or is wrong, so that a change inside PyTorch costs speed and never correctness.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from torch.nn import functional as F
 
 aten = torch.ops.aten
 
-ONEDNN_FROM = 1 << 20  # multiply-adds of a product for each thread; below, the call costs more than it saves
-FAR = 16.0  # sigmoid(x) is exp(x) to float32's precision where x <= -FAR
+ONEDNN_FROM = 1 << 20  # multiply-adds per thread; for a smaller product, the call costs more than it saves
+FAR = 16.0  # sigmoid(x) is exp(x) to float32's precision for x <= -FAR
 SPAN = 59.0  # a sum of exp(-SPAN) is right to 1e-6 without 2^20 numbers that are too small for a float32
-NEVER = -1e30  # the score of what is masked: finite, so that a tile of nothing else has no NaN
-SCORE_BYTES = 4 << 20  # of one block of scores in the plain kernels: it should stay in a core's cache
-Gradients = tuple[Tensor, Tensor | None]  # of q, and of k where they are needed
+NEVER = -1e30  # the score of a masked input: finite, so that a tile of masked inputs has no NaN
+SCORE_BYTES = 4 << 20  # limit of a block of scores in the plain kernels, which should stay in a core's cache
+Gradients = tuple[Tensor, Tensor | None]  # of q, and of k if needed
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """forward(q, k, shift): sums (T, n, w) and level (T, n) of q (T, n, w), k (T, m, w): exp(score - level) times key.
+    """forward(q, k, shift): sums (T, n, w) of exp(score - level) times key, and level (T, n); q (T, n, w), k (T, m, w).
 
-    `shift` (T, n) is above every score by FAR at least and above the log of the whole normaliser by SPAN at most, and
-    is then the level. If it is None the level is the log of the tile's normaliser. Only a kernel that
-    shifts(multiply-adds of a tile's scores) uses it.
+    A `shift` (T, n), at least FAR above every score and at most SPAN above the log of the whole normaliser, becomes the
+    level; with None, that is the log of the tile's normaliser. Only a kernel that shifts(multiply-adds of a tile's
+    scores) uses it.
 
-    backward(q, k, grad, lse, delta, need_keys): gradients of q and, where needed, of k, but for their last columns.
-    `lse` is the log of the normaliser of a softmax over more keys than these; `delta` (T, n) is subtracted from every
-    grad . k before it is weighted: the sum over all keys of weight times grad . k, less the gradient of lse.
+    backward(q, k, grad, lse, delta, need_keys): gradients of q and, if needed, of k, except their last columns.
+    `lse` is the log of the normaliser of a softmax over more keys than these. `delta` (T, n), the sum over all keys of
+    weight times grad . k less the gradient of lse, is subtracted from every grad . k before that is weighted.
 
     Both may write into the last columns of q and grad.
     """
@@ -55,7 +55,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias (n, m) of a (n, k) and b (m, k) in any layout, bias (m) contiguous, without a gradient.
 
     PyTorch leaves float32 products on a CPU to MKL, which reaches half the speed of AMD's cores (512 x 1024 x 1024 on
-    two of Zen 5: 5.7 ms). oneDNN, which PyTorch brings as well, reaches all of it (2.6 ms).
+    two of Zen 5: 5.7 ms). oneDNN, which PyTorch brings too, reaches all of it (2.6 ms).
     """
     if a.device.type == "cpu" and a.dtype == torch.float32 and _pays(len(a) * b.numel()) and _has_onednn():
         return _onednn(_dense(a), _dense(b), bias)
@@ -65,8 +65,8 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 def exponentials(a: Tensor, b: Tensor) -> Tensor:
     """Return exp(a b^T) (n, m) of a (n, k) and b (m, k) if no element of a b^T is above -FAR; needs oneDNN.
 
-    oneDNN can end a product with a sigmoid, not with an exp; far below zero they are the same. It takes 3 ms where a
-    pass over the scores takes 10 (224 x 224 inputs, 512 queries).
+    oneDNN can end a product with a sigmoid, not with an exp; far below zero they are equal. It takes 3 ms, a separate
+    pass over the scores 10 ms (224 x 224 inputs, 512 queries).
     """
     return _onednn(a, b, then="sigmoid")
 
@@ -87,7 +87,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none"
 
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
-    """Return whether oneDNN's product exists and is right, in every layout."""
+    """Return whether oneDNN's product exists and is right in every layout."""
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 45, generator=generator) for rows in (70, 37))
     bias = torch.randn(37, generator=generator)
@@ -134,21 +134,18 @@ def _plain_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tens
 PLAIN = Kernel("plain", torch.float32, _plain_forward, _plain_backward)
 
 
-# ---------------------------------------------------------------- CPU
-
-
 def _flash_cpu_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     q, k = q.unsqueeze(1), k.unsqueeze(1)
     out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, False, scale=1.0)
     return out.squeeze(1), lse.squeeze(1)
 
 
-# The flash backward of the CPU makes gradients of keys and values that are thrown away: the plain one is faster.
+# The CPU's flash backward always makes gradients of keys and values: the plain one, without them, is faster.
 FLASH_CPU = Kernel("flash for CPU", torch.float32, _flash_cpu_forward, _plain_backward)
 
 
 def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Softmax without its maximum, for scores that are known to be small: exp ends the product that makes them."""
+    """Softmax without its maximum, for scores below a known shift: exp ends the product that makes them."""
     if shift is None:
         return _flash_cpu_forward(q, k, None)
     q[..., -1] = -shift
@@ -157,7 +154,7 @@ def _onednn_forward(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor,
 
 
 def _onednn_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tensor, need_keys: bool) -> Gradients:
-    """The normaliser is known here: a score minus it and minus FAR is far below zero."""
+    """The normaliser is known: a score minus it and minus FAR is at most -FAR."""
     if not _pays(prod(q.shape[1:]) * k.shape[1]):
         return _plain_backward(q, k, grad, lse, delta, need_keys)
     q[..., -1], grad[..., -1] = -FAR - lse, -delta
@@ -167,7 +164,7 @@ def _onednn_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Ten
         slopes = _onednn(grad[tile], keys).mul_(weights)
         grad_q[tile] = _onednn(slopes, keys.mT)
         if grad_k is not None:
-            # Transposed: oneDNN takes three times as long where the first matrix is the large one and is transposed.
+            # A large, transposed first matrix triples oneDNN's time.
             grad_k[tile] = (_onednn(grad[tile].mT, weights.mT) + _onednn(q[tile].mT, slopes.mT)).mT
     unshift = exp(FAR)
     return grad_q.mul_(unshift), None if grad_k is None else grad_k.mul_(unshift)
@@ -176,18 +173,15 @@ def _onednn_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Ten
 ONEDNN = Kernel("oneDNN", torch.float32, _onednn_forward, _onednn_backward, shifts=_pays)
 
 
-# ---------------------------------------------------------------- CUDA
-
-
 def _pad(x: Tensor, multiple: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % multiple))
 
 
 def _for_stock_backward(q: Tensor, k: Tensor, grad: Tensor, delta: Tensor) -> tuple[Tensor, ...]:
-    """Return q, k, grad and out (T, 1, n or m, padded width), so that a stock backward subtracts `delta` from grad . k.
+    """Return q, k, grad and out (T, 1, n or m, padded width): a stock backward then subtracts `delta` from grad . k.
 
-    It would subtract rowsum(grad * out), as if this were the whole softmax. With an out of zeros it subtracts nothing,
-    and the last column does it.
+    By itself it subtracts rowsum(grad * out), as if the tile were the whole softmax. An out of zeros leaves this to the
+    last column.
     """
     grad[..., -1] = -delta
     q, k, grad = (_pad(x, 8).unsqueeze(1) for x in (q, k, grad))
@@ -232,7 +226,7 @@ def _efficient_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: 
 
 
 def _is_right(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether a kernel agrees with the plain one, both ways, on problems of odd sizes, small and large."""
+    """Return whether forward and backward of a kernel agree with the plain one, on small and large odd sizes."""
     tolerance = 1e-4 if kernel.dtype == torch.float32 else 3e-2
     sizes = [(3, 45, 70), (2, 400, 150 * torch.get_num_threads() if device.type == "cpu" else 150)]
     try:
@@ -265,7 +259,7 @@ def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torc
 
 @lru_cache(maxsize=32)
 def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the fastest kernel that is right on `device`; half precision only where `dtype` (of autocast) is half."""
+    """Return the fastest kernel that is right on `device`; half precision only if `dtype` (autocast's) is half."""
     candidates = [ONEDNN, FLASH_CPU] if device.type == "cpu" else []
     if device.type == "cuda":
         half = [Kernel("flash", dtype, _flash_forward, _flash_backward)]

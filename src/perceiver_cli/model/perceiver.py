@@ -33,11 +33,7 @@ class Perceiver(nn.Module):
     (`ModelConfig.steps`) says which runs when. The default schedule is Table 7's: 2 cross-attends and 6 self-attend
     blocks, used 8 times.
 
-    Args:
-        config: sizes and schedule.
-        layouts: the shape of each modality's input, by name.
-        num_classes: columns of the logits.
-        seed: of the initial weights, which depend on nothing else.
+    layouts: the shape of each modality's input, by name. The initial weights depend on `seed` alone.
     """
 
     def __init__(self, config: ModelConfig, layouts: Mapping[str, Layout], num_classes: int, seed: int = 0) -> None:
@@ -57,19 +53,18 @@ class Perceiver(nn.Module):
             nn.Sequential(*(SelfAttend(latent_channels, config.num_self_heads, widening, gelu) for _ in range(blocks)))
             for _ in range(config.num_latent_sets)
         )
-        # Make activations of latent Transformers again in the backward pass: a third more time, far less memory.
-        self.recompute = False
+        self.recompute = False  # activations of latent Transformers in backward: a third more time, far less memory
         self._folded: tuple[tuple[object, ...], Tensor] | None = None
         self.readout = QueryReadout(config) if config.head == "query" else None
         self.head = nn.Linear(latent_channels, num_classes)
         initialise(self, seed)
 
     def forward(self, segments: Mapping[str, Segment]) -> Tensor:
-        """Return logits (B, classes) in float32: the mean over latents, then one linear layer (App. C)."""
+        """Return logits (B, classes) in float32 (App. C)."""
         return self.classify(self.encode(segments))
 
     def classify(self, latents: Tensor) -> Tensor:
-        """Return logits (B, classes) in float32 from the final latents (B, N, D)."""
+        """Return logits (B, classes) in float32 from the final latents (B, N, D): their mean, then a linear layer."""
         logits: Tensor = self.head(latents.mean(dim=1) if self.readout is None else self.readout(latents))
         return logits.float()
 
@@ -79,7 +74,7 @@ class Perceiver(nn.Module):
 
     def read(self, memory: Memory) -> Tensor:
         """Return the final latents (B, N, D), after all steps of the schedule."""
-        latents = self.latents.unsqueeze(0)  # the same for every example until it has read its own
+        latents = self.latents.unsqueeze(0)  # all examples share them until the first cross-attend
         folded = self._first_queries() if memory.tileable and not torch.is_grad_enabled() else None
         for kind, index in self.config.steps:
             if kind == "c":
@@ -92,26 +87,22 @@ class Perceiver(nn.Module):
         return latents
 
     def _first_queries(self) -> Tensor:
-        """Return the folded queries of the first cross-attend, which depend on no input, made once per model."""
+        """Return the folded queries of the first cross-attend, which depend on no input; computed once per model."""
         block = self.cross_attends[0]
         assert isinstance(block, CrossAttend)
-        learned = (
-            *block.latent_norm.parameters(),
-            *block.query.parameters(),
-            block.key.weight,
-            block.input_norm.weight,
-        )
+        weights: list[Tensor] = [*block.latent_norm.parameters(), *block.query.parameters()]
+        weights += [self.latents, block.key.weight, block.input_norm.weight]
         kind = self.latents.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         # Training, loading and moving a model each change one of these.
-        state = (precision, *((p.device, p.data_ptr(), p._version) for p in (self.latents, *learned)))
+        state = (precision, *((p.device, p.data_ptr(), p._version) for p in weights))
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))
         return self._folded[1]
 
 
 class QueryReadout(nn.Module):
-    """Perceiver IO's way from latents to one vector: a learned query attends to them, with one head."""
+    """The readout of Perceiver IO: a learned query attends to the latents with one head and gives one vector."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -126,14 +117,13 @@ class QueryReadout(nn.Module):
 
 
 def compile_latents(model: Perceiver, compute: Compute) -> None:
-    """Let torch.compile fuse what lies between the latent Transformers' matrix products; weights keep their names.
+    """Let torch.compile fuse the latent Transformers between their matrix products; weights keep their names.
 
-    Raises:
-        UsageError: torch.compile does not work here; a trifle is compiled first, to know before the first step.
+    Raises UsageError, before the first step, if torch.compile cannot compile a sine here.
     """
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=compute.device))
-    except Exception as error:  # no compiler, no Triton, an unsupported Python: each has errors of its own
+    except Exception as error:  # no compiler, no Triton, an unsupported Python: each raises its own type
         reason = show_text(str(error).strip().partition("\n")[0])
         raise UsageError(f"torch.compile does not work here: {reason}", "leave out --compile") from error
     for transformer in model.latent_transformers:

@@ -1,8 +1,8 @@
 """From the image classifiers of transformers (`deepmind/vision-perceiver-*`) to a model file of this program.
 
-There is no second model class: their configuration becomes a `Config`, their tensors take our names, and the model file
-works as any other. Nothing is trusted: `config.json` is parsed defensively, sizes are counted before anything is built,
-every tensor's name and shape is checked both ways.
+There is no second model class: their configuration becomes a `Config`, their tensors take our names (pretrained.toml).
+Nothing is trusted: `config.json` is parsed defensively, sizes are counted before anything is built, and every tensor's
+name and shape is checked both ways.
 
 Source: modeling_perceiver.py of transformers; where it differs from the official JAX code, `variant` chooses.
 """
@@ -13,7 +13,9 @@ import json
 import math
 import os
 import re
+import tomllib
 from collections.abc import Callable, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,81 +37,18 @@ CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 Variant = Literal["dm", "hf"]
 
-# Each architecture as fields of ImageSpec: transformers fixes them in its classes, not in config.json.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "PerceiverForImageClassificationFourier": {"max_resolution": (224, 224)},
-    "PerceiverForImageClassificationLearned": {
-        "positions": "learned", "learned_channels": 256, "learned_std": 0.02, "stem": "linear", "stem_channels": 256,
-    },
-    "PerceiverForImageClassificationConvProcessing": {"max_resolution": (56, 56), "stem_channels": 64},
-}  # fmt: skip
-FOURIER, LEARNED, CONV = ARCHITECTURES
-
-# transformers' name (after "perceiver.") for each of ours, or for a piece of it; applied to ours from the top down.
-NAMES = (
-    # theirs                                                          ours
-    ("embeddings.latents",                                            "latents"),
-    ("encoder.cross_attention.",                                      "cross_attends.0."),
-    ("encoder.self_attends.",                                         "latent_transformers.0."),
-    ("decoder.decoder.output_position_encodings.position_embeddings", "readout.query"),
-    ("decoder.decoder.decoding_cross_attention.",                     "readout.cross_attend."),
-    ("decoder.decoder.final_layer.",                                  "head."),
-    ("input_preprocessor.position_embeddings.position_embeddings",    "encoding.learned_positions.image"),
-    ("input_preprocessor.convnet.conv.",                              "encoding.stems.image.conv."),
-    ("input_preprocessor.convnet.batchnorm.",                         "encoding.stems.image.norm."),
-    ("input_preprocessor.convnet_1x1.",                               "encoding.stems.image."),
-    # inside an attention block
-    (".layernorm.",                                                   ".dense.norm."),
-    (".mlp.dense1.",                                                  ".dense.widen."),
-    (".mlp.dense2.",                                                  ".dense.project."),
-    (".attention.output.dense.",                                      ".output."),
-    (".attention.self.layernorm1.",                                   ".latent_norm."),
-    (".attention.self.layernorm1.",                                   ".norm."),
-    (".attention.self.layernorm2.",                                   ".input_norm."),
-    (".attention.self.query.",                                        ".query."),
-    (".attention.self.key.",                                          ".key."),
-    (".attention.self.value.",                                        ".value."),
-)  # fmt: skip
+TABLES: dict[str, dict[str, Any]] = tomllib.loads((files("perceiver_cli.model") / "pretrained.toml").read_text("utf-8"))
+FOURIER, LEARNED, CONV = TABLES["architectures"]
+FIXED_MODEL = TABLES["fixed_model"] | {"qk_channels": None, "v_channels": None}  # TOML has no null
 TABLE, STEM = "encoding.learned_positions.image", "encoding.stems.image.weight"
 PROJECTION = "perceiver.input_preprocessor.positions_projection."  # of the table; folded into it
 CLASSES = "perceiver.decoder.decoder.final_layer.weight"
 
-# Fields of ModelConfig, by those of config.json.
-SIZES = {
-    "num_latents": "num_latents", "latent_channels": "d_latents", "widening_factor": "cross_attention_widening_factor",
-    "num_cross_heads": "num_cross_attention_heads", "num_self_heads": "num_self_attention_heads",
-    "self_attends_per_block": "num_self_attends_per_block",
-}  # fmt: skip
-# Defaults of keys that config.json leaves out (PerceiverConfig) ...
-DEFAULTS: dict[str, Any] = {
-    "num_latents": 256, "d_latents": 1280, "num_blocks": 1, "num_self_attends_per_block": 26,
-    "num_self_attention_heads": 8, "num_cross_attention_heads": 8, "self_attention_widening_factor": 1,
-    "cross_attention_widening_factor": 1, "image_size": 56, "hidden_act": "gelu",
-}  # fmt: skip
-# ... and, without a config.json, the published models' values of what shapes do not tell.
-PUBLISHED = {"num_blocks": 8, "num_self_attention_heads": 8, "num_cross_attention_heads": 1}
-# Our model can only do this; other values in config.json are refused.
-FIXED_MODEL = {
-    "model_type": "perceiver", "hidden_act": "gelu", "qk_channels": None, "v_channels": None,
-    "cross_attention_shape_for_attention": "kv", "use_query_residual": True,
-}  # fmt: skip
-FIXED_PROCESSING = {
-    "do_resize": True, "do_center_crop": True, "resample": 3,
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-}  # fmt: skip
-
-FINE_TUNING = {
-    "epochs": 5.0, "batch_size": 32, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05,
-    "schedule": "cosine", "warmup": "5%", "clip_norm": 1.0, "label_smoothing": 0.1,
-}  # fmt: skip
-
 
 def import_model(source: str, output: Path, variant: Variant = "dm") -> ModelInfo:
-    """Write the model of `source` to `output` as a model file of this program; return the file's own description.
+    """Write the model of `source` to `output` as a model file of this program, and return its header.
 
-    Raises:
-        UsageError: `output` is the file to read, or as `read_pretrained`. IntegrityError: as `read_pretrained`.
-        ResourceError: `output` cannot be written.
+    Raises UsageError if `output` is the file to read, ResourceError if it cannot be written, or as `read_pretrained`.
     """
     weights_file = os.path.join(source, MODEL_FILE) if os.path.isdir(source) else source
     if os.path.isfile(weights_file) and output.exists() and output.samefile(weights_file):
@@ -120,24 +59,21 @@ def import_model(source: str, output: Path, variant: Variant = "dm") -> ModelInf
 
 
 def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Tensor], ModelInfo]:
-    """Return the weights of a transformers Perceiver under our names, and its configuration and classes.
+    """Return the weights of a transformers Perceiver under our names, and the header of its model file.
 
-    Args:
-        source: a folder with model.safetensors and config.json; a .safetensors file, with config.json beside it or
-            without; or a name on the Hugging Face hub, whose files are then downloaded.
-        variant: "dm" computes as the official code, which trained the weights, "hf" as transformers. They differ for
-            learned positions (the official readout has no residual) and for the convolution (56 x 56 places, of which
-            transformers' padding leaves 55 x 55). GELU is exact in both, as in transformers; JAX's default is its tanh
-            form, less than 0.0005 apart.
+    source: a folder with model.safetensors and config.json; a .safetensors file, with or without config.json beside it;
+    or a name on the Hugging Face hub, which downloads the files.
+    variant: "dm" computes as the official code, which trained the weights, "hf" as transformers. They differ for
+    learned positions (the official readout has no residual) and for the convolution (56 x 56 places, 55 x 55 with the
+    padding of transformers). GELU is exact in both; JAX's default, its tanh form, is less than 0.0005 apart.
 
-    Raises:
-        UsageError: no such source, or a configuration that this program cannot express.
-        IntegrityError: a damaged file, or tensors that do not match its configuration.
+    Raises UsageError if there is no such source or this program cannot express its configuration, IntegrityError if a
+    file is damaged or tensors do not match the configuration.
     """
     fetch = _files(source)
     theirs = _read_json(fetch(CONFIG_FILE))
     if theirs is not None:
-        _architecture(theirs, None)  # before the weights are fetched
+        _architecture(theirs, None)  # refuses before the weights are fetched
     processor = _read_json(fetch(PROCESSOR_FILE))
     path = fetch(MODEL_FILE)
     assert path is not None
@@ -145,7 +81,7 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     if "perceiver" in metadata:
         raise UsageError(f"{show_path(path)}: already a model of this program", "pass it to -m or --init-from")
     architecture = _architecture(theirs, shapes)
-    facts = {**DEFAULTS, **theirs} if theirs is not None else _derived(shapes, show_path(path))
+    facts = {**TABLES["defaults"], **theirs} if theirs is not None else _derived(shapes, show_path(path))
     classes = _classes(theirs or {}, _integer(show_path(path), CLASSES, next(iter(shapes.get(CLASSES, ())), None)))
     config = _config(architecture, facts, processor, len(classes), variant)
 
@@ -163,7 +99,7 @@ def read_pretrained(source: str, variant: Variant = "dm") -> tuple[dict[str, Ten
     weights = _converted(path, expected)
     metrics = {"imported_from": source, "variant": variant}
     if theirs is None:
-        metrics["assumed"] = ", ".join(f"{key} {value}" for key, value in PUBLISHED.items())
+        metrics["assumed"] = ", ".join(f"{key} {value}" for key, value in TABLES["published"].items())
     return weights, ModelInfo(config, classes, 0, metrics)
 
 
@@ -175,11 +111,11 @@ def _files(source: str) -> Callable[[str], Path | None]:
         raise UsageError(f"{shown}: a pickle can run programs, so only safetensors files are opened here", convert)
     folder = os.path.isdir(path)  # unlike Path.is_dir, no error for a name that is too long to be one
     if folder or os.path.isfile(path):
-        files = {name: (path if folder else path.parent) / name for name in (CONFIG_FILE, PROCESSOR_FILE)}
-        files[MODEL_FILE] = path / MODEL_FILE if folder else path
-        if not files[MODEL_FILE].is_file():
+        paths = {name: (path if folder else path.parent) / name for name in (CONFIG_FILE, PROCESSOR_FILE)}
+        paths[MODEL_FILE] = path / MODEL_FILE if folder else path
+        if not paths[MODEL_FILE].is_file():
             raise UsageError(f"{shown}: no {MODEL_FILE} in it", convert)
-        return lambda name: files[name] if files[name].is_file() else None
+        return lambda name: paths[name] if paths[name].is_file() else None
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII) and path.suffix != ".safetensors":
         return lambda name: _download(source, name)
     raise UsageError(f"{shown}: no such folder or file", "expected a folder, a .safetensors file or a hub's ORG/NAME")
@@ -191,13 +127,13 @@ def _download(repository: str, name: str) -> Path | None:
         import huggingface_hub as hub  # type: ignore[import-not-found, unused-ignore]
         from huggingface_hub import errors as hub_errors
     except ImportError as error:
-        message = f"{show_path(repository)}: not here, and the hub needs huggingface_hub"
+        message = f"{show_path(repository)}: not a path here, and the hub needs huggingface_hub"
         raise UsageError(message, "pip install 'perceiver-cli[hub]'") from error
     try:
         return Path(hub.hf_hub_download(repository, name))
-    except Exception as error:  # of HTTP, of the file system or of the hub: the user can do the same about each
+    except Exception as error:  # from HTTP, the file system or the hub: the user can do the same about each
         absent = isinstance(error, hub_errors.EntryNotFoundError)
-        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # the latter is about the cache
+        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # the latter concerns the cache
             if name == PROCESSOR_FILE:
                 return None
             raise UsageError(f"{show_path(repository)}: has no {name} on the hub") from error
@@ -206,7 +142,7 @@ def _download(repository: str, name: str) -> Path | None:
 
 
 def _read_json(path: Path | None) -> dict[str, Any] | None:
-    """Return the JSON object in a small file, or None if there is no file."""
+    """Return the JSON object in a small file, or None if `path` is None."""
     if path is None:
         return None
     try:
@@ -214,22 +150,22 @@ def _read_json(path: Path | None) -> dict[str, Any] | None:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise UsageError(f"{show_path(path)}: larger than {MAX_JSON_BYTES} bytes")
-        tables = json.loads(data)
+        value = json.loads(data)
     except OSError as error:
         raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{show_path(path)}: not JSON: {error}") from error
-    if not isinstance(tables, dict):
-        raise UsageError(f"{show_path(path)}: expected a JSON object, found {_shown(tables)}")
-    return tables
+    if not isinstance(value, dict):
+        raise UsageError(f"{show_path(path)}: expected a JSON object, found {_shown(value)}")
+    return value
 
 
 def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | None) -> str:
-    """Return the architecture that config.json names; with `shapes`, the one that tensor names show must agree."""
+    """Return the architecture of config.json; with `shapes`, that of the tensor names, which must agree with it."""
     named = None if theirs is None else theirs.get("architectures")
     claimed = named[0] if isinstance(named, list) and named else None
-    if named is not None and claimed not in tuple(ARCHITECTURES):
-        known = ", ".join(ARCHITECTURES)
+    if named is not None and claimed not in (FOURIER, LEARNED, CONV):
+        known = ", ".join((FOURIER, LEARNED, CONV))
         raise UsageError(f"{CONFIG_FILE}: architecture {_shown(claimed or named)} is not read here", f"known: {known}")
     if shapes is None:
         return str(claimed)
@@ -241,7 +177,7 @@ def _architecture(theirs: Mapping[str, Any] | None, shapes: Mapping[str, Any] | 
 
 
 def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any]:
-    """Return the fields of config.json from the tensors' shapes and, where these do not tell, as published."""
+    """Return the fields of config.json from the tensors' shapes, and the published values of all others."""
     try:
         num_latents, channels = shapes["perceiver.embeddings.latents"]
         widening = shapes["perceiver.encoder.cross_attention.mlp.dense1.weight"][0] // channels
@@ -251,20 +187,20 @@ def _derived(shapes: Mapping[str, tuple[int, ...]], shown: str) -> dict[str, Any
     layers = len({name.split(".")[3] for name in shapes if name.startswith("perceiver.encoder.self_attends.")})
     sizes = {"num_latents": num_latents, "d_latents": channels, "num_self_attends_per_block": layers}
     widenings = {f"{kind}_attention_widening_factor": widening for kind in ("self", "cross")}
-    return {**DEFAULTS, **PUBLISHED, **sizes, **widenings, "image_size": math.isqrt(places)}
+    return {**TABLES["defaults"], **TABLES["published"], **sizes, **widenings, "image_size": math.isqrt(places)}
 
 
 def _config(
     architecture: str, facts: Mapping[str, Any], processor: Mapping[str, Any] | None, num_classes: int, variant: Variant
 ) -> Config:
-    """Return our configuration of a model of transformers; raise UsageError if it cannot be expressed."""
+    """Return our configuration of a model of transformers. Raises UsageError if it cannot be expressed."""
     _refuse_others(CONFIG_FILE, facts, FIXED_MODEL)
-    count = {key: _integer(CONFIG_FILE, key, facts[key]) for key in DEFAULTS if key not in ("hidden_act", "image_size")}
+    count = {key: _integer(CONFIG_FILE, key, facts[key]) for key in TABLES["defaults"] if key != "image_size"}
     if count["self_attention_widening_factor"] != count["cross_attention_widening_factor"]:
-        raise UsageError(f"{CONFIG_FILE}: two widening factors, of self- and cross-attention, cannot be expressed here")
+        raise UsageError(f"{CONFIG_FILE}: two widening factors, of self- and cross-attention, expected one for both")
     if count["num_blocks"] >= MAX_SCHEDULE_STEPS:
-        raise UsageError(f"{CONFIG_FILE}: num_blocks {count['num_blocks']}, fewer than {MAX_SCHEDULE_STEPS} are run")
-    image = {**ARCHITECTURES[architecture], **_processing(processor or {})}
+        raise UsageError(f"{CONFIG_FILE}: num_blocks {count['num_blocks']}, expected fewer than {MAX_SCHEDULE_STEPS}")
+    image = {**TABLES["architectures"][architecture], **_processing(processor or {})}
     if architecture == LEARNED:
         side = _integer(CONFIG_FILE, "image_size", facts["image_size"])
         if processor is not None and image["size"] != [side, side]:
@@ -273,19 +209,20 @@ def _config(
         image["size"] = [side, side]
     elif architecture == CONV:
         image["stem"] = "conv-same" if variant == "dm" else "conv-valid"
-    model = {ours: count[theirs] for ours, theirs in SIZES.items()} | {
+    model = {ours: count[theirs] for ours, theirs in TABLES["sizes"].items()} | {
         "schedule": f"c0 (t0)x{count['num_blocks']}", "cross_channels": "input", "gelu": "erf", "head": "query",
         "query_residual": not (architecture == LEARNED and variant == "dm"),
     }  # fmt: skip
     name = {FOURIER: "imported-fourier", LEARNED: "imported-learned", CONV: "imported-conv"}[architecture]
     inputs = {"image": {**image, "crop_area": (0.35, 1.0), "flip": 0.5}}
-    tables = {"name": name, "num_classes": num_classes, "model": model, "inputs": inputs, "train": FINE_TUNING}
-    return Config.parse(tables, "as imported")
+    train = TABLES["fine_tuning"]
+    config = {"name": name, "num_classes": num_classes, "model": model, "inputs": inputs, "train": train}
+    return Config.parse(config, "as imported")
 
 
 def _processing(processor: Mapping[str, Any]) -> dict[str, Any]:
     """Return preprocessor_config.json as fields of ImageSpec, with the defaults of PerceiverImageProcessor."""
-    _refuse_others(PROCESSOR_FILE, processor, FIXED_PROCESSING)
+    _refuse_others(PROCESSOR_FILE, processor, TABLES["fixed_processing"])
     sides: dict[str, list[int]] = {}
     for key, default in (("size", 224), ("crop_size", 256)):
         size = processor.get(key, default)
@@ -300,7 +237,7 @@ def _processing(processor: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _classes(theirs: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    """Return the class names in order, or numbers if there are none; a name used twice gets its number behind it."""
+    """Return the class names in order, or numbers if there are none; a repeated name gets its number appended."""
     labels = theirs.get("id2label")
     if labels is None:
         return tuple(map(str, range(count)))
@@ -313,7 +250,7 @@ def _classes(theirs: Mapping[str, Any], count: int) -> tuple[str, ...]:
         name = labels[str(index)]
         names[f"{name} ({index})" if name in names else name] = None
     if len(names) != count or len(json.dumps(list(names))) > MAX_JSON_BYTES:
-        raise UsageError(f"{CONFIG_FILE}: id2label names classes alike or at too great length")
+        raise UsageError(f"{CONFIG_FILE}: id2label has repeated names, or names of more than {MAX_JSON_BYTES} bytes")
     return tuple(names)
 
 
@@ -331,13 +268,13 @@ def _integer(origin: str, key: str, value: Any) -> int:
 
 
 def _shown(value: Any) -> str:
-    """Return a short printable form of a value from a stranger's file."""
+    """Return a short printable form of an untrusted value."""
     return f"{value!r:.60}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
 
 
 def _their_name(ours: str) -> str:
-    """Return transformers' name of one of our tensors, by `NAMES`."""
-    for theirs, piece in NAMES:
+    """Return transformers' name of one of our tensors."""
+    for piece, theirs in TABLES["names"].items():
         ours = ours.replace(piece, theirs)
     return f"perceiver.{ours}"
 
@@ -346,7 +283,7 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]], expected: M
     """Raise IntegrityError with the first tensors that are missing, not expected or of another shape."""
     wanted = {_their_name(name): tuple(tensor.shape) for name, tensor in expected.items()}
     if STEM in expected:
-        wanted[_their_name(STEM)] += (1, 1)  # a convolution of one pixel is a linear layer
+        wanted[_their_name(STEM)] += (1, 1)  # a 1 x 1 convolution is a linear layer
     if TABLE in expected:
         channels = expected[TABLE].shape[1]
         wanted |= {f"{PROJECTION}weight": (channels, channels), f"{PROJECTION}bias": (channels,)}
@@ -366,7 +303,7 @@ def _converted(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensor = tensors[_their_name(ours)]
         same_kind = tensor.is_floating_point() == like.is_floating_point()
         if ours == TABLE:
-            # Their projection of the table is linear and the same for every image: table W^T + b is a table again.
+            # Their projection of the table is the same for every image, so table W^T + b is a table again.
             weight, bias = (tensors[PROJECTION + name].double() for name in ("weight", "bias"))
             tensor = tensor.double() @ weight.T + bias
         weights[ours] = tensor.reshape(like.shape).to(like.dtype).contiguous()

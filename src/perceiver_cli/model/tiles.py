@@ -1,7 +1,7 @@
-"""A grid of inputs as tiles, and softmax attention over them (docs/cross-attention.md, sections 2 to 4).
+"""A grid of inputs as tiles, and softmax attention over them (docs/how-it-works.md, sections 2 to 4).
 
 Axes: B batch, M inputs, C input channels (c of them values), n queries, T tiles, m inputs of a tile, w width of its
-keys, s width of what all tiles share of a query.
+keys, s width of the columns of a query that all tiles share.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from perceiver_cli.model.kernels import NEVER
 
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
-SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of the tile queries that exist at once: on a CPU, in its cache
-STATISTICS_BYTES = 4 << 20  # of the float64 copies of values that exist at once
-PRODUCT_BYTES = 32 << 20  # of a block of `Tiles.products`
-ROW_TILE = 512  # rows of a tile that has no places
+SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # limit of tile queries at once: on a CPU, they stay in its cache
+STATISTICS_BYTES = 4 << 20  # limit of float64 copies of values at once
+PRODUCT_BYTES = 32 << 20  # limit of a block of `Tiles.products`
+ROW_TILE = 512  # rows of a tile of `RowTiles`
 
 
 class Tiles:
     """The inputs of one modality, cut into tiles of one shape: keys (B, T, m, w), made for a slab of tiles at a time.
 
-    A query is for each axis of the tile the scores along it, then what all tiles share (B, n, s), whose last is 0.
+    A query is its scores along each axis of the tile, then the columns that all tiles share (B, n, s), the last 0.
 
-    batch: B. counts: number of tiles along each axis. sides: of a tile, along each axis that has scores of its own.
-    size: m. key_width: w. masked: the shared columns begin with the mask's. reach: bounds of all keys, the largest norm
-    of their shared columns (without mask and ones) and the largest number in their one-hot columns. differentiable:
-    keys have a gradient, from a learned stem, position or modality encoding.
+    batch: B. counts: number of tiles along each axis. sides: of a tile, along each axis that has scores. size: m.
+    key_width: w. masked: the first shared column is the mask's. reach: the largest norm of the keys' shared columns
+    (without mask and ones), and the largest number in their one-hot columns. differentiable: keys have a gradient, from
+    a learned stem, position or modality encoding.
     """
 
     batch: int
@@ -51,25 +51,25 @@ class Tiles:
         raise NotImplementedError
 
     def queries(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u (B or 1, n, C) as what all tiles share (B, n, s) and the scores along each axis: see `spread`."""
+        """Return the shared columns and the scores along each axis of queries u (B or 1, n, C): see `spread`."""
         raise NotImplementedError
 
     def untiled(self, x: Tensor) -> Tensor:
-        """Return x (B, T, m, ...) in the order of the byte array's rows, (B, M, ...)."""
+        """Return x (B, T, m, ...) as (B, M, ...), in the order of the byte array's rows."""
         raise NotImplementedError
 
     def softmax(self, u: Tensor, kernel: kernels.Kernel) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the outputs of `_TileSoftmax`; keys travel as a tensor only where they have gradients."""
+        """Return the outputs of `_TileSoftmax`; it gets keys as a tensor only if they need gradients."""
         keys = self.keys(0, self.counts[0]) if self.differentiable and torch.is_grad_enabled() else None
         outputs: tuple[Tensor, Tensor, Tensor] = _TileSoftmax.apply(self, kernel, keys, *self.queries(u))  # type: ignore[no-untyped-call]
         return outputs
 
     def shift(self, shared: Tensor, along: Tensor) -> Tensor | None:
-        """Return a level (B, n) above every score by `kernels.FAR`; None if it may be far above the normaliser."""
+        """Return a level (B, n) `kernels.FAR` above every score, or None if it may be far above the normaliser."""
         above = shared[..., self.masked : -1].norm(dim=-1) * self.reach[0]
         for scores in self._by_tile(along):
             above += scores.abs().amax(dim=(-2, -1)) * self.reach[1]
-        # The log of the mean of exponentials is no less than the mean of their logs.
+        # The log of a mean of exponentials is at least the mean of their logs.
         keys = self.keys(0, 1).mean(dim=-2, keepdim=True)
         means = (self.spread(shared, along, 0, 1).view(*keys.shape[:2], -1, self.key_width) * keys).sum(dim=-1)
         shift, below = above + kernels.FAR, means.amax(dim=1) + log(self.size)
@@ -78,11 +78,10 @@ class Tiles:
     def products(self, u: Tensor) -> Iterator[Tensor]:
         """Yield u . xhat (B, T, n, m) for u (B or 1, n, C), a block of tiles at a time, in their order.
 
-        Together they would be (B, n, M): callers sum each block over n, or pass few u.
+        All of them would be (B, n, M): callers sum each block over n, or pass few u.
         """
         shared, along = self.queries(u)
-        each = 4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.size
-        step = max(1, PRODUCT_BYTES // each)
+        step = max(1, PRODUCT_BYTES // (4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.size))
         for first in range(0, self.counts[0], step):
             last = min(first + step, self.counts[0])
             q = self.spread(shared, along, first, last)
@@ -90,11 +89,11 @@ class Tiles:
             yield scores.view(self.batch, -1, *scores.shape[1:])
 
     def keys(self, first: int, last: int) -> Tensor:
-        """Return the keys (B, T, m, w) of the tiles whose place along the first axis is in first .. last - 1."""
+        """Return the keys (B, T, m, w) of the tiles from `first` to `last` - 1 along the first axis."""
         raise NotImplementedError
 
     def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
-        """Yield slabs, (examples, range along the first axis of tiles), whose tile queries fit in SLAB_BYTES."""
+        """Yield slabs (examples, first and last tile along the first axis) whose tile queries fit in SLAB_BYTES."""
         budget = SLAB_BYTES.get(queries.device.type, 2 << 20)
         each = 4 * prod(self.counts[1:]) * queries.shape[1] * self.key_width
         rows = min(self.counts[0], max(1, budget // each))
@@ -104,20 +103,17 @@ class Tiles:
                 yield slice(start, start + examples), first, min(first + rows, self.counts[0])
 
     def spread(self, shared: Tensor, along: Tensor, first: int, last: int) -> Tensor:
-        """Return the tile queries (B T, n, w) of a slab: the scores along a tile's own sides, and what all share.
+        """Return the tile queries (B T, n, w) of a slab: the scores along a tile's own sides, and the shared columns.
 
         shared (B, n, s); along (B, n, sum of counts * sides), axis after axis.
         """
         counts = (last - first, *self.counts[1:])
         dims, (batch, queries) = len(counts), shared.shape[:2]
         columns = []
-        for axis, scores in enumerate(self._by_tile(along)):  # (B, n, count, side)
-            scores = scores.transpose(1, 2)
-            if axis == 0:
-                scores = scores[:, first:last]
+        for axis, scores in enumerate(self._by_tile(along, first, last)):
             places = [1] * dims
             places[axis] = counts[axis]
-            columns.append(scores.reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
+            columns.append(scores.transpose(1, 2).reshape(batch, *places, queries, -1).expand(-1, *counts, -1, -1))
         columns.append(shared.view(batch, *[1] * dims, queries, -1).expand(-1, *counts, -1, -1))
         return torch.cat(columns, dim=-1).flatten(0, dims)
 
@@ -128,21 +124,21 @@ class Tiles:
         fewest = spread.flatten(1, len(counts))
         tile_axes = tuple(range(1, len(counts) + 1))
         start = 0
-        for axis, scores in enumerate(self._by_tile(along)):
+        for axis, scores in enumerate(self._by_tile(along, first, last)):
             others = [other for other in tile_axes if other != axis + 1 and spread.shape[other] > 1]
-            # All columns: those of one axis alone are no faster.
+            # All columns are summed: those of one axis alone are no faster.
             own = (spread.sum(dim=others, keepdim=True) if others else spread).flatten(1, len(counts))
-            target = scores[:, :, first:last] if axis == 0 else scores
-            target += own[..., start : start + self.sides[axis]].transpose(1, 2)
+            scores += own[..., start : start + self.sides[axis]].transpose(1, 2)
             start += self.sides[axis]
             fewest = min(fewest, own, key=lambda sums: sums.shape[1])
         shared += fewest[..., start:].sum(dim=1)
 
-    def _by_tile(self, along: Tensor) -> Iterator[Tensor]:
-        """Yield a view (B, n, count, side) for each axis with scores of its own."""
+    def _by_tile(self, along: Tensor, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        """Yield a view (B, n, count, side) for each axis that has scores; first, last: tiles along the first axis."""
         start = 0
-        for count, side in zip(self.counts, self.sides, strict=False):
-            yield along[..., start : start + count * side].view(*along.shape[:2], count, side)
+        for axis, (count, side) in enumerate(zip(self.counts, self.sides, strict=False)):
+            scores = along[..., start : start + count * side].view(*along.shape[:2], count, side)
+            yield scores[:, :, first:last] if axis == 0 else scores
             start += count * side
 
 
@@ -155,7 +151,7 @@ class GridTiles(Tiles):
         self.counts, self.sides = counts, sides = self._cut(self.grid)
         spare = [count * side - length for count, side, length in zip(counts, sides, self.grid, strict=True)]
         self.tables = torch.cat([F.pad(x, (0, 0, 0, more)) for x, more in zip(inputs.tables, spare, strict=True)])
-        # Statistics take float64, a slice of the grid at a time.
+        # Statistics are float64, so they take a slice of the grid at a time.
         step = max(1, STATISTICS_BYTES // (8 * self.batch * prod(values.shape[2:])))
         first, *rest = inputs.tables
         rows = [slice(start, start + step) for start in range(0, self.grid[0], step)]
@@ -182,7 +178,7 @@ class GridTiles(Tiles):
 
     @staticmethod
     def _cut(grid: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the number of tiles along each axis and their sides, equal and with as little to spare as possible."""
+        """Return the number of tiles along each axis and their sides, all equal, with the least padding."""
         counts = tuple(ceil(side / TILE_SIDES.get(len(grid), 1)) for side in grid)
         return counts, tuple(ceil(side / count) for side, count in zip(grid, counts, strict=True))
 
@@ -221,7 +217,7 @@ class GridTiles(Tiles):
 
 
 class RowTiles(Tiles):
-    """Rows without a grid (point sets, learned positions) of a modality beside one. Tiles only bound the memory."""
+    """Rows without a grid (point sets, learned positions), beside a modality with one. Tiles only bound the memory."""
 
     def __init__(self, inputs: ModalityInputs) -> None:
         self.batch, self.count, channels = inputs.values.shape
@@ -258,19 +254,19 @@ def _normalised(values: Tensor, tables: Sequence[Tensor]) -> Tensor:
 
     tables: those of `ModalityInputs`, for the places of the values.
     """
-    sums, squares = _wide(tables[0]).sum(dim=-1), _wide(tables[0]).square().sum(dim=-1)
-    for table in tables[1:]:
-        sums = sums.unsqueeze(-1) + _wide(table).sum(dim=-1)  # (side_0 .. side_i)
-        squares = squares.unsqueeze(-1) + _wide(table).square().sum(dim=-1)
     wide = _wide(values)
+    sums = squares = wide.new_zeros(())
+    for table in map(_wide, tables):
+        sums = sums.unsqueeze(-1) + table.sum(dim=-1)  # (side_0 .. side_i)
+        squares = squares.unsqueeze(-1) + table.square().sum(dim=-1)
     features = tables[0].shape[-1]
     total = values.shape[-1] + features
     mean = (wide.sum(dim=-1) + sums) / total
     centred = wide - mean.unsqueeze(-1)
     spread = squares - 2 * mean * sums + features * mean.square()
     rate = ((centred.square().sum(dim=-1) + spread) / total + EPS).rsqrt()
-    ending = torch.stack([-mean * rate, rate], dim=-1)
-    return torch.cat([centred * rate.unsqueeze(-1), ending], dim=-1).float()
+    statistics = torch.stack([-mean * rate, rate], dim=-1)
+    return torch.cat([centred * rate.unsqueeze(-1), statistics], dim=-1).float()
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -281,10 +277,10 @@ class _TileSoftmax(torch.autograd.Function):
     """One softmax over all keys of all tiles, without any (n, M) tensor.
 
     forward: takes queries as `shared` (B, n, s) and `along` (B, n, sum of counts * sides); returns weighted sums of
-    keys in the same two shapes (for the one-hot columns, sums of weights along rows and columns) and the log of the
+    keys in the same two shapes (for the one-hot columns, sums of weights by place along an axis) and the log of the
     normaliser (B, n).
-    backward: weights are made again, tile by tile, from the total normaliser, as ring attention does for devices. With
-    p the weights, dp = grad . key and delta the sum of p dp: the gradient of a score is p (dp - delta + d normaliser).
+    backward: recomputes weights tile by tile from the total normaliser, as ring attention does across devices. With p
+    the weights, dp = grad . key and delta the sum of p dp, the gradient of a score is p (dp - delta + d normaliser).
     """
 
     @staticmethod
@@ -301,11 +297,11 @@ class _TileSoftmax(torch.autograd.Function):
             each = len(k) // len(before)
             sums, level = kernel.forward(q, k, None if shift is None else before.repeat_interleave(each, dim=0))
             merged = shared_sum[some], along_sum[some]
-            if shift is None:  # else all are of one level
+            if shift is None:  # else all tiles have one level
                 level = level.float().view(len(before), each, -1)  # (B, T, n)
                 after = torch.maximum(before, level.amax(dim=1))
                 sums = sums.float()
-                sums[..., -1] = 1  # in half precision it is only nearly so
+                sums[..., -1] = 1  # in half precision it is only close to 1
                 sums *= (level - after.unsqueeze(1)).exp().view(-1, level.shape[-1], 1)
                 for x in merged:
                     x *= (before - after).exp().unsqueeze(-1)

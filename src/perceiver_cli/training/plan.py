@@ -20,7 +20,7 @@ from perceiver_cli.files import show_path
 from perceiver_cli.hardware import memory_bytes
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import MAX_PARAMETERS, Cost, estimate
-from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
@@ -162,7 +162,7 @@ def make_plan(request: RunRequest) -> Plan:
     place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
     config = config.model_copy(update=settled)
-    compute = choose(config.train.device, config.train.precision)
+    compute = choose_compute(config.train.device, config.train.precision)
     num_classes = len(catalog.classes)
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
