@@ -13,6 +13,7 @@ from typing import IO
 from perceiver_cli.errors import ResourceError, UsageError
 
 MAX_SHOWN = 200  # characters of a path in a message
+BINARY = getattr(os, "O_BINARY", 0)  # for os.open: without it Windows changes line ends
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
@@ -93,8 +94,8 @@ def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:
     """Return a handle of a new file in a folder, and whether it has no name; a name is `temporary`."""
     if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
         with suppress(OSError):  # not every file system supports O_TMPFILE
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o666), True
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666), False
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), True
+    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | BINARY, 0o666), False
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -117,8 +118,11 @@ def check_plot(path: str | os.PathLike[str]) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` durable."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make a rename inside `folder` durable, where the system opens folders: Windows does not."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
     try:
         os.fsync(handle)
     finally:

@@ -35,17 +35,19 @@ def give_back_freed() -> None:
 
 
 def _set(parameter: int, value: int) -> bool:
-    with suppress(OSError, AttributeError):  # not glibc: nothing to set
+    with suppress(OSError, AttributeError, TypeError):  # not glibc: nothing to set
         return bool(ctypes.CDLL(None).mallopt(parameter, value))
     return False
 
 
 def peak_bytes() -> int:
-    """Return this process's peak resident size in bytes. On Linux getrusage counts the parent's too, /proc does not."""
+    """Return this process's peak resident size in bytes; 0 on Windows. On Linux getrusage counts the parent's too."""
     status = Path("/proc/self/status")
     if status.exists() and (match := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
         return int(match[1]) * 1024
-    import resource
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import cannot_write, show_path, write_text
@@ -19,6 +18,7 @@ STATE_FOLDER = "last"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
 MAX_LOG_BYTES = 64 << 20
+MAX_LINK = 4096  # characters of a path in runs/latest
 
 
 @contextmanager
@@ -38,17 +38,29 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
         raise cannot_write(run, error) from error
     with lock:
         try:
-            # Data workers outlive a killed run by seconds; they inherit flock's locks, but not POSIX locks.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except OSError as error:
             raise ResourceError(f"{show_path(run)}: in use by another training run") from error
         try:
             yield
         finally:
             if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # the run never began: leave no empty folder
-                (run / LOCK_FILE).unlink()
-                with suppress(OSError):
+                with suppress(OSError):  # Windows removes no open file
+                    (run / LOCK_FILE).unlink()
                     run.rmdir()
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock an open file for this process. Raises OSError if another process holds the lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    else:
+        # Data workers outlive a killed run by seconds; they inherit flock's locks, but not POSIX locks.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
@@ -101,13 +113,20 @@ def next_run(name: str) -> Path:
 
 
 def mark_latest(run: Path) -> None:
-    """Point runs/latest at a run, which other commands then use without -m."""
+    """Point runs/latest at a run, which other commands then use without -m.
+
+    It is a link, or a text file with the run's path where the system makes no links (Windows, without the privilege).
+    """
     runs = Path("runs")
     try:
         runs.mkdir(exist_ok=True)
         temporary = runs / f".latest-{os.getpid()}"
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(run, runs))
+        target = os.path.relpath(run, runs)
+        try:
+            temporary.symlink_to(target)
+        except OSError:
+            temporary.write_text(target, encoding="utf-8")
         os.replace(temporary, runs / "latest")
     except OSError as error:
         raise cannot_write(runs / "latest", error) from error
@@ -120,6 +139,9 @@ def find_model(name: str | None) -> Path:
     """
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
+    if path.name == "latest" and path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as pointer:
+            path = path.parent / pointer.read(MAX_LINK)
     file = path / MODEL_FILE if path.is_dir() else path
     if not file.is_file():
         if name is None and "PERCEIVER_MODEL" not in os.environ:

@@ -30,7 +30,7 @@ Model = Annotated[
         help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest].",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[Floats, typer.Option(help="Precision of matrix products; auto is bf16 on a GPU, else fp32.")]
 Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size [default: what fits, at most 32 on a CPU].")]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 5  # lines of libraries that are shown after a failure
 LIBRARY_BYTES = 1 << 16  # read from the libraries' pipe at a time: its capacity
+SIGPIPE = 13  # where the system does not have it
 debug = False
 quiet = False  # -q: errors only
 verbose = False  # -v: also messages of libraries
@@ -65,6 +66,7 @@ def guarded(app: Callable[[], None]) -> None:
         _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
+            _abandon_stdout()
             _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
@@ -111,7 +113,9 @@ class _Libraries:
         self.lines: deque[str] = deque(maxlen=LAST_WORDS)
 
     def listen(self) -> None:
-        """Put a pipe in place of file 2."""
+        """Put a pipe in place of file 2, where the system has pipes that never block: Windows from Python 3.12 on."""
+        if not hasattr(os, "set_blocking"):
+            return
         self.pipe, write_end = os.pipe()
         os.set_blocking(self.pipe, False)
         os.set_blocking(write_end, False)
@@ -190,14 +194,21 @@ def emit_bytes(data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        end_by_signal(signal.SIGPIPE)
+        end_by_signal(getattr(signal, "SIGPIPE", SIGPIPE))
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushing at exit must not fail again
+        _abandon_stdout()
         raise ResourceError(f"stdout: cannot write: {error.strerror}") from error
 
 
+def _abandon_stdout() -> None:
+    """Send the rest of stdout to nowhere: flushing it at exit must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
 def end_by_signal(number: int) -> None:
-    """End this process by a signal, for shells and schedulers to see."""
+    """End this process by a signal, for shells and schedulers to see; on Windows by its status."""
+    if not hasattr(signal, "SIGPIPE"):
+        os._exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
 

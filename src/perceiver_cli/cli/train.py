@@ -35,7 +35,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weights, data order and augmentation.")] = None,
-    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = None,
+    device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = None,
     precision: Annotated[options.Floats | None, typer.Option(help="Precision of matrix products.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
@@ -222,8 +222,10 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
     steps = summary["steps"]
     length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(summary['max_time_s'])}"
     classes = counted(len(summary["classes"]), "class")
+    data = Path(summary["data"])
+    place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
     return [
-        f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(summary['data'])}",
+        f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(place)}",
         f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
         f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
         f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "

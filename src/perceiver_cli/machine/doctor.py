@@ -43,7 +43,8 @@ SIDE, FILES = 16, 60  # pixels of a picture's side; pictures in each of three cl
 def examine() -> dict[str, Any]:
     """Return versions, decoders, devices, kernels and threads; "problems" holds a sentence for each problem."""
     variables = {name: os.environ[name] for name in VARIABLES if name in os.environ}
-    devices = {name: _device(name) for name in ("cpu", "cuda") if name == "cpu" or torch.cuda.is_available()}
+    has_gpu = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    devices = {name: _device(name) for name in ("cpu", *(gpu for gpu, there in has_gpu.items() if there))}
     return {
         "perceiver": version("perceiver-cli"),
         "python": platform.python_version(),

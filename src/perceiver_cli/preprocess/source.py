@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 from perceiver_cli.errors import DataError, LimitError, PerceiverError
-from perceiver_cli.files import show_path, show_text
+from perceiver_cli.files import BINARY, show_path, show_text
 from perceiver_cli.preprocess.spec import Limits
 
 RECEIVED_BYTES = 1 << 20  # read from a pipe at a time
@@ -94,7 +94,7 @@ class Source:
             return io.BytesIO(self.data)
         try:
             # Non-blocking, so that a FIFO named like an image cannot hang the reader.
-            handle = os.open(self.name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            handle = os.open(self.name, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise DataError(f"{self.shown}: cannot read: {reason}") from error
