@@ -388,7 +388,7 @@ def test_a_spooled_stream_leaves_nothing_behind(bars: Path, tmp_path: Path, monk
     assert places["image"].array().shape == (12, 12, 1)
     with pytest.raises(DataError, match="'stdin': not records"):
         spooled(io.BytesIO(b"RIFF" + bytes(2000)), "stdin")
-    with pytest.raises(DataError, match="'stdin': nothing in it"):
+    with pytest.raises(DataError, match="'stdin': empty"):
         spooled(io.BytesIO(b""), "stdin")
 
 
