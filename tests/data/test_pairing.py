@@ -101,7 +101,7 @@ def test_two_files_of_a_kind_are_no_pair(pairs: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "000.png", folder / "001.PnG")
     catalog = scan(root)
     assert list(catalog.bad) == ["train/top-low/001"]
-    assert "a second image file of its stem, expected one" in catalog.bad["train/top-low/001"]
+    assert "a second image file with the same stem, expected one" in catalog.bad["train/top-low/001"]
 
 
 def test_a_wrong_type_in_a_column_is_named_when_it_is_read(pairs: Path) -> None:
@@ -118,7 +118,7 @@ def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_o
     assert len(catalog.splits["train"]) == 3
     catalog = scan(tmp_path / "m.csv", reads=["audio"])
     assert [example.id for example in catalog.splits["train"]] == ["row 3", "top-low/000.wav"]
-    assert catalog.notes == ("columns that are not read: image", "ignored 1 row without audio")
+    assert catalog.notes == ("ignored columns: image", "ignored 1 row without audio")
 
 
 def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:

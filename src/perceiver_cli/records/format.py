@@ -80,11 +80,9 @@ class Header:
             theirs, ours = self.preparation[name], self._options(specs[name])
             for key in theirs:
                 if theirs[key] != ours[key]:
-                    raise DataError(
-                        f"{shown}: prepared with inputs.{name}.{key} = {json.dumps(theirs[key])}, but {whose} has "
-                        f"{json.dumps(ours[key])}",
-                        "prepare it as the model does: perceiver preprocess -m MODEL",
-                    )
+                    one, other = json.dumps(theirs[key]), json.dumps(ours[key])
+                    fault = f"{shown}: prepared with inputs.{name}.{key} = {one}, but {whose} has {other}"
+                    raise DataError(fault, "prepare it as the model does: perceiver preprocess -m MODEL")
 
     def to_json(self) -> bytes:
         """Return the content of the header member."""
@@ -168,10 +166,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Record(Generic[T]):
-    """One example of a stream: its key, its facts, and by modality an array in NPY format, or its place in a file.
-
-    An unreadable input has an error in its facts, no key and no arrays.
-    """
+    """One example of a stream; arrays: in NPY format or places in a file. An unreadable input has only facts."""
 
     key: str
     facts: Facts
@@ -251,7 +246,7 @@ class Stored:
         layout, dtype = kind.layout(spec), np.dtype(kind.loaded(spec)[0])
         if self.header.content == "fourier":
             rows = self._checked(("float32", "float16"), (layout.num_inputs, layout.num_channels))
-            return from_rows(rows.astype(np.float32, copy=False), layout, dtype)
+            return _without_features(rows.astype(np.float32, copy=False), layout, dtype)
         if layout.is_grid:
             return ByteArray(self._checked((dtype.name,), layout.prepared_shape))
         positions = self._checked(("float32",), (layout.num_inputs, layout.dims))
@@ -263,9 +258,8 @@ class Stored:
         fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
         if array.dtype.name not in dtypes or not fits:
             sides = ", ".join("n" if side is None else str(side) for side in shape)
-            raise DataError(
-                f"{self.shown}: {self.modality} of {array.dtype} {array.shape}, expected {dtypes[0]} ({sides})"
-            )
+            actual = f"{self.shown}: {self.modality} of {array.dtype} {array.shape}"
+            raise DataError(f"{actual}, expected {dtypes[0]} ({sides})")
         if span is not None:
             first = max(0, round(span[0] * self._steps_hz))
             array = array[first : first + max(1, round(span[1] * self._steps_hz))]
@@ -275,8 +269,8 @@ class Stored:
         return array
 
 
-def from_rows(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
-    """Return the byte array without its Fourier features, from rows (M, C) with them; values get `dtype`."""
+def _without_features(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
+    """Return the byte array of rows (M, C) without their Fourier features; values get `dtype`."""
     if not layout.is_grid:
         return ByteArray(rows[:, :0], rows[:, : layout.dims])
     values = rows[:, : layout.channels] * np.array(layout.std, np.float32) + np.array(layout.mean, np.float32)

@@ -158,16 +158,12 @@ def open_shards(paths: Sequence[str]) -> Shards:
 
 
 def spooled(file: BinaryIO, name: str) -> Shards:
-    """Return the records of a stream, copied to a nameless file that lasts as long as they are used.
-
-    Raises DataError for another kind of stream, IntegrityError for damage, ResourceError if the disk is full.
-    """
+    """Return a stream's records, copied to disk while in use. Raises DataError, IntegrityError or ResourceError."""
     shown = show_path(name)
     head = file.read(HEAD_BYTES)
     if not is_tar(head):
-        raise DataError(
-            f"{shown}: {'not records' if head else 'empty'}", "expected a stream from `perceiver preprocess`"
-        )
+        fault = "not records" if head else "empty"
+        raise DataError(f"{shown}: {fault}", "expected a stream from `perceiver preprocess`")
     try:
         with tempfile.NamedTemporaryFile(prefix="perceiver-", suffix=".tar") as copy:
             copied = copy.write(head)
@@ -270,10 +266,8 @@ def _joined(tars: Sequence[Shards]) -> Shards:
 def _write_index(place: Path, identity: dict[str, int], shards: Shards) -> None:
     from safetensors.numpy import save
 
-    facts = {
-        **identity, "header": shards.header.to_json().decode(), "names": list(shards.names),
-        "errors": list(shards.errors.items()),
-    }  # fmt: skip
+    header, errors = shards.header.to_json().decode(), list(shards.errors.items())
+    facts = {**identity, "header": header, "names": shards.names, "errors": errors}
     with atomic_write(place) as file:
         file.write(save(shards.columns, {"index": json.dumps(facts)}))
 
