@@ -196,6 +196,9 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
     assert rows[0].sources["image"].name == str(root / "003.png")
     (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
+    (root / "m.csv").write_text("path,label\n000.png,a\n,b\n001.png,c\n")
+    rows = list(examples_of(str(root / "m.csv"), one, Limits()))
+    assert [row.id for row in rows] == ["000.png", "row 2", "001.png"]
     (cloud,) = examples_of(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
     assert list(cloud.sources) == ["points"]
     (plain,) = examples_of(str(root / "000.png"), one, Limits())
