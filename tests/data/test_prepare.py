@@ -215,6 +215,20 @@ def test_a_folder_with_bad_files_and_its_records_train_and_score_the_same(bars: 
     assert len(lint(stream).unreadable) == len(lint(root).unreadable) == 4
 
 
+@pytest.mark.parametrize("broken", ["0.png", "1.png"])
+def test_one_broken_file_of_two_does_not_stop_the_other(
+    bars: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two files is held out for validation, so the only training file may be the broken one."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("0.png", "1.png"):
+        shutil.copy(bars / "train" / "left" / "000.png", tmp_path / name)
+    (tmp_path / broken).write_bytes((tmp_path / broken).read_bytes()[:40])
+    data, errors = written(plan(["0.png", "1.png"]))
+    assert [facts.path for facts in facts_of(data) if facts.error is not None] == [broken]
+    assert len(errors) == 1
+
+
 def test_several_folders_and_manifests(bars: Path, tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text(f"path,label,split\n{bars / 'test' / 'left' / '000.png'},left,test\n")
     facts = facts_of(written(plan([str(bars), str(tmp_path / "m.csv")]))[0])

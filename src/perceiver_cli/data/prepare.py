@@ -93,9 +93,12 @@ def plan(
         raise DataError(f"{show_path(catalog.root)}: holds {holds}, but {config.name} reads {wanted}")
     limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
     held = catalog.hold_out(config.data.val_fraction)
-    if "train" not in held.splits:  # then any split settles "auto"
-        held = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
-    specs = resolve_specs(brought, held, limits)
+    every = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
+    held = held if "train" in held.splits else every
+    try:
+        specs = resolve_specs(brought, held, limits)
+    except DataError:  # no training file can be read: a file of another split may settle "auto"
+        specs = resolve_specs(brought, every, limits)
     content: Content = "fourier" if fourier is not None else "prepared" if augment else "decoded"
     header = Header(specs, catalog.classes, catalog.multi_label, content)
     if content != "decoded":
