@@ -164,7 +164,7 @@ def test_streams_may_follow_each_other() -> None:
     joined = stream_of(2) + bytes(10 * BLOCK) + stream_of(3, first=5) + bytes(BLOCK)
     assert [record.facts.id[4:5] for record in read(joined)] == ["0", "1", "5", "6", "7"]
     other = Header({**SPOKEN.inputs, "image": SPEC.model_copy(update={"size": (8, 8)})}, ("cat",))
-    with pytest.raises(DataError, match=r"inputs.image.size = \[8, 8\], but what came before has \[4, 4\]"):
+    with pytest.raises(DataError, match=r"inputs.image.size = \[8, 8\], but the previous stream has \[4, 4\]"):
         read(stream_of(2) + stream_of(2, other))
     with pytest.raises(IntegrityError, match="cut short after 3 records"):
         read(stream_of(2) + stream_of(3)[:6000])

@@ -256,7 +256,7 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
     A file of another kind with the suffix of a usable kind is damaged (an empty .png); other such files are ignored.
     """
     files = [row.looked_at(listing.folder) for row in rows]
-    holds = {file.kinds[0] for file in files if file.kinds}
+    holds = {file.source.kinds[0] for file in files if file.source.kinds}
     allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
     brings = set(usable)
@@ -287,11 +287,11 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
     examples: Labelled = []
     for group in groups.values():
         by_kind, spare = assemble([file for file, _ in group], usable)
-        error = next((file.error.message for file, _ in group if file.error is not None), None)
-        if spare is not None and error is None:
-            error = f"{spare.source.shown}: a second {spare.kinds[0]} file with the same stem, expected one"
+        fault = next((file.error.message for file, _ in group if file.error is not None), None)
+        if spare is not None and fault is None:
+            fault = f"{spare.source.shown}: a second {spare.source.kinds[0]} file with the same stem, expected one"
         name = identity(file.path for file in by_kind.values())
-        examples.append((Example(name, sources_of(by_kind, brings), error=error), group[0][1]))
+        examples.append((Example(name, sources_of(by_kind, brings), error=fault), group[0][1]))
     return examples, holds, brings
 
 

@@ -317,14 +317,9 @@ class File:
     source: Source
     error: DataError | None = None
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The modalities that can read its content, the nearest first: also audio for a video."""
-        return self.source.kinds
-
     def among(self, allowed: Container[str]) -> str | None:
-        """Return the nearest allowed kind."""
-        return next((kind for kind in self.kinds if kind in allowed), None)
+        """Return the nearest allowed kind: a video may also be read for its sound."""
+        return next((kind for kind in self.source.kinds if kind in allowed), None)
 
 
 def looked_at(source: Source, path: str | None = None) -> File:
@@ -364,7 +359,7 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
     """
     name = os.fspath(path)
     file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
-    if file is not None and file.kinds:  # also a table of numbers: it is a point cloud, not a manifest
+    if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
         return Listing([Row(name, file=file)])
     if labels != "optional" and (tars := tar_files(name)) is not None:
         return Listing(tars=tuple(tars))

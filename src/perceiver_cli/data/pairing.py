@@ -33,8 +33,8 @@ def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
     """Return the commonest kind and, `by_stem`, each kind most of whose files share their stem with one of those."""
     paths: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        if file.kinds:
-            paths[file.kinds[0]].append(file.path)
+        if file.source.kinds:
+            paths[file.source.kinds[0]].append(file.path)
     ranked = sorted(paths, key=lambda kind: (-len(paths[kind]), kind))
     chosen = set(ranked[:1])
     stems = {stem(path) for kind in chosen for path in paths[kind]}
@@ -65,9 +65,9 @@ def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, 
     by_kind: dict[str, File] = {}
     spare = None
     # A dedicated file comes first: x.wav wins over the soundtrack of x.mp4.
-    for file in sorted(files, key=lambda file: file.among(allowed) != file.kinds[0]):
+    for file in sorted(files, key=lambda file: file.among(allowed) != file.source.kinds[0]):
         kind = file.among(allowed)
-        if kind in by_kind and kind == file.kinds[0]:
+        if kind in by_kind and kind == file.source.kinds[0]:
             spare = file
         elif kind is not None:
             by_kind.setdefault(kind, file)

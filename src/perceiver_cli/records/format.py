@@ -284,6 +284,6 @@ def header_check(shown: str, first: Header, second: Header) -> None:
     if first.content != second.content or first.inputs.keys() != second.inputs.keys():
         kinds = [f"{'+'.join(header.inputs)} {header.content}" for header in (first, second)]
         raise DataError(f"{shown}: records of {kinds[0]}, then of {kinds[1]}", "prepare both alike")
-    second.check(shown, first.inputs, "what came before")
+    second.check(shown, first.inputs, "the previous stream")
     if first.multi_label != second.multi_label:
         raise DataError(f"{shown}: records with several labels each, and records with one", "prepare both alike")
