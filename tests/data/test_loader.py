@@ -236,7 +236,7 @@ def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"format": 2, "classes": []}\n', "split of format 2, expected 1"),
-        ('{"format": 1, "classes": ["a"]}\n', "a split of no examples"),
+        ('{"format": 1, "classes": ["a"]}\n', "a split without examples"),
         ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "tes', "not the split of a run"),
         ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "test"}\n', "not the split of a run: split 'test'"),
         ("[1]\n", "not the split of a run"),

@@ -101,7 +101,7 @@ def test_two_files_of_a_kind_are_no_pair(pairs: Path, tmp_path: Path) -> None:
     shutil.copy(folder / "000.png", folder / "001.PnG")
     catalog = scan(root)
     assert list(catalog.bad) == ["train/top-low/001"]
-    assert "a second image file of its stem, expected one" in catalog.bad["train/top-low/001"]
+    assert "a second image file with the same stem, expected one" in catalog.bad["train/top-low/001"]
 
 
 def test_a_wrong_type_in_a_column_is_named_when_it_is_read(pairs: Path) -> None:
@@ -118,7 +118,7 @@ def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_o
     assert len(catalog.splits["train"]) == 3
     catalog = scan(tmp_path / "m.csv", reads=["audio"])
     assert [example.id for example in catalog.splits["train"]] == ["row 3", "top-low/000.wav"]
-    assert catalog.notes == ("columns that are not read: image", "ignored 1 row without audio")
+    assert catalog.notes == ("ignored columns: image", "ignored 1 row without audio")
 
 
 def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -196,6 +196,9 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
     assert rows[0].sources["image"].name == str(root / "003.png")
     (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
+    (root / "m.csv").write_text("path,label\n000.png,a\n,b\n001.png,c\n")
+    rows = list(examples_of(str(root / "m.csv"), one, Limits()))
+    assert [row.id for row in rows] == ["000.png", "row 2", "001.png"]
     (cloud,) = examples_of(str(tmp_path / "cloud.csv"), {"points": PointsSpec()}, Limits())
     assert list(cloud.sources) == ["points"]
     (plain,) = examples_of(str(root / "000.png"), one, Limits())

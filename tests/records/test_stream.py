@@ -164,7 +164,7 @@ def test_streams_may_follow_each_other() -> None:
     joined = stream_of(2) + bytes(10 * BLOCK) + stream_of(3, first=5) + bytes(BLOCK)
     assert [record.facts.id[4:5] for record in read(joined)] == ["0", "1", "5", "6", "7"]
     other = Header({**SPOKEN.inputs, "image": SPEC.model_copy(update={"size": (8, 8)})}, ("cat",))
-    with pytest.raises(DataError, match=r"inputs.image.size = \[8, 8\], but what came before has \[4, 4\]"):
+    with pytest.raises(DataError, match=r"inputs.image.size = \[8, 8\], but the previous stream has \[4, 4\]"):
         read(stream_of(2) + stream_of(2, other))
     with pytest.raises(IntegrityError, match="cut short after 3 records"):
         read(stream_of(2) + stream_of(3)[:6000])
@@ -173,9 +173,9 @@ def test_streams_may_follow_each_other() -> None:
 def test_another_count_than_the_end_says() -> None:
     data = stream_of(3)
     wrong = data.replace(b'{"records": 3', b'{"records": 4')
-    with pytest.raises(IntegrityError, match="3 records, where its end says 4"):
+    with pytest.raises(IntegrityError, match="3 records, but its end says 4"):
         read(wrong)
-    with pytest.raises(IntegrityError, match="0 errors, where its end says 1"):
+    with pytest.raises(IntegrityError, match="0 errors, but its end says 1"):
         read(data.replace(b'"errors": 0', b'"errors": 1'))
 
 
@@ -198,7 +198,7 @@ def test_an_input_that_could_not_be_read_has_a_member_in_its_place(tmp_path: Pat
 @pytest.mark.parametrize(
     ("data", "kind", "message"),
     [
-        (b"", DataError, "nothing in it"),
+        (b"", DataError, "empty"),
         (b"\x89PNG\r\n" + bytes(600), DataError, "not a tar"),
         (b"\x1f\x8b\x08" + bytes(600), DataError, "compressed; unpack it on the way: zcat FILE"),
         (b"\x28\xb5\x2f\xfd" + bytes(600), DataError, "compressed; unpack it on the way: zstd -dc"),
@@ -224,10 +224,10 @@ def test_an_input_that_could_not_be_read_has_a_member_in_its_place(tmp_path: Pat
         (START + member("0.image.npy", size=5 << 30), LimitError, "--limit decoded_bytes=5368709120"),
         (START + member(ERROR, b'{"path": "a"}') + STOP, IntegrityError, "__perceiver__/error without an error"),
         (START + member(ERROR, b'{"path": "a", "error": 1}') + STOP, IntegrityError, "an error that is not text"),
-        (START + JSON + member(ERROR, b'{"path": "a", "error": ""}') + JSON, IntegrityError, "keys that rise"),
+        (START + JSON + member(ERROR, b'{"path": "a", "error": ""}') + JSON, IntegrityError, "rising keys"),
         (START + JSON[:200] + b"9" + JSON[201:], IntegrityError, "damaged tar header"),
         (START + JSON + JSON + STOP, IntegrityError, "expected one each of json"),
-        (START + member("5.json", b'{"path": "a"}') + member("4.json"), IntegrityError, "keys that rise"),
+        (START + member("5.json", b'{"path": "a"}') + member("4.json"), IntegrityError, "rising keys"),
         (START + member("0.image.npy", b"") + STOP, IntegrityError, "no 0.json"),
         (START + member("0.json", b'{"path": 5}') + STOP, IntegrityError, "expected path"),
         (START + member("0.json", b'{"path": "a", "split": "mine"}') + STOP, IntegrityError, "expected path"),

@@ -1,1 +1,1 @@
-"""From a path to batches: what a data set holds, how it is split, decoded and put together."""
+"""From a path to batches: list, split, decode and batch a data set."""

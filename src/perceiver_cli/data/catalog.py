@@ -1,7 +1,7 @@
-"""What a data folder or a manifest holds: examples by split and class, and what was left out and why. No torch.
+"""The catalog of a data set: examples by split and class, and notes on ignored files. No torch.
 
-Nothing is decoded here. The order of examples, the split and the classes depend on names alone, never on the order in
-which a disk lists them; an example of several files is the same whether a manifest or their stem brings them together.
+Nothing is decoded here. The order of examples, the split and the classes depend on names alone, never on the order on
+disk. An example of several files is the same whether a manifest or their stem joins them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from perceiver_cli.records.byte_arrays import settled_by_rows
 from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled
 
-PARENT = "parent"  # to group by the folder that a file lies in
-Labelled = list[tuple[Example, Row]]  # examples without labels yet, and the row that has them
-Sighted = tuple[Labelled, set[str], set[str]]  # examples, the modalities that there are, those that examples bring
+PARENT = "parent"  # group by the name of a file's folder
+Labelled = list[tuple[Example, Row]]  # examples still without labels, each with the row of its labels
+Sighted = tuple[Labelled, set[str], set[str]]  # examples, all modalities in the data, modalities that examples bring
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """What a data folder or a manifest holds: examples by split, class names in order, what was left out and why.
+    """The examples of a data set by split, its class names in order, and notes on ignored files.
 
-    modalities: sorted, those that the examples bring; holds: those that there are, asked for or not. prepared: of
-    records, how their arrays were made. group_by: what examples are grouped by, if by anything.
+    modalities: sorted, those that the examples bring; holds: all in the data. prepared: the header of records.
+    group_by: column, or "parent", that groups the examples.
     """
 
     root: str
@@ -56,7 +56,7 @@ class Catalog:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of id and class of all that a run learns from and is judged by: the splits train and val."""
+        """A hash of ids and labels in the splits train and val."""
         digest = hashlib.sha256()
         for split in ("train", "val"):
             for name, labels in self.examples(split).named():
@@ -65,11 +65,11 @@ class Catalog:
 
     @cached_property
     def bad(self) -> dict[str, str]:
-        """By id why an example cannot be read, of those of which that is known without decoding."""
+        """The errors known without decoding, by id."""
         return {name: error for examples in self.splits.values() for name, error in examples.errors().items()}
 
     def examples(self, split: str) -> Examples:
-        """Return the examples of a split; none where there is no such split."""
+        """Return the examples of a split, none for a missing split."""
         return self.splits.get(split, Examples())
 
     def merged(self, splits: Iterable[str]) -> Examples:
@@ -82,27 +82,26 @@ class Catalog:
         return dict(zip(self.classes, self.examples(split).counts(len(self.classes)), strict=True))
 
     def hold_out(self, fraction: float) -> Catalog:
-        """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or of group.
+        """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or group.
 
-        An example goes by its own hash alone, so that adding files never moves old ones. Two exceptions see to it that
-        every class is learned and judged: of a class that would go whole, the group with the largest hash stays; of
-        one that would stay whole, the group with the smallest goes, if there are two. Test examples are never touched.
-        Raises DataError if there are groups, but each class has only one.
+        An example goes by its own hash alone, so new files never move old ones. Two exceptions keep every class in both
+        splits: a class that would leave train keeps its group with the largest hash; a class of two groups or more that
+        would stay whole gives the one with the smallest. Raises DataError if each class has only one group.
         """
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
         examples = self.splits["train"]
-        keys, firsts = examples.columns(grouped=self.group_by is not None)  # of several labels the first counts
+        keys, firsts = examples.columns(grouped=self.group_by is not None)  # multi-label examples go by their first
         held = np.isin(keys, _held_out(keys, firsts, fraction))
         if self.group_by is not None and not held.any():
             raise DataError(
                 f"{show_path(self.root)}: no class has two groups by {show_path(self.group_by)}, so none can validate",
-                "group by something else, or pass --set data.val_fraction=0 to do without",
+                "group by something else, or pass --set data.val_fraction=0 to train without validation",
             )
         return self.split(examples, held, np.ones(len(examples), bool))
 
     def split(self, examples: Examples, held: NDArray[np.bool_], known: NDArray[np.bool_]) -> Catalog:
-        """Return the catalog with these examples, where `known`, as train and, where also `held`, as val."""
+        """Return the catalog with the `known` of these examples as train, or as val if they are `held` too."""
         others = {name: examples for name, examples in self.splits.items() if name not in ("train", "val")}
         divided = {"train": examples.where(known & ~held), "val": examples.where(known & held)}
         return replace(self, splits=others | {name: examples for name, examples in divided.items() if len(examples)})
@@ -123,12 +122,12 @@ class Catalog:
 
 
 def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
-    """Return the keys (one a group) that validate; see `Catalog.hold_out`."""
+    """Return the keys, one per group, that validate; see `Catalog.hold_out`."""
     limit = int(fraction * 2.0**64)
     order = np.lexsort((keys, classes))
     by_class = np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)
     groups = [np.unique(own).tolist() for own in by_class]
-    count = Counter(chain.from_iterable(groups))  # of classes that a group holds
+    count = Counter(chain.from_iterable(groups))  # number of classes in each group
     stay = {own[-1] for own in groups if own[-1] < limit}
     lent: set[int] = set()
 
@@ -136,7 +135,7 @@ def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: fl
         return (key < limit and key not in stay) or key in lent
 
     def spare(key: int) -> bool:
-        """Return whether every class in this group has another one to learn from."""
+        """Return whether every class in this group has another group that stays."""
         holding = (own for own in groups if key in own)
         return all(any(other != key and not goes(other) for other in own) for own in holding)
 
@@ -152,26 +151,23 @@ def scan(
     reads: Iterable[str] | None = None,
     group_by: str | None = None,
 ) -> Catalog:
-    """Return the catalog of a folder (class folders or metadata, see `rows_in`) or a manifest (see `read_manifest`).
+    """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
-    What a file is, its content says. Without `reads`, examples bring the commonest kind; each other kind of whose files
-    at least half share their stem with those (`cat/017.png`, `cat/017.wav`), as parts of one example; and the sound of
-    videos if at least half of those probed have any. With `reads`, the modalities of a recipe or model, they bring what
-    there is of these. With `classes` (of a model), labels are matched by name; examples of other classes get none.
-    `group_by`, "parent" for the name of the folder that a file lies in or a column of the manifest, says what is never
-    in two splits.
+    A file's content tells its kind. Without `reads`, examples bring the commonest kind; each other kind if at least
+    half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos if at
+    least half of a sample have any. With `reads`, the modalities of a recipe or model, they bring only these. With
+    `classes`, a model's, examples of other classes get no label. `group_by`: "parent", the name of a file's folder, or
+    a column of the manifest; no group is in two splits.
 
-    Tars of records, a folder or pattern of them, or "-" for a stream of them on stdin, hold what `preprocess` found.
-    Raises DataError if nothing usable is there, and says what was looked for; IntegrityError if records are damaged or
-    a stream was cut short.
+    Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
     name = os.fspath(data)
     if name == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
-            return _of_records(spooled(stdin, "stdin"), "-", classes, reads, group_by)
+            return _records_catalog(spooled(stdin, "stdin"), "-", classes, reads, group_by)
     listing = listed(name, group_by=None if group_by == PARENT else group_by)
     if listing.tars:
-        return _of_records(open_shards(listing.tars), name, classes, reads, group_by)
+        return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:
         rows = [replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows]
         listing = replace(listing, rows=rows)
@@ -184,13 +180,11 @@ def scan(
 def of_listing(
     listing: Listing, root: str, classes: Sequence[str] | None = None, reads: Iterable[str] | None = None
 ) -> Catalog:
-    """Return the catalog of a listing's rows, in their order, called `root`. Raises DataError if no file is usable."""
+    """Return the catalog of a listing's rows, in order; `root` names it. Raises DataError if no file is usable."""
     wanted, notes, rows = None if reads is None else set(reads), list(listing.notes), list(listing.rows)
     full = [row for row in rows if row.paths]
-    if any(row.columns for row in full):
-        examples, holds, brings = _by_column(listing.folder, full, wanted, notes)
-    else:
-        examples, holds, brings = _by_content(listing, full, wanted, notes)
+    by_modality = _by_column if any(row.columns for row in full) else _by_content
+    examples, holds, brings = by_modality(listing, full, wanted, notes)
     if not holds:
         top = Path(root)
         if not top.is_dir():
@@ -214,8 +208,8 @@ def of_listing(
 
 
 def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
-    """Return the examples of each split, labelled. Raises DataError if two different ones have the same id."""
-    class_index = {name: place for place, name in enumerate(classes)}
+    """Return the labelled examples of each split. Raises DataError if two of different files have the same id."""
+    class_index = {name: index for index, name in enumerate(classes)}
     splits: dict[str, list[Example]] = defaultdict(list)
     sources: dict[str, Mapping[str, object]] = {}
     for example, row in examples:
@@ -229,7 +223,7 @@ def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[st
 def _class_names(
     counts: Counter[str], trained: set[str], classes: Sequence[str] | None, noun: str, notes: list[str]
 ) -> tuple[str, ...]:
-    """Return the model's `classes`, else those trained on, else all; how many examples are of others is noted."""
+    """Return the model's `classes`, else those in train, else all; note how many examples have other classes."""
     names = tuple(sorted(trained or counts)) if classes is None else tuple(classes)
     known = set(names)
     strangers = Counter({name: count for name, count in counts.items() if name not in known})
@@ -239,30 +233,30 @@ def _class_names(
     return names
 
 
-def _by_column(folder: str, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows that name a file for each modality, what there is, and what of it they bring."""
+def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
+    """Return the examples of rows with a file per modality, the modalities in the data, and those they bring."""
     holds = {name for row in rows for name in row.columns}
     brings = holds if reads is None else holds & reads
     examples = []
     for row in rows:
         names = sorted(brings & row.columns.keys())
-        sources = {name: Source(os.path.join(folder, row.columns[name])) for name in names}
+        sources = {name: Source(os.path.join(listing.folder, row.columns[name])) for name in names}
         if sources:
             examples.append((Example(identity(row.paths), sources), row))
     if brings and holds - brings:
-        notes.append(f"columns that are not read: {', '.join(sorted(holds - brings))}")
+        notes.append(f"ignored columns: {', '.join(sorted(holds - brings))}")
     if brings and len(examples) < len(rows):
         notes.append(f"ignored {counted(len(rows) - len(examples), 'row')} without {either(brings)}")
     return examples, holds, brings
 
 
 def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows that name one file each, what there is, and what of it they bring.
+    """Return the examples of rows with one file each, the modalities in the data, and those they bring.
 
-    A file of another kind is damaged if it carries the suffix of a usable one (an empty .png); else it is not data.
+    A file of another kind with the suffix of a usable kind is damaged (an empty .png); other such files are ignored.
     """
     files = [row.looked_at(listing.folder) for row in rows]
-    holds = {file.kinds[0] for file in files if file.kinds}
+    holds = {file.source.kinds[0] for file in files if file.source.kinds}
     allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
     brings = set(usable)
@@ -290,23 +284,21 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
         groups[stem(file.path) if listing.by_stem and len(usable) > 1 else number].append((file, row))
     if ignored and usable:
         notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
-    return [_of_group(group, usable, brings) for group in groups.values()], holds, brings
+    examples: Labelled = []
+    for group in groups.values():
+        by_kind, spare = assemble([file for file, _ in group], usable)
+        fault = next((file.error.message for file, _ in group if file.error is not None), None)
+        if spare is not None and fault is None:
+            fault = f"{spare.source.shown}: a second {spare.source.kinds[0]} file with the same stem, expected one"
+        name = identity(file.path for file in by_kind.values())
+        examples.append((Example(name, sources_of(by_kind, brings), error=fault), group[0][1]))
+    return examples, holds, brings
 
 
-def _of_group(group: Sequence[tuple[File, Row]], usable: set[str], brings: set[str]) -> tuple[Example, Row]:
-    """Return the example that files of one stem make, and the row that labels it."""
-    by_kind, spare = assemble([file for file, _ in group], usable)
-    error = next((file.error.message for file, _ in group if file.error is not None), None)
-    if spare is not None:
-        error = error or f"{spare.source.shown}: a second {spare.kinds[0]} file of its stem, expected one"
-    name = identity(file.path for file in by_kind.values())
-    return Example(name, sources_of(by_kind, brings), error=error), group[0][1]
-
-
-def _of_records(
+def _records_catalog(
     shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None, group_by: str | None
 ) -> Catalog:
-    """Return the catalog of records, as `scan` does of the files that they were made from."""
+    """Return the catalog of records, the same as of their files."""
     if group_by not in (None, PARENT):
         raise DataError(f"{show_path(root)}: records have no columns to group by", f"expected {PARENT}")
     holds = set(shards.header.inputs)
@@ -320,21 +312,21 @@ def _of_records(
     counts = np.bincount(labels, minlength=len(shards.names)).tolist()
     ordered = _class_names(Counter(dict(zip(shards.names, counts, strict=True))), trained, classes, "record", notes)
     index = {name: place for place, name in enumerate(ordered)}
-    places = np.array([index.get(name, -1) for name in shards.names], np.int64)
+    label_classes = np.array([index.get(name, -1) for name in shards.names], np.int64)
     for name in brings if len(brings) > 1 else ():
         missing = int((shards.columns[f"size_{name}"] < 0).sum()) - len(shards.errors)
         if missing:
             notes.append(f"{missing} of {len(shards)} records have no {name}")
     rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
-    records = {split: Records(shards, own, places, brings) for split, own in rows.items() if len(own)}
+    records = {split: Records(shards, own, label_classes, brings) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
     return Catalog(root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by)
 
 
 def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:
-    """Return the specs with every "auto" settled: by the header of records, else by a sample of training examples.
+    """Return the specs with a value for every "auto": from the header of records, else a sample of training examples.
 
-    Raises DataError for records that were prepared otherwise, and names the first option that differs.
+    Raises DataError, which names the first option that differs, for records of another preparation.
     """
     if catalog.prepared is not None:
         settled = catalog.prepared.settled(specs)

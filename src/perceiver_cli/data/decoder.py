@@ -1,4 +1,4 @@
-"""From an example to arrays and on to what the model sees of it: files or records, windows of time, views. No torch."""
+"""From an example, a file or a record, to arrays, windows of time and views for the model. No torch."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import Stored
 
-NOTED = 1 << 16  # files whose length is remembered
-LONG_CLIPS = 8  # clips; of a longer file only the span that is looked at is decoded, and nothing is kept
-DROPOUT_STREAM = 1  # tells the random numbers of withholding a modality from those of augmentation
+NOTED = 1 << 16  # maximum number of files whose length is remembered
+LONG_CLIPS = 8  # clips; each visit of a longer file decodes one span, and nothing is kept
+DROPOUT_STREAM = 1  # separates the random numbers of modality dropout from those of augmentation
 
-View = dict[str, ByteArray]  # what the model sees of an example at once, by modality; missing ones are not in it
+View = dict[str, ByteArray]  # one model input of an example, by modality, without missing ones
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """An example as it is kept: all that does not change from visit to visit.
+    """The part of an example that is the same at every visit, by modality.
 
-    arrays: by modality. long: sound and video too long to keep, of which each visit decodes a span.
-    seconds: the length of each modality with a time axis. ready: what records bring already as the model is given it.
+    arrays: decoded. long: sound and video too long to keep: each visit decodes a span. seconds: lengths on the time
+    axis. ready: prepared arrays of records.
     """
 
     arrays: Mapping[str, Array]
@@ -46,12 +46,12 @@ class Decoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory, of the arrays."""
+        """Memory of the arrays in bytes."""
         return sum(array.nbytes for array in self.arrays.values())
 
 
 class Decoder:
-    """Turns examples into arrays, and these into views. Keeps arrays in memory up to a budget."""
+    """Turns examples into arrays and arrays into views. Keeps arrays in memory up to a budget."""
 
     def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
         self.specs = dict(sorted(specs.items()))
@@ -68,11 +68,11 @@ class Decoder:
 
     @property
     def num_views(self) -> int:
-        """In how many windows an example is looked at in evaluation."""
+        """Number of windows of an example in evaluation."""
         return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)
 
     def decode(self, example: Example) -> Decoded:
-        """Return the decoded arrays of an example. Raises DataError if a file is bad or nothing of it is read here."""
+        """Return the decoded arrays of an example. Raises DataError if a file is bad or no modality is read here."""
         if example.id in self._decoded:
             return self._decoded[example.id]
         arrays: dict[str, Array] = {}
@@ -91,11 +91,11 @@ class Decoder:
     def windows(
         self, example: Example, window_s: float, hop_s: float
     ) -> Iterator[tuple[tuple[float, float] | None, Decoded]]:
-        """Yield ((start, end) in seconds, what is decoded of it) of every window of an example, as if it were a file.
+        """Yield ((start, end) in seconds, decoded arrays) of every window of an example.
 
-        What has no time axis is the same in each; without anything that has, there is one window and no time. Where
-        sound and picture are not of one length, the rest of the longer is without the other. Raises DataError for a bad
-        file, at once or only after some windows.
+        A modality without a time axis is the same in each window; an example without one is one window without time.
+        Windows past the end of the shorter of sound and picture hold the longer alone. Raises DataError for a bad file,
+        at once or after some windows.
         """
         inputs = self.inputs(example)
         if any(each.is_prepared for each in inputs.values()):
@@ -109,13 +109,13 @@ class Decoder:
         end_s = max(seconds.values())
         for at_once in zip_longest(*streams):
             moving = {name: window for name, window in zip(seconds, at_once, strict=True) if window is not None}
-            start, _ = next(iter(moving.values()))  # of the sound where there is some: frames are coarser
+            start, _ = next(iter(moving.values()))  # sound comes first: frames are coarser
             end = min(start + window_s, max(end_s, start))
             arrays = still | {name: array for name, (_, array) in moving.items()}
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
 
     def inputs(self, example: Example) -> dict[str, Input]:
-        """Return an example's inputs by modality, not decoded yet. Raises DataError as `decode` does."""
+        """Return an example's inputs by modality, not decoded yet. Raises as `decode`."""
         if example.id in self.bad:
             raise DataError(self.bad[example.id])
         inputs: dict[str, Input] = {}
@@ -130,23 +130,20 @@ class Decoder:
         return inputs
 
     def _opened(self, name: str, source: Source | Stored) -> Input:
-        """Return one input. The seconds of a file are noted for its next visit: to open a container takes 1 ms."""
-        source_input = opened(source, self.specs[name], self.limits)
-        if name not in self.timed or not isinstance(source_input, Encoded):
-            return source_input
-        state = source_input.source.state()
+        """Return one input. The length of a file is remembered: to open a container takes 1 ms."""
+        each = opened(source, self.specs[name], self.limits)
+        if name not in self.timed or not isinstance(each, Encoded):
+            return each
+        state = each.source.state()
         seconds = self._seconds.get((name, state))
         if seconds is None:
-            seconds = self.timed[name].duration_s(source_input.source, self.limits)
+            seconds = self.timed[name].duration_s(each.source, self.limits)
             if state is not None and len(self._seconds) < NOTED:
                 self._seconds[name, state] = seconds
-        return replace(source_input, seconds=seconds)
+        return replace(each, seconds=seconds)
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
-        """Decode examples once, keep what fits in `budget_bytes`, note the bad; yield how many are done.
-
-        Stops when the budget is full: the rest is decoded on every visit, and its bad files are found then.
-        """
+        """Decode examples into memory until `budget_bytes` are full, note bad ones; yield the number done."""
         used = sum(decoded.nbytes for decoded in self._decoded.values())
         todo = [example for example in examples if example.id not in self.bad and example.id not in self._decoded]
         outcomes = zip(todo, in_order(self._outcome, todo, workers), strict=False)
@@ -167,9 +164,9 @@ class Decoder:
             return str(error)
 
     def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[View]:
-        """Return what the model sees of an example: with `seeds`, one augmented view; else `num_views` of evaluation.
+        """Return one augmented view of an example with `seeds`, else the `num_views` views of evaluation.
 
-        Sound and picture share their window: one time in seconds, drawn once from where there are both.
+        Sound and picture share one start in seconds, drawn from the time that both cover.
         """
         names, rng = decoded.names, None
         if seeds is not None:
@@ -180,7 +177,7 @@ class Decoder:
         return [{name: self._prepare(name, decoded, rng, start_s) for name in names} for start_s in starts]
 
     def starts(self, decoded: Decoded, rng: np.random.Generator | None = None) -> list[float | None]:
-        """Return the seconds at which each view begins; None leaves it to the modality, which knows its samples."""
+        """Return the start of each view in seconds; None lets the modality choose, which is exact to the sample."""
         clips = [self.timed[name].clip_s(self.specs[name]) for name in decoded.seconds]
         count = 1 if rng is not None else self.num_views
         if not clips or (count == 1 and len(clips) == 1 and not decoded.long):
@@ -191,10 +188,7 @@ class Decoder:
         return [spare_s * (view + 0.5 * (count == 1)) / max(1, count - 1) for view in range(count)]
 
     def clip(self, name: str, decoded: Decoded, start_s: float | None) -> tuple[Array, float]:
-        """Return what the view from `start_s` on is made of, as it was decoded, and the second at which it begins.
-
-        Sound or video shorter than the clip is whole; None is the middle.
-        """
+        """Return the decoded array of the view from `start_s` on (None: the middle), and its start in seconds."""
         spec, seconds = self.specs[name], decoded.seconds[name]
         clip_s = self.timed[name].clip_s(spec)
         start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
@@ -217,10 +211,7 @@ class Decoder:
 
 
 def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, ...]:
-    """Return the modalities of an example that are left when each is withheld with its probability: at least one.
-
-    Where all would go, the one with the highest draw stays.
-    """
+    """Return the modalities left when each is withheld with its probability; if none, the one with the highest draw."""
     draws = {name: rng.random() for name in sorted(dropout)}
     left = tuple(name for name, draw in draws.items() if draw >= dropout[name])
     return left or (max(draws, key=lambda name: draws[name]),)

@@ -1,4 +1,4 @@
-"""One example not yet read, and many: as a tuple, or as rows of records that take no memory until asked for."""
+"""One example before it is read, and many: as a tuple, or as rows of records that take no memory until needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,11 @@ from perceiver_cli.records.shards import Shards
 
 @dataclass(frozen=True)
 class Example:
-    """One input, not yet read.
+    """One example, not yet read.
 
-    id: its path below the data folder, or the stem that its files share. sources: by modality, any of which may be
-    missing. labels: class indices, one unless the data says several, none where the class is not known. group: what it
-    shares with others of its split, "" for nothing. error: why it cannot be read, where that is known.
+    id: its path below the data folder, or the stem that its files share. sources: by modality, each optional. labels:
+    class indices: one unless the data has several a row, none for an unknown class. group: examples of one group stay
+    in one split; "" is no group. error: why it cannot be read, if that is known.
     """
 
     id: str
@@ -35,12 +34,12 @@ class Example:
 
     @cached_property
     def key(self) -> int:
-        """A number made from the id alone, for seeds and splits."""
+        """A hash of the id, for seeds and splits."""
         return key_of(self.id)
 
 
 class Examples(Sequence[Example]):
-    """Examples of one split, in order. What is asked of all of them, each kind answers in its own way."""
+    """The examples of one split, in order. A subclass answers questions about all of them in its own way."""
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._examples = tuple(examples)
@@ -48,12 +47,8 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._examples)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> Examples: ...
-    def __getitem__(self, place: int | slice) -> Example | Examples:
-        return Examples(self._examples[place]) if isinstance(place, slice) else self._examples[place]
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # nothing slices: see `where`
+        return self._examples[index]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and tuple(self) == tuple(other)
@@ -68,7 +63,7 @@ class Examples(Sequence[Example]):
         return [counter[label] for label in range(num_classes)]
 
     def columns(self, *, grouped: bool = False) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Return the key (`grouped`: of its group) and the first label of each example, -1 for none."""
+        """Return the key (if `grouped`, of the group) and the first label of each example, -1 for none."""
         keys = [key_of(example.group) if example.group else example.key for example in self]
         labels = [example.labels[0] if example.labels else -1 for example in self]
         return np.array(keys, np.uint64), np.array(labels, np.int64)
@@ -78,19 +73,18 @@ class Examples(Sequence[Example]):
         return Examples(example for example, chosen in zip(self, mask.tolist(), strict=True) if chosen)
 
     def merged(self, others: Sequence[Examples]) -> Examples:
-        """Return these and others of the same kind, sorted by id."""
+        """Return these examples and others of the same class, sorted by id."""
         return Examples(sorted(chain(self, *others), key=lambda example: example.id))
 
     def errors(self) -> dict[str, str]:
-        """Return by id why an example cannot be read, of those of which that is known."""
+        """Return the known errors of examples, by id."""
         return {example.id: example.error for example in self if example.error is not None}
 
 
 class Records(Examples):
-    """Rows of shards as examples, each made when it is asked for: a million of them take no memory.
+    """Rows of shards as examples, made when needed: a million of them take no memory.
 
-    label_classes: by place of a label in the shards' names, the class that it is, -1 for none. Grouped, an example goes
-    by the folder in its id.
+    label_classes: the class of each of the shards' names, -1 for none. An example's group is the folder in its id.
     """
 
     def __init__(
@@ -101,22 +95,16 @@ class Records(Examples):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, place: int) -> Example: ...
-    @overload
-    def __getitem__(self, place: slice) -> Records: ...
-    def __getitem__(self, place: int | slice) -> Example | Records:
-        if isinstance(place, slice):
-            return self._of(self.rows[place])
-        row = int(self.rows[place])
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        row = int(self.rows[index])
         name, error = self.shards.id(row), self.shards.errors.get(row)
         return Example(name, self.shards.stored(row, name, self.modalities), self._labels(row), error=error)
 
-    def _of(self, rows: NDArray[np.int64]) -> Records:
+    def _with(self, rows: NDArray[np.int64]) -> Records:
         return Records(self.shards, rows, self.label_classes, self.modalities)
 
     def _labels(self, row: int) -> tuple[int, ...]:
-        classes = {int(self.label_classes[place]) for place in self.shards.label_indices(row)}
+        classes = {int(self.label_classes[label]) for label in self.shards.label_indices(row)}
         return tuple(sorted(classes - {-1}))
 
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -144,11 +132,11 @@ class Records(Examples):
         return keys, firsts[self.rows]
 
     def where(self, mask: NDArray[np.bool_]) -> Records:
-        return self._of(self.rows[mask])
+        return self._with(self.rows[mask])
 
     def merged(self, others: Sequence[Examples]) -> Records:
         rows = np.concatenate([self.rows, *(other.rows for other in others if isinstance(other, Records))])
-        return self._of(np.array(sorted(rows.tolist(), key=self.shards.id), np.int64))
+        return self._with(np.array(sorted(rows.tolist(), key=self.shards.id), np.int64))
 
     def errors(self) -> dict[str, str]:
         rows = set(self.rows.tolist()) if self.shards.errors else set()

@@ -1,4 +1,4 @@
-"""What a data folder says of its files: class folders, metadata beside the files, lists of the splits. No torch."""
+"""From a path to rows: class folders, metadata beside the files, manifests, tars of records. No torch."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ from perceiver_cli.records.shards import tar_files
 
 
 def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[list[Row], bool]:
-    """Return a row for every file of a data folder, paths below it, and whether there may be several labels a file.
+    """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
 
-    The first of these that there is: metadata.csv or metadata.jsonl with labels, beside the files that its column
-    file_name names, in the folder or in each split's (Hugging Face's imagefolder and audiofolder); class folders,
-    `split/class/file`, `class/split/file` (ModelNet's) or `class/file`; manifests named after splits (train.txt,
-    val.csv). `group_by` is a column. What is passed over goes into `notes`. Raises DataError for a manifest that cannot
-    be read, or without a column to group by.
+    Rows come from the first of: metadata.csv or metadata.jsonl with labels and file_name, in the folder or in each
+    split's (Hugging Face's imagefolder and audiofolder); class folders, `split/class/file`, `class/split/file`
+    (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `group_by` is a column. `notes`
+    gets a line for ignored files. Raises DataError for an unreadable manifest or one without that column.
     """
     unlabelled: ColumnError | None = None
     try:
@@ -45,11 +44,9 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
         if not rows or group_by is not None:
             raise unlabelled
         notes.append(f"classes are folders: {unlabelled}")
+    if rows and group_by is not None:
+        raise DataError(f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent")
     if rows:
-        if group_by is not None:
-            raise DataError(
-                f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent"
-            )
         return rows, False
     named = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
     read = [read_manifest(path, group_by=group_by, split=split) for path, split in named if split and path.is_file()]
@@ -57,7 +54,7 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
 
 
 def _by_metadata(top: Path, notes: list[str], group_by: str | None) -> tuple[list[Row], bool] | None:
-    """Return the rows of the metadata in a data folder and the folders of its splits, or None if there is none."""
+    """Return the rows of the metadata in a data folder and its split folders, or None without metadata."""
     places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
     paths = {Path(place, f"metadata{end}"): place for place in places for end in (".csv", ".jsonl")}
     paths = {path: place for path, place in paths.items() if (top / path).is_file()}
@@ -74,19 +71,17 @@ def _by_metadata(top: Path, notes: list[str], group_by: str | None) -> tuple[lis
 
 def _by_folder(top: Path, notes: list[str]) -> list[Row]:
     """Return a row for every file below class folders."""
-    cut = len(os.fspath(top / "x")) - 1  # of what is before a name in it: nothing where it is "."
-    folders = {folder: SPLIT_NAMES.get(folder.name.lower()) for folder in folders_in(top)}
+    cut = len(os.fspath(top / "x")) - 1  # length of the prefix of paths in it: 0 if it is "."
+    folders = folders_in(top)
+    splits = {folder: split for folder in folders if (split := top_split(folder.name))}
     places: list[tuple[Path, str, str]] = []  # folder, split, class
-    if any(folders.values()):
-        outside = ", ".join(show_path(folder.name) for folder, split in folders.items() if split is None)
-        if outside:
-            notes.append(f"ignored folders beside the splits: {outside}")
-        places = [
-            (label, split, label.name) for folder, split in folders.items() if split for label in folders_in(folder)
-        ]
+    if splits:
+        places = [(label, split, label.name) for folder, split in splits.items() for label in folders_in(folder)]
+        if outside := [show_path(folder.name) for folder in folders if folder not in splits]:
+            notes.append(f"ignored folders beside the splits: {', '.join(outside)}")
     else:
         for label in folders:
-            inside = {folder: SPLIT_NAMES.get(folder.name.lower(), "") for folder in folders_in(label)}
+            inside = {folder: top_split(folder.name) or "" for folder in folders_in(label)}
             inside = inside if inside and all(inside.values()) else {label: "train"}
             places += [(folder, split, label.name) for folder, split in inside.items()]
     return [
@@ -95,7 +90,7 @@ def _by_folder(top: Path, notes: list[str]) -> list[Row]:
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all files below a folder, sorted, without hidden ones and without following folder links."""
+    """Yield the paths of all files below a folder, sorted, without hidden files and without following links."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
@@ -104,12 +99,12 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
 
 
 def folders_in(parent: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden ones."""
+    """Return the folders in a folder, sorted, without hidden folders."""
     return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
 
 
 def contents_of(folder: Path) -> str:
-    """Return how many folders and files a folder holds, for a message; past 10,000 files it stops counting."""
+    """Return the numbers of folders and files in a folder, for a message; the count of files ends at 10,001."""
     suffixes = Counter(map(suffix_of, islice(walk_files(folder), 10_001)))
     counts = f"{counted(len(folders_in(folder)), 'folder')} and {counted(suffixes.total(), 'file')}"
     return counts + (f" ({tally(suffixes)})" if suffixes else "")
@@ -121,12 +116,12 @@ def parent(path: str) -> str:
 
 
 def suffix_of(path: str) -> str:
-    """Return the suffix of a path in small letters, or "no suffix"."""
+    """Return the suffix of a path in lower case, or "no suffix"."""
     return os.path.splitext(path)[1].lower() or "no suffix"
 
 
 def tally(counter: Counter[str]) -> str:
-    """Return the commonest names with their counts, for a message."""
+    """Return the five commonest names with their counts, for a message."""
     shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
     return shown + (", ..." if len(counter) > 5 else "")
 
@@ -138,26 +133,26 @@ SPLIT_NAMES = {
 }  # fmt: skip
 PATH_COLUMNS = ("path", "file_name", "file", "filename")
 LABEL_COLUMNS = ("labels", "label")
-BESIDE = "_file_name"  # image_file_name, as Hugging Face's metadata name the files of several modalities
-# What else such columns are called: not read, but named where there is no other.
+BESIDE = "_file_name"  # image_file_name: Hugging Face's columns for files of several modalities
+# Other usual names of such columns: not read, but an error suggests renaming them.
 LIKE_PATH = (*PATH_COLUMNS, "file_path", "source", "uri")
 LIKE_LABEL = ("label", "labels", "class", "category", "target")
-NEAR = 0.7  # least likeness (difflib's ratio) of a column to be named as the one that was meant
-LINES = ".txt"  # of lines of PATH LABEL, as lists of Kinetics have them
+NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
+LINES = ".txt"  # lines of PATH LABEL, as in the lists of Kinetics
 MAX_MANIFEST_BYTES = 256 << 20
 
 
 class ColumnError(DataError):
-    """A manifest without a column that is needed."""
+    """A manifest without a required column."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A row of a manifest, or a file of a folder.
 
-    path: of its one file, whose content says what it is; or columns: a path by modality. A row whose cells are empty
-    has neither. split: "train", "val" or "test". labels: class names. group: what it shares with other rows that belong
-    into one split; "" is itself alone. file: its one file, where it was looked at.
+    path: its one file, of a modality known by content; or columns: a path by modality. A row with empty cells has
+    neither. split: "train", "val" or "test". labels: class names. group: rows of one group stay in one split; "" is no
+    group. file: its one file, if its content is known.
     """
 
     path: str = ""
@@ -169,21 +164,21 @@ class Row:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """The paths of all its files, as they were named."""
+        """The paths of all its files, as named."""
         return (self.path,) if self.path else tuple(self.columns.values())
 
     def looked_at(self, folder: str) -> File:
-        """Return what its one file, at a path below a folder, is by its content."""
+        """Return its one file, at a path below a folder, with the kinds of its content."""
         return self.file or looked_at(Source(os.path.join(folder, self.path)), self.path)
 
     def below(self, folder: str) -> Row:
-        """Return the row with paths that begin with a folder."""
+        """Return the row with the folder before its paths."""
         columns = {name: os.path.join(folder, path) for name, path in self.columns.items()}
         return replace(self, path=self.path and os.path.join(folder, self.path), columns=columns)
 
 
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
-    """Return whether a name ends as a manifest's does; without `labelled`, as one whose rows need no label."""
+    """Return whether a path has a manifest's suffix; without `labelled`, of one that needs no labels."""
     suffix = Path(path).suffix.lower()
     return suffix in MANIFESTS and (labelled or suffix != LINES)
 
@@ -196,16 +191,15 @@ def read_manifest(
     split: str = "train",
     beside: str | None = None,
 ) -> tuple[list[Row], bool]:
-    """Return the rows of a manifest, and whether it has a column of several labels.
+    """Return the rows of a manifest, and whether the data is multi-label: it has a column `labels`.
 
-    Columns are `path`, or one for each modality (`image`, `audio`, ...) in which an empty cell is a missing modality;
-    `label` or `labels`, which is needed only if `labelled` and holds several, separated by ; , or | (in JSONL also a
-    list); and perhaps `split`. Others are not looked at, but for `group_by`, whose cells become the rows' groups. A
-    text file has no columns: each line is a path and, after its last blank, a label.
+    Columns: `path`, or one for each modality (`image`, `audio`, ...), where an empty cell is a missing modality;
+    `label`, or `labels` separated by ; , or | (in JSONL also a list), required if `labelled`; optionally `split` and
+    `group_by`. A text file has lines instead: a path, a blank and a label.
 
-    split: of rows that name none. beside: for metadata that lies with its files, their folder below that of the data;
-    a row that names no split is then of the folder's that its file lies in, where that is one. Raises DataError for a
-    file that is not what its suffix says or a row without a label; ColumnError for other columns, naming the nearest.
+    split: default of rows without a split. beside: folder of the metadata below the data folder; a split folder of the
+    file's path then gives the default. Raises DataError for a file that contradicts its suffix or a row without a
+    label; ColumnError for missing columns, with the most similar ones.
     """
     shown, rows = show_path(path), _cells_in(path)
     columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
@@ -242,7 +236,7 @@ def read_manifest(
 
 
 def _cells_in(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the cells of each row of a manifest, by column."""
+    """Return the cells of each row of a manifest by column."""
     shown, suffix = show_path(path), Path(path).suffix.lower()
     with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         text = file.read().decode("utf-8-sig", "surrogateescape")
@@ -255,12 +249,12 @@ def _cells_in(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def top_split(path: str) -> str | None:
-    """Return the split that the first folder of a path is named after, None where it is another name."""
+    """Return the split that the first folder of a path names, or None for another name."""
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
 
 
 def _path_columns(columns: list[str]) -> dict[str, str]:
-    """Return the column of each modality, or that of paths under ""; none where there are both."""
+    """Return the column of each modality, or the column of paths under ""; empty if the manifest has both."""
     by_modality = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
     paths = [name for name in PATH_COLUMNS if name in columns]
     if paths and by_modality:
@@ -269,7 +263,7 @@ def _path_columns(columns: list[str]) -> dict[str, str]:
 
 
 def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[str]], expected: str) -> ColumnError:
-    """Return the error of columns that are not the expected ones; missing: what each may look like, its name first."""
+    """Return the error of missing columns; each has its name and similar names."""
     near = []
     for names in missing:
         ranked = sorted((difflib.SequenceMatcher(None, c.lower(), n).ratio(), c) for c in columns for n in names)
@@ -282,7 +276,7 @@ def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[st
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines would cut at more than newlines
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line that is not an object")
     return rows
@@ -291,8 +285,8 @@ def _json_lines(text: str) -> list[dict[str, Any]]:
 def _table(text: str, delimiter: str = ",") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
     for number, row in enumerate(rows, start=1):
-        if None in row:  # the reader's place for what is too much
-            raise ValueError(f"row {number} has more cells than there are columns")
+        if None in row:  # DictReader's key for extra cells
+            raise ValueError(f"row {number} has more cells than columns")
     return rows
 
 
@@ -317,27 +311,19 @@ MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
 
 @dataclass(frozen=True)
 class File:
-    """A file of which the first bytes were looked at.
-
-    path: as it was named. error: why it cannot be read, where that is known.
-    """
+    """A file with known kinds. path: as named. error: why it cannot be read, if that is known."""
 
     path: str
     source: Source
     error: DataError | None = None
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The modalities that read such content, the nearest first: a video may be read for its sound."""
-        return self.source.kinds
-
     def among(self, allowed: Container[str]) -> str | None:
-        """Return the nearest of its kinds that is allowed."""
-        return next((kind for kind in self.kinds if kind in allowed), None)
+        """Return the nearest allowed kind: a video may also be read for its sound."""
+        return next((kind for kind in self.source.kinds if kind in allowed), None)
 
 
 def looked_at(source: Source, path: str | None = None) -> File:
-    """Return what a source is by its content; one that cannot be told has an error and no kinds."""
+    """Return a source as a file with the kinds of its content; unknown content gives an error and no kinds."""
     path = source.name if path is None else path
     try:
         return File(path, detected(source))
@@ -350,10 +336,10 @@ Labels = Literal["needed", "optional", "ignored"]
 
 @dataclass(frozen=True)
 class Listing:
-    """What a path stands for: rows of files, or tars of records.
+    """The contents of a path: rows of files, or tars of records.
 
-    folder: what the paths of rows are below. by_stem: files that share their stem may be one example. multi_label: an
-    example may have several labels. notes: what was passed over.
+    folder: the base of the rows' paths. by_stem: files of one stem may make one example. multi_label: an example may
+    have several labels. notes: messages about ignored files.
     """
 
     rows: Iterable[Row] = ()
@@ -365,16 +351,17 @@ class Listing:
 
 
 def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: str | None = None) -> Listing:
-    """Return what a path stands for: a folder, a manifest, tars of records, or one file. The one way to expand a path.
+    """Return the listing of a folder, a manifest, tars of records, or one file. The one way to expand a path.
 
-    labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": those where there are any,
-    else all files of a folder, records excepted; "ignored": every file of a folder, in the order of its names.
-    group_by: a column of the manifest. Raises DataError for a pattern without a match, a manifest that cannot be read,
-    or, with labels, neither folder nor manifest.
+    labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all files of a
+    folder, no records; "ignored": every file of a folder, sorted by name. group_by: a column of the manifest. Raises
+    DataError for a pattern without a match, an unreadable manifest, or, if labels are needed, another file.
     """
     name = os.fspath(path)
     file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
-    if labels != "optional" and not (file and file.kinds) and (tars := tar_files(name)) is not None:
+    if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
+        return Listing([Row(name, file=file)])
+    if labels != "optional" and (tars := tar_files(name)) is not None:
         return Listing(tars=tuple(tars))
     if os.path.isdir(name):
         notes: list[str] = []
@@ -382,11 +369,10 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
         cut = len(os.path.join(name, ""))
         every = (Row(each[cut:]) for each in walk_files(name)) if labels != "needed" else ()
         return Listing(rows or every, folder=name, multi_label=multi_label, notes=tuple(notes))
-    # A cloud of points may be a table of numbers, too.
-    if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name) and not (file and file.kinds):
+    if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
         rows, multi_label = read_manifest(name, labelled=labels == "needed", group_by=group_by)
         return Listing(rows, folder=os.path.dirname(name), by_stem=False, multi_label=multi_label)
     if file is not None:
         return Listing([Row(name, file=file)])
-    what = "neither a folder nor a manifest" if os.path.exists(name) else "no such folder"
-    raise DataError(f"{show_path(path)}: {what}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+    fault = "neither a folder nor a manifest" if os.path.exists(name) else "no such folder"
+    raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")

@@ -3,15 +3,15 @@
 An example comes from `catalog` (a file, or a record by `examples.Records`), becomes inputs (`inputs.opened`), arrays
 (`decoder.Decoder.decode`) and views (`Decoder.views`), and here segments of a batch (`Reader`, `collate`).
 
-Nothing here depends on how many workers read: the order of examples and their augmentation are pure functions of
-(seed, epoch, example id), so a run that is cut and resumed sees exactly what an uninterrupted one would have seen.
-A file that cannot be read is reported; no other example ever takes its place.
+Order and augmentation are pure functions of (seed, epoch, example id), whatever the number of workers: a resumed run
+sees the same batches as an uninterrupted one. An unreadable file is reported; no other example takes its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -27,17 +27,16 @@ from perceiver_cli.model.encoding import Segment
 from perceiver_cli.preprocess.base import Array, ByteArray
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
-AHEAD = 2  # batches that a worker reads before they are asked for
+AHEAD = 2  # batches that a worker reads in advance
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model is given at once.
+    """One batch for the model.
 
-    segments: by modality, those that any example has; each example has `num_views` rows, one after another.
-    labels: (B,) class index, -1 where there is none, or (B, classes) of 0 and 1 where examples may have several.
-    examples: in the same order. bad: (position in the task, example, error) of those that could not be read and are
-    therefore missing from the tensors. used: by example, the modalities that there are of it, sorted.
+    segments: by modality; each example has `num_views` adjacent rows. labels: (B,) class indices, -1 for none, or
+    (B, classes) of 0 and 1 for multi-label data. examples: in the same order. bad: (position in the task, example,
+    error) of unreadable examples, which have no rows. used: the modalities of each example, sorted.
     """
 
     segments: Mapping[str, Segment]
@@ -53,20 +52,20 @@ class Batch:
         return replace(self, segments=segments, labels=self.labels.pin_memory())
 
     def own(self) -> Batch:
-        """Return the batch in memory of this process alone."""
+        """Return a copy of the batch in this process's own memory."""
         return replace(self, segments={name: segment.clone() for name, segment in self.segments.items()})
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker turns into one batch: examples, and for training the (seed, epoch) of each augmentation."""
+    """The examples of one batch, and for training the (seed, epoch) of each augmentation."""
 
     examples: tuple[Example, ...]
     seeds: tuple[tuple[int, int], ...] | None = None
 
 
 class Reader(Decoder, Dataset[Batch]):
-    """Turns tasks into batches; workers share what is decoded after the fork."""
+    """Turns tasks into batches; forked workers share the arrays decoded before the fork."""
 
     def __init__(
         self,
@@ -77,10 +76,10 @@ class Reader(Decoder, Dataset[Batch]):
     ) -> None:
         super().__init__(specs, limits, bad)
         self._shared = SharedMemory()
-        self.multi_label_classes = multi_label_classes  # 0: one label an example
+        self.multi_label_classes = multi_label_classes  # 0: one label per example
 
     def __getitem__(self, task: Task) -> Batch:
-        """Return the batch of a task; examples that cannot be read are in `bad` instead."""
+        """Return the batch of a task, with its unreadable examples in `bad`."""
         rows: list[View] = []
         good: list[Example] = []
         bad: list[tuple[int, Example, str]] = []
@@ -120,7 +119,7 @@ class Reader(Decoder, Dataset[Batch]):
         )
         try:
             for batch in loader:
-                yield batch if pin or not workers else batch.own()  # its slot is used again once the next is asked for
+                yield batch if pin or not workers else batch.own()  # the next batch may overwrite its slot
         except (RuntimeError, ConnectionError) as error:
             if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
                 raise worker_died(workers) from error
@@ -128,41 +127,40 @@ class Reader(Decoder, Dataset[Batch]):
 
 
 class SharedMemory:
-    """What a worker puts its batches into, for the process it works for: as many slots as it has batches under way.
+    """Slots in shared memory, used in turn, through which a worker hands its batches over: one for each in progress.
 
-    Slots are used again. Fresh shared pages for a batch of clips take longer to come by than a clip takes to decode.
+    Slots are reused: to get fresh shared pages for a batch of clips takes longer than to decode a clip.
     """
 
     def __init__(self) -> None:
         self._slots: list[dict[str, torch.UntypedStorage]] = [{} for _ in range(AHEAD + 1)]
 
     def next(self) -> SharedMemory:
-        """Go on to the next slot."""
+        """Advance to the next slot."""
         self._slots.append(self._slots.pop(0))
         return self
 
     def tensor(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return a tensor in this slot, whose content is what was there before."""
-        wanted, slot = max(1, prod(shape) * dtype.itemsize), self._slots[0]
-        if name not in slot or slot[name].nbytes() < wanted:
-            slot[name] = torch.UntypedStorage._new_shared(wanted)  # type: ignore[no-untyped-call]
+        """Return an uninitialised tensor in this slot."""
+        num_bytes, slot = max(1, prod(shape) * dtype.itemsize), self._slots[0]
+        if name not in slot or slot[name].nbytes() < num_bytes:
+            slot[name] = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
         return torch.empty(0, dtype=dtype).set_(slot[name], 0, shape)  # type: ignore[call-overload,no-any-return]
 
 
 def collate(rows: Sequence[View], shared: SharedMemory | None = None) -> dict[str, Segment]:
-    """Return a segment for each modality that any of the rows has; where one lacks it, zeros that the mask hides."""
+    """Return a segment for each modality that any row has; a row without it gets zeros, hidden by the mask."""
     segments = {}
     for name in sorted({name for row in rows for name in row}):
         first = next(row[name] for row in rows if name in row)
-        blank = ByteArray(
-            np.zeros_like(first.values), None if first.positions is None else np.zeros_like(first.positions)
-        )
+        zeros = None if first.positions is None else np.zeros_like(first.positions)
+        blank = ByteArray(np.zeros_like(first.values), zeros)
         arrays = [row.get(name, blank) for row in rows]
-        places = [array.positions for array in arrays if array.positions is not None]
-        positions = _stacked(places, f"{name} positions", shared) if places else None
-        mask = torch.tensor([[name in row] for row in rows])
         values = _stacked([array.values for array in arrays], name, shared)
-        segments[name] = Segment(values, positions, None if mask.all() else mask)
+        positions = [array.positions for array in arrays if array.positions is not None]
+        stacked = _stacked(positions, f"{name} positions", shared) if positions else None
+        mask = torch.tensor([[name in row] for row in rows])
+        segments[name] = Segment(values, stacked, None if mask.all() else mask)
     return segments
 
 
@@ -179,25 +177,18 @@ def _stacked(arrays: Sequence[Array], name: str, shared: SharedMemory | None) ->
 def training_tasks(examples: Sequence[Example], batch_size: int, seed: int, start: int, stop: int) -> Iterator[Task]:
     """Yield the tasks of batches `start` to `stop` of an endless stream of shuffled epochs.
 
-    Batches are always full: one that reaches the end of an epoch goes on into the next, so every example is seen
-    once per epoch whatever the batch size. Batch k depends on nothing but (seed, k) and the ids.
+    Batches are always full: a batch may span epochs. Batch k depends on the seed, k and the ids alone.
     """
     count = len(examples)
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+    order = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
     for batch in range(start, stop):
-        chosen: list[Example] = []
-        seeds: list[tuple[int, int]] = []
-        for position in range(batch * batch_size, (batch + 1) * batch_size):
-            if position // count != epoch:
-                epoch = position // count
-                order = np.random.default_rng([seed, epoch]).permutation(count)
-            chosen.append(examples[order[position % count]])
-            seeds.append((seed, epoch))
-        yield Task(tuple(chosen), tuple(seeds))
+        places = [divmod(position, count) for position in range(batch * batch_size, (batch + 1) * batch_size)]
+        chosen = tuple(examples[order(epoch)[place]] for epoch, place in places)
+        yield Task(chosen, tuple((seed, epoch) for epoch, _ in places))
 
 
 def ordered_tasks(examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
-    """Yield the tasks of an evaluation: examples in the order given, without augmentation."""
+    """Yield the tasks of an evaluation: examples in the given order, without augmentation."""
     chunk: list[Example] = []
     try:
         for example in examples:
@@ -205,7 +196,7 @@ def ordered_tasks(examples: Iterable[Example], batch_size: int) -> Iterator[Task
             if len(chunk) == batch_size:
                 yield Task(tuple(chunk))
                 chunk = []
-    except PerceiverError:  # such as a stream that was cut short: what came before it is still answered
+    except PerceiverError:  # such as a stream cut short: the examples before it still get answers
         if chunk:
             yield Task(tuple(chunk))
         raise

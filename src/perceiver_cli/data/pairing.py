@@ -1,4 +1,4 @@
-"""Which files make one example: what a file is by its content, and which of one stem belong together. No torch."""
+"""Which files make one example: the modalities that belong together, and the files of one stem. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
-PROBES = 64  # files of a data set that are looked into
-MOST = 0.5  # least share of a kind's files with a partner for it to join in, and of videos with sound for sound to
+PROBES = 64  # files of a data set that are opened to learn about all
+MOST = 0.5  # minimum share of a kind's files with a partner to be read, and of videos with sound for sound to be read
 
 
 def stem(path: str) -> str:
@@ -23,18 +23,18 @@ def stem(path: str) -> str:
 
 
 def identity(paths: Iterable[str]) -> str:
-    """Return the id of an example of these files: the path of one, the stem that several share, else all paths."""
+    """Return the id of an example: the path of its one file, the stem that its files share, else all paths."""
     each = sorted(set(paths))
     stems = {stem(path) for path in each}
     return each[0] if len(each) == 1 else stems.pop() if len(stems) == 1 else "+".join(each)
 
 
 def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
-    """Return the commonest kind and, `by_stem`, each other of whose files most share their stem with one of those."""
+    """Return the commonest kind and, `by_stem`, each kind most of whose files share their stem with one of those."""
     paths: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        if file.kinds:
-            paths[file.kinds[0]].append(file.path)
+        if file.source.kinds:
+            paths[file.source.kinds[0]].append(file.path)
     ranked = sorted(paths, key=lambda kind: (-len(paths[kind]), kind))
     chosen = set(ranked[:1])
     stems = {stem(path) for kind in chosen for path in paths[kind]}
@@ -47,7 +47,7 @@ def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
 
 
 def streams(videos: Sequence[File]) -> dict[str, float]:
-    """Return which share of a sample of videos has picture, and which sound; what none has is left out."""
+    """Return the shares of a sample of videos with picture and with sound, without shares of 0."""
     counts: Counter[str] = Counter()
     sample = videos[:: max(1, len(videos) // PROBES)][:PROBES]
     for file in sample:
@@ -61,15 +61,13 @@ def streams(videos: Sequence[File]) -> dict[str, float]:
 
 
 def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, File], File | None]:
-    """Return the file of each allowed modality among files of one stem, and one too many of its kind, if there is.
-
-    A file of its own comes before another's second nature: x.wav before the sound of x.mp4.
-    """
+    """Return the file of each allowed modality among files of one stem, and a second file of one kind, if any."""
     by_kind: dict[str, File] = {}
     spare = None
-    for file in sorted(files, key=lambda file: file.among(allowed) != file.kinds[0]):
+    # A dedicated file comes first: x.wav wins over the soundtrack of x.mp4.
+    for file in sorted(files, key=lambda file: file.among(allowed) != file.source.kinds[0]):
         kind = file.among(allowed)
-        if kind in by_kind and kind == file.kinds[0]:
+        if kind in by_kind and kind == file.source.kinds[0]:
             spare = file
         elif kind is not None:
             by_kind.setdefault(kind, file)
@@ -77,7 +75,7 @@ def assemble(files: Sequence[File], allowed: Container[str]) -> tuple[dict[str, 
 
 
 def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str, Source]:
-    """Return the source of each modality to be brought, sorted; a video brings its sound where no other file does."""
+    """Return the source of each modality in `brings`, sorted; a video brings its sound unless another file does."""
     sources = {kind: file.source for kind, file in by_kind.items()}
     for kind, file in by_kind.items():
         for inside in modality(kind).contains:
@@ -86,5 +84,5 @@ def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str,
 
 
 def either(names: Iterable[str]) -> str:
-    """Return names for a message: audio or video."""
+    """Return names for a message, such as "audio or video"."""
     return " or ".join(sorted(names))

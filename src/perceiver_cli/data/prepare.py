@@ -1,4 +1,4 @@
-"""What `preprocess` writes: from files to records, in the order given, by several processes; streams and shards."""
+"""From files to records, in the given order, by several processes: the work of `preprocess`."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import Config, load_preset, tiny_config
-from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
+from perceiver_cli.data.catalog import of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.inputs import opened
-from perceiver_cli.data.listing import File, Listing, listed, parent
-from perceiver_cli.data.pairing import either, sources_of, streams
+from perceiver_cli.data.listing import File, Listing, Row, listed, parent
 from perceiver_cli.data.workers import in_order, in_progress
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import detected, other_kind
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
@@ -39,17 +38,17 @@ from perceiver_cli.records.shards import open_shards
 from perceiver_cli.records.stream import Writer, pack
 from perceiver_cli.run_folder import find_model
 
-PLACE_BYTES = 4 << 20  # of shared memory for what one input becomes; taken when it is first written
+PLACE_BYTES = 4 << 20  # shared memory for the arrays of one input; the system allocates pages at the first write
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be prepared, and how.
+    """The examples to prepare, and how.
 
-    header: of the stream. examples: in order, each with its split. folder: what their ids are below. augment: how many
-    variants of each training example; 0: the examples themselves. dtype: of rows with Fourier features.
+    header: the stream's. examples: in order, each with its split. folder: the base of their ids. augment: number of
+    variants of each training example; 0: the example itself. dtype: type of rows with Fourier features.
     """
 
     header: Header
@@ -73,20 +72,20 @@ def plan(
     augment: int = 0,
     fourier: Dtype | None = None,
 ) -> Job:
-    """Return what is to be done with inputs: files, folders and manifests, or the bytes of one.
+    """Return the job for inputs: files, folders and manifests, or the bytes of one.
 
-    They are prepared as a model or a preset does, else as the tiny preset for what they hold, "auto" settled by the
-    training files just as training would. label_from_parent: a file's label is the name of its folder. Raises
-    UsageError for options that contradict each other, DataError if nothing is usable.
+    The recipe is a model's or a preset's, else the tiny preset for their modalities; the training files settle "auto"
+    as in training. label_from_parent: a file's label is the name of its folder. Raises UsageError for options that
+    contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
     reads = None if config is None else config.inputs
     if isinstance(inputs, Source):
-        catalog, folder, order = _of_bytes(inputs, reads), "", dict[str, int]()
+        root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs)))])
     else:
         listing, root = _listing_of(inputs, label_from_parent)
-        catalog, folder = of_listing(listing, root, reads=reads), listing.folder
-        order = {os.path.join(folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
+    catalog, folder = of_listing(listing, root, reads=reads), listing.folder
+    order = {os.path.join(folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
     config = (config or tiny_config(catalog.modalities)).override(list(changes))
     brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
     if not brought:
@@ -94,9 +93,12 @@ def plan(
         raise DataError(f"{show_path(catalog.root)}: holds {holds}, but {config.name} reads {wanted}")
     limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
     held = catalog.hold_out(config.data.val_fraction)
-    if "train" not in held.splits:  # nothing to learn from: what there is settles what is left to the data
-        held = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
-    specs = resolve_specs(brought, held, limits)
+    every = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
+    held = held if "train" in held.splits else every
+    try:
+        specs = resolve_specs(brought, held, limits)
+    except DataError:  # no training file can be read: a file of another split may settle "auto"
+        specs = resolve_specs(brought, every, limits)
     content: Content = "fourier" if fourier is not None else "prepared" if augment else "decoded"
     header = Header(specs, catalog.classes, catalog.multi_label, content)
     if content != "decoded":
@@ -117,29 +119,16 @@ def _recipe(model: str | None, preset: str | None) -> Config | None:
     return None if preset is None else load_preset(preset)
 
 
-def _of_bytes(source: Source, reads: Mapping[str, InputSpec] | None) -> Catalog:
-    """Return the catalog of one input, whose bytes are at hand."""
-    file = File(source.name, detected(source))
-    kind = file.kinds[0]
-    inside = set(streams([file])) if kind == "video" and reads is None else set()
-    wanted = set(reads) if reads is not None else inside or {kind}
-    nearest = file.among(wanted)
-    if nearest is None:
-        raise other_kind(file.source, either(wanted))
-    sources = sources_of({nearest: file}, wanted)
-    return Catalog(source.name, tuple(sources), file.kinds, (), {"train": Examples([Example(source.name, sources)])})
-
-
 def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing, str]:
-    """Return the rows of files, folders and manifests together, and what to call them."""
+    """Return the rows of files, folders and manifests together, and a name for them."""
     listings = [listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional") for path in paths]
     for place, each in enumerate(listings if label_from_parent else ()):
-        # A path such as "." or "a.png" has its folder's name only once it is whole.
+        # Only the absolute path of "." or "a.png" has the name of its folder.
         wholes = ((row, os.path.abspath(os.path.join(each.folder, next(iter(row.paths), "")))) for row in each.rows)
         listings[place] = replace(each, rows=[replace(row, labels=(parent(whole),)) for row, whole in wholes])
     if len(paths) == 1:
         return replace(listings[0], rows=list(listings[0].rows)), paths[0]
-    # Each below its own folder: only whole paths tell their files apart.
+    # Only whole paths distinguish the files of several folders.
     rows = [row.below(each.folder) for each in listings for row in each.rows]
     several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
     by_stem = all(each.by_stem for each in listings)
@@ -147,20 +136,20 @@ def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing,
 
 
 def _check_prepared(header: Header) -> None:
-    """Raise UsageError for recipes whose inputs cannot be kept as the model is given them."""
+    """Raise UsageError for a recipe whose model inputs cannot be stored."""
     if Decoder(header.inputs, Limits()).num_views > 1:
-        raise UsageError("a recipe that looks at several windows of an input", "pass --set inputs.NAME.eval_windows=1")
-    for name, spec in header.inputs.items():
+        raise UsageError("a recipe with several windows of an input", "pass --set inputs.NAME.eval_windows=1")
+    for name, spec in header.inputs.items() if header.content == "fourier" else ():
         layout = modality(name).layout(spec)
-        if header.content == "fourier" and (layout.learned_channels or layout.permutation is not None):
+        if layout.learned_channels or layout.permutation is not None:
             raise UsageError(f"inputs.{name} has learned positions or permuted rows", "leave out --fourier")
-        if header.content == "fourier" and layout.stem != "none":
+        if layout.stem != "none":
             raise UsageError(f"inputs.{name} has learned layers before its positions", "leave out --fourier")
 
 
 @dataclass(frozen=True)
 class Done:
-    """What became of one example: its records are written, or the error in their place. count: of those seen."""
+    """Progress after one example: its records, or the error in their place, are written. count: examples so far."""
 
     count: int
     total: int
@@ -172,13 +161,13 @@ Packed = list[tuple[Facts, Npys]]
 
 
 def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
-    """Yield the records of each example, without their numbers; of one that cannot be read, facts with the error."""
+    """Yield the records of each example without numbers; an unreadable one has facts with the error."""
     decoder = Decoder(job.header.inputs, job.limits)
     if not workers:
         yield from (_made(job, decoder, example) for example in examples)
         return
-    # A process that sent arrays as messages would spend as long on that as on decoding. Each input in progress has a
-    # place in shared memory instead, which is used again only when its records are written: `in_order` sees to it.
+    # To send arrays as messages takes as long as to decode them. Instead, each input in progress has a place in shared
+    # memory, and `in_order` begins no new input in it before the old one's records are written.
     shared = memoryview(mmap.mmap(-1, in_progress(workers) * PLACE_BYTES))
     numbered = ((number % in_progress(workers), example) for number, example in enumerate(examples))
     for sent in in_order(partial(_placed, job, decoder, shared), numbered, workers):
@@ -189,7 +178,7 @@ def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Ite
 
 
 def _placed(job: Job, decoder: Decoder, shared: memoryview, numbered: tuple[int, tuple[str, Example]]) -> Any:
-    """Make the records of an example in another process, their arrays in shared memory as far as there is room."""
+    """Return the records of an example from a worker process, with the arrays that fit in shared memory as slices."""
     place, example = numbered
     outcome: Any = _made(job, decoder, example)
     at, end = place * PLACE_BYTES, (place + 1) * PLACE_BYTES
@@ -202,6 +191,7 @@ def _placed(job: Job, decoder: Decoder, shared: memoryview, numbered: tuple[int,
 
 
 def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Packed:
+    """Return the records of an example, or facts with the error."""
     split, example = split_example
     labels = tuple(job.header.classes[label] for label in example.labels)
     facts = Facts(os.path.join(job.folder, example.id), example.id, split, labels)
@@ -221,7 +211,7 @@ def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Pac
 
 def _prepared(job: Job, name: str, prepared: ByteArray) -> bytes:
     if job.header.content == "fourier":
-        from perceiver_cli.model.encoding import with_features  # torch, which nothing else here needs
+        from perceiver_cli.model.encoding import with_features  # imports torch, which nothing else here needs
 
         return npy_bytes(with_features(prepared, job.header.inputs[name]).astype(job.dtype))
     return npy_bytes(prepared.values if prepared.positions is None else prepared.positions)
@@ -236,17 +226,17 @@ def write_records(
     *,
     resume: bool = False,
 ) -> Iterator[Done]:
-    """Write the records of a job: to FILE.tar, to shards such as 'x-%06d.tar', or for "-" through `emit`.
+    """Write the records of a job to FILE.tar, to shards such as 'x-%06d.tar', or with "-" through `emit`.
 
-    A file has its name once it is whole. A shard ends before the record that would make it larger than `shard_bytes`.
-    With `resume`, shards that are there are kept, and the examples in them are not read again. Raises UsageError for
-    another output, shards in the way or of other data; ResourceError if the output cannot be written.
+    A file gets its name when it is complete. A shard ends before a record that would exceed `shard_bytes`. `resume`
+    keeps existing shards and skips their examples. Raises UsageError for another output, and for existing shards
+    without `resume` or of other data; ResourceError if the output cannot be written.
     """
     if output != "-" and Path(output).suffix.lower() != ".tar":
         raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")
     sharded = _PATTERN.search(output) is not None
     if resume and not sharded:
-        raise UsageError("--resume is of shards", "pass -o 'NAME-%06d.tar'")
+        raise UsageError("--resume needs shards", "pass -o 'NAME-%06d.tar'")
     shard = skipped = first = 0
     if sharded:
         shard, skipped, first = _kept(job, output, resume=resume)
@@ -262,8 +252,7 @@ def write_records(
         writer = None if sharded else started()
         for count, outcome in enumerate(made(job, job.examples[skipped:], workers), start=skipped + 1):
             error = outcome[0][0].error
-            numbered = enumerate(outcome, start=first)
-            members = b"".join(pack(facts, arrays, number, job.header) for number, (facts, arrays) in numbered)
+            members = b"".join(pack(*record, number, job.header) for number, record in enumerate(outcome, first))
             added = len(outcome) if error is None else 0
             first += added
             if sharded and writer is not None and writer.num_bytes + len(members) > shard_bytes:
@@ -283,20 +272,20 @@ def _named(pattern: str, number: int) -> str:
 
 
 def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
-    """Return how many shards there are, how many of the job's examples they account for, and their records."""
+    """Return the number of existing shards, of the job's examples in them, and of their records."""
     paths: list[str] = []
     while os.path.exists(path := _named(output, len(paths))):
         paths.append(path)
     if not paths:
         return 0, 0, 0
     if not resume:
-        raise UsageError(f"{show_path(paths[0])}: is there already", "pass --resume to go on, or remove the shards")
+        raise UsageError(f"{show_path(paths[0])}: exists already", "pass --resume to continue, or remove the shards")
     shards = open_shards(paths)
     other = UsageError(f"{show_path(paths[0])}: a shard of other data or another recipe", "remove the shards")
     if shards.header.to_json() != job.header.to_json():
         raise other
     place, ids = -1, enumerate(example.id for _, example in job.examples)
-    for name, _ in groupby(map(shards.given_id, range(len(shards)))):  # variants of an example follow each other
+    for name, _ in groupby(map(shards.given_id, range(len(shards)))):  # variants of an example are adjacent
         place = next((place for place, own in ids if own == name), -1)
         if place < 0:
             raise other
@@ -306,14 +295,14 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
 def input_recipe(
     source: Source, model: str | None, preset: str | None, raised: Mapping[str, float]
 ) -> tuple[InputSpec, Limits]:
-    """Return how a model, a preset or else the paper prepares a file. Raises DataError if that reads other files."""
+    """Return the spec of a model, a preset or else the paper for a file. Raises DataError if none reads it."""
     config = _recipe(model, preset)
     kind, *others = detected(source).kinds
     config = config or _recipe(None, modality(kind).paper_preset)
     if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
     limits = Limits.model_validate({**vars(config.data.limits), **raised})
-    for name in (kind, *others):  # a video may also be read for its sound
+    for name in (kind, *others):  # a video may be read for its sound
         if name in config.inputs:
             return settled(config.inputs[name]), limits
     reads = "+".join(sorted(config.inputs))
@@ -323,19 +312,18 @@ def input_recipe(
 def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: str) -> tuple[int, int]:
     """Write a file's byte array (M, C) to FILE.npy or FILE.safetensors; return (M, C)."""
     rows = np.ascontiguousarray(byte_array(source, spec, limits))
-    named = Path(output).suffix.lower() == ".safetensors"
+    is_safetensors = Path(output).suffix.lower() == ".safetensors"
     with atomic_write(output) as file:
-        file.write(safetensors_rows(rows, spec.modality, spec) if named else npy_bytes(rows))
+        file.write(safetensors_rows(rows, spec.modality, spec) if is_safetensors else npy_bytes(rows))
     return rows.shape[0], rows.shape[1]
 
 
 def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.float32]:
-    """Return the paper's byte array of one file, (M, C) with Fourier features, as the model would be given it.
+    """Return the paper's byte array of one file: (M, C) float32 with Fourier features.
 
-    Raises:
-        DataError: unreadable, over a limit, or of another modality than `spec`.
+    Raises DataError for a file that is unreadable, over a limit, or of another modality than `spec`.
     """
-    from perceiver_cli.model.encoding import with_features  # torch, after all that can be refused without it
+    from perceiver_cli.model.encoding import with_features  # imports torch
 
     if detected(source).holds_rows:
         raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")

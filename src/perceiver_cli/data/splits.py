@@ -1,6 +1,6 @@
-"""The split that a run learned by, kept in its folder, so that it stays the same when files are added. No torch.
+"""The training and validation split of a run, saved in its folder, so that new files do not change it. No torch.
 
-A split file is JSON lines: first what it is, then the id and the split, "train" or "val", of every example.
+A split file is JSON lines: a header, then the id and the split, "train" or "val", of every example.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from perceiver_cli.preprocess.source import key_of
 
 SPLIT_FILE = "split.jsonl"
 FORMAT = 1
-SAME = 0.5  # least share of a split's examples that data must hold to be what it was made of
+SAME = 0.5  # minimum share of a split's examples in data for the data to count as the same
 
 
 @dataclass(frozen=True)
 class SavedSplit:
-    """Which examples a run learned from and which it was judged by.
+    """The examples that a run trained on and validated on.
 
-    keys: made from the ids, sorted. held: of each, whether it is of the validation split. classes: the run's.
+    classes: the run's. keys: hashes of the ids, sorted. held: whether each is in the validation split.
     """
 
     path: Path
@@ -37,14 +37,13 @@ class SavedSplit:
     held: NDArray[np.bool_]
 
     def apply(self, catalog: Catalog) -> Catalog | None:
-        """Return the catalog with this training and validation split, or None if it is of other data.
+        """Return the catalog with this training and validation split, or None if the split is of other data.
 
-        Examples that the split does not name are left out and noted, and so are those that are gone. Other splits stay
-        as they are.
+        Notes count examples left out because the split does not name them, and named ones that are gone.
         """
         examples = catalog.merged(("train", "val"))
         keys = np.array([key_of(name) for name, _ in examples.named()], np.uint64)
-        # One example may be listed several times, even in both splits: the second here is the second there.
+        # An example may be listed several times, even in both splits: the second here is the second in the split file.
         number = np.arange(len(keys))
         first = np.maximum.accumulate(np.where(np.append(True, keys[1:] != keys[:-1])[: len(keys)], number, 0))
         places = (np.searchsorted(self.keys, keys) + number - first).clip(max=len(self.keys) - 1)
@@ -62,7 +61,7 @@ class SavedSplit:
 
 
 def save_split(path: Path, catalog: Catalog) -> None:
-    """Write the training and validation split of a catalog, whole or not at all. Raises ResourceError."""
+    """Write the training and validation split of a catalog, atomically. Raises ResourceError."""
     header = {"format": FORMAT, "classes": list(catalog.classes), "group_by": catalog.group_by}
     with atomic_write(path) as file:
         file.write(json.dumps(header).encode() + b"\n")
@@ -72,7 +71,7 @@ def save_split(path: Path, catalog: Catalog) -> None:
 
 
 def read_split(path: str | os.PathLike[str]) -> SavedSplit:
-    """Return the split that `save_split` wrote. Raises UsageError if it is unreadable, IntegrityError if damaged."""
+    """Return a split from `save_split`. Raises UsageError if it is unreadable, IntegrityError if damaged."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.readline())
@@ -85,14 +84,13 @@ def read_split(path: str | os.PathLike[str]) -> SavedSplit:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{show_path(path)}: not the split of a run: {error}") from error
     if not len(pairs):
-        raise IntegrityError(f"{show_path(path)}: a split of no examples")
+        raise IntegrityError(f"{show_path(path)}: a split without examples")
     pairs = pairs[np.argsort(pairs["key"], kind="stable")]
     return SavedSplit(Path(path), classes, pairs["key"], pairs["held"])
 
 
 def _pairs(lines: Iterator[bytes]) -> Iterator[tuple[int, bool]]:
-    for line in lines:
-        row = json.loads(line)
+    for row in map(json.loads, lines):
         if row["split"] not in ("train", "val"):
             raise ValueError(f"split {row['split']!r}")
         yield key_of(row["path"]), row["split"] == "val"

@@ -15,27 +15,27 @@ from typing import Any, TypeVar
 from perceiver_cli.errors import ResourceError
 
 CHUNK = 16  # inputs per message between processes
-AHEAD = 2  # chunks of each process that may wait for those before them
+AHEAD = 2  # chunks per process that may wait for earlier ones
 
-Given = TypeVar("Given")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
-_call: Callable[[Any], Any] | None = None  # of a working process, inherited by the fork
+_call: Callable[[Any], Any] | None = None  # each worker process inherits it by the fork
 
 
 def in_progress(workers: int) -> int:
-    """Return how many items `in_order` has given out at most whose results its caller has not passed yet."""
+    """Return the maximum number of items that `in_order` has begun and its caller has not finished."""
     return CHUNK * (AHEAD * workers + 1)
 
 
-def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int) -> Iterator[Made]:
-    """Yield `call(item)` in order, made by `workers` processes (0: this one). Raises ResourceError if one dies."""
+def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
+    """Yield `call(item)` in order, from `workers` processes (0: this one). Raises ResourceError if one dies."""
     global _call
     if workers == 0:
         yield from map(call, items)
         return
     _call, rest = call, iter(items)
-    waiting: deque[Future[list[Made]]] = deque()
+    waiting: deque[Future[list[Result]]] = deque()
     try:
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with_parent) as pool:
             try:
@@ -53,7 +53,7 @@ def in_order(call: Callable[[Given], Made], items: Iterable[Given], workers: int
 
 
 def end_with_parent() -> None:
-    """Have a working process end when its parent does, however that ends: it would wait for work for ever."""
+    """End a worker process when its parent ends for any reason: it would wait for work for ever."""
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
@@ -70,5 +70,5 @@ def _call_each(chunk: Sequence[Any]) -> list[Any]:
 
 
 def worker_died(workers: int) -> ResourceError:
-    """Return the error of a process that ended without a word."""
-    return ResourceError(f"one of {workers} data workers died, most likely for want of memory", "try --workers 0")
+    """Return the error of a worker process that died."""
+    return ResourceError(f"one of {workers} data workers died, most likely for lack of memory", "try --workers 0")

@@ -17,7 +17,7 @@ from perceiver_cli.records.npy import npy_bytes, parse_npy
 
 
 def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> Stored:
-    """Return a file's byte array as a record brings it. Raises DataError if it is damaged or not of `spec`."""
+    """Return a file's byte array like a record's. Raises DataError if it is damaged or does not fit `spec`."""
     layout = modality(name).layout(spec)
     if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
         raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",
@@ -28,18 +28,18 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
     shape = parse_npy(npy, source.shown).shape
     if shape != (layout.num_inputs, layout.num_channels):
         sizes, wanted = " x ".join(map(str, shape)), f"{layout.num_inputs} x {layout.num_channels}"
-        raise DataError(f"{source.shown}: a byte array of {sizes}, expected {wanted} of {name}")
+        raise DataError(f"{source.shown}: a byte array of {sizes}, expected {wanted} for {name}")
     return Stored(source.name, Header({name: spec}, content="fourier"), name, 0.0, partial(bytes, npy))
 
 
 def settled_by_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> InputSpec:
-    """Return a spec with the value that a byte array was made with for every "auto", if it says. Raises DataError."""
+    """Return a spec whose every "auto" has the value in the file's header, if there is one. Raises DataError."""
     _, header = _rows_in(source, limits)
     return spec if header is None else header.settled({name: spec})[name]
 
 
 def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:
-    """Return a byte array (M, C) float32 as .safetensors that says how it was prepared."""
+    """Return a byte array (M, C) float32 as .safetensors, with its preparation in the metadata."""
     from safetensors.numpy import save
 
     header = Header({name: spec}, content="fourier").to_json().decode().strip()
@@ -48,7 +48,7 @@ def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:
 
 
 def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
-    """Return the byte array in a file, in the format of NPY, and how it was prepared, of an .npy None."""
+    """Return a file's byte array in NPY format, and its header; an .npy has none."""
     data = source.read(limits)
     if not is_safetensors(data[:HEAD_BYTES]):
         return data, None
@@ -58,7 +58,7 @@ def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
     try:
         (rows,) = load(data).values()
         length = int.from_bytes(data[:8], "little")
-        said = json.loads(data[8 : 8 + length])["__metadata__"][METADATA].encode()
-        return npy_bytes(rows), Header.parse(said, "its metadata")
+        header = json.loads(data[8 : 8 + length])["__metadata__"][METADATA].encode()
+        return npy_bytes(rows), Header.parse(header, "its metadata")
     except (SafetensorError, IntegrityError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{source.shown}: a damaged byte array: {show_text(str(error))}") from error

@@ -1,4 +1,4 @@
-"""What a record says: the header of a stream, the facts of an example, its arrays."""
+"""The contents of records: the header of a stream, the facts of an example, its arrays."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.npy import parse_npy
 
 FORMAT = 1
-HEAD_BYTES = 512  # that tell what a stream is
-MAX_VALUE = 1e10  # beyond, squares come near the end of float32
+HEAD_BYTES = 512  # enough to recognise a stream
+MAX_VALUE = 1e10  # the square of a larger value comes near the largest float32
 SPLITS = ("train", "val", "test")
 
 Content = Literal["decoded", "prepared", "fourier"]
@@ -31,11 +31,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Header:
-    """What a stream says of all its records.
+    """How all records of a stream were prepared.
 
-    inputs: by modality, how they were prepared; nothing in it is "auto". classes: names, in the order of KEY.cls.
-    content: decoded: arrays as files decode to, from which training draws its crops; prepared: what the model is given,
-    augmented or not; fourier: the same as rows (M, C) with Fourier features.
+    inputs: options by modality, none of them "auto". classes: names, in the order of KEY.cls. content: "decoded" arrays
+    of files, from which training draws its crops; "prepared" inputs of the model, augmented or not; "fourier": such
+    inputs as rows (M, C) with Fourier features.
     """
 
     inputs: Mapping[str, InputSpec]
@@ -45,27 +45,27 @@ class Header:
 
     @cached_property
     def class_index(self) -> dict[str, int]:
-        """The place of each class."""
-        return {name: place for place, name in enumerate(self.classes)}
+        """The index of each class name."""
+        return {name: index for index, name in enumerate(self.classes)}
 
     @cached_property
     def preparation(self) -> dict[str, dict[str, Any]]:
-        """By modality, the options that the arrays depend on: those that decoding looks at, or all where it went on."""
-        return {name: self._of(spec) for name, spec in sorted(self.inputs.items())}
+        """By modality, the options that change the arrays."""
+        return {name: self._options(spec) for name, spec in sorted(self.inputs.items())}
 
-    def _of(self, spec: InputSpec) -> dict[str, Any]:
+    def _options(self, spec: InputSpec) -> dict[str, Any]:
         options = spec.model_dump(mode="json")
         decides = modality(spec.modality).decides if self.content == "decoded" else None
         return {key: options[key] for key in sorted(options) if decides is None or key in decides}
 
     @cached_property
     def hash(self) -> str:
-        """Of content and preparation: equal where arrays are comparable."""
+        """A hash of content and preparation; comparable arrays have the same."""
         facts = json.dumps([FORMAT, self.content, self.preparation], sort_keys=True)
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def settled(self, specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
-        """Return specs in which every "auto" has the stream's value."""
+        """Return specs whose every "auto" has the stream's value."""
         settled = {}
         for name, spec in specs.items():
             if name in self.inputs:
@@ -75,19 +75,17 @@ class Header:
         return settled
 
     def check(self, shown: str, specs: Mapping[str, InputSpec], whose: str) -> None:
-        """Raise DataError unless the arrays are what `specs` would give; names the first option that differs."""
+        """Raise DataError, which names the first option that differs, unless `specs` would give the same arrays."""
         for name in sorted(specs.keys() & self.inputs.keys()):
-            theirs, ours = self.preparation[name], self._of(specs[name])
+            theirs, ours = self.preparation[name], self._options(specs[name])
             for key in theirs:
                 if theirs[key] != ours[key]:
-                    raise DataError(
-                        f"{shown}: prepared with inputs.{name}.{key} = {json.dumps(theirs[key])}, but {whose} has "
-                        f"{json.dumps(ours[key])}",
-                        "prepare it as the model does: perceiver preprocess -m MODEL",
-                    )
+                    one, other = json.dumps(theirs[key]), json.dumps(ours[key])
+                    fault = f"{shown}: prepared with inputs.{name}.{key} = {one}, but {whose} has {other}"
+                    raise DataError(fault, "prepare it as the model does: perceiver preprocess -m MODEL")
 
     def to_json(self) -> bytes:
-        """Return the header member."""
+        """Return the content of the header member."""
         inputs = {name: spec.model_dump(mode="json") for name, spec in sorted(self.inputs.items())}
         arrays = {}
         for name, spec in self.inputs.items() if self.content == "decoded" else ():
@@ -101,7 +99,7 @@ class Header:
 
     @classmethod
     def parse(cls, data: bytes, shown: str) -> Header:
-        """Return the header in a member. Raises IntegrityError."""
+        """Return the header in a member's content. Raises IntegrityError."""
         facts = parse_json(data, f"{shown}: the header")
         if facts.get("format") != FORMAT:
             raise IntegrityError(f"{shown}: records of format {facts.get('format')!r:.20}, expected {FORMAT}")
@@ -122,11 +120,11 @@ class Header:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a record beside its arrays.
+    """The facts of a record beside its arrays.
 
-    path: of the input, as it was given. id: what splits and seeds are drawn from; within a data folder, the path below
-    it. labels: class names. seconds: by modality with a time axis, the length of the input. error: why there are no
-    arrays, of an input that could not be read.
+    path: the input's path, as the user named it. id: decides split and seeds; in a data folder, the path below it.
+    labels: class names. seconds: length of the input, by modality with a time axis. error: why an input could not be
+    read and has no arrays.
     """
 
     path: str
@@ -137,7 +135,7 @@ class Facts:
     error: str | None = None
 
     def to_json(self, multi_label: bool) -> bytes:
-        """Return the member KEY.json, or ERROR."""
+        """Return the content of the member KEY.json, or of ERROR."""
         facts = {
             "path": self.path, "id": self.id, "split": self.split,
             "labels": list(self.labels) if multi_label else None,
@@ -148,7 +146,7 @@ class Facts:
 
     @classmethod
     def parse(cls, data: bytes, shown: str) -> Facts:
-        """Return the facts in a member. Raises IntegrityError."""
+        """Return the facts in a member's content. Raises IntegrityError."""
         facts = parse_json(data, shown)
         path: Any = facts.get("path")
         label, error = facts.get("label"), facts.get("error")
@@ -168,10 +166,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Record(Generic[T]):
-    """One example of a stream: its key, its facts, and by modality an array in the format of NPY, or where it lies.
-
-    An input that could not be read has an error in its facts, no key and no arrays.
-    """
+    """One example of a stream; arrays: in NPY format or places in a file. An unreadable input has only facts."""
 
     key: str
     facts: Facts
@@ -179,7 +174,7 @@ class Record(Generic[T]):
 
 
 def are_names(value: Any) -> bool:
-    """Return whether a value from JSON is a list of texts."""
+    """Return whether a value from JSON is a list of strings."""
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
@@ -195,9 +190,9 @@ def parse_json(data: bytes, shown: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stored:
-    """One modality of a record: an array that needs no decoding. Used like an encoded file (data/inputs.py).
+    """One modality of a record: a decoded array, used like an encoded file (`Input` in data/inputs.py).
 
-    name: of the input. length_s: of the input, of sound and video. read: returns the array in the format of NPY.
+    name: the input's name. length_s: the input's length, of sound and video. read: returns the array in NPY format.
     """
 
     name: str
@@ -213,30 +208,30 @@ class Stored:
 
     @property
     def origin(self) -> str:
-        """What the bytes of `content` belong to."""
+        """A name for the bytes of `content`."""
         return f"{self.name}\0{self.modality}"
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the array is what the model is given, crops and augmentation done."""
+        """Whether crops and augmentation are done: the array is an input of the model."""
         return self.header.content != "decoded"
 
     @property
     def seconds(self) -> float | None:
-        """The length on the time axis; None without one, or where a clip was already cut."""
+        """The length on the time axis; None without a time axis or after a clip was cut."""
         return None if self.is_prepared or timed_modality(self.modality) is None else self.length_s
 
     def content(self) -> Iterator[bytes | memoryview]:
-        """Yield the bytes of the array as they are stored."""
+        """Yield the array in NPY format."""
         yield self.read()
 
     def array(self, span: Span | None = None) -> Array:
-        """Return the decoded array or a span of seconds, read-only. Raises DataError if it is no such array."""
+        """Return the decoded array or a span of it, read-only. Raises DataError for a wrong dtype or shape."""
         dtype, shape = modality(self.modality).loaded(self.header.inputs[self.modality])
         return self._checked((dtype,), shape, span)
 
     def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
-        """Yield (start in seconds, array) of each window, as `TimedModality.windows` does of a file."""
+        """Yield (start in seconds, array) of each window; see `TimedModality.windows`."""
         return cut_windows([self.array()], self._steps_hz, window_s, hop_s)
 
     @property
@@ -246,37 +241,36 @@ class Stored:
         return timed.steps_hz(self.header.inputs[self.modality])
 
     def prepared(self) -> ByteArray:
-        """Return what the model is given. Raises DataError if the record has no such array, or not of numbers."""
+        """Return the model's input. Raises DataError for an array of a wrong dtype or shape, or not finite."""
         kind, spec = modality(self.modality), self.header.inputs[self.modality]
         layout, dtype = kind.layout(spec), np.dtype(kind.loaded(spec)[0])
         if self.header.content == "fourier":
             rows = self._checked(("float32", "float16"), (layout.num_inputs, layout.num_channels))
-            return from_rows(rows.astype(np.float32, copy=False), layout, dtype)
+            return _without_features(rows.astype(np.float32, copy=False), layout, dtype)
         if layout.is_grid:
             return ByteArray(self._checked((dtype.name,), layout.prepared_shape))
         positions = self._checked(("float32",), (layout.num_inputs, layout.dims))
         return ByteArray(np.empty((len(positions), 0), np.float32), positions)
 
     def _checked(self, dtypes: Sequence[str], shape: tuple[int | None, ...], span: Span | None = None) -> Array:
-        """Return the array of one of these dtypes and this shape, or a span of it; only what is returned is read."""
+        """Return the array, or a span of it, if dtype and shape fit; only the returned values are read and checked."""
         array = parse_npy(self.read(), f"{self.shown}: {self.modality}")
         fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
         if array.dtype.name not in dtypes or not fits:
             sides = ", ".join("n" if side is None else str(side) for side in shape)
-            raise DataError(
-                f"{self.shown}: {self.modality} of {array.dtype} {array.shape}, expected {dtypes[0]} ({sides})"
-            )
+            actual = f"{self.shown}: {self.modality} of {array.dtype} {array.shape}"
+            raise DataError(f"{actual}, expected {dtypes[0]} ({sides})")
         if span is not None:
             first = max(0, round(span[0] * self._steps_hz))
             array = array[first : first + max(1, round(span[1] * self._steps_hz))]
         check_contract(Source(self.name), array, "values")
         if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
-            raise DataError(f"{self.shown}: {self.modality} of values above {MAX_VALUE:g}")
+            raise DataError(f"{self.shown}: {self.modality} with values above {MAX_VALUE:g}")
         return array
 
 
-def from_rows(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
-    """Return the byte array that rows (M, C) with Fourier features were made from; values come back in `dtype`."""
+def _without_features(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
+    """Return the byte array of rows (M, C) without their Fourier features; values get `dtype`."""
     if not layout.is_grid:
         return ByteArray(rows[:, :0], rows[:, : layout.dims])
     values = rows[:, : layout.channels] * np.array(layout.std, np.float32) + np.array(layout.mean, np.float32)
@@ -286,10 +280,10 @@ def from_rows(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
 
 
 def header_check(shown: str, first: Header, second: Header) -> None:
-    """Raise DataError unless the records of two streams can be read as those of one."""
+    """Raise DataError unless the records of two streams can be read as one stream."""
     if first.content != second.content or first.inputs.keys() != second.inputs.keys():
         kinds = [f"{'+'.join(header.inputs)} {header.content}" for header in (first, second)]
         raise DataError(f"{shown}: records of {kinds[0]}, then of {kinds[1]}", "prepare both alike")
-    second.check(shown, first.inputs, "what came before")
+    second.check(shown, first.inputs, "the previous stream")
     if first.multi_label != second.multi_label:
-        raise DataError(f"{shown}: records of several labels and records of one", "prepare both alike")
+        raise DataError(f"{shown}: records with several labels each, and records with one", "prepare both alike")

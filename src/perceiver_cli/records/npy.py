@@ -29,7 +29,7 @@ def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
 
 
 def parse_npy(data: bytes | memoryview, shown: str) -> Array:
-    """Return the array in bytes of format NPY 1.0, which it shares. Raises DataError for all but numbers in C order."""
+    """Return the array in NPY 1.0 bytes, without a copy. Raises DataError unless it holds numbers in C order."""
     view = memoryview(data)
     length = int.from_bytes(view[8:10], "little")
     if bytes(view[:8]) != b"\x93NUMPY\x01\x00" or length > MAX_NPY_HEADER:
@@ -46,12 +46,12 @@ def parse_npy(data: bytes | memoryview, shown: str) -> Array:
 
 @lru_cache(maxsize=256)
 def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | str:
-    """Return dtype and shape, or what is wrong."""
+    """Return dtype and shape, or the fault as text."""
     stream = io.BytesIO(head)
     stream.seek(8)
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except Exception as error:  # a stranger's text goes through a parser of Python literals
+    except Exception as error:  # NumPy parses a Python literal here: a damaged one raises any error
         return f"a damaged NPY header: {show_text(str(error))}"
     if dtype.kind not in "uif" or dtype.itemsize > 8 or dtype.byteorder == ">":
         return f"an array of {show_text(str(dtype))}, expected numbers"

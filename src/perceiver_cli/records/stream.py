@@ -1,12 +1,11 @@
-"""Records as a tar stream: what `preprocess` writes, and the reader that notices when it was cut short. No torch.
+"""Records as a tar stream: the writer, and a reader that notices a stream cut short. No torch.
 
-A record is one example in adjacent members named as WebDataset does: `KEY.json` (path, id, label, split), `KEY.cls`
-(class index) and `KEY.<modality>.npy`, one for each modality that the example has. The first member says how the arrays
-were prepared, the last one how many records there are; an input that could not be read has a member of its own in its
-place, which other tools pass over; streams may follow each other (`cat a.tar b.tar`). Nothing of it depends on the time
-or the machine: the same examples give the same bytes.
+A record is one example in adjacent members with WebDataset's names: `KEY.json` (path, id, label, split), `KEY.cls`
+(class index) and one `KEY.<modality>.npy` for each modality of the example. The first member says how the arrays were
+prepared, the last one counts the records. An unreadable input has an error member in its place, which other tools
+ignore. Streams may follow each other (`cat a.tar b.tar`). The same examples give the same bytes at any time, anywhere.
 
-Everything that is read is checked before memory is taken for it; no member is ever unpacked to a file.
+The reader checks each size before it allocates memory, and never unpacks a member to a file.
 """
 
 from __future__ import annotations
@@ -25,49 +24,40 @@ from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Facts, Header, Record, T, header_check, parse_json
 
-# Without a dot, and wrapped in underscores: WebDataset and Hugging Face pass over members of such names.
+# WebDataset and Hugging Face ignore members without a dot and with underscores around their name.
 HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver__/end"
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-MAX_NAME = 100  # bytes, of a member in USTAR
-MAX_JSON_BYTES = 1 << 20  # of a record's facts
-MAX_HEADER_BYTES = 64 << 20  # class names are in it
+MAX_NAME = 100  # bytes of a member's name in USTAR
+MAX_JSON_BYTES = 1 << 20  # for the facts of a record
+MAX_HEADER_BYTES = 64 << 20  # the header holds the class names
 COMPRESSED = {b"\x1f\x8b": "zcat", b"\x28\xb5\x2f\xfd": "zstd -dc", b"\xfd7zXZ\0": "xz -dc", b"BZh": "bzcat"}
 
 
 class Writer:
-    """Writes a stream through a function: the header at once, then records, then the end.
-
-    Attributes:
-        num_records, num_errors, num_bytes: written so far.
-    """
+    """Writes a stream through a function: the header at once, then records, then the end. num_*: written so far."""
 
     def __init__(self, write: Callable[[bytes], object], header: Header) -> None:
         self.write = write
         self.num_records = self.num_errors = self.num_bytes = 0
-        self._put(HEADER, header.to_json())
+        self.packed(tar_members([(HEADER, header.to_json())]), records=0)
 
     def packed(self, members: bytes, records: int = 1, errors: int = 0) -> None:
-        """Write what `pack` made; keys rise."""
+        """Write the members that `pack` returned; the caller keeps keys rising."""
         self.num_records += records
         self.num_errors += errors
         self.num_bytes += len(members)
         self.write(members)
 
     def close(self) -> None:
-        """Write the end, which says that nothing is missing."""
+        """Write the end, which proves that no record is missing."""
         counts = {"records": self.num_records, "errors": self.num_errors}
-        self._put(END, json.dumps(counts).encode() + b"\n")
+        self.packed(tar_members([(END, json.dumps(counts).encode() + b"\n")]), records=0)
         self.write(2 * ZEROS)
-
-    def _put(self, name: str, content: bytes) -> None:
-        data = tar_members([(name, content)])
-        self.num_bytes += len(data)
-        self.write(data)
 
 
 def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, header: Header) -> bytes:
-    """Return the members of one record; arrays are in the format of NPY, the number becomes its key."""
+    """Return the tar members of one record, whose arrays are in NPY format and whose key is the number."""
     if facts.error is not None:
         return tar_members([(ERROR, facts.to_json(header.multi_label))])
     key = f"{number:08d}"
@@ -78,26 +68,20 @@ def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, he
 
 
 def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
-    """Return members, pairs of name and content, as POSIX ustar without owner and time.
-
-    The same members give the same bytes. Raises UsageError for a name or a size that a tar cannot hold.
-    """
+    """Return POSIX ustar members without owner and time. Raises UsageError for a name or size that no tar can hold."""
     data: list[bytes | memoryview] = []
     for name, content in members:
         data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
     return b"".join(data)
 
 
-# Of a regular file without owner and time; a record's header differs from it in name, size and checksum.
+# The header of an empty regular file without owner and time; a record's differs in name, size and checksum.
 _TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
 _TAR_END_SUM = sum(_TAR_HEADER[156:]) + 8 * ord(" ")  # the checksum counts itself as eight blanks
 
 
 def _tar_header(name: str, size: int) -> bytes:
-    """Return the header block of a regular file: the bytes of `TarInfo.tobuf(USTAR_FORMAT)`, in an eighth of the time.
-
-    A record has two headers or more; with `tobuf` records would be written three times slower.
-    """
+    """Return `TarInfo.tobuf(USTAR_FORMAT)` of a regular file, eight times faster: `tobuf` makes writing slow."""
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
@@ -106,16 +90,12 @@ def _tar_header(name: str, size: int) -> bytes:
 
 
 class Feed:
-    """The bytes of a stream in order.
-
-    Attributes:
-        at: how many were taken or passed over. records: how many records were read. shown: the name, safe to print.
-    """
+    """The bytes of a stream. at: bytes taken or skipped. records: records read. shown: the name, safe to print."""
 
     def __init__(self, file: BinaryIO, shown: str, begun: bytes = b"") -> None:
         self.file, self.shown = file, shown
         self.at = self.records = 0
-        self._begun = begun  # taken from the file before
+        self._begun = begun  # bytes that the caller has read already
 
     def take(self, count: int) -> bytes:
         """Return the next `count` bytes, fewer at the end."""
@@ -125,15 +105,15 @@ class Feed:
         return data
 
     def skip(self, count: int) -> tuple[int, int]:
-        """Pass over `count` bytes of a file; return where they lie and how many they are."""
+        """Skip `count` bytes of a file; return their position and `count`."""
         self.file.seek(count, io.SEEK_CUR)
         self.at += count
         return self.at - count, count
 
-    def content(self, name: str, size: int, most: int) -> bytes:
-        """Return the content of a member. Raises IntegrityError if it is larger than `most` or cut short."""
-        if size > most:
-            raise self.damaged(f"{show_path(name)} of {size} bytes, expected {most} at most")
+    def content(self, name: str, size: int, limit: int) -> bytes:
+        """Return the content of a member. Raises IntegrityError if it is larger than `limit` or cut short."""
+        if size > limit:
+            raise self.damaged(f"{show_path(name)} of {size} bytes, expected {limit} at most")
         padded = size + -size % BLOCK
         data = self.take(padded)
         if len(data) < padded:
@@ -142,38 +122,36 @@ class Feed:
 
     def cut(self) -> IntegrityError:
         """Return the error of a stream that ends too early."""
-        return IntegrityError(
-            f"{self.shown}: the stream was cut short after {self.records} records",
-            "what wrote it did not finish: see its error",
-        )
+        fault = f"{self.shown}: the stream was cut short after {self.records} records"
+        return IntegrityError(fault, "its writer did not finish: see the writer's error")
 
-    def damaged(self, what: str) -> IntegrityError:
-        """Return the error of a stream that holds what it must not."""
-        return IntegrityError(f"{self.shown}: {what} (after {self.records} records, byte {self.at})")
+    def damaged(self, fault: str) -> IntegrityError:
+        """Return the error of a stream with a fault."""
+        return IntegrityError(f"{self.shown}: {fault} (after {self.records} records, byte {self.at})")
 
 
 def is_tar(head: bytes) -> bool:
-    """Return whether bytes begin like a tar, or like one that is compressed."""
+    """Return whether bytes begin like a tar or a compressed file."""
     return head[257:262] == b"ustar" or compression(head) is not None
 
 
 def compression(head: bytes) -> str | None:
-    """Return the command that unpacks what begins with these bytes, None where it is not compressed."""
+    """Return the command that unpacks a file with these first bytes, or None if it is not compressed."""
     return next((command for magic, command in COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
-    """Yield the header and each record of a stream, or of several that follow each other; errors are not counted.
+    """Yield the header and each record of one or several adjacent streams; `feed.records` leaves out errors.
 
-    take: called with the size of an array, `feed.take` to have its bytes or `feed.skip` to have its place. Raises
-    DataError if it is no such stream, LimitError for an array larger than `limits` before it is read, IntegrityError
-    with the number of records before it if the stream is cut short or damaged.
+    take: called with the size of an array: `feed.take` gives its bytes, `feed.skip` its place. Raises DataError for
+    another kind of file, LimitError for an array above `limits` before it is read, and IntegrityError, which counts the
+    records before the fault, for a stream that is cut short or damaged.
     """
     header: Header | None = None
     while (header := _next_header(feed, header)) is not None:
         count = errors = 0
         pending: _Pending[T] | None = None
-        before = ""  # the key of the last record
+        before = ""  # key of the last record
         while True:
             name, size = _parse_member(feed, feed.take(BLOCK))
             key = name.partition(".")[0]
@@ -185,25 +163,25 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
                 counts = parse_json(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {END}")
                 for kind, number in (("records", count), ("errors", errors)):
                     if counts.get(kind) != number:
-                        raise feed.damaged(f"{number} {kind}, where its end says {counts.get(kind)!r:.20}")
+                        raise feed.damaged(f"{number} {kind}, but its end says {counts.get(kind)!r:.20}")
                 break
             if name == ERROR:
                 facts = Facts.parse(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {ERROR}")
                 if facts.error is None:
-                    raise feed.damaged(f"{ERROR} without an error in it")
+                    raise feed.damaged(f"{ERROR} without an error")
                 yield header, Record("", facts, {})
                 errors += 1
                 continue
             if pending is None:
                 if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or key <= before:
-                    raise feed.damaged(f"a member {show_path(name)}, expected keys that rise, then {END}")
+                    raise feed.damaged(f"a member {show_path(name)}, expected rising keys, then {END}")
                 pending = _Pending(key)
             pending.add(feed, name, size, header, limits, take)
 
 
 @dataclass
 class _Pending(Generic[T]):
-    """A record whose members are being read."""
+    """A record with the members read so far."""
 
     key: str
     facts: bytes | None = None
@@ -237,19 +215,19 @@ class _Pending(Generic[T]):
 
 
 def _next_header(feed: Feed, before: Header | None) -> Header | None:
-    """Return the header of the next stream, None at the end; blocks of zeros lie between and after streams."""
+    """Return the header of the next stream, None at the end. Skip blocks of zeros between and after streams."""
     block = ZEROS
     while block == ZEROS:
         block = feed.take(BLOCK)
     if len(block) == 0 and before is not None:
         return None
-    hint = "expected records as `perceiver preprocess` writes them"
+    hint = "expected records written by `perceiver preprocess`"
     if before is None:
         command = compression(block)
         if command is not None:
             raise DataError(f"{feed.shown}: compressed", f"unpack it on the way: {command} FILE | perceiver ... -")
         if block[257:262] != b"ustar":
-            raise DataError(f"{feed.shown}: {'not a tar' if block else 'nothing in it'}", hint)
+            raise DataError(f"{feed.shown}: {'not a tar' if block else 'empty'}", hint)
     if not block.startswith(HEADER.encode() + b"\0"):
         name = show_path(block[:MAX_NAME].rstrip(b"\0").decode("ascii", "replace"))
         raise DataError(f"{feed.shown}: a tar that begins with {name}, not with {HEADER}", hint)
@@ -263,7 +241,7 @@ _SIZE = re.compile(rb"[0-7]{1,11}[ \0]")
 
 
 def _parse_member(feed: Feed, block: bytes) -> tuple[str, int]:
-    """Return name and size of a member by its header block: a regular file, its name in ASCII, its checksum right."""
+    """Return name and size of a member from its header block. Raises IntegrityError unless it is a regular file."""
     if len(block) < BLOCK or block == ZEROS:
         raise feed.cut()
     field_ = block[148:156]
@@ -271,7 +249,7 @@ def _parse_member(feed: Feed, block: bytes) -> tuple[str, int]:
         declared = int(field_.strip(b" \0"), 8)
     except ValueError:
         declared = -1
-    # The low half of Adler-32 is one more than the sum of the bytes: a hundred times as fast as adding them up.
+    # The low half of Adler-32 is the sum of the bytes plus one, a hundred times faster than `sum`.
     checksum = adler32(block) % 65536 - 1 - sum(field_) + 8 * 0x20
     size = _SIZE.match(block, 124, 136)
     if (declared - checksum) % 65521 or block[257:262] != b"ustar" or size is None:
