@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
@@ -60,6 +61,10 @@ class Decoder:
         self._decoded: dict[str, Decoded] = {}
         self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
         self.timed = {name: timed for name in self.specs if (timed := timed_modality(name)) is not None}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for a spawned worker, which decodes by itself: arrays would travel to each."""
+        return {**self.__dict__, "_decoded": {}}
 
     @property
     def layouts(self) -> dict[str, Layout]:

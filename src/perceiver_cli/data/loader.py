@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.workers import worker_died
+from perceiver_cli.data.workers import start_method, worker_died
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.preprocess.base import Array, ByteArray
@@ -113,9 +113,9 @@ class Reader(Decoder, Dataset[Batch]):
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
-            collate_fn=lambda batch: batch,  # one task is one batch
+            collate_fn=_whole,
             pin_memory=pin,
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context=start_method() if workers else None,
         )
         try:
             for batch in loader:
@@ -124,6 +124,11 @@ class Reader(Decoder, Dataset[Batch]):
             if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
                 raise worker_died(workers) from error
             raise
+
+
+def _whole(batch: Batch) -> Batch:
+    """Return a batch as it is: one task is one batch. A spawned worker finds the function by its name."""
+    return batch
 
 
 class SharedMemory:

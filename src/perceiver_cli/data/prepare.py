@@ -22,7 +22,7 @@ from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.inputs import opened
 from perceiver_cli.data.listing import File, Listing, Row, listed, parent
-from perceiver_cli.data.workers import in_order, in_progress
+from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
@@ -165,6 +165,9 @@ def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Ite
     decoder = Decoder(job.header.inputs, job.limits)
     if not workers:
         yield from (_made(job, decoder, example) for example in examples)
+        return
+    if start_method() != "fork":
+        yield from in_order(partial(_made, job, decoder), examples, workers)
         return
     # To send arrays as messages takes as long as to decode them. Instead, each input in progress has a place in shared
     # memory, and `in_order` begins no new input in it before the old one's records are written.

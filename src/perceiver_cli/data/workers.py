@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +21,13 @@ AHEAD = 2  # chunks per process that may wait for earlier ones
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_call: Callable[[Any], Any] | None = None  # each worker process inherits it by the fork
+_call: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def start_method() -> str:
+    """Return how workers start: "fork" shares what is in memory, "spawn" is for Windows and macOS."""
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"  # Apple's libraries crash
+    return "fork" if can_fork else "spawn"
 
 
 def in_progress(workers: int) -> int:
@@ -30,14 +37,13 @@ def in_progress(workers: int) -> int:
 
 def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield `call(item)` in order, from `workers` processes (0: this one). Raises ResourceError if one dies."""
-    global _call
     if workers == 0:
         yield from map(call, items)
         return
-    _call, rest = call, iter(items)
+    rest = iter(items)
     waiting: deque[Future[list[Result]]] = deque()
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), end_with_parent) as pool:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method()), _begin, (call,)) as pool:
             try:
                 while chunk := list(islice(rest, CHUNK)):
                     waiting.append(pool.submit(_call_each, chunk))
@@ -50,6 +56,12 @@ def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int
                 raise
     except BrokenProcessPool as error:
         raise worker_died(workers) from error
+
+
+def _begin(call: Callable[[Any], Any]) -> None:
+    global _call
+    _call = call
+    end_with_parent()
 
 
 def end_with_parent() -> None:
