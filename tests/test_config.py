@@ -6,8 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from perceiver_cli.config import Config, ModelConfig, duration_steps, load_config, load_preset, tiny_config
 from perceiver_cli.errors import UsageError

@@ -36,7 +36,8 @@ def run(command: list[str | Path], cwd: Path, *programs: Path) -> subprocess.Com
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, warm_bin: Path) -> Path:
     """A folder with the data and the models that pages need, made once for all processes of the suite."""
-    folder = tmp_path_factory.getbasetemp().parent / "docs-place"
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs-place"
     with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
         if not folder.exists():
             patch.setenv("PATH", os.pathsep.join([str(warm_bin), str(BIN), os.environ["PATH"]]))
@@ -75,6 +76,11 @@ def test_blocks_run_and_print_what_the_page_shows(place: Path, page: Path) -> No
 def test_pages_made_from_the_program_are_up_to_date(made: object) -> None:
     page: Callable[[], str] = made.page  # type: ignore[attr-defined]
     assert made.PAGE.read_text() == page(), f"renew it: python docs/{made.__name__.rpartition('.')[2]}.py"  # type: ignore[attr-defined]
+
+
+def test_every_option_of_a_recipe_has_a_meaning() -> None:
+    rows = [line.split(" | ") for line in make_configuration.page().splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows if len(row[3].strip(" |")) < 3] == []
 
 
 def test_the_page_of_rooms_names_every_file() -> None:

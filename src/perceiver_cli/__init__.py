@@ -6,22 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from perceiver_cli.config import Config as Config
-    from perceiver_cli.config import load_config as load_config
-    from perceiver_cli.config import load_preset as load_preset
+    from perceiver_cli.config import Config as Config, load_config as load_config, load_preset as load_preset
     from perceiver_cli.data.prepare import byte_array as byte_array
     from perceiver_cli.errors import PerceiverError as PerceiverError
     from perceiver_cli.inference.evaluation import Report as Report
-    from perceiver_cli.inference.predictor import Prediction as Prediction
-    from perceiver_cli.inference.predictor import Predictor as Predictor
-    from perceiver_cli.inference.predictor import Windows as Windows
+    from perceiver_cli.inference.predictor import Prediction as Prediction, Predictor as Predictor, Windows as Windows
     from perceiver_cli.model.checkpoint import load_model
     from perceiver_cli.model.encoding import Segment as Segment
     from perceiver_cli.model.perceiver import Perceiver as Perceiver
     from perceiver_cli.preprocess import register as register
-    from perceiver_cli.preprocess.base import ByteArray as ByteArray
-    from perceiver_cli.preprocess.base import Layout as Layout
-    from perceiver_cli.preprocess.base import Modality as Modality
+    from perceiver_cli.preprocess.base import ByteArray as ByteArray, Layout as Layout, Modality as Modality
     from perceiver_cli.preprocess.source import Source as Source
     from perceiver_cli.preprocess.spec import InputSpec as InputSpec
     from perceiver_cli.training.optimizer import Lamb as Lamb

@@ -36,15 +36,15 @@ class ModelConfig(Table):
     own weights, cross-attends 2 to 8 share theirs, all latent Transformers share theirs.
     """
 
-    num_latents: Size = 512
-    latent_channels: Size = 1024
-    schedule: str = "c0 t0 (c1 t0)x7"
-    self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6
-    num_cross_heads: Size = 1
-    num_self_heads: Size = 8
+    num_latents: Size = 512  # rows of the latent array
+    latent_channels: Size = 1024  # width of the latent array
+    schedule: str = "c0 t0 (c1 t0)x7"  # order and weight sets of cross-attends c and latent Transformers t
+    self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6  # layers of each latent Transformer
+    num_cross_heads: Size = 1  # heads of a cross-attend
+    num_self_heads: Size = 8  # heads of a latent self-attention
     # Width of Q, K, V in the cross-attend: min(input, latent channels) (paper), or the input's (official code).
     cross_channels: Literal["min", "input"] = "min"
-    widening_factor: Annotated[int, Field(ge=1, le=16)] = 1
+    widening_factor: Annotated[int, Field(ge=1, le=16)] = 1  # hidden width of an MLP, in widths of its input
     gelu: Literal["tanh", "erf"] = "tanh"  # as the default of jax.nn.gelu (tanh), or of transformers (erf)
     head: Literal["mean", "query"] = "mean"  # the paper's mean over latents, or Perceiver IO's learned query
     query_residual: bool = True  # query head: add the query to its read, or take the read alone
@@ -94,7 +94,7 @@ class ModelConfig(Table):
 class DataConfig(Table):
     """The examples, and how they are read."""
 
-    path: str | None = None
+    path: str | None = None  # folder, manifest or tar of the data
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train that validates, without a validation split
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     split: str | None = None  # file of an earlier run's split, which is reused
@@ -133,34 +133,34 @@ def duration_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -
 class TrainConfig(Table):
     """Optimiser, schedule and length of a run."""
 
-    epochs: Annotated[float, Field(gt=0)] = 120.0
+    epochs: Annotated[float, Field(gt=0)] = 120.0  # passes over the training examples
     max_steps: Annotated[int, Field(gt=0)] | None = None  # upper bound of the steps of `epochs`
     steps: Annotated[int, Field(gt=0)] | None = None  # overrides epochs and max_steps
     max_time_s: Positive | None = None  # overrides every other length: the schedule is planned to end with it
-    batch_size: Size = 64
+    batch_size: Size = 64  # examples a batch
     accumulate: Size = 1  # batches per optimiser step
-    optimizer: Literal["adamw", "lamb"] = "lamb"
-    lr: Positive = 0.004
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
-    schedule: Literal["constant", "cosine", "step"] = "constant"
-    warmup: Duration = "0 steps"
+    optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
+    lr: Positive = 0.004  # peak learning rate
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay rates of the optimizer's averages
+    eps: Positive = 1e-6  # added to the optimizer's denominator
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of matrices, not of biases and norms
+    schedule: Literal["constant", "cosine", "step"] = "constant"  # learning rate over the run
+    warmup: Duration = "0 steps"  # linear rise of the learning rate from 0
     flat: Duration = "0 steps"  # cosine schedule: length of the peak before the fall
     decay_at: tuple[Duration, ...] = ()  # step schedule: times at which the rate falls
-    decay_factor: Positive = 0.1
-    clip_norm: Positive | None = None
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    decay_factor: Positive = 0.1  # factor of the learning rate at each of decay_at
+    clip_norm: Positive | None = None  # largest norm of the gradient
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
     # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Images only.
     mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0  # as mixup
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
-    eval_every: Duration = "1 epoch"
+    eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
     save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    device: str = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of weights, data order and augmentation
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 on a GPU, else fp32
     recompute: bool = False  # compute latent Transformers again in the backward pass: less memory, a third more time
     compile: bool = False  # compile latent Transformers, for GPUs: a minute at the start
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import kept

@@ -15,8 +15,7 @@ import pytest
 import soundfile
 
 from perceiver_cli.errors import AbsentError, DataError, LimitError, UsageError
-from perceiver_cli.preprocess.audio import MODALITY as AUDIO
-from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.audio import MODALITY as AUDIO, AudioSpec
 from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess.points import MODALITY as POINTS
-from perceiver_cli.preprocess.points import PointsSpec
+from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from tests.conftest import detect

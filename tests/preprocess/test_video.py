@@ -24,8 +24,7 @@ from perceiver_cli.preprocess import container, modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.preprocess.video import MODALITY as VIDEO
-from perceiver_cli.preprocess.video import VideoSpec
+from perceiver_cli.preprocess.video import MODALITY as VIDEO, VideoSpec
 from tests.conftest import decode, detect
 
 LIMITS = Limits()

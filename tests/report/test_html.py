@@ -25,8 +25,7 @@ from perceiver_cli.inference.evaluation import Report, evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import BINS, calibration_error, reliability
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.report import charts
-from perceiver_cli.report import html as pages
+from perceiver_cli.report import charts, html as pages
 from perceiver_cli.report.html import page, shown
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive, write_images

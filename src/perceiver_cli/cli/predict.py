@@ -12,7 +12,7 @@ import typer
 from perceiver_cli.cli import options, terminal
 from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, figure, say, say_notes
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import check_suffix, show_path, show_text
+from perceiver_cli.files import check_suffix, show_path, show_text, write_text
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
@@ -46,8 +46,7 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled files. Print accuracy, top-5, loss, calibration error (ECE), and each class."""
     options.check_data(data)
-    from perceiver_cli.inference.evaluation import calibrate as calibrate_model
-    from perceiver_cli.inference.evaluation import evaluate as evaluate_model
+    from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate as evaluate_model
     from perceiver_cli.report.html import save_report
 
     predictor = options.open_predictor(model, device, precision, limit, use)
@@ -60,13 +59,14 @@ def evaluate(
     for _, error in report.bad[:20]:
         complain(f"perceiver evaluate: {error}")
     if output is not None:
-        from perceiver_cli.report.html import REPORT_FILE, write_report
+        from perceiver_cli.report.html import REPORT_FILE, page
 
         save_report(report, output)
         words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
         words += ["--use", use] if use is not None else []
         words += [word for raised in limit or [] for word in ("--limit", raised)]
-        write_report(report, predictor, data, [*words, "-o", os.fspath(output)], output)
+        html = page(report, predictor, data, [*words, "-o", os.fspath(output)])
+        write_text(output / REPORT_FILE, html)
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     show_report(report, json)
     if report.bad:

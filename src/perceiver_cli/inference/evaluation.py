@@ -306,8 +306,7 @@ def evaluate(
     Without `split`: the test split, else the validation split (the run's if it was trained on this data, else the
     data's), else everything. The data may lack some of the model's modalities.
 
-    Raises:
-        UsageError: no such split. DataError: nothing usable, or none of the model's modalities.
+    Raises UsageError if there is no such split; DataError without usable files or without the model's modalities.
     """
     reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
     catalog, origin = split_of_run(catalog, predictor, split)
@@ -336,9 +335,8 @@ def calibrate(
 ) -> Calibration:
     """Fit a calibration on the validation split of `data`, store it in the model file and the predictor; return it.
 
-    Raises:
-        UsageError: no validation split, or a predictor that does not use all modalities. DataError: nothing to score,
-        or several labels an example for a model of one. ResourceError: the model file cannot be written.
+    Raises UsageError without a validation split or for a predictor that does not use all modalities; DataError if
+    nothing can be scored, or for several labels an example with a model of one; ResourceError if it cannot be written.
     """
     if predictor.reader.specs.keys() != set(predictor.modalities):
         raise UsageError("a calibration needs all modalities of the model", "leave out --use")

@@ -226,17 +226,19 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
     It needs the memory of a training step on the example with recomputed activations.
     """
     full = {name: [x for x in (s.values.float(), s.positions) if x is not None] for name, s in segments.items()}
+    # Each input with its mean over all places, (1, 1.., C).
+    pairs = {n: [(x, x.mean(tuple(range(1, x.dim() - 1)), keepdim=True)) for x in full[n]] for n in full}
     gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, *_) in full.items()}
     with _lean(model), torch.enable_grad():
         for step in range(PATH_STEPS):
             share = (step + 0.5) / PATH_STEPS
-            partial = {name: [_between(x, share) for x in tensors] for name, tensors in full.items()}
+            partial = {n: [(mean + share * (x - mean)).requires_grad_() for x, mean in pairs[n]] for n in pairs}
             logits = model({name: Segment(*tensors) for name, tensors in partial.items()})
             odds = log_odds(logits, target, several).sum()
             slopes = iter(torch.autograd.grad(odds, [x for tensors in partial.values() for x in tensors]))
-            for name, tensors in full.items():
-                for whole in tensors:
-                    gained[name] += (next(slopes) * (whole - _mean(whole))).sum(dim=-1) / PATH_STEPS
+            for name, both in pairs.items():
+                for x, mean in both:
+                    gained[name] += (next(slopes) * (x - mean)).sum(dim=-1) / PATH_STEPS
     gains = {name: sums[0].double().cpu() for name, sums in gained.items()}
     return _normalised(
         {name: (_with_neighbours(x) if len(full[name]) == 1 else x).clamp(min=0) for name, x in gains.items()}
@@ -266,16 +268,6 @@ def _lean(model: Perceiver) -> Iterator[None]:
         model.recompute = recompute
         for weight in learned:
             weight.requires_grad_(True)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """Return the mean over all places (1, 1.., C)."""
-    return values.mean(dim=tuple(range(1, values.dim() - 1)), keepdim=True)
-
-
-def _between(values: Tensor, share: float) -> Tensor:
-    mean = _mean(values)
-    return (mean + share * (values - mean)).requires_grad_()
 
 
 def _with_neighbours(grid: Tensor) -> Tensor:

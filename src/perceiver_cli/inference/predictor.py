@@ -119,8 +119,7 @@ class Predictor:
         limits: limits of one input; None takes the model's.
         use: the model's modalities to predict from; None is all. The others count as missing.
 
-    Raises:
-        UsageError: no such model, or a modality that it does not read. IntegrityError: a damaged model file.
+    Raises UsageError if there is no such model or it does not read a modality; IntegrityError for a damaged file.
     """
 
     def __init__(
@@ -186,9 +185,8 @@ class Predictor:
         `batch_size` is `batch_that_fits` by default; for windows on a CPU it is 1, which is as fast. `workers` read
         whole inputs only. `min_prob`, `embeddings`: see Prediction.
 
-        Raises:
-            DataError: an unreadable manifest, or records prepared with other options. IntegrityError: damaged records,
-            after the predictions of those before them. UsageError: windows for a model without a time axis.
+        Raises DataError for an unreadable manifest or records prepared with other options; IntegrityError for damaged
+        records, after the predictions of those before them; UsageError for windows without a time axis.
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
             inputs = [inputs]

@@ -27,6 +27,7 @@ from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import Layout
+from perceiver_cli.report.charts import plotted
 
 GROWTH_INPUTS = tuple(2**power for power in range(12, 21, 2))  # squares: 64 x 64 to 1024 x 1024
 SLOPE_FROM = 2**14  # inputs
@@ -162,19 +163,20 @@ def slope(points: Sequence[tuple[int, float]]) -> float:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     """Write a plot of `growth` rows (SVG or PNG by suffix): time and memory over inputs."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2)
     names = list(dict.fromkeys(row["name"] for row in rows))
-    for axis, (key, label) in zip(axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True):
-        for kind, line in (("cross-attend", "--"), ("model", "-")):
-            for name, colour in zip(names, COLOURS, strict=False):
-                points = [(r["inputs"], r[key]) for r in rows if r["what"] == kind and r["name"] == name and key in r]
-                axis.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour,
-                          label=kind if len(names) == 1 else f"{kind}, {name}")  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel="inputs M", ylabel=label)
-        axis.set_xticks(GROWTH_INPUTS, [f"{count:,}" for count in GROWTH_INPUTS], fontsize=8)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    with plotted(path, 9, 3.6) as figure:
+        axes = figure.subplots(1, 2)
+        for axis, (key, label) in zip(
+            axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True
+        ):
+            for kind, line in (("cross-attend", "--"), ("model", "-")):
+                for name, colour in zip(names, COLOURS, strict=False):
+                    points = [
+                        (r["inputs"], r[key]) for r in rows if (r["what"], r["name"]) == (kind, name) and key in r
+                    ]
+                    axis.plot(*zip(*points, strict=True), line, marker="o", markersize=3, color=colour,
+                              label=kind if len(names) == 1 else f"{kind}, {name}")  # fmt: skip
+            axis.set(xscale="log", yscale="log", xlabel="inputs M", ylabel=label)
+            axis.set_xticks(GROWTH_INPUTS, [f"{count:,}" for count in GROWTH_INPUTS], fontsize=8)
+            axis.grid(alpha=0.3)
+        axes[0].legend(fontsize=8, frameon=False)

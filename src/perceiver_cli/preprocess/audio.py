@@ -30,26 +30,26 @@ class AudioSpec(InputSpec):
     """Sound as raw samples in segments, or as a log-mel spectrogram (paper 4.2)."""
 
     modality: Literal["audio"] = "audio"
-    features: Literal["raw", "mel"] = "raw"
+    features: Literal["raw", "mel"] = "raw"  # raw samples, or a log-mel spectrogram
     # "auto": the commonest rate of the training files, at most max_auto_rate_hz.
     rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
-    max_auto_rate_hz: int = 16_000
-    clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28
-    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"
+    max_auto_rate_hz: int = 16_000  # see rate_hz
+    clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28  # seconds of a clip
+    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"  # its number, or "mix": the mean
     short: Literal["loop", "pad"] = "loop"  # how a file shorter than the clip is filled up
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     patch: tuple[Size, ...] = (128,)
     # Mel mode only.
     num_mels: Annotated[int, Field(ge=4, le=1024)] = 64  # presets with mel features set their own
-    window_s: Positive = 0.025
-    hop_s: Positive = 0.010
-    min_hz: Annotated[float, Field(ge=0)] = 20.0
+    window_s: Positive = 0.025  # seconds of a window of the spectrogram
+    hop_s: Positive = 0.010  # seconds between windows
+    min_hz: Annotated[float, Field(ge=0)] = 20.0  # lowest frequency of the filters
     # Training: a random window, a random gain of up to +- gain_db, SpecAugment (mel mode).
     gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0
-    time_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    time_mask_share: Fraction = 0.1
-    frequency_masks: Annotated[int, Field(ge=0, le=100)] = 0
-    frequency_mask_share: Fraction = 0.1
+    time_masks: Annotated[int, Field(ge=0, le=100)] = 0  # number of masks over time
+    time_mask_share: Fraction = 0.1  # largest share of the clip that a mask hides
+    frequency_masks: Annotated[int, Field(ge=0, le=100)] = 0  # number of masks over frequency
+    frequency_mask_share: Fraction = 0.1  # largest share of the mels that a mask hides
 
     @model_validator(mode="after")
     def _check(self) -> Self:

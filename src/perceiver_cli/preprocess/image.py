@@ -36,25 +36,25 @@ class ImageSpec(InputSpec):
     modality: Literal["image"] = "image"
     # "auto": the median size of the training images, at most max_auto_size on the longer side.
     size: Pair | Literal["auto"] = (224, 224)
-    max_auto_size: Size = 64
+    max_auto_size: Size = 64  # see size
     # "auto": grey if no probed training image has a colour; until that is known, images are read as rgb.
     color: Literal["rgb", "grey", "auto"] = "rgb"
     # "auto": the smallest square patch that gives at most max_auto_inputs inputs; 1 is the paper's single pixels.
     patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
-    max_auto_inputs: Size = 256
+    max_auto_inputs: Size = 256  # see patch
     # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
     # and pooling to a quarter of each side, with the padding of the official code (same) or of transformers (valid).
     stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
-    stem_channels: Size = 64
+    stem_channels: Size = 64  # channels after the stem
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # divisor of the values after mean
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
     # Training: the Inception crop, a mirror, RandAugment.
     crop_area: Range = (0.08, 1.0)
-    crop_aspect: Range = (3 / 4, 4 / 3)
-    flip: Fraction = 0.5
-    randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5
+    crop_aspect: Range = (3 / 4, 4 / 3)  # range of width / height of the crop
+    flip: Fraction = 0.5  # probability of a mirror image
+    randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0  # operations on each picture
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5  # their strength
 
 
 # By the names of Pillow's plugins: the signature, a regular expression, and the name in messages. A new format is one

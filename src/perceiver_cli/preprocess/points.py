@@ -20,7 +20,7 @@ class PointsSpec(InputSpec):
     """Points of a cloud or of a mesh's surface: positions only (paper 4.3)."""
 
     modality: Literal["points"] = "points"
-    num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048  # inputs of the model
     max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
     patch: tuple[Size, ...] = (1,)
     # Points sampled once from each file and kept; each visit in training draws num_points from these.
@@ -28,10 +28,10 @@ class PointsSpec(InputSpec):
     # Training: a factor for each point (paper 4.3), rotation about one axis, a factor for each axis, a mirror along
     # each named axis with probability one half, and noise on each coordinate.
     point_scale: Range = (0.99, 1.01)
-    rotate: Literal["none", "x", "y", "z", "any"] = "none"
-    stretch: Range = (1.0, 1.0)
-    mirror: tuple[Literal["x", "y", "z"], ...] = ()
-    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0
+    rotate: Literal["none", "x", "y", "z", "any"] = "none"  # axis of random turns
+    stretch: Range = (1.0, 1.0)  # range of the factor for each axis
+    mirror: tuple[Literal["x", "y", "z"], ...] = ()  # axes along which half of the clouds are mirrored
+    jitter: Annotated[float, Field(ge=0, le=1)] = 0.0  # standard deviation of noise added to each point
 
 
 POOL_SEED = 0  # the pool of a file is the same in every run

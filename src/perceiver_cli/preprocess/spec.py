@@ -49,8 +49,8 @@ class InputSpec(Table):
     patch: tuple[Size, ...] = (1,)
     # Fourier features, or a learned vector for each point of a grid (paper 4.1: 128 wide, std 1.0, one cross-attend).
     positions: Literal["fourier", "learned"] = "fourier"
-    learned_channels: Size = 128
-    learned_std: Positive = 1.0
+    learned_channels: Size = 128  # width of a learned position
+    learned_std: Positive = 1.0  # standard deviation of learned positions at the start
     # Seed of a random order of the byte array's rows, with their features, the same for every input (paper 4.1).
     permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     # Share of training examples that lose this modality if they have another (paper 4.2: video 0.3).
@@ -64,13 +64,13 @@ class InputSpec(Table):
 class Limits(Table):
     """Limits on the size of one input, against hostile files; `--limit NAME=VALUE` raises one."""
 
-    file_bytes: int = 2 << 30
-    image_pixels: int = 89_478_485
-    audio_seconds: float = 3600.0
-    audio_channels: int = 64
-    video_seconds: float = 3600.0
+    file_bytes: int = 2 << 30  # of a file
+    image_pixels: int = 89_478_485  # of a picture
+    audio_seconds: float = 3600.0  # of a sound
+    audio_channels: int = 64  # of a sound
+    video_seconds: float = 3600.0  # of a video
     video_pixels: int = 33_177_600  # per frame: 8K
     video_side: int = 8192  # pixels along a side of a frame
-    vertices: int = 10_000_000
-    faces: int = 20_000_000
-    decoded_bytes: int = 1 << 30
+    vertices: int = 10_000_000  # of a mesh or cloud
+    faces: int = 20_000_000  # of a mesh
+    decoded_bytes: int = 1 << 30  # of a decoded array

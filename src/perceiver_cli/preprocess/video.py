@@ -30,21 +30,21 @@ class VideoSpec(InputSpec):
     """Frames of a clip as a grid, time x height x width (paper 4.2). Values stay uint8 until the model."""
 
     modality: Literal["video"] = "video"
-    num_frames: Annotated[int, Field(ge=1, le=1 << 16)] = 32
+    num_frames: Annotated[int, Field(ge=1, le=1 << 16)] = 32  # frames of a clip
     frame_rate_hz: Annotated[float, Field(gt=0, le=1000)] = 25.0  # each instant takes the frame shown then
-    size: Pair = (224, 224)
+    size: Pair = (224, 224)  # height and width of a frame
     patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
     short: Literal["loop", "hold"] = "loop"  # how a file shorter than the clip is filled up
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # divisor of the values after mean
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
     # Training: a random time, and one Inception crop for all frames. No mirror by default: it turns left into right,
     # which may be another class. `color` is the largest change of brightness, contrast and saturation, as a share.
     crop_area: Range = (0.3, 1.0)
-    crop_aspect: Range = (3 / 4, 4 / 3)
-    flip: Fraction = 0.0
-    color: Fraction = 0.0
+    crop_aspect: Range = (3 / 4, 4 / 3)  # range of width / height of the crop
+    flip: Fraction = 0.0  # probability of a mirror image
+    color: Fraction = 0.0  # strength of random brightness, contrast and saturation
 
 
 COLORS = 3

@@ -70,11 +70,6 @@ class Medium:
         return len(self.sound) + sum(len(uri) for uri, _, _ in self.pictures)
 
 
-def write_report(report: Report, predictor: Predictor, data: str, command: Sequence[str], folder: Path) -> None:
-    """Write report.html into `folder`; `data` and `command` are arguments of `page`. Raises ResourceError."""
-    write_text(folder / REPORT_FILE, page(report, predictor, data, command))
-
-
 def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]) -> str:
     """Return the page as HTML. data: the evaluated path, as the user named it; command: makes the page again."""
     gallery = _Gallery(predictor.reader)

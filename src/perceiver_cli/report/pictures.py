@@ -96,7 +96,10 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
         case VideoSpec():
             _film(figure, raw, spec, heat, start_s)
         case PointsSpec():
-            cloud(bare_axes(figure), raw, None if heat is None else _warm(heat))
+            share = None if heat is None else np.sqrt(heat)[:, None]
+            # Points without heat are a grey that is visible on white.
+            tints = None if heat is None else COLD * (1 - share) + colours(heat, HEAT) * share
+            cloud(bare_axes(figure), raw, tints)
         case _:
             grid(bare_axes(figure), np.zeros((1, 1)) if heat is None else heat, HEAT)
 
@@ -125,12 +128,6 @@ def scaled(heat: Array) -> Floats:
 def spanned(scores: Array) -> Floats:
     """Return scores in 0..1, from the lowest to the highest."""
     return np.asarray((scores - scores.min()) / (np.ptp(scores) or 1.0), np.float64)
-
-
-def _warm(heat: Array) -> Floats:
-    """Return the colours of points (P, 3); a point without heat is a grey that is visible on white."""
-    share = np.sqrt(heat)[:, None]
-    return COLD * (1 - share) + colours(heat, HEAT) * share
 
 
 def _lay(axes: Any, heat: Array, extent: Extent) -> None:

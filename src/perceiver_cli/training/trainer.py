@@ -92,9 +92,8 @@ class Trainer:
 
         A stop before the first step yields no Finished, because nothing was trained.
 
-        Raises:
-            DataError: too many unreadable files. DivergedError: the loss is not finite. ResourceError: the run folder
-            cannot be written, holds another run, or is in use.
+        Raises DataError for too many unreadable files; DivergedError if the loss is not finite; ResourceError if the
+        run folder cannot be written, holds another run, or is in use.
         """
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
         with claim_run(output, resume=resume, replace=self.replace):
