@@ -1,9 +1,10 @@
-# `make` or `make help` lists what there is. Everything runs inside .venv, which the first target makes.
+# `make` or `make help` lists what there is. Everything runs inside .venv, which the first target makes; with
+# PYTHON=python3.13 it is .venv-python3.13.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test golden lint docs bench clean
+.PHONY: help demo test lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -19,6 +20,12 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+lowest:  ## install the lowest versions of dependencies that pyproject.toml allows in .venv-lowest, then run the suite
+	$(PYTHON) -m venv .venv-lowest
+	$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal
 
 golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to compare before and after refactoring
 	$(BIN)/python tests/golden/record.py golden.json
@@ -40,4 +47,4 @@ bench: $(BIN)/perceiver  ## install, then measure this package and others side b
 	$(BIN)/python -m benchmarks.records --rounds 1 --seconds 2 --records 10000
 
 clean:  ## remove the virtual environment, caches and what the demo made
-	rm -rf $(VENV) demo build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* demo build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
