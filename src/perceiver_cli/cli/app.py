@@ -23,9 +23,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from perceiver_cli import __version__
 
-        terminal.emit(f"perceiver {version('perceiver-cli')}\n")
+        terminal.emit(f"perceiver {__version__}\n")
         raise typer.Exit
 
 
