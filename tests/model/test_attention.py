@@ -263,6 +263,41 @@ def test_a_kernel_that_is_missing_or_wrong_is_not_chosen(monkeypatch: pytest.Mon
     kernels.choose.cache_clear()
 
 
+def test_a_kernel_that_refuses_wide_keys_is_not_chosen_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Video patches of 2 x 8 x 8 make keys of 411 columns; flash on CUDA takes 256."""
+
+    def narrow(q: Tensor, k: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor]:
+        if q.shape[-1] > 256:
+            raise RuntimeError("head dimension at most 256")
+        return kernels._plain_forward(q, k, shift)
+
+    refusing = replace(kernels.PLAIN, name="narrow", forward=narrow)
+    monkeypatch.setattr(kernels, "candidates", lambda *_: [refusing, kernels.FLASH_CPU])
+    kernels.choose.cache_clear()
+    cpu = torch.device("cpu")
+    assert kernels.choose(cpu, torch.float32) is refusing
+    assert kernels.choose(cpu, torch.float32, 411) is kernels.FLASH_CPU
+    kernels.choose.cache_clear()
+
+    monkeypatch.setattr(kernels, "choose", lambda *asked: asked)
+    video = ModalityInputs(torch.randn(1, 9, 8, 16, 384), (torch.randn(9, 9), torch.randn(8, 9), torch.randn(16, 9)))
+    cuda = torch.device("cuda")
+    assert Memory([video]).kernel(cuda, torch.bfloat16) == (cuda, torch.bfloat16, 384 + 3 + 5 + 8 + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cuda_kernels_fit_the_operators_that_they_call(dtype: torch.dtype) -> None:
+    """Arguments and shapes, on tensors without data; whether numbers are right needs a GPU."""
+    q, k, grad = (torch.empty(3, rows, 37, dtype=dtype, device="meta") for rows in (45, 70, 45))
+    delta = torch.empty(3, 45, device="meta")
+    for kernel in kernels.candidates(torch.device("cuda"), dtype):
+        sums, level = kernel.forward(q, k, None)
+        assert (sums.shape, level.shape, level.dtype) == (q.shape, delta.shape, torch.float32)
+        grad_q, grad_k = kernel.backward(q, k, grad, level, delta, True)
+        assert grad_k is not None
+        assert (grad_q.shape, grad_k.shape) == (q.shape, k.shape)
+
+
 @pytest.mark.parametrize(("size", "shifted"), [(0.1, True), (0.4, True), (30.0, False)])
 def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifted: bool) -> None:
     """Of a masked grid, so that whole tiles are masked, and large enough for oneDNN."""
