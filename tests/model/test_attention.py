@@ -376,6 +376,17 @@ def test_heads_by_products_are_fused_attention(
         assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * largest
 
 
+def test_a_slab_has_no_more_tiles_than_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiles.SLAB_BYTES, "cpu", 256 << 20)
+    with torch.device("meta"):
+        tables = torch.empty(512, 8), torch.empty(1024, 8)
+        grid = tiles.GridTiles(ModalityInputs(torch.empty(40, 512, 1024, 3), tables))
+    slabs = list(grid.slabs(torch.empty(40, 8, 5)))
+    sizes = [len(range(40)[examples]) * (last - first) * grid.counts[1] for examples, first, last in slabs]
+    assert sum(sizes) == 40 * 32 * 64
+    assert 2048 < max(sizes) <= tiles.MOST_TILES
+
+
 @pytest.mark.parametrize("size", [0.1, 1.0, 10.0])
 def test_a_level_is_above_every_score_and_near_the_normaliser(size: float) -> None:
     torch.manual_seed(0)
