@@ -22,7 +22,7 @@ from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.machine.measure import describe_machine
 from perceiver_cli.model import kernels
-from perceiver_cli.model.device import choose_compute
+from perceiver_cli.model.device import DTYPES, choose_compute
 from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.trainer import Trainer
 
@@ -93,7 +93,7 @@ def _decoders() -> dict[str, str]:
 def _device(name: str) -> dict[str, Any]:
     """Return a device's name, its precision, and the attention kernel that passes its self-test there."""
     compute = choose_compute(name)
-    kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
+    kernel = kernels.choose(compute.device, DTYPES.get(compute.precision, torch.float32))
     return {"name": describe_machine(compute)["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 
