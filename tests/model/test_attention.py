@@ -227,7 +227,7 @@ def test_the_maximum_is_left_out_only_where_scores_are_small(size: float, shifte
     torch.testing.assert_close(mean.double(), expected, rtol=0, atol=1e-5 * float(rows.abs().max()))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_cuda_has_a_fused_kernel_that_is_right(dtype: torch.dtype) -> None:
     name = kernels.choose(torch.device("cuda"), dtype).name

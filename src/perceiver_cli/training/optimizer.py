@@ -7,7 +7,7 @@ from math import cos, pi
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -101,7 +101,8 @@ class Average(AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Take in the weights of a step. The parent's method copies the count to the GPU and back, and waits for it."""
         n = float(self.n_averaged)
-        mine, theirs = list(self.module.parameters()), list(model.parameters())
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
         if n:
             torch._foreach_lerp_(mine, theirs, 1 - min(self.decay, (1 + n) / (10 + n)))
         else:
