@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")]))
 # Seconds that a part may take, in the order of value.
 LIMITS_S = {
-    "machine": 60, "kernels": 45, "equality": 60, "precisions": 110, "speed": 160, "compile": 75, "loader": 60,
+    "machine": 60, "kernels": 45, "equality": 60, "precisions": 110, "speed": 160, "compile": 100, "loader": 60,
     "nccl": 40, "tests": 60,
 }  # fmt: skip
 LEAST_S = 10.0  # with less left, a part is not begun
@@ -43,9 +43,9 @@ COLUMNS = "{:<10} {:<60} {:>12} {:<20} {}"
 CHECK = """
 import sys
 from perceiver_cli.errors import PerceiverError
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 try:
-    choose(sys.argv[1])
+    choose_compute(sys.argv[1])
 except PerceiverError as error:
     sys.exit(str(error))
 """

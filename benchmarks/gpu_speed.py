@@ -15,7 +15,7 @@ from perceiver_cli.machine.growth import Trial, layouts_of, new_model, timed_cal
 from perceiver_cli.machine.measure import peak_above, time_calls
 from perceiver_cli.malloc import peak_bytes
 from perceiver_cli.model import kernels
-from perceiver_cli.model.device import Compute, choose
+from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.encoding import ByteArrayEncoding
 from perceiver_cli.model.perceiver import Perceiver
 
@@ -53,7 +53,7 @@ def speed(setting: Setting) -> Iterator[Record]:
 
 def _contender(name: str, precision: str, setting: Setting) -> Iterator[Record]:
     """Yield the rows of one contender in one precision."""
-    compute = choose(setting.device, precision)
+    compute = choose_compute(setting.device, precision)
     config = load_preset("imagenet").override([] if setting.on_gpu else SMALL)
     sizes = SIZES if setting.on_gpu else SMALL_SIZES
     base = peak_bytes()

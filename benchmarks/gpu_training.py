@@ -20,7 +20,7 @@ from perceiver_cli.config import load_preset
 from perceiver_cli.data.loader import Batch
 from perceiver_cli.machine.made_up import made_up_files
 from perceiver_cli.model.checkpoint import load_model
-from perceiver_cli.model.device import choose
+from perceiver_cli.model.device import choose_compute
 from perceiver_cli.run_folder import MODEL_FILE
 from perceiver_cli.training.events import Evaluated, StepDone
 from perceiver_cli.training.loop import Run
@@ -43,6 +43,7 @@ HUGE_BATCH = {"cuda": 512, "cpu": 48}
 GPU_LEFT_BYTES = 6 << 30  # that the command is left: its context takes some of it
 CPU_LEFT_BYTES = 1 << 30  # of addresses, above what this process has
 FED = 0.9  # share of the pace with a batch in memory from which on a loader keeps up
+COMPILING_S = 40.0  # with less left, nothing is compiled
 TIMED_S = {"cuda": 3.0, "cpu": 0.3}  # of steps
 
 
@@ -202,7 +203,7 @@ def compile_(setting: Setting) -> Iterator[Record]:
             steps: dict[bool, float] = {}
             for compiled in (False, True):
                 what = f"{preset} x {batch_size}, {'--compile' if compiled else 'plain'}"
-                if setting.left_s < 20:
+                if setting.left_s < (COMPILING_S if compiled else COMPILING_S / 2):
                     yield row(what, verdict="not begun")
                     continue
                 changes = (f"train.compile={str(compiled).lower()}", f"train.batch_size={batch_size}")
@@ -231,7 +232,7 @@ def loader(setting: Setting) -> Iterator[Record]:
 
 
 def _paces(setting: Setting, data: Path, preset: str, batch_size: int) -> Iterator[Record]:
-    compute = choose(setting.device)
+    compute = choose_compute(setting.device)
     workers = compute.default_workers or 1
     trainer = _timed_trainer(setting, data, preset, f"train.batch_size={batch_size}")
     run = trainer.new_run()
