@@ -28,7 +28,7 @@ def _compiled() -> Callable[..., Any]:
 def _call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     """Return what flex_attention returns, for any width: columns of zeros change no score."""
     wide = max(LEAST_WIDTH, 1 << (query.shape[-1] - 1).bit_length())
-    call: Callable[..., Any] = _compiled() if query.is_cuda else flex.flex_attention
+    call: Any = _compiled() if query.is_cuda else flex.flex_attention
     return call(*(F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)), **options)
 
 

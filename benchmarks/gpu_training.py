@@ -236,7 +236,7 @@ def _paces(setting: Setting, data: Path, preset: str, batch_size: int) -> Iterat
     workers = compute.default_workers or 1
     trainer = _timed_trainer(setting, data, preset, f"train.batch_size={batch_size}")
     run = trainer.new_run()
-    batches = trainer.reader.batches(run.tasks(1 << 20), workers, pin=setting.on_gpu)
+    batches = trainer.plan.reader.batches(run.tasks(1 << 20), workers, pin=setting.on_gpu)
     kept = next(batches)
     for _ in range(3):
         _finish(run.update(batches))
@@ -265,7 +265,7 @@ def _timed_trainer(setting: Setting, data: Path, preset: str, *changes: str) -> 
 def _run_with_batch(setting: Setting, data: Path, preset: str, *changes: str) -> tuple[Run, Batch]:
     trainer = _timed_trainer(setting, data, preset, *changes)
     run = trainer.new_run()
-    return run, next(trainer.reader.batches(run.tasks(1)))
+    return run, next(trainer.plan.reader.batches(run.tasks(1)))
 
 
 def _step_s(run: Run, batches: Iterator[Batch], setting: Setting) -> float:

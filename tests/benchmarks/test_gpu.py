@@ -175,8 +175,8 @@ def test_files_of_other_modalities_can_be_trained_on(
     setting = Setting("cpu", time.monotonic() + 100)
     assert list(gpu_training._write(tmp_path / modality, modality)) == []
     trainer = gpu_training._trainer(setting, tmp_path / modality, tmp_path / "run", modality, "fp32")
-    assert list(trainer.catalog.modalities) == [modality]
-    assert len(trainer.reader.batches(trainer.new_run().tasks(1)).__next__().examples) == 16
+    assert list(trainer.plan.catalog.modalities) == [modality]
+    assert len(next(trainer.plan.reader.batches(trainer.new_run().tasks(1))).examples) == 16
 
 
 @pytest.mark.parametrize("part", ["compile", "loader"])
