@@ -23,9 +23,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from perceiver_cli import __version__
+        import perceiver_cli
 
-        terminal.emit(f"perceiver {__version__}\n")
+        terminal.emit(f"perceiver {perceiver_cli.__version__}\n")
         raise typer.Exit
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perceiver_cli import __version__
+import perceiver_cli
 from perceiver_cli.errors import PerceiverError
 from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.inference.evaluation import evaluate
@@ -47,7 +47,7 @@ def examine() -> dict[str, Any]:
     has_gpu = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     devices = {name: _device(name) for name in ("cpu", *(gpu for gpu, there in has_gpu.items() if there))}
     return {
-        "perceiver": __version__,
+        "perceiver": perceiver_cli.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in CORE},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jinja2 import Environment, StrictUndefined
 
-from perceiver_cli import __version__
+import perceiver_cli
 from perceiver_cli.files import show_text
 from perceiver_cli.model.checkpoint import ModelInfo
 
@@ -31,7 +31,7 @@ def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, torch and Python."""
-    return {"perceiver": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"perceiver": perceiver_cli.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def plain(value: Any) -> str:
