@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import flex
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.errors import UsageError
 from perceiver_cli.machine.growth import NUM_CLASSES, made_up_segments, new_model, read_alone
@@ -36,6 +37,7 @@ PACKAGES = {
 EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}  # argument of pip install, if it is not the name
 NAMES = ("usual", *PACKAGES)
 USUAL = ("usual (einsum)", "usual (SDPA)")  # the two forms of "usual"
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of Q, K, V (B, H, N or M, W / H) and the scale
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,12 @@ def is_installed(name: str) -> bool:
 
 
 def build(
-    name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool
-) -> Contender:
-    """Return a contender by name: "ours", "usual (einsum)", "usual (SDPA)" or a package.
+    name: str, config: ModelConfig, layouts: Mapping[str, Layout], batch: int, device: torch.device, *, alone: bool,
+    model: Perceiver | None = None,
+) -> Contender:  # fmt: skip
+    """Return a contender by name: "ours", a name in `FORMS`, or a package.
 
+    model: this package's, for "ours" and the usual ways; None makes one.
     alone: only the first cross-attend's read, without the linear layers on latents after it. The usual way then starts
     from a finished byte array; ours computes its replacement too.
 
@@ -71,8 +75,8 @@ def build(
         UsageError: the peer cannot build a model of these sizes.
     """
     segments = made_up_segments(layouts, batch, device)
-    if name == "ours" or name in USUAL:
-        return _of_this_model(name, new_model(config, layouts, device), segments, alone=alone)
+    if name == "ours" or name in FORMS:
+        return _of_this_model(name, model or new_model(config, layouts, device), segments, alone=alone)
     if alone:
         raise UsageError(f"--against {name}: no measurement of its cross-attend alone", "use --against usual")
     if name == "onnxruntime":
@@ -95,13 +99,13 @@ def _of_this_model(name: str, model: Perceiver, segments: Mapping[str, Segment],
         return Contender(lambda: read_alone(model, segments), list(block.parameters()))
     if name == "ours":
         return Contender(lambda: model(segments), list(model.parameters()))
-    fused = name == "usual (SDPA)"
+    attend = FORMS[name]
     if not alone:
-        return Contender(lambda: usual_forward(model, segments, fused=fused), list(model.parameters()))
+        return Contender(lambda: usual_forward(model, segments, attend), list(model.parameters()))
     with torch.no_grad():
         rows = model.encoding(segments)  # before the timing
     latents = model.latents.expand(len(rows), -1, -1)
-    return Contender(lambda: usual_read(block, latents, rows, fused=fused), list(block.parameters()))
+    return Contender(lambda: usual_read(block, latents, rows, attend), list(block.parameters()))
 
 
 def _logits(peer: nn.Module, values: Tensor) -> Callable[[], Tensor]:
@@ -125,7 +129,21 @@ def _onnxruntime(model: Perceiver, batch: int) -> Contender:
 # ---------------------------------------------------------------- the usual way
 
 
-def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused: bool) -> Tensor:
+def by_einsum(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale * Q K^T) V with all scores in memory."""
+    scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
+    return torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value)
+
+
+def by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Return softmax(scale * Q K^T) V by PyTorch's fused attention."""
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
+FORMS: dict[str, Attend] = {"usual (einsum)": by_einsum, "usual (SDPA)": by_sdpa, "usual (flex)": flex.by_flex}
+
+
+def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, attend: Attend) -> Tensor:
     """Return the latents' read (B, N, W), with K and V projected from the whole byte array (B, M, C)."""
     rows = block.input_norm(byte_array)
     normalised = block.latent_norm(latents)
@@ -133,11 +151,7 @@ def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, *, fused
         split_heads(linear(x), block.heads)
         for linear, x in ((block.query, normalised), (block.key, rows), (block.value, rows))
     )
-    scale = query.shape[-1] ** -0.5
-    if fused:
-        return merge_heads(F.scaled_dot_product_attention(query, key, value, scale=scale))
-    scores = torch.einsum("bhnw,bhmw->bhnm", query, key) * scale
-    return merge_heads(torch.einsum("bhnm,bhmw->bhnw", scores.softmax(dim=-1), value))
+    return merge_heads(attend(query, key, value, query.shape[-1] ** -0.5))
 
 
 def _usual_self_read(block: SelfAttend, latents: Tensor) -> Tensor:
@@ -151,7 +165,7 @@ def _usual_dense(dense: Dense, latents: Tensor) -> Tensor:
     return out
 
 
-def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: bool) -> Tensor:
+def usual_forward(model: Perceiver, segments: Mapping[str, Segment], attend: Attend) -> Tensor:
     """Return our model's logits (B, classes), computed with a byte array as in every public implementation."""
     encoding: ByteArrayEncoding = model.encoding
     byte_array = encoding(segments)
@@ -160,7 +174,7 @@ def usual_forward(model: Perceiver, segments: Mapping[str, Segment], *, fused: b
         if kind == "c":
             block = model.cross_attends[index]
             assert isinstance(block, CrossAttend)
-            latents = latents + block.output(usual_read(block, latents, byte_array, fused=fused))
+            latents = latents + block.output(usual_read(block, latents, byte_array, attend))
             latents = latents + _usual_dense(block.dense, latents)
         else:
             for block in model.latent_transformers[index].children():

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from perceiver_cli.data.inputs import opened
@@ -37,7 +38,10 @@ SLOW_FIRST = ("test_docs.py", "test_registry.py", "test_contest.py", "test_expor
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow tests first, so that several processes end together."""
+    """Run the slow tests first, so that several processes end together; skip those that need a GPU without one."""
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
     items.sort(key=lambda item: SLOW_FIRST.index(name) if (name := item.path.name) in SLOW_FIRST else len(SLOW_FIRST))
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 import perceiver_cli
 
@@ -45,3 +48,14 @@ def test_the_version_is_that_of_the_distribution() -> None:
         [sys.executable, "-m", "perceiver_cli", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"perceiver {perceiver_cli.__version__}\n"
+
+
+def test_a_checkout_that_is_not_installed_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert perceiver_cli.__version__ == "not installed"
+    package = Path(str(perceiver_cli.__file__)).parent
+    asking = [path.name for path in package.rglob("*.py") if 'version("perceiver-cli")' in path.read_text()]
+    assert asking == ["__init__.py"]

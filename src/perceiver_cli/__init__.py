@@ -45,9 +45,12 @@ __all__ = list(_HOMES)
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("perceiver-cli")
+        try:
+            return version("perceiver-cli")
+        except PackageNotFoundError:
+            return "not installed"  # a checkout on PYTHONPATH
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), "load_model" if name == "load" else name)

@@ -77,6 +77,13 @@ class IntegrityError(PerceiverError):
     exit_code = EXIT_INTEGRITY
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error, perhaps torch's own, says that memory ran out on the CPU or on a GPU."""
+    words = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without its import
+    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 file, 2 files, 2,000 classes."""
     plural = noun + ("es" if noun.endswith(("s", "x", "ch")) else "s")

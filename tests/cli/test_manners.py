@@ -384,3 +384,11 @@ def test_completion_installs(tmp_path: Path, shell: str, file: str) -> None:
     done = subprocess.run([PROGRAM, "--install-completion", shell], env=env, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / file).exists()
+
+
+@pytest.mark.parametrize("cause", ["torch.empty(1 << 50)", "exec('raise torch.OutOfMemoryError')", "bytes(1 << 60)"])
+def test_memory_that_runs_out_is_one_line(cause: str) -> None:
+    script = f"import torch; from perceiver_cli.cli.terminal import guarded; guarded(lambda: {cause})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    assert done.stderr == "perceiver: out of memory; try a smaller --batch-size, or --recompute in training\n"

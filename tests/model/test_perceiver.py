@@ -354,9 +354,7 @@ def test_wrong_shapes_are_refused_with_both_named() -> None:
         model({"image": Segment(torch.randn(1, 5, 6, 3))})
 
 
-@pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def test_bf16_stays_near_float32(device: str) -> None:
     model = randomised(Perceiver(SMALL, {"image": GRID}, 5)).to(device)
     image = torch.randn(4, 6, 5, 3, device=device)

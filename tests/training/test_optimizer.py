@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from perceiver_cli.config import TrainConfig
-from perceiver_cli.training.optimizer import Lamb, learning_rate, make_average, make_optimizer
+from perceiver_cli.training.optimizer import Average, Lamb, learning_rate, make_optimizer
 
 
 def lamb_in_numpy(weights: np.ndarray, gradients: list[np.ndarray], lr: float, decay: float) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_flat_then_cosine() -> None:
 
 def test_average_starts_at_the_model_and_follows_it() -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = make_average(model, 0.9)
+    average = Average(model, 0.9)
     values = []
     for n in range(50):
         with torch.no_grad():
@@ -95,3 +95,13 @@ def test_average_starts_at_the_model_and_follows_it() -> None:
         decay = min(0.9, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
     assert values[-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_average_waits_for_no_gpu() -> None:
+    """On tensors without data: to read a number from them would be an error, as on a GPU it would be a wait."""
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    average = Average(model, 0.9)
+    for _ in range(3):
+        average.update_parameters(model)
+    assert average.n_averaged == 3

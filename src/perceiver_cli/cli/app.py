@@ -23,9 +23,9 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        import perceiver_cli
 
-        terminal.emit(f"perceiver {version('perceiver-cli')}\n")
+        terminal.emit(f"perceiver {perceiver_cli.__version__}\n")
         raise typer.Exit
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError
+from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError, is_out_of_memory
 from perceiver_cli.files import printable, show_text
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def guarded(app: Callable[[], None]) -> None:
         app()
     except PerceiverError as error:
         _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
-    except MemoryError:
-        _fail("out of memory; try a smaller --batch-size", EXIT_RESOURCE)
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
             _abandon_stdout()
             _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
+        if is_out_of_memory(error):
+            _fail("out of memory; try a smaller --batch-size, or --recompute in training", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:

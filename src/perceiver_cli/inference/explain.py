@@ -39,7 +39,6 @@ from perceiver_cli.data.pairing import assemble, sources_of
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.model import kernels
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
@@ -364,7 +363,7 @@ def _read_from(block: CrossAttend | SelfAttend, latents: Tensor, memory: Memory,
     """Return for each modality (M,) the attention of the latents, mean over heads, summed with weights (N,)."""
     assert isinstance(block, CrossAttend)
     u = block.fold(block.queries(latents))
-    kernel = kernels.choose(u.device, u.dtype)
+    kernel = memory.kernel(u.device, u.dtype)
     normaliser = torch.stack([tiles.average(u, kernel)[1][0] for tiles in memory.tiles]).logsumexp(dim=0)[:, None]
     each = (weights / block.heads).repeat(block.heads)
     looked = []

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
+import perceiver_cli
 from perceiver_cli.errors import PerceiverError
 from perceiver_cli.hardware import cores, memory_bytes
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.machine.measure import describe_machine
 from perceiver_cli.model import kernels
-from perceiver_cli.model.device import choose_compute
+from perceiver_cli.model.device import DTYPES, choose_compute
 from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.trainer import Trainer
 
@@ -46,7 +47,7 @@ def examine() -> dict[str, Any]:
     has_gpu = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     devices = {name: _device(name) for name in ("cpu", *(gpu for gpu, there in has_gpu.items() if there))}
     return {
-        "perceiver": version("perceiver-cli"),
+        "perceiver": perceiver_cli.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: installed_version(name) for name in CORE},
@@ -92,7 +93,7 @@ def _decoders() -> dict[str, str]:
 def _device(name: str) -> dict[str, Any]:
     """Return a device's name, its precision, and the attention kernel that passes its self-test there."""
     compute = choose_compute(name)
-    kernel = kernels.choose(compute.device, torch.get_autocast_dtype(compute.device.type))
+    kernel = kernels.choose(compute.device, DTYPES.get(compute.precision, torch.float32))
     return {"name": describe_machine(compute)["device_name"], "precision": compute.precision, "kernel": kernel.name}
 
 

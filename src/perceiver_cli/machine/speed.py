@@ -19,7 +19,7 @@ from perceiver_cli.model.device import choose_compute
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import settled
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.training.optimizer import make_average, make_optimizer
+from perceiver_cli.training.optimizer import Average, make_optimizer
 
 MADE_UP_FILES = 64
 
@@ -51,7 +51,7 @@ def bench(
         segments = {name: segment.to(compute.device) for name, segment in batch.segments.items()}
         optimizer = make_optimizer(model, config.train)
         if config.train.ema_decay:
-            average = make_average(model, config.train.ema_decay)
+            average = Average(model, config.train.ema_decay)
             optimizer.register_step_post_hook(lambda *_: average.update_parameters(model))
         loss = partial(cross_entropy, target=batch.labels.to(compute.device))
         step = training_step(lambda: model(segments), loss, optimizer, compute)

@@ -80,13 +80,18 @@ class Memory:
             self._projected[block] = split_heads(keys, block.heads), split_heads(values, block.heads)
         return self._projected[block]
 
+    def kernel(self, device: torch.device, dtype: torch.dtype) -> kernels.Kernel:
+        """Return the fastest kernel that is right for these tiles: CUDA's refuse some widths, a CPU's none."""
+        widest = max(tiles.key_width for tiles in self.tiles)
+        return kernels.choose(device, dtype, widest) if device.type == "cuda" else kernels.choose(device, dtype)
+
     def average(self, u: Tensor, *, tiled: bool) -> Tensor:
         """Return the mean (B, n, C) of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
         if not tiled:
             keys = self.rows.unsqueeze(1)  # all heads share them
             return attend(u.unsqueeze(1).expand(self.batch, -1, -1, -1), keys, keys, 1.0, self.mask)[:, 0]
         dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
-        kernel = kernels.choose(u.device, dtype)
+        kernel = self.kernel(u.device, dtype)
         with torch.autocast(u.device.type, enabled=False):
             means, normalisers = zip(*(tiles.average(u.float(), kernel) for tiles in self.tiles), strict=True)
             if len(means) == 1:

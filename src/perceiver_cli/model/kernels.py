@@ -26,6 +26,7 @@ FAR = 16.0  # sigmoid(x) is exp(x) to float32's precision for x <= -FAR
 SPAN = 59.0  # a sum of exp(-SPAN) is right to 1e-6 without 2^20 numbers that are too small for a float32
 NEVER = -1e30  # the score of a masked input: finite, so that a tile of masked inputs has no NaN
 SCORE_BYTES = 4 << 20  # limit of a block of scores in the plain kernels, which should stay in a core's cache
+TESTED_WIDTH = 37  # of keys: two sides of 16, three colours, rate and mean
 Gradients = tuple[Tensor, Tensor | None]  # of q, and of k if needed
 
 
@@ -49,6 +50,11 @@ class Kernel:
     forward: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, bool], Gradients]
     shifts: Callable[[int], bool] = lambda multiply_adds: False
+
+    @property
+    def tolerance(self) -> float:
+        """The error up to which `self_test` passes."""
+        return 1e-4 if self.dtype == torch.float32 else 3e-2
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -225,23 +231,32 @@ def _efficient_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: 
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
 
-def _is_right(kernel: Kernel, device: torch.device) -> bool:
-    """Return whether forward and backward of a kernel agree with the plain one, on small and large odd sizes."""
-    tolerance = 1e-4 if kernel.dtype == torch.float32 else 3e-2
+def self_test(kernel: Kernel, device: torch.device, width: int = TESTED_WIDTH) -> float:
+    """Return the largest error of a kernel beside the plain one, as a share of the largest number; NaN is an error too.
+
+    Both ways, on problems of odd sizes, small and large, with keys of `width` columns. Raises the kernel's own error.
+    """
     sizes = [(3, 45, 70), (2, 400, 150 * torch.get_num_threads() if device.type == "cpu" else 150)]
-    try:
-        return all(
-            float((a.float() - b).abs().max()) <= tolerance * float(b.abs().max())
+    with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        errors = [
+            (a.float() - b).abs().max() / b.abs().max()
             for size in sizes
-            for a, b in zip(_both_ways(kernel, *size, device), _both_ways(PLAIN, *size, device), strict=True)
-        )
+            for a, b in zip(*(_both_ways(each, *size, width, device) for each in (kernel, PLAIN)), strict=True)
+        ]
+    return float(torch.stack(errors).max())
+
+
+def _is_right(kernel: Kernel, device: torch.device, width: int = TESTED_WIDTH) -> bool:
+    try:
+        return self_test(kernel, device, width) <= kernel.tolerance
     except (RuntimeError, AttributeError, TypeError, ValueError):  # not in this version, or not for this device
         return False
 
 
-def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torch.device) -> list[Tensor]:
+def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, width: int, device: torch.device) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    q, k, grad = (torch.randn(tiles, rows, 37, generator=generator) * 0.5 for rows in (queries, keys, queries))
+    scale = 0.5 * (TESTED_WIDTH / width) ** 0.25  # scores of one size, whatever the width
+    q, k, grad = (torch.randn(tiles, rows, width, generator=generator) * scale for rows in (queries, keys, queries))
     delta = torch.randn(tiles, queries, generator=generator).to(device)
     k[..., -1], q[..., -1], grad[..., -1] = 1, 0, 0
     q[..., 0], k[..., 0] = 1, 0
@@ -257,13 +272,19 @@ def _both_ways(kernel: Kernel, tiles: int, queries: int, keys: int, device: torc
     return [sums[..., :-1] / total.unsqueeze(-1), lse, grad_q[..., :-1], grad_k[..., :-1]]
 
 
+def candidates(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
+    """Return the kernels for a device, the fastest first; half precision only where `dtype` (of autocast) is half."""
+    if device.type == "cpu":
+        return [ONEDNN, FLASH_CPU]
+    if device.type != "cuda":
+        return []
+    half = dtype in (torch.float16, torch.bfloat16)
+    flash = [Kernel("flash", dtype, _flash_forward, _flash_backward)] if half else []
+    dtypes = [dtype, torch.float32] if half else [torch.float32]
+    return [*flash, *(Kernel("memory-efficient", each, _efficient_forward, _efficient_backward) for each in dtypes)]
+
+
 @lru_cache(maxsize=32)
-def choose(device: torch.device, dtype: torch.dtype) -> Kernel:
-    """Return the fastest kernel that is right on `device`; half precision only if `dtype` (autocast's) is half."""
-    candidates = [ONEDNN, FLASH_CPU] if device.type == "cpu" else []
-    if device.type == "cuda":
-        half = [Kernel("flash", dtype, _flash_forward, _flash_backward)]
-        candidates = half if dtype in (torch.float16, torch.bfloat16) else []
-        candidates += [Kernel("memory-efficient", torch.float32, _efficient_forward, _efficient_backward)]
-    with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        return next((kernel for kernel in candidates if _is_right(kernel, device)), PLAIN)
+def choose(device: torch.device, dtype: torch.dtype, width: int = TESTED_WIDTH) -> Kernel:
+    """Return the fastest kernel that is right on `device` for keys of `width` columns; flash takes 256 at most."""
+    return next((kernel for kernel in candidates(device, dtype) if _is_right(kernel, device, width)), PLAIN)

@@ -21,6 +21,7 @@ from perceiver_cli.model.kernels import NEVER
 EPS = 1e-5  # LayerNorm's, as in Haiku
 TILE_SIDES = {1: 64, 2: 16, 3: 8}  # largest side of a tile, by the number of axes
 SLAB_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # limit of tile queries at once: on a CPU, they stay in its cache
+MOST_TILES = 65_535  # limit of tiles of a slab: CUDA's for two of the three sizes of a grid of blocks
 STATISTICS_BYTES = 4 << 20  # limit of float64 copies of values at once
 PRODUCT_BYTES = 32 << 20  # limit of a block of `Tiles.products`
 ROW_TILE = 512  # rows of a tile of `RowTiles`
@@ -94,10 +95,10 @@ class Tiles:
 
     def slabs(self, queries: Tensor) -> Iterator[tuple[slice, int, int]]:
         """Yield slabs (examples, first and last tile along the first axis) whose tile queries fit in SLAB_BYTES."""
-        budget = SLAB_BYTES.get(queries.device.type, 2 << 20)
-        each = 4 * prod(self.counts[1:]) * queries.shape[1] * self.key_width
-        rows = min(self.counts[0], max(1, budget // each))
-        examples = max(1, budget // (each * rows))
+        tile_bytes = 4 * queries.shape[1] * self.key_width
+        most, rest = min(MOST_TILES, SLAB_BYTES.get(queries.device.type, 2 << 20) // tile_bytes), prod(self.counts[1:])
+        rows = min(self.counts[0], max(1, most // rest))
+        examples = max(1, most // (rest * rows))
         for start in range(0, self.batch, examples):
             for first in range(0, self.counts[0], rows):
                 yield slice(start, start + examples), first, min(first + rows, self.counts[0])

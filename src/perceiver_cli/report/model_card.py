@@ -6,13 +6,13 @@ import platform
 import re
 from collections.abc import Mapping
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import Environment, StrictUndefined
 
+import perceiver_cli
 from perceiver_cli.files import show_text
 from perceiver_cli.model.checkpoint import ModelInfo
 
@@ -31,7 +31,7 @@ def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of this package, torch and Python."""
-    return {"perceiver": version("perceiver-cli"), "torch": torch.__version__, "python": platform.python_version()}
+    return {"perceiver": perceiver_cli.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def plain(value: Any) -> str:

@@ -22,7 +22,7 @@ from perceiver_cli.model.perceiver import Perceiver, compile_latents
 from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.training.mixing import mix
-from perceiver_cli.training.optimizer import learning_rate, make_average, make_optimizer
+from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
 from perceiver_cli.training.plan import Plan
 from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
 from perceiver_cli.training.timing import Progress, Timing
@@ -49,7 +49,7 @@ class Run:
         if train.compile:
             compile_latents(model, self.compute)
         self.model = model.to(self.compute.device).train()
-        self.average = make_average(self.model, train.ema_decay) if train.ema_decay else None
+        self.average = Average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)
         self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
         self.class_weights: Tensor | None = None

@@ -90,12 +90,23 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int, steps_per_ep
     return config.lr
 
 
-def make_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return an exponential moving average of a model's weights, whose decay rises from 0.1 to `decay`."""
+class Average(AveragedModel):
+    """An exponential moving average of a model's weights, whose decay rises from 0.1 to `decay`."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model)
+        self.decay = decay
 
     @torch.no_grad()
-    def update(averaged: Any, current: Any, count: Tensor | int) -> None:
-        n = float(count)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-
-    return AveragedModel(model, multi_avg_fn=update)
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the weights of a step. The parent's method copies the count to the GPU and back, and waits for it."""
+        n = float(self.n_averaged)
+        mine: list[Tensor] = list(self.module.parameters())
+        theirs: list[Tensor] = list(model.parameters())
+        if n:
+            torch._foreach_lerp_(mine, theirs, 1 - min(self.decay, (1 + n) / (10 + n)))
+        else:
+            torch._foreach_copy_(mine, theirs)
+        for buffer, new in zip(self.module.buffers(), model.buffers(), strict=True):
+            buffer.copy_(new)
+        self.n_averaged += 1

@@ -81,7 +81,7 @@ class Trainer:
             run.optimizer.step()
             run.optimizer.zero_grad()
             if run.compute.device.type == "cuda":
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(run.compute.device)
             times.append(time.perf_counter() - before)
         step_s = median(times) * train.accumulate
         eta_s = train.max_time_s or step_s * self.plan.planned_steps
