@@ -4,6 +4,7 @@ python examples/train_from_python.py DATA RUN [KEY=VALUE ...]
 """
 
 import sys
+from itertools import islice
 
 from perceiver_cli import Predictor, Trainer
 from perceiver_cli.inference.evaluation import evaluate
@@ -24,8 +25,8 @@ def main(data: str, run: str, *overrides: str) -> None:
     print(f"{report.split}: {report.accuracy:.3f} of {report.num_examples}")
     wrong = [record["path"] for record in report.records if not record["correct"]]
     print(f"wrong: {wrong[:3]}")
-    examples = trainer.plan.catalog.splits.get("test", trainer.plan.val_examples)[:3]
-    for prediction in predictor.predict(examples):
+    examples = trainer.plan.catalog.splits.get("test", trainer.plan.val_examples)
+    for prediction in islice(predictor.predict(examples), 3):
         print(prediction.label, round(prediction.prob, 3))
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ class Reader(Decoder, Dataset[Batch]):
             raise
 
 
-def _whole(batch: Batch) -> Batch:
+def _whole(batch: Any) -> Any:
     """Return a batch as it is: one task is one batch. A spawned worker finds the function by its name."""
     return batch
 

@@ -96,9 +96,10 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
         case VideoSpec():
             _film(figure, raw, spec, heat, start_s)
         case PointsSpec():
-            share = None if heat is None else np.sqrt(heat)[:, None]
-            # Points without heat are a grey that is visible on white.
-            tints = None if heat is None else COLD * (1 - share) + colours(heat, HEAT) * share
+            tints = None
+            if heat is not None:  # points without heat are a grey that is visible on white
+                share = np.sqrt(heat)[:, None]
+                tints = COLD * (1 - share) + colours(heat, HEAT) * share
             cloud(bare_axes(figure), raw, tints)
         case _:
             grid(bare_axes(figure), np.zeros((1, 1)) if heat is None else heat, HEAT)
