@@ -56,11 +56,13 @@ def attempted(what: str, work: Callable[..., Iterator[Record]], *arguments: Any)
 
 
 def isolated(what: str, seconds: float, work: Callable[..., Iterator[Record]], *arguments: Any) -> Iterator[Record]:
-    """Yield the records of `work(*arguments)`, run in a forked process that is killed after `seconds`.
+    """Yield the records of `work(*arguments)`, run in a new process that is killed after `seconds`.
 
-    A crash or a hang becomes a row that failed. This process must not have used the GPU: CUDA does not survive a fork.
+    A crash or a hang becomes a row that failed. CUDA does not survive a fork of a process that has used it, so the new
+    process is forked from one that has only imported `work`.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([work.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, receiver, what, work, arguments))
     process.start()

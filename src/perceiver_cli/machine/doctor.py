@@ -35,7 +35,7 @@ OPTIONAL = {
     "huggingface_hub": ("import ORG/NAME", "hub"),
 }
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-SELF_TEST_S = 6.0  # training time; the whole self-test takes about 10 s
+SELF_TEST_STEPS = 40  # of training; a time would leave a slow or a cold machine too few
 FALLS_TO = 0.7  # largest accepted last loss, as a share of the first
 SAME = 1e-5  # largest accepted difference of the loss before saving and after loading
 SIDE, FILES = 16, 60  # pixels of a picture's side; pictures in each of three classes
@@ -106,7 +106,8 @@ def self_test(device: str = "auto") -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder) / "data", Path(folder) / "run"
         _write_pictures(data)
-        overrides = [f"train.max_time_s={SELF_TEST_S}", f"train.device={device}", "train.lr=0.003"]
+        length = [f"train.steps={SELF_TEST_STEPS}", "train.eval_every='50%'", "train.save_every='100%'"]
+        overrides = [*length, f"train.device={device}", "train.lr=0.003"]
         losses = [e.loss for e in Trainer(data, run, overrides=overrides).fit() if isinstance(e, StepDone)]
         predictor = Predictor(run, device)
         before = float(predictor.info.metrics["val_loss"])

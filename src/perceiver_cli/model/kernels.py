@@ -205,10 +205,9 @@ def _flash_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: Tens
     width, queries, keys = q.shape[-1], q.shape[1], k.shape[1]
     q, k, grad, out = _for_stock_backward(q, k, grad, delta)
     random = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    none = torch.empty(0, device=q.device)
     grad_q, grad_k, grad_v = aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, k, out, lse.unsqueeze(1).contiguous(),
-        none, none, queries, keys, 0.0, False, random, none, scale=1.0,
+        None, None, queries, keys, 0.0, False, random, torch.empty(0, device=q.device), scale=1.0,
     )  # fmt: skip
     return grad_q.squeeze(1)[..., :width], (grad_k + grad_v).squeeze(1)[..., :width] if need_keys else None
 
