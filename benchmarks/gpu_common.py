@@ -58,11 +58,10 @@ def attempted(what: str, work: Callable[..., Iterator[Record]], *arguments: Any)
 def isolated(what: str, seconds: float, work: Callable[..., Iterator[Record]], *arguments: Any) -> Iterator[Record]:
     """Yield the records of `work(*arguments)`, run in a new process that is killed after `seconds`.
 
-    A crash or a hang becomes a row that failed. CUDA does not survive a fork of a process that has used it, so the new
-    process is forked from one that has only imported `work`.
+    A crash or a hang becomes a row that failed. The process is not forked: CUDA does not survive a fork of a process
+    that has asked for it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([work.__module__])
+    context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, receiver, what, work, arguments))
     process.start()

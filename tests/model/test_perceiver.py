@@ -327,6 +327,23 @@ def test_first_queries_are_made_once_and_again_when_weights_change(monkeypatch: 
             torch.testing.assert_close(model(image), expected, rtol=0, atol=1e-6)
 
 
+def test_an_evaluation_sees_the_weights_of_a_fused_optimiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fused step changes weights without their version: the first queries were those of the first evaluation."""
+    monkeypatch.setattr(CrossAttend, "form", lambda *sizes: "folded")
+    model = randomised(Perceiver(SMALL, {"image": GRID}, 3))
+    image = {"image": Segment(torch.randn(2, 6, 5, 3))}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        model.train()(image).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.inference_mode():
+            evaluated = model.eval()(image)
+        copy = Perceiver(SMALL, {"image": GRID}, 3)
+        copy.load_state_dict(model.state_dict())
+        torch.testing.assert_close(evaluated, copy(image), rtol=0, atol=1e-6)
+
+
 def test_recomputed_activations_give_the_same_gradients_and_keep_less() -> None:
     model = randomised(Perceiver(SMALL, {"image": GRID}, 3))
     image = {"image": Segment(torch.randn(2, 6, 5, 3))}

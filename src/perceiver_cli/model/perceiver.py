@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ class Perceiver(nn.Module):
         """Return the final latents (B, N, D)."""
         return self.read(Memory(self.encoding.inputs(segments).values()))
 
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode, as in torch, and forget what was computed from earlier weights."""
+        self._folded = None
+        return super().train(mode)
+
     def read(self, memory: Memory) -> Tensor:
         """Return the final latents (B, N, D), after all steps of the schedule."""
         latents = self.latents.unsqueeze(0)  # all examples share them until the first cross-attend
@@ -94,7 +100,8 @@ class Perceiver(nn.Module):
         weights += [self.latents, block.key.weight, block.input_norm.weight]
         kind = self.latents.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        # Training, loading and moving a model each change one of these.
+        # Loading and moving a model each change one of these; fused optimisers change weights and not the version, but
+        # `train` is called between a step and an evaluation.
         state = (precision, *((p.device, p.data_ptr(), p._version) for p in weights))
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))
