@@ -10,7 +10,8 @@ import difflib
 import json
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -25,6 +26,7 @@ from perceiver_cli.presets import preset_names, preset_text
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
+REPETITION = re.compile(r"\(([^()]*)\)x(\d{1,4})")  # in a schedule
 TINY_DROPOUT = 0.2  # of each modality, in a combination of tiny presets
 
 
@@ -69,9 +71,7 @@ class ModelConfig(Table):
         """The expanded schedule: (kind, weight set) pairs with kind "c" or "t"."""
         text = self.schedule
         while "(" in text:
-            expanded = re.sub(
-                r"\(([^()]*)\)x(\d{1,4})", lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)), text
-            )
+            expanded = REPETITION.sub(lambda m: " ".join([m[1]] * min(int(m[2]), MAX_SCHEDULE_STEPS)), text)
             if expanded == text or len(expanded) > 8 * MAX_SCHEDULE_STEPS:
                 raise ValueError(f"schedule {self.schedule!r} has an unfinished or too long repetition")
             text = expanded
@@ -165,24 +165,19 @@ class TrainConfig(Table):
     compile: bool = False  # compile latent Transformers, for GPUs: a minute at the start
 
 
-def _with_type(key: str, table: Any) -> tuple[type[InputSpec], Any]:
-    """Return the options class of a table of inputs, by its modality or else its key, and the table.
+def _validation(key: str, table: Any) -> Callable[[], InputSpec]:
+    """Return the validation of a table of inputs by the options of its modality, or else of its key.
 
     Raises ValueError for an unknown modality.
     """
     if isinstance(table, InputSpec):
-        return type(table), table
+        return lambda: table
     name = table.get("modality", key) if isinstance(table, dict) else key
     options = preprocess.spec_type(name) if isinstance(name, str) else None
     if options is None:
         known = ", ".join(sorted(preprocess.names()))
         raise ValueError(f"[inputs.{key}]: unknown modality {name!r}, known are {known}")
-    return options, table
-
-
-def _validated_spec(typed: Any) -> Any:
-    """Return the options of a pair of `_with_type`, validated here so that pydantic's errors locate the table."""
-    return typed[0].model_validate(typed[1]) if isinstance(typed, tuple) else typed
+    return partial(options.model_validate, table)
 
 
 class Config(Table):
@@ -192,7 +187,8 @@ class Config(Table):
     multi_label: bool = False  # several labels per example: sigmoid instead of softmax; a run takes its data's
     num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
     model: ModelConfig = ModelConfig()
-    inputs: dict[str, Annotated[SerializeAsAny[InputSpec], BeforeValidator(_validated_spec)]]
+    # Each table is validated here, so that pydantic's errors locate it.
+    inputs: dict[str, Annotated[SerializeAsAny[InputSpec], BeforeValidator(lambda validation: validation())]]
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
@@ -202,7 +198,7 @@ class Config(Table):
         tables = value.get("inputs") if isinstance(value, dict) else None
         if not isinstance(tables, dict):
             return value
-        return {**value, "inputs": {key: _with_type(key, table) for key, table in tables.items()}}
+        return {**value, "inputs": {key: _validation(key, table) for key, table in tables.items()}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -245,7 +241,10 @@ class Config(Table):
                 table = table.setdefault(parent, {})
                 if not isinstance(table, dict):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
-            table[leaf] = None if text.strip() == "none" else _toml_value(text)
+            try:
+                table[leaf] = None if text.strip() == "none" else tomllib.loads(f"value = {text}")["value"]
+            except tomllib.TOMLDecodeError:
+                table[leaf] = text.strip()
             typed[key.strip()] = assignment.typed if isinstance(assignment, Flag) else f"--set {assignment}"
         return Config.parse(tables, "options", typed)
 
@@ -284,14 +283,6 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
     message, value = problem["msg"].removeprefix("Value error, "), problem.get("input")
     shown = "" if isinstance(value, dict | Table) or problem["type"] == "value_error" else f", found {value!r:.80}"
     return ".".join(names), f"{message}{shown}"
-
-
-def _toml_value(text: str) -> Any:
-    """Return the value of TOML text; other text is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text.strip()
 
 
 def load_preset(name: str) -> Config:

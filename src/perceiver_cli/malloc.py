@@ -26,11 +26,9 @@ def keep_freed() -> None:
 
 
 def give_back_freed() -> None:
-    """Let malloc map arrays of a megabyte separately and return them when freed, for large models and few steps.
-
-    A heap returns no memory below a small block in use: a gradient of the ImageNet model's input then takes 1,660 MiB
-    instead of 660.
-    """
+    """Let malloc map arrays of a megabyte separately and return them when freed, for large models and few steps."""
+    # A heap returns no memory below a small block in use: a gradient of the ImageNet model's input then takes 1,660 MiB
+    # instead of 660.
     _set(M_MMAP_THRESHOLD, LEAN_BYTES)
 
 

@@ -28,8 +28,7 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
     Raises UsageError if it already holds a run, without `resume` or `replace`; ResourceError if it cannot be written or
     another process holds its lock.
     """
-    exists = (run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()
-    if exists and not resume and not replace:
+    if not (resume or replace) and ((run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()):
         raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -113,10 +112,7 @@ def next_run(name: str) -> Path:
 
 
 def mark_latest(run: Path) -> None:
-    """Point runs/latest at a run, which other commands then use without -m.
-
-    It is a link, or a text file with the run's path where the system makes no links (Windows, without the privilege).
-    """
+    """Point runs/latest, a link or a text file with the path, at a run: other commands then use it without -m."""
     runs = Path("runs")
     try:
         runs.mkdir(exist_ok=True)
@@ -125,7 +121,7 @@ def mark_latest(run: Path) -> None:
         target = os.path.relpath(run, runs)
         try:
             temporary.symlink_to(target)
-        except OSError:
+        except OSError:  # a system that makes no links: Windows, without the privilege
             temporary.write_text(target, encoding="utf-8")
         os.replace(temporary, runs / "latest")
     except OSError as error:

@@ -65,8 +65,7 @@ def evaluate(
         words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
         words += ["--use", use] if use is not None else []
         words += [word for raised in limit or [] for word in ("--limit", raised)]
-        html = page(report, predictor, data, [*words, "-o", os.fspath(output)])
-        write_text(output / REPORT_FILE, html)
+        write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     show_report(report, json)
     if report.bad:

@@ -115,9 +115,8 @@ class Catalog:
             shared = np.intersect1d(keys[one], keys[other])
             if len(shared):
                 example = self.splits[one][int(np.flatnonzero(keys[one] == shared[0])[0])]
-                group = example.group or parent(example.id)
                 groups = f"{counted(len(shared), 'group')} by {show_path(self.group_by)}"
-                places = f"in both {one} and {other}, such as {show_path(group)}"
+                places = f"in both {one} and {other}, such as {show_path(example.group or parent(example.id))}"
                 raise DataError(f"{show_path(self.root)}: {groups} {places}", "give each to one split")
 
 
@@ -125,8 +124,7 @@ def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: fl
     """Return the keys, one per group, that validate; see `Catalog.hold_out`."""
     limit = int(fraction * 2.0**64)
     order = np.lexsort((keys, classes))
-    by_class = np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)
-    groups = [np.unique(own).tolist() for own in by_class]
+    groups = [np.unique(own).tolist() for own in np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)]
     count = Counter(chain.from_iterable(groups))  # number of classes in each group
     stay = {own[-1] for own in groups if own[-1] < limit}
     lent: set[int] = set()
@@ -136,8 +134,7 @@ def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: fl
 
     def spare(key: int) -> bool:
         """Return whether every class in this group has another group that stays."""
-        holding = (own for own in groups if key in own)
-        return all(any(other != key and not goes(other) for other in own) for own in holding)
+        return all(any(other != key and not goes(other) for other in own) for own in groups if key in own)
 
     for own in groups:
         if len(own) > 1 and not any(map(goes, own)):
@@ -169,10 +166,8 @@ def scan(
     if listing.tars:
         return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:
-        rows = [replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows]
-        listing = replace(listing, rows=rows)
-    folder = listing.folder or os.path.dirname(name)
-    catalog = of_listing(replace(listing, folder=folder), name, classes, reads)
+        listing = replace(listing, rows=[replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows])
+    catalog = of_listing(replace(listing, folder=listing.folder or os.path.dirname(name)), name, classes, reads)
     ordered = {split: examples.merged([]) for split, examples in catalog.splits.items()}
     return replace(catalog, splits=ordered, group_by=group_by)
 
@@ -202,9 +197,8 @@ def of_listing(
     counts = Counter(name for _, row in examples for name in row.labels)
     trained = {name for _, row in examples if row.split == "train" for name in row.labels}
     ordered = _class_names(counts, trained, classes, "file", notes)
-    splits = _in_splits(root, examples, ordered)
-    brought, held = tuple(sorted(brings)), tuple(sorted(holds))
-    return Catalog(root, brought, held, ordered, splits, tuple(notes), listing.multi_label)
+    splits, multi_label = _in_splits(root, examples, ordered), listing.multi_label
+    return Catalog(root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), multi_label)
 
 
 def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
@@ -251,10 +245,7 @@ def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, no
 
 
 def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows with one file each, the modalities in the data, and those they bring.
-
-    A file of another kind with the suffix of a usable kind is damaged (an empty .png); other such files are ignored.
-    """
+    """Return the examples of rows with one file each, the modalities in the data, and those they bring."""
     files = [row.looked_at(listing.folder) for row in rows]
     holds = {file.source.kinds[0] for file in files if file.source.kinds}
     allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
@@ -269,6 +260,7 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
         if "audio" in shares.keys() - brings:
             notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
 
+    # A file of another kind with the suffix of a usable kind is damaged (an empty .png); other such files are ignored.
     kind_of = {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     ignored: Counter[str] = Counter()
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)

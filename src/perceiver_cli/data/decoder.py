@@ -110,12 +110,10 @@ class Decoder:
         if not seconds:
             yield None, Decoded(still, {}, {})
             return
-        streams = (inputs[name].windows(window_s, hop_s) for name in seconds)
-        end_s = max(seconds.values())
-        for at_once in zip_longest(*streams):
+        for at_once in zip_longest(*(inputs[name].windows(window_s, hop_s) for name in seconds)):
             moving = {name: window for name, window in zip(seconds, at_once, strict=True) if window is not None}
             start, _ = next(iter(moving.values()))  # sound comes first: frames are coarser
-            end = min(start + window_s, max(end_s, start))
+            end = min(start + window_s, max(start, *seconds.values()))
             arrays = still | {name: array for name, (_, array) in moving.items()}
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
 

@@ -12,15 +12,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from typing import Any, BinaryIO, ClassVar
+from typing import BinaryIO, ClassVar
 
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.listing import File, Listing, listed, looked_at
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import modality, timed_modality
-from perceiver_cli.preprocess.base import Array, ByteArray, Span, TimedModality
+from perceiver_cli.preprocess import modality, with_time
+from perceiver_cli.preprocess.base import Array, ByteArray, Span
 from perceiver_cli.preprocess.detection import detected, other_kind
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
@@ -51,11 +51,11 @@ class Encoded:
         """Return the decoded array, or a span of it. Raises DataError."""
         if span is None:
             return modality(self.spec.modality).load(self.source, self.spec, self.limits)
-        return self._timed.load(self.source, self.spec, self.limits, span)
+        return with_time(self.spec.modality).load(self.source, self.spec, self.limits, span)
 
     def windows(self, window_s: float, hop_s: float) -> Iterator[tuple[float, Array]]:
         """Yield (start in seconds, decoded array) of each window; see `TimedModality.windows`."""
-        return self._timed.windows(self.source, self.spec, self.limits, window_s, hop_s)
+        return with_time(self.spec.modality).windows(self.source, self.spec, self.limits, window_s, hop_s)
 
     def prepared(self) -> ByteArray:
         raise TypeError(f"{self.source.shown}: an encoded file is not prepared")
@@ -65,12 +65,6 @@ class Encoded:
         with self.source.open(self.limits) as file:
             while block := file.read(READ_BYTES):
                 yield block
-
-    @property
-    def _timed(self) -> TimedModality[Any]:
-        timed = timed_modality(self.spec.modality)
-        assert timed is not None, self.spec.modality
-        return timed
 
 
 Input = Encoded | Stored

@@ -93,9 +93,7 @@ def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
     """Yield the paths of all files below a folder, sorted, without hidden files and without following links."""
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.join(parent, name)
+        yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def folders_in(parent: Path) -> list[Path]:
@@ -270,9 +268,8 @@ def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[st
         if ranked and ranked[-1][0] >= NEAR:
             near.append(f"{show_path(ranked[-1][1])} to {show_path(names[0])}")
     present = ", ".join(map(show_path, columns)) or "none"
-    return ColumnError(
-        f"{shown}: columns are {present}", f"expected {expected}" + (f"; rename {' and '.join(near)}" if near else "")
-    )
+    advice = f"; rename {' and '.join(near)}" if near else ""
+    return ColumnError(f"{shown}: columns are {present}", f"expected {expected}{advice}")
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 from perceiver_cli.data.listing import File
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import modality, timed_modality
+from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
@@ -52,10 +52,8 @@ def streams(videos: Sequence[File]) -> dict[str, float]:
     sample = videos[:: max(1, len(videos) // PROBES)][:PROBES]
     for file in sample:
         for name in ("audio", "video"):
-            timed = timed_modality(name)
-            assert timed is not None
             with suppress(DataError):
-                timed.duration_s(file.source, Limits())
+                with_time(name).duration_s(file.source, Limits())
                 counts[name] += 1
     return {name: count / len(sample) for name, count in counts.items()}
 

@@ -79,13 +79,12 @@ def plan(
     contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
-    reads = None if config is None else config.inputs
     if isinstance(inputs, Source):
         root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs)))])
     else:
         listing, root = _listing_of(inputs, label_from_parent)
-    catalog, folder = of_listing(listing, root, reads=reads), listing.folder
-    order = {os.path.join(folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
+    catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
+    order = {os.path.join(listing.folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
     config = (config or tiny_config(catalog.modalities)).override(list(changes))
     brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
     if not brought:
@@ -107,7 +106,7 @@ def plan(
     examples = [(split, example) for split in splits for example in splits[split]]
     examples.sort(key=lambda pair: min((order.get(s.name, 0) for s in pair[1].sources.values()), default=0))
     seed, dtype = config.train.seed, fourier or "float32"
-    return Job(header, examples, folder, limits, catalog.notes, seed, augment, dtype)
+    return Job(header, examples, listing.folder, limits, catalog.notes, seed, augment, dtype)
 
 
 def _recipe(model: str | None, preset: str | None) -> Config | None:
@@ -163,10 +162,7 @@ Packed = list[tuple[Facts, Npys]]
 def made(job: Job, examples: Sequence[tuple[str, Example]], workers: int) -> Iterator[Packed]:
     """Yield the records of each example without numbers; an unreadable one has facts with the error."""
     decoder = Decoder(job.header.inputs, job.limits)
-    if not workers:
-        yield from (_made(job, decoder, example) for example in examples)
-        return
-    if start_method() != "fork":
+    if not workers or start_method() != "fork":
         yield from in_order(partial(_made, job, decoder), examples, workers)
         return
     # To send arrays as messages takes as long as to decode them. Instead, each input in progress has a place in shared
@@ -243,7 +239,6 @@ def write_records(
     shard = skipped = first = 0
     if sharded:
         shard, skipped, first = _kept(job, output, resume=resume)
-    total = len(job.examples)
     with ExitStack() as stack:
 
         def started() -> Writer:
@@ -264,13 +259,12 @@ def write_records(
                 writer, shard = None, shard + 1
             writer = writer or started()
             writer.packed(members, added, int(error is not None))
-            yield Done(count, total, error)
+            yield Done(count, len(job.examples), error)
         if writer is not None:
             writer.close()
 
 
 def _named(pattern: str, number: int) -> str:
-    """Return the name of a shard."""
     return _PATTERN.sub(lambda match: match[0] % number, pattern)
 
 
@@ -308,8 +302,7 @@ def input_recipe(
     for name in (kind, *others):  # a video may be read for its sound
         if name in config.inputs:
             return settled(config.inputs[name]), limits
-    reads = "+".join(sorted(config.inputs))
-    raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {reads}")
+    raise DataError(f"{source.shown}: {kind} by its content, but {config.name} reads {'+'.join(sorted(config.inputs))}")
 
 
 def write_byte_array(source: Source, spec: InputSpec, limits: Limits, output: str) -> tuple[int, int]:

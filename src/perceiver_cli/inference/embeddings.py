@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perceiver_cli.files import atomic_write, check_suffix
+from perceiver_cli.records.npy import npy_header
 
 if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
@@ -37,7 +37,7 @@ def keeping_embeddings(
     count, folder = 0, os.path.dirname(path) or "."  # temporary files need the disk of the output
     with atomic_write(path) as file, TemporaryFile(dir=folder) as waiting, TemporaryFile(dir=folder) as names:
         if not named:
-            file.write(_npy_header(0, channels))
+            file.write(npy_header("<f4", (0, channels)))
         for prediction in predictions:
             row = np.full(channels, np.nan) if prediction.embedding is None else prediction.embedding
             (waiting if named else file).write(row.astype("<f4", copy=False).tobytes())
@@ -47,7 +47,7 @@ def keeping_embeddings(
             yield prediction
         if not named:
             file.seek(0)
-            file.write(_npy_header(count, channels))
+            file.write(npy_header("<f4", (count, channels)))
             return
         end = 4 * count * channels
         tensors = {
@@ -60,11 +60,3 @@ def keeping_embeddings(
         for content in (waiting, names):
             content.seek(0)
             shutil.copyfileobj(content, file)
-
-
-def _npy_header(count: int, channels: int) -> bytes:
-    """Return the npy header of rows (count, channels). Its length is the same for every count: numpy pads it."""
-    stream = io.BytesIO()
-    shape = (count, channels)
-    np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    return stream.getvalue()

@@ -76,10 +76,8 @@ class Report:
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
         """By class name: count, recall, precision, F1, or average precision; None for 0 / 0."""
         if self.confusion is None:
-            return {
-                name: {"average_precision": value}
-                for name, value in zip(self.classes, self.average_precision or (), strict=True)
-            }
+            averages = zip(self.classes, self.average_precision or (), strict=True)
+            return {name: {"average_precision": value} for name, value in averages}
         table = np.array(self.confusion, dtype=np.int64)
         rows: dict[str, dict[str, float | int | None]] = {}
         for i, name in enumerate(self.classes):
@@ -237,17 +235,16 @@ def _records(
     records = []
     for example, first, p, loss, modalities in zip(*columns, strict=True):
         names = [classes[label] for label in example.labels]
-        records.append(
-            {
-                "path": example.id,
-                **({"labels": names} if scored.targets.ndim == 2 else {"label": names[0]}),
-                "prediction": classes[first],
-                "prob": p,
-                "correct": first in example.labels,
-                "loss": loss,
-                **({"used": list(modalities)} if with_used else {}),
-            }
-        )
+        record = {
+            "path": example.id,
+            **({"labels": names} if scored.targets.ndim == 2 else {"label": names[0]}),
+            "prediction": classes[first],
+            "prob": p,
+            "correct": first in example.labels,
+            "loss": loss,
+            **({"used": list(modalities)} if with_used else {}),
+        }
+        records.append(record)
     return tuple(records)
 
 
@@ -320,11 +317,10 @@ def evaluate(
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
     if name == "val" and predictor.info.calibration is not None:
         notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
-    total = len(examples)
     report = score(
         predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
-        None if progress is None else lambda done: progress(done, total), predictor.calibration.temperature,
+        None if progress is None else lambda done: progress(done, len(examples)), predictor.calibration.temperature,
         with_intervals=True,
     )  # fmt: skip
     return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes))

@@ -239,9 +239,8 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
                 for x, mean in both:
                     gained[name] += (next(slopes) * (x - mean)).sum(dim=-1) / PATH_STEPS
     gains = {name: sums[0].double().cpu() for name, sums in gained.items()}
-    return _normalised(
-        {name: (_with_neighbours(x) if len(full[name]) == 1 else x).clamp(min=0) for name, x in gains.items()}
-    )
+    gains = {name: _with_neighbours(x) if len(full[name]) == 1 else x for name, x in gains.items()}
+    return _normalised({name: x.clamp(min=0) for name, x in gains.items()})
 
 
 def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
@@ -343,9 +342,8 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
         for k, latent in enumerate(chosen.tolist()):
             head = k % block.heads
             query = u[:, [head * len(weights) + latent]]  # (1, 1, C)
-            products = (
-                torch.cat([scores[:, :, 0] for scores in tiles.products(query)], dim=1) for tiles in memory.tiles
-            )
+            blocks = ([scores[:, :, 0] for scores in tiles.products(query)] for tiles in memory.tiles)
+            products = (torch.cat(each, dim=1) for each in blocks)
             scores = shaped(tiles.untiled(x)[0] for tiles, x in zip(memory.tiles, products, strict=True))
             maps.append(ScoreMap(place + 1, latent + 1, head + 1, {name: x.numpy() for name, x in scores.items()}))
     return _normalised({name: x.double() for name, x in shaped(total).items()}), maps

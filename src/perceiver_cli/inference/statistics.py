@@ -155,14 +155,12 @@ def share_interval(hits: int, count: int) -> Interval:
 
 
 def figure_interval(figure: Callable[[Floats], float], count: int, resamples: int = RESAMPLES) -> Interval:
-    """Return the bootstrap interval of a figure, a function of how often each of `count` examples is drawn.
-
-    Resampling biases some figures: the ECE is larger on every resample. The interval is moved back by the bias, so that
-    the median of the draws is the figure itself.
-    """
+    """Return the bootstrap interval of a figure, a function of how often each of `count` examples is drawn."""
     rng = np.random.default_rng(SEED)
     times = (np.bincount(rng.integers(0, count, count), minlength=count) for _ in range(resamples))
     draws = [figure(one.astype(np.float64)) for one in times]
     low, median, high = np.quantile(draws, (0.5 - INSIDE / 2, 0.5, 0.5 + INSIDE / 2)).tolist()
+    # Resampling biases some figures: the ECE is larger on every resample. The interval is moved back by the bias, so
+    # that the median of the draws is the figure itself.
     moved = figure(np.ones(count)) - median
     return low + moved, high + moved

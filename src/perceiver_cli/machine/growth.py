@@ -166,9 +166,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: str) -> None:
     names = list(dict.fromkeys(row["name"] for row in rows))
     with plotted(path, 9, 3.6) as figure:
         axes = figure.subplots(1, 2)
-        for axis, (key, label) in zip(
-            axes, (("seconds", "seconds"), ("peak_mib", "peak MiB beyond torch")), strict=True
-        ):
+        labels = {"seconds": "seconds", "peak_mib": "peak MiB beyond torch"}
+        for axis, (key, label) in zip(axes, labels.items(), strict=True):
             for kind, line in (("cross-attend", "--"), ("model", "-")):
                 for name, colour in zip(names, COLOURS, strict=False):
                     points = [

@@ -138,8 +138,7 @@ class CrossAttend(nn.Module):
         residual: bool = True,
     ) -> None:
         super().__init__()
-        self.heads = heads
-        self.residual = residual
+        self.heads, self.residual = heads, residual
         self.latent_norm = nn.LayerNorm(latent_channels, eps=EPS)
         self.input_norm = nn.LayerNorm(input_channels, eps=EPS)
         self.query = nn.Linear(latent_channels, width)
@@ -155,13 +154,11 @@ class CrossAttend(nn.Module):
         scores and sums of N queries, W wide over all heads.
         """
         width, channels = self.key.weight.shape
-        costs = {
-            "tiled": 2 * self.heads * num_latents * tiled_width,
+        costs = {  # of equal costs the first wins: no tiles where their keys are as wide as C
             "folded": 2 * self.heads * num_latents * channels,
+            "tiled": 2 * self.heads * num_latents * tiled_width,
             "projected": 2 * channels * width + 2 * num_latents * width,
         }
-        if tiled_width >= channels:
-            del costs["tiled"]
         return min(costs, key=lambda form: costs[form])
 
     def queries(self, latents: Tensor) -> Tensor:
@@ -171,10 +168,9 @@ class CrossAttend(nn.Module):
 
     def fold(self, queries: Tensor) -> Tensor:
         """Return the folded queries u (B, H N, C) of queries (B, H, N, W / H): a score is u . xhat."""
-        scale = queries.shape[-1] ** -0.5
         # (W, C) -> (H, W / H, C): the rows of each head
         key_rows = self.key.weight.view(self.heads, -1, self.key.in_features)
-        u: Tensor = (queries @ key_rows) * (self.input_norm.weight * scale)
+        u: Tensor = (queries @ key_rows) * (self.input_norm.weight * queries.shape[-1] ** -0.5)
         return u.flatten(1, 2)
 
     def read(self, latents: Tensor, memory: Memory, folded: Tensor | None = None) -> Tensor:
@@ -275,10 +271,8 @@ class _HeadSoftmax(torch.autograd.Function):
 
 
 def _level(q: Tensor, k: Tensor) -> Tensor:
-    """Return a level (H, N) at least `kernels.FAR` above every score q . k, for q and k (H, N, W).
-
-    The norms of q and k bound the scores; where that bound is too far above the normaliser, the scores are computed.
-    """
+    """Return a level (H, N) at least `kernels.FAR` above every score q . k, for q and k (H, N, W)."""
+    # The norms of q and k bound the scores; where that bound is too far above the normaliser, the scores are computed.
     above: Tensor = q.norm(dim=-1) * k.norm(dim=-1).amax(dim=-1, keepdim=True) + kernels.FAR
     below = (q @ k.mean(dim=-2).unsqueeze(-1)).squeeze(-1) + log(k.shape[-2])
     if (above - below).max() > kernels.SPAN:

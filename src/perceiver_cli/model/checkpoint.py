@@ -73,8 +73,7 @@ def store_calibration(path: Path, calibration: Calibration) -> None:
 
     Raises IntegrityError if the file is damaged, ResourceError if it cannot be written.
     """
-    _, tensors = read_tensors(path)
-    save_model(path, tensors, replace(read_info(path), calibration=calibration))
+    save_model(path, read_tensors(path)[1], replace(read_info(path), calibration=calibration))
 
 
 def read_info(path: Path) -> ModelInfo:

@@ -43,10 +43,8 @@ class Segment:
         return self._each(Tensor.pin_memory)
 
     def clone(self) -> Segment:
-        """Return a copy of the segment in memory that NumPy allocates.
-
-        For torch, glibc's memalign takes a thousand fresh pages a clip, not the freed ones; NumPy asks for huge pages.
-        """
+        """Return a copy of the segment in memory that NumPy allocates."""
+        # For torch, glibc's memalign takes a thousand fresh pages a clip, not freed ones; NumPy asks for huge pages.
         return self._each(lambda x: torch.from_numpy(x.numpy().copy()))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Segment:
@@ -141,12 +139,11 @@ class ByteArrayEncoding(nn.Module):
         self.layouts = dict(sorted(layouts.items()))
         self.num_channels = input_channels(self.layouts, modality_channels)
         self.modality_encodings = nn.ParameterDict()
-        if len(self.layouts) > 1:
-            for name, layout in self.layouts.items():
-                self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
         self.learned_positions = nn.ParameterDict()
         self.stems = nn.ModuleDict()
         for name, layout in self.layouts.items():
+            if len(self.layouts) > 1:
+                self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
             if layout.learned_channels:
                 self.learned_positions[name] = nn.Parameter(torch.empty(layout.num_inputs, layout.learned_channels))
             if layout.stem == "linear":

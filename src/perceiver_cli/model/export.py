@@ -179,13 +179,11 @@ def dynamic_axes(layouts: Mapping[str, Layout], name: str, ndim: int) -> dict[in
 
 
 def _places(side: int) -> Tensor:
-    """Return positions (side, 1) along an axis like `grid_positions`, whose linspace refuses a symbolic length.
-
-    Like linspace it counts from the nearer end, so that the positions are symmetric to the bit.
-    """
+    """Return positions (side, 1) along an axis like `grid_positions`, whose linspace refuses a symbolic length."""
     index = torch.arange(side).float()
     last = index[-1]
     step = 2.0 / last
+    # Counted from the nearer end, as by linspace, so that the positions are symmetric to the bit.
     return torch.where(2 * index < last, index * step - 1, 1 - (last - index) * step).unsqueeze(-1)
 
 
@@ -201,8 +199,7 @@ def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random
         if is_dynamic(layout):
             sides = [side + more for side in sides]
         if layout.channels:
-            noise = rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean
-            arrays[name] = noise.astype(np.float32)
+            arrays[name] = (rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean).astype(np.float32)
         if not layout.is_grid:
             arrays[f"{name}_positions"] = rng.uniform(-1, 1, (count, *sides, layout.dims)).astype(np.float32)
         if len(layouts) > 1:

@@ -69,11 +69,9 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def exponentials(a: Tensor, b: Tensor) -> Tensor:
-    """Return exp(a b^T) (n, m) of a (n, k) and b (m, k) if no element of a b^T is above -FAR; needs oneDNN.
-
-    oneDNN can end a product with a sigmoid, not with an exp; far below zero they are equal. It takes 3 ms, a separate
-    pass over the scores 10 ms (224 x 224 inputs, 512 queries).
-    """
+    """Return exp(a b^T) (n, m) of a (n, k) and b (m, k) if no element of a b^T is above -FAR; needs oneDNN."""
+    # oneDNN can end a product with a sigmoid, not with an exp; far below zero they are equal. It takes 3 ms, a separate
+    # pass over the scores 10 ms (224 x 224 inputs, 512 queries).
     return _onednn(a, b, then="sigmoid")
 
 
@@ -97,12 +95,8 @@ def _has_onednn() -> bool:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 45, generator=generator) for rows in (70, 37))
     bias = torch.randn(37, generator=generator)
-    layouts = [
-        (a, b),
-        (a.T.contiguous().T, b.T.contiguous().T),
-        (a[:1].expand(70, -1), b),
-        (a[:, :1].expand(-1, 45), b),
-    ]
+    by_columns = (a.T.contiguous().T, b.T.contiguous().T)
+    layouts = [(a, b), by_columns, (a[:1].expand(70, -1), b), (a[:, :1].expand(-1, 45), b)]
     with torch.no_grad(), torch.inference_mode(False), torch.autocast("cpu", enabled=False):
         try:
             return all(torch.allclose(_onednn(x, y, bias), F.linear(x, y, bias), atol=1e-4) for x, y in layouts)

@@ -85,8 +85,7 @@ class Tiles:
         step = max(1, PRODUCT_BYTES // (4 * self.batch * prod(self.counts[1:]) * u.shape[1] * self.size))
         for first in range(0, self.counts[0], step):
             last = min(first + step, self.counts[0])
-            q = self.spread(shared, along, first, last)
-            scores = q @ self.keys(first, last).flatten(0, 1).mT  # (B T, n, m)
+            scores = self.spread(shared, along, first, last) @ self.keys(first, last).flatten(0, 1).mT  # (B T, n, m)
             yield scores.view(self.batch, -1, *scores.shape[1:])
 
     def keys(self, first: int, last: int) -> Tensor:
@@ -123,10 +122,9 @@ class Tiles:
         counts = (last - first, *self.counts[1:])
         spread = spread.view(len(shared), *counts, *spread.shape[1:])
         fewest = spread.flatten(1, len(counts))
-        tile_axes = tuple(range(1, len(counts) + 1))
         start = 0
         for axis, scores in enumerate(self._by_tile(along, first, last)):
-            others = [other for other in tile_axes if other != axis + 1 and spread.shape[other] > 1]
+            others = [other for other in range(1, len(counts) + 1) if other != axis + 1 and spread.shape[other] > 1]
             # All columns are summed: those of one axis alone are no faster.
             own = (spread.sum(dim=others, keepdim=True) if others else spread).flatten(1, len(counts))
             scores += own[..., start : start + self.sides[axis]].transpose(1, 2)

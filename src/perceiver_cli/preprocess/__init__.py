@@ -57,6 +57,13 @@ def timed_modality(name: str) -> TimedModality[Any] | None:
     return timed if isinstance(timed := modality(name), TimedModality) else None
 
 
+def with_time(name: str) -> TimedModality[Any]:
+    """Return the modality of that name, which has a time axis."""
+    timed = modality(name)
+    assert isinstance(timed, TimedModality), name
+    return timed
+
+
 def spec_type(name: str) -> type[InputSpec] | None:
     """Return the class of a modality's options, or None if it is unknown."""
     _import(name)

@@ -192,8 +192,7 @@ class TimedModality(Modality[S]):
         Windows begin at 0, hop_s, 2 hop_s ... while one fits. If more than a tenth of a hop remains, one more window
         ends with the file. A file shorter than a window is one window. Memory grows with the window, not the file.
         """
-        blocks = self.blocks(source, spec, limits, window_s)
-        windows = cut_windows(blocks, self.steps_hz(spec), window_s, hop_s)
+        windows = cut_windows(self.blocks(source, spec, limits, window_s), self.steps_hz(spec), window_s, hop_s)
         if (first := next(windows, None)) is None:
             raise DataError(f"{source.shown}: no {self.steps} in the file")
         yield first

@@ -156,12 +156,9 @@ class Track:
 
 
 def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None:
-    """Raise DataError if a file is shorter than it declares, or counts more samples than it has bytes.
-
-    FFmpeg reads truncated files without an error, and allocates memory for every counted sample. MPEG streams declare
-    no size.
-    """
-    end = 0
+    """Raise DataError if a file is shorter than it declares, or counts more samples than it has bytes."""
+    # FFmpeg reads truncated files without an error, and allocates memory for every counted sample.
+    end = 0  # MPEG streams declare no size
     file.seek(0)
     if reader == "avi":
         declared = struct.unpack("<4xI", file.read(8))[0]

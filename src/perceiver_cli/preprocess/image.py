@@ -212,8 +212,7 @@ class ImageModality(Modality[ImageSpec]):
         if spec.color == "auto":
             spec = spec.model_copy(update={"color": _auto_color(spec, sources, limits)})
         if spec.color == "grey":
-            means = {key: (float(np.mean(getattr(spec, key))),) for key in ("mean", "std")}
-            spec = spec.model_copy(update=means)
+            spec = spec.model_copy(update={key: (float(np.mean(getattr(spec, key))),) for key in ("mean", "std")})
         return spec
 
 

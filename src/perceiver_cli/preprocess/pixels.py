@@ -84,11 +84,9 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
 def center_box(raw: Array, spec: ColorSpec, size: tuple[int, int]) -> Box:
-    """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio.
-
-    Sides are rounded down as in transformers' image processor, so that published weights see the same pixels.
-    """
+    """Return the centre crop of evaluation: `eval_crop` of the largest box with the target's aspect ratio."""
     height, width = raw.shape[:2]
+    # Rounded down as in transformers' image processor, so that published weights see the same pixels.
     crop_width = max(1, int(spec.eval_crop * min(width, height * size[1] / size[0])))
     crop_height = max(1, int(spec.eval_crop * min(height, width * size[0] / size[1])))
     return _centred(width, height, crop_width, crop_height)

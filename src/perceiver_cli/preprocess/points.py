@@ -78,8 +78,8 @@ class PointsModality(Modality[PointsSpec]):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
         if spec.positions == "learned":
             raise UsageError("inputs.points.positions cannot be learned: points have no fixed places")
-        grid, permutation = (spec.num_points,), spec.permutation
-        return Layout(grid, 0, 3, spec.bands, spec.max_resolution, is_grid=False, permutation=permutation)
+        grid = (spec.num_points,)
+        return Layout(grid, 0, 3, spec.bands, spec.max_resolution, is_grid=False, permutation=spec.permutation)
 
     def prepare(self, raw: Array, spec: PointsSpec, rng: Rng | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3), normalised to [-1, 1], as positions (M, 3) without values.
@@ -105,12 +105,10 @@ class PointsModality(Modality[PointsSpec]):
             if spec.rotate != "none":
                 points = points @ random_rotation(spec.rotate, rng)
             if spec.jitter:
-                extent = np.abs(points).max()
-                points = points + rng.normal(0, spec.jitter * extent, points.shape).astype(np.float32)
+                points = points + rng.normal(0, spec.jitter * np.abs(points).max(), points.shape).astype(np.float32)
         points = _centred(points)
-        scale = np.abs(points).max()
-        positions = points / scale if scale > 0 else points
-        return ByteArray(np.empty((count, 0), np.float32), positions.astype(np.float32, copy=False))
+        points /= np.abs(points).max() or 1.0
+        return ByteArray(np.empty((count, 0), np.float32), points.astype(np.float32, copy=False))
 
     def fault(self, raw: Array) -> str | None:
         return "tiny" if len(raw) < TINY_POINTS else super().fault(raw)

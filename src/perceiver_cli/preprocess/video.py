@@ -152,8 +152,7 @@ class VideoModality(TimedModality[VideoSpec]):
             changes.append(ImageOps.mirror)
         if rng is not None and spec.color:
             changes.append(_recoloring(frames, spec.color, rng))
-        reducing_gap = None if rng is None else 3.0
-        return ByteArray(patchify(_resized(frames, spec.size, reducing_gap, changes), spec.patch))
+        return ByteArray(patchify(_resized(frames, spec.size, None if rng is None else 3.0, changes), spec.patch))
 
     def num_views(self, spec: VideoSpec) -> int:
         return spec.eval_windows
@@ -272,16 +271,14 @@ def _kept_size(height: int, width: int, spec: VideoSpec) -> tuple[int, int]:
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Return the steps that make a stored frame upright: whether to transpose it, then turn it over, then mirror it.
-
-    The display matrix ((a, b, u), (c, d, v), (x, y, w)) shows column p and row q at (a p + c q + x, b p + d q + y).
-    """
+    """Return the steps that make a stored frame upright: whether to transpose it, then turn it over, then mirror it."""
     from av.sidedata.sidedata import SideDataContainer
 
     # frame.side_data would make a reference cycle, which keeps the frame until the next garbage collection.
     matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is None or len(bytes(matrix)) != 36:
         return False, False, False
+    # The matrix ((a, b, u), (c, d, v), (x, y, w)) shows column p and row q at (a p + c q + x, b p + d q + y).
     a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix))
     if abs(b) > abs(a):
         return True, b < 0, c < 0
@@ -314,8 +311,7 @@ def _is_animated_gif(head: bytes) -> bool:
         while at < len(head) and head[at]:  # blocks of data, each after its length
             at += 1 + head[at]
         at += 1
-    ended = head[at : at + 1] == b"\x3b"
-    return frames > 1 or (timed and not ended)
+    return frames > 1 or (timed and head[at : at + 1] != b"\x3b")  # 0x3b ends the file
 
 
 def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[TimedFrame]:
@@ -358,9 +354,4 @@ def _recoloring(frames: Array, share: float, rng: Rng) -> Change:
     some = frames[:, ::4, ::4].reshape(-1, COLORS)  # every fourth pixel is enough for a mean
     offset = some.mean(axis=0) @ LUMA * brightness * (1 - contrast)
     table = np.clip(np.rint(np.arange(256) * contrast * brightness + offset), 0, 255).astype(int).tolist() * COLORS
-
-    def recolor(picture: Image.Image) -> Image.Image:
-        grey = picture.convert("L").convert("RGB")
-        return Image.blend(grey, picture, saturation).point(table)
-
-    return recolor
+    return lambda picture: Image.blend(picture.convert("L").convert("RGB"), picture, saturation).point(table)

@@ -43,8 +43,7 @@ def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:
     from safetensors.numpy import save
 
     header = Header({name: spec}, content="fourier").to_json().decode().strip()
-    data: bytes = save({name: rows}, metadata={METADATA: header})
-    return data
+    return bytes(save({name: rows}, metadata={METADATA: header}))
 
 
 def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:

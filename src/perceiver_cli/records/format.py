@@ -14,7 +14,7 @@ import numpy as np
 from perceiver_cli.config import Config
 from perceiver_cli.errors import DataError, IntegrityError, PerceiverError
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import modality, timed_modality
+from perceiver_cli.preprocess import modality, timed_modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract, cut_windows
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
@@ -236,9 +236,7 @@ class Stored:
 
     @property
     def _steps_hz(self) -> float:
-        timed = timed_modality(self.modality)
-        assert timed is not None, self.modality
-        return timed.steps_hz(self.header.inputs[self.modality])
+        return with_time(self.modality).steps_hz(self.header.inputs[self.modality])
 
     def prepared(self) -> ByteArray:
         """Return the model's input. Raises DataError for an array of a wrong dtype or shape, or not finite."""

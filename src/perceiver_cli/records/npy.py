@@ -18,11 +18,12 @@ MAX_NPY_HEADER = 4096
 
 def npy_bytes(array: Array) -> bytes:
     """Return an array in the format of NPY, version 1.0, C order."""
-    return _npy_header(array.dtype.newbyteorder("<").str, array.shape) + array.tobytes()
+    return npy_header(array.dtype.newbyteorder("<").str, array.shape) + array.tobytes()
 
 
 @lru_cache(maxsize=256)
-def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    """Return the header of an array in C order. Its length is the same for every number of rows: NumPy pads it."""
     stream = io.BytesIO()
     np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
     return stream.getvalue()

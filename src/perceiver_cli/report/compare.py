@@ -73,22 +73,21 @@ def compare(runs: Sequence[str]) -> Comparison:
         timed = [(seconds, record) for record in log if (seconds := _number(record, "elapsed_s")) is not None]
         curve = [(at, share) for at, record in timed if (share := _number(record, "val_accuracy")) is not None]
         right = None if accuracy is None or not count else round(accuracy * count)
-        rows.append(
-            RunFacts(
-                run=run,
-                preset=info.config.name,
-                accuracy=accuracy,
-                interval_95=None if right is None or not 0 <= right <= count else share_interval(right, count),
-                mAP=_number(info.metrics, "val_mAP"),
-                loss=_number(info.metrics, "val_loss"),
-                num_examples=count or None,
-                seconds=timed[-1][0] if timed else None,
-                steps=info.step,
-                parameters=describe(str(path))["parameters"],
-                fingerprint=info.data_fingerprint,
-                curve=tuple(curve),
-            )
+        facts = RunFacts(
+            run=run,
+            preset=info.config.name,
+            accuracy=accuracy,
+            interval_95=None if right is None or not 0 <= right <= count else share_interval(right, count),
+            mAP=_number(info.metrics, "val_mAP"),
+            loss=_number(info.metrics, "val_loss"),
+            num_examples=count or None,
+            seconds=timed[-1][0] if timed else None,
+            steps=info.step,
+            parameters=describe(str(path))["parameters"],
+            fingerprint=info.data_fingerprint,
+            curve=tuple(curve),
         )
+        rows.append(facts)
         configs.append(info.config)
     return Comparison(tuple(rows), _differences(configs), tuple(_notes(rows)))
 

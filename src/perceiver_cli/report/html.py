@@ -221,9 +221,8 @@ def _pairs(report: Report, gallery: _Gallery) -> list[dict[str, Any]]:
     for k, record in enumerate(report.records):
         if not record["correct"]:
             mistakes[record["label"], record["prediction"]].append((-record["prob"], k))
-    most = sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]
     pairs, per_class = [], report.per_class
-    for (true, predicted), ranked in most:
+    for (true, predicted), ranked in sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]:
         media = [gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(ranked)[:EACH]]
         total = per_class[true]["count"]
         pairs.append({"true": true, "predicted": predicted, "count": len(ranked), "total": total, "media": media})
@@ -234,9 +233,8 @@ def _hardest(report: Report, gallery: _Gallery) -> list[Medium | None]:
     """Return the examples of the highest loss if examples have several labels."""
     if report.confusion is not None:
         return []
-    order = sorted(range(len(report.records)), key=lambda k: -report.records[k]["loss"])[:HARDEST]
     media = []
-    for k in order:
+    for k in sorted(range(len(report.records)), key=lambda k: -report.records[k]["loss"])[:HARDEST]:
         record = report.records[k]
         labels = ", ".join(map(shown, record["labels"])) or "nothing"
         answer = f"first answer {shown(record['prediction'])}, {percent(record['prob'])}"
@@ -256,15 +254,13 @@ def _log(predictor: Predictor) -> tuple[list[dict[str, Any]], str]:
 
 
 def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, str]:
-    """Return by name the SVGs of loss and of accuracy (and mAP) over the epochs of a run.
-
-    With several labels an example the training loss is not drawn: it is a sum over classes, the validation loss a mean.
-    """
+    """Return by name the SVGs of loss and of accuracy (and mAP) over the epochs of a run."""
 
     def points(key: str) -> list[charts.Point]:
         rows = [(record.get("epoch"), record.get(key)) for record in log]
         return [(float(x), float(y)) for x, y in rows if _is_drawable(x) and _is_drawable(y)]
 
+    # With several labels the training loss is not drawn: it is a sum over classes, the validation loss a mean.
     losses = {"validation": points("val_loss"), "training": [] if several else points("train_loss")}
     shares = {"accuracy, validation": points("val_accuracy"), "mAP, validation": points("val_mAP")}
     drawn = {

@@ -179,12 +179,11 @@ def _sound(figure: Any, samples: Array, spec: AudioSpec, heat: Array | None, sta
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
     """Return a spectrogram (mel bins, frames) to look at, the lowest bin last, the same for every model."""
     assert spec.rate_hz != "auto"
-    window_s = min(0.032, len(samples) / spec.rate_hz)
     seconds = len(samples) / spec.rate_hz
     shown = spec.model_copy(
         update={
             "features": "mel", "patch": (1, 1), "max_resolution": None, "clip_s": seconds, "num_mels": SPECTROGRAM_BINS,
-            "window_s": window_s, "hop_s": max(seconds / SPECTROGRAM_COLUMNS, 1 / spec.rate_hz),
+            "window_s": min(0.032, seconds), "hop_s": max(seconds / SPECTROGRAM_COLUMNS, 1 / spec.rate_hz),
             "min_hz": min(spec.min_hz, spec.rate_hz / 4),
         }
     )  # fmt: skip

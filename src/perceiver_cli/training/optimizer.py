@@ -56,11 +56,8 @@ class Lamb(Optimizer):
             torch._foreach_div_(updates, denominators)
             if group["weight_decay"]:
                 torch._foreach_add_(updates, parameters, alpha=group["weight_decay"])
-            weight_norms, update_norms = torch._foreach_norm(parameters), torch._foreach_norm(updates)
-            ratios = [
-                torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w))
-                for w, u in zip(weight_norms, update_norms, strict=True)
-            ]
+            norms = zip(torch._foreach_norm(parameters), torch._foreach_norm(updates), strict=True)
+            ratios = [torch.where((w > 0) & (u > 0), w / u, torch.ones_like(w)) for w, u in norms]
             torch._foreach_mul_(updates, ratios)
             torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 

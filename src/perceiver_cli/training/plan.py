@@ -177,14 +177,11 @@ def make_plan(request: RunRequest) -> Plan:
 def _scan(
     path: str, config: Config | None, request: RunRequest, saved: TrainingState | None, notes: list[str]
 ) -> Catalog:
-    """Return the catalog of the data, divided by a split file if it belongs to the data, else with a note.
-
-    A resumed run takes the split file of its own folder.
-    """
+    """Return the catalog of the data, divided by a split file if it belongs to the data, else with a note."""
     changes = [change for change in request.overrides if change.startswith("data.")]
     options = (config or tiny_config(["image"]).override(changes)).data
     split = options.split
-    if saved is not None and request.output is not None:
+    if saved is not None and request.output is not None:  # a resumed run takes the split file of its own folder
         own = Path(request.output) / SPLIT_FILE
         split = os.fspath(own) if own.exists() else None
     before = None if split is None else read_split(split)
