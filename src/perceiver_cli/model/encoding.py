@@ -26,7 +26,7 @@ from perceiver_cli.preprocess.spec import InputSpec
 class Segment:
     """A batch of one modality's byte arrays before Fourier features.
 
-    values: (B, *grid, c) in any dtype; positions: (B, M, d) float32 for point sets, None for grids.
+    values: `(B, *grid, c)` in any dtype; positions: (B, M, d) float32 for point sets, None for grids.
     mask: bool, False for padding: (B, M), or (B, 1) where whole examples lack the modality; None if nothing is padding.
     """
 
