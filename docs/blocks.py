@@ -26,8 +26,8 @@ ELLIPSIS = "..."
 PREPARED = (
     ("python", str(ROOT / "examples" / "write_digits.py"), "digits"),
     ("python", str(ROOT / "examples" / "write_tones.py"), "tones"),
-    ("perceiver", "train", "tones", "-o", "runs/tones", "--steps", "30"),
-    ("perceiver", "train", "digits", "-o", "runs/digits", "--steps", "60"),  # the last run is runs/latest
+    ("perceiver", "train", "tones", "-o", "runs/tones", "--steps", "15"),
+    ("perceiver", "train", "digits", "-o", "runs/digits", "--steps", "40"),  # the last run is runs/latest
 )
 
 
@@ -111,8 +111,8 @@ def main(pages: list[Path]) -> None:
         prepared = Path(folder, "prepared")
         prepared.mkdir()
         prepare(prepared)
-        for page in pages:
-            place = shutil.copytree(prepared, Path(folder, page.stem), symlinks=True)
+        for number, page in enumerate(pages):
+            place = shutil.copytree(prepared, Path(folder, str(number)), symlinks=True)
             text = page.read_text()
             fresh = [(block, run_block(block, place)) for block in blocks(page) if block.runs]
             for block, new in reversed(fresh):

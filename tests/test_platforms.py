@@ -18,15 +18,15 @@ from tests.conftest import write_images
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture(params=["windows", "macos"])
-def run(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
-    """Run a Python program, by default `perceiver`, as on that system, in a console of code page 1252."""
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Run `perceiver` as on Windows, which lacks all that macOS lacks, in a console of code page 1252."""
 
     def call(*arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PERCEIVER_")}
         folder = Path(__file__).parent / "platforms"
         path = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH")]))
-        environment |= {"PYTHONPATH": path, "PERCEIVER_TEST_WITHOUT": request.param, "PYTHONIOENCODING": "cp1252"}
+        environment |= {"PYTHONPATH": path, "PERCEIVER_TEST_WITHOUT": "windows", "PYTHONIOENCODING": "cp1252"}
         command = [sys.executable, "-m", "perceiver_cli", *arguments]
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=170

@@ -233,6 +233,11 @@ def test_attention_is_the_rollout_written_out(layouts: dict[str, Layout], option
     torch.testing.assert_close(found + offset, scores, rtol=1e-3, atol=1e-3)
 
 
+def mean_of(values: torch.Tensor) -> torch.Tensor:
+    """Return the mean over all places (1, 1.., C)."""
+    return values.mean(tuple(range(1, values.dim() - 1)), keepdim=True)
+
+
 def test_evidence_adds_up_and_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     """Integrated gradients over a long enough path are what the log-odds rise by (their completeness)."""
     layouts = {"audio": STRIP, "points": CLOUD}
@@ -249,8 +254,8 @@ def test_evidence_adds_up_and_leaves_the_model_as_it_was(monkeypatch: pytest.Mon
         explain.evidence(model, segments, sign, True)
     blank = {
         name: Segment(
-            explain._mean(s.values).expand_as(s.values),
-            None if s.positions is None else explain._mean(s.positions).expand_as(s.positions),
+            mean_of(s.values).expand_as(s.values),
+            None if s.positions is None else mean_of(s.positions).expand_as(s.positions),
         )
         for name, s in segments.items()
     }

@@ -436,7 +436,7 @@ def test_hostile_json(name: str, text: bytes, match: str, fourier: Path, tmp_pat
         ({"size": 512}, "squares"),
         ({"size": 1 << 20, "crop_size": 1 << 20}, "inputs"),
         ({"size": "14"}, "size must be a whole number"),
-        ({"image_mean": [0.5, 0.5]}, "image mean needs"),
+        ({"image_mean": [0.5, 0.5]}, "inputs.image.mean needs"),
         ({"image_mean": "grey"}, r"inputs\.image\.mean"),
         ({"image_std": [0.5, 0.0, 0.5]}, r"inputs\.image\.std"),
     ],
