@@ -73,7 +73,7 @@ def open_track(source: Source, limits: Limits, kind: Literal["video", "audio"]) 
         options = {"max_pixels": str(2 * limits.video_pixels)}
         with av.open(file, format=reader, options=options, io_open=refuse_reference) as container:
             streams = getattr(container.streams, kind)
-            stream = next((each for each in streams if not each.disposition & COVERS), None)
+            stream = next((each for each in streams if not each.disposition.value & COVERS), None)
             if stream is None:
                 raise AbsentError(f"{source.shown}: no {NOUNS[kind]} in it")
             if stream.codec_context is None:
