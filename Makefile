@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test lowest golden lint docs bench clean
+.PHONY: help demo test faults lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,6 +20,9 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+faults: $(BIN)/perceiver  ## install, then inject faults by force for 15 minutes; with ARGS=--sample a few for two
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 lowest:  ## install the lowest versions of dependencies that pyproject.toml allows in .venv-lowest, then run the suite
 	$(PYTHON) -m venv .venv-lowest
