@@ -127,7 +127,7 @@ def contest(trial: Trial, against: Sequence[str], sides: Sequence[int], rounds: 
     present = [name for name in against if peers.is_installed(name)]
     if trial.mode == "train" and "onnxruntime" in present:
         raise UsageError("--against onnxruntime --mode train: onnxruntime trains no model", "leave out --mode train")
-    names = ["ours", *(form for name in present for form in (peers.USUAL if name == "usual" else (name,)))]
+    names = ["ours", *(form for name in present for form in (peers.FORMS if name == "usual" else (name,)))]
     choices: list[int | None] = [*sides] or [None]
     for side in choices:
         sized = replace(trial, side=side)

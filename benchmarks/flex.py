@@ -1,4 +1,4 @@
-"""flex_attention, PyTorch's public attention with a normaliser: in the usual way, and in place of our CUDA kernels.
+"""flex_attention, PyTorch's public attention with a normaliser, in place of our CUDA kernels.
 
 On a CPU it runs uncompiled, forward only. Axes: T tiles, n queries, m keys, w width.
 """
@@ -30,12 +30,6 @@ def _call(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     wide = max(LEAST_WIDTH, 1 << (query.shape[-1] - 1).bit_length())
     call: Any = _compiled() if query.is_cuda else flex.flex_attention
     return call(*(F.pad(x, (0, wide - x.shape[-1])) for x in (query, key, value)), **options)
-
-
-def by_flex(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Return softmax(scale * Q K^T) V by flex_attention."""
-    out: Tensor = _call(query, key, value, scale=scale)
-    return out[..., : value.shape[-1]]
 
 
 def with_normaliser(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import flex
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.errors import UsageError
 from perceiver_cli.machine.growth import NUM_CLASSES, made_up_segments, new_model, read_alone
@@ -36,7 +35,6 @@ PACKAGES = {
 }
 EXTRAS = {"onnxruntime": "'perceiver-cli[onnx]'"}  # argument of pip install, if it is not the name
 NAMES = ("usual", *PACKAGES)
-USUAL = ("usual (einsum)", "usual (SDPA)")  # the two forms of "usual"
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # of Q, K, V (B, H, N or M, W / H) and the scale
 
 
@@ -140,7 +138,7 @@ def by_sdpa(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     return F.scaled_dot_product_attention(query, key, value, scale=scale)
 
 
-FORMS: dict[str, Attend] = {"usual (einsum)": by_einsum, "usual (SDPA)": by_sdpa, "usual (flex)": flex.by_flex}
+FORMS: dict[str, Attend] = {"usual (einsum)": by_einsum, "usual (SDPA)": by_sdpa}
 
 
 def usual_read(block: CrossAttend, latents: Tensor, byte_array: Tensor, attend: Attend) -> Tensor:
