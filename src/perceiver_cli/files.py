@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shlex
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from perceiver_cli.errors import ResourceError, UsageError
+from perceiver_cli.errors import DataError, PerceiverError, ResourceError, UsageError
 
 MAX_SHOWN = 200  # characters of a path in a message
-BINARY = getattr(os, "O_BINARY", 0)  # for os.open: without it Windows changes line ends
+TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # names of files that `atomic_write` has not finished
+# Causes for which no input is to blame, and what helps against each.
+SHORTAGES = {
+    errno.EMFILE: "allow more open files (ulimit -n), or pass a smaller --workers",
+    errno.ENFILE: "allow the system more open files, or pass a smaller --workers",
+    errno.ENOMEM: "free memory",
+    errno.EAGAIN: "allow more processes (ulimit -u), or pass a smaller --workers",
+}
+# For os.open, where the system has them. Without O_BINARY Windows changes line ends.
+BINARY, NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
@@ -64,12 +76,14 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
     The order write, fsync(file), rename, fsync(folder) leaves the old or the new content after a crash or a power cut,
     never a part (ALICE, OSDI 2014). On systems with O_TMPFILE the file has no name before, so that a killed process
-    leaves none behind. Raises ResourceError if the folder cannot be made or written, or the disk is full.
+    leaves none behind. What killed processes left in the folder is removed. Raises ResourceError if the folder cannot
+    be made or written, or the disk is full.
     """
     target = Path(path)
     folder = target.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
+        remove_leftovers(folder)
         temporary = folder / f".{target.name[:80]}.{os.urandom(8).hex()}.tmp"
         handle, nameless = _opened(folder, temporary)
     except OSError as error:
@@ -81,7 +95,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             os.fsync(file.fileno())
             if nameless:  # with a src_dir_fd, which is unused, Python follows the link to the file
                 os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
-        os.replace(temporary, target)
+            if os.name != "nt":  # while it is open, so that its lock tells other processes that this one lives
+                os.replace(temporary, target)
+        if os.name == "nt":  # Windows renames no open file
+            os.replace(temporary, target)
         sync_folder(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -91,11 +108,50 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
 
 
 def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:
-    """Return a handle of a new file in a folder, and whether it has no name; a name is `temporary`."""
+    """Return a handle of a new, locked file in a folder, and whether it has no name; a name is `temporary`."""
     if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
         with suppress(OSError):  # not every file system supports O_TMPFILE
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666), True
-    return os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | BINARY, 0o666), False
+            handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+            _lock(handle)
+            return handle, True
+    while True:
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | BINARY, 0o666)
+        _lock(handle)
+        if os.path.exists(temporary):  # else another process took it for a leftover before it was locked
+            return handle, False
+        os.close(handle)
+
+
+def _lock(handle: int, *, wait: bool = True) -> bool:
+    """Return whether this process has locked an open file; forked workers share the lock."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (ImportError, OSError):  # Windows, a file system without locks, or another process holds it
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of `atomic_write` in a folder whose processes have died: nothing locks them."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for name in [entry.name for entry in entries if TEMPORARY.fullmatch(entry.name)]:
+            with suppress(OSError):
+                handle = os.open(folder / name, os.O_RDONLY | NO_LINK | NO_WAIT)
+                try:
+                    if stat.S_ISREG(os.fstat(handle).st_mode) and _lock(handle, wait=False):
+                        (folder / name).unlink()
+                finally:
+                    os.close(handle)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, durably: a lost entry of a folder would lose all in it. Raises OSError."""
+    missing = [each for each in (folder, *folder.parents) if not os.path.isdir(each)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -131,5 +187,17 @@ def sync_folder(folder: Path) -> None:
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
     """Return the error for an output that cannot be written."""
-    reason = error.strerror or type(error).__name__
-    return ResourceError(f"{show_path(path)}: cannot write: {reason}", "free space or choose another output")
+    hint = SHORTAGES.get(error.errno or 0, "free space or choose another output")
+    return ResourceError(f"{show_path(path)}: cannot write: {cause(error)}", hint)
+
+
+def cannot_read(path: str | os.PathLike[str], error: OSError | ValueError) -> PerceiverError:
+    """Return the error for an input that cannot be read: the path is to blame, or a shortage of this process."""
+    number = getattr(error, "errno", None) or 0
+    kind = ResourceError if number in SHORTAGES else DataError
+    return kind(f"{show_path(path)}: cannot read: {cause(error)}", SHORTAGES.get(number, ""))
+
+
+def cause(error: OSError | ValueError) -> str:
+    """Return the reason of an error of the system, for a message."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

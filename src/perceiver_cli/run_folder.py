@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,25 @@ from pathlib import Path
 from typing import IO, Any
 
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
-from perceiver_cli.files import cannot_write, show_path, write_text
+from perceiver_cli.files import (
+    BINARY,
+    NO_LINK,
+    NO_WAIT,
+    cannot_write,
+    make_folder,
+    remove_leftovers,
+    show_path,
+    sync_folder,
+    write_text,
+)  # fmt: skip
 
 MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "last"
+MANIFEST = "MANIFEST.json"  # in STATE_FOLDER, with the files of the committed states
+STATE_PATTERN = "step-*.safetensors"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
+NO_LINKS = (LOCK_FILE, STATE_FOLDER, "tensorboard")  # names in a run that are opened, where others are replaced
 MAX_LOG_BYTES = 64 << 20
 MAX_LINK = 4096  # characters of a path in runs/latest
 
@@ -28,47 +42,72 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
     Raises UsageError if it already holds a run, without `resume` or `replace`; ResourceError if it cannot be written or
     another process holds its lock.
     """
-    if not (resume or replace) and ((run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()):
-        raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        lock = (run / LOCK_FILE).open("w")
+        _check_own(run)
+        if not (resume or replace) and ((run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()):
+            raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
+        make_folder(run)
+        # Neither followed nor cut, if it becomes a link after the check.
+        lock = os.fdopen(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT | BINARY | NO_LINK | NO_WAIT, 0o666), "r+b")
     except OSError as error:
         raise cannot_write(run, error) from error
     with lock:
-        try:
-            _lock(lock)
-        except OSError as error:
-            raise ResourceError(f"{show_path(run)}: in use by another training run") from error
+        _lock(lock, run)
+        remove_leftovers(run)
+        remove_leftovers(run / STATE_FOLDER)
         try:
             yield
         finally:
-            if [path.name for path in run.iterdir()] == [LOCK_FILE]:  # the run never began: leave no empty folder
-                with suppress(OSError):  # Windows removes no open file
+            with suppress(OSError):  # the folder may be gone, and Windows removes no open file
+                if os.listdir(run) == [LOCK_FILE]:  # the run never began: leave no empty folder
                     (run / LOCK_FILE).unlink()
                     run.rmdir()
 
 
-def _lock(file: IO[str]) -> None:
-    """Lock an open file for this process. Raises OSError if another process holds the lock."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
+def _check_own(run: Path) -> None:
+    """Raise UsageError for a link where a run writes: a folder from a stranger may point at any file."""
+    for name in NO_LINKS:
+        if (run / name).is_symlink():
+            raise UsageError(f"{show_path(run / name)}: a link, expected the run's own", "remove the link")
 
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    else:
-        # Data workers outlive a killed run by seconds; they inherit flock's locks, but not POSIX locks.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def _lock(file: IO[bytes], run: Path) -> None:
+    """Lock an open file of a run. Raises ResourceError if another process holds the lock, or there are no locks."""
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            # Data workers outlive a killed run by seconds; they inherit flock's locks, but not POSIX locks.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
+            raise cannot_write(run / LOCK_FILE, error) from error
+        raise ResourceError(f"{show_path(run)}: in use by another training run") from error
 
 
 def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
     """Write a run's config.toml; with `fresh`, first remove the model, state and log of an earlier run."""
     if fresh:
-        for old in [run / MODEL_FILE, *(run / STATE_FOLDER).glob("*")]:
-            old.unlink(missing_ok=True)
+        # The manifest first: without it no state counts, whenever the rest is cut short.
+        state = run / STATE_FOLDER
+        for old in [state / MANIFEST, run / MODEL_FILE, *state.glob(STATE_PATTERN)]:
+            _remove(old)
         write_text(run / METRICS_FILE, "")
     write_text(run / "config.toml", config_toml)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file durably, if it is there. Raises ResourceError."""
+    try:
+        if os.path.lexists(path):
+            path.unlink()
+            sync_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def cut_log(run: Path, step: int) -> None:
@@ -80,8 +119,11 @@ def cut_log(run: Path, step: int) -> None:
 def append_log(run: Path, record: Mapping[str, Any]) -> None:
     """Append an evaluation to a run's log."""
     try:
-        with (run / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        handle = os.open(run / METRICS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY | NO_LINK, 0o666)
+        with os.fdopen(handle, "ab") as file:
+            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())  # before the state that counts this evaluation
     except OSError as error:
         raise cannot_write(run / METRICS_FILE, error) from error
 

@@ -165,14 +165,15 @@ def spooled(file: BinaryIO, name: str) -> Shards:
         fault = "not records" if head else "empty"
         raise DataError(f"{shown}: {fault}", "expected a stream from `perceiver preprocess`")
     try:
-        with tempfile.NamedTemporaryFile(prefix="perceiver-", suffix=".tar") as copy:
+        with tempfile.TemporaryFile() as copy:  # without a name, so that nothing stays of it when a signal ends this
             copied = copy.write(head)
             while data := file.read(READ_BYTES):
                 copied += copy.write(data)
             copy.flush()
             copy.seek(0)
-            shards = _joined([_scanned(Tar(copy, name), copy, shown)])  # type: ignore[arg-type]
-            note = f"{shown}: {copied / 1e6:,.1f} MB of records, spooled to {show_path(copy.name)} until this ends"
+            shards = _joined([_scanned(Tar(copy, name), copy, shown)])
+            place = show_path(tempfile.gettempdir())
+            note = f"{shown}: {copied / 1e6:,.1f} MB of records, spooled to {place} until this ends"
     except OSError as error:
         raise cannot_write(Path(tempfile.gettempdir()), error) from error
     return replace(shards, notes=(note,))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,7 @@ from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, cou
 from perceiver_cli.files import show_path, write_text
 from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, write_tensors
 from perceiver_cli.model.perceiver import Perceiver
-from perceiver_cli.run_folder import STATE_FOLDER, find_model
-
-MANIFEST = "MANIFEST.json"
+from perceiver_cli.run_folder import MANIFEST, STATE_FOLDER, STATE_PATTERN, find_model
 
 
 def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> str:
@@ -65,10 +64,10 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
     previous = [entry for entry in _committed(folder) if entry["file"] != file.name][:1]
     states = [{"file": file.name, "step": fields["step"]}, *previous]
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": states}, indent=1) + "\n")
-    current = {MANIFEST, *(entry["file"] for entry in states)}
-    for old in folder.iterdir():
-        if old.name not in current and old.suffix in (".safetensors", ".tmp"):
-            old.unlink(missing_ok=True)
+    for old in folder.glob(STATE_PATTERN):
+        if old.name not in {state["file"] for state in states}:
+            with suppress(OSError):  # no state counts that the manifest does not name
+                old.unlink()
     return file
 
 
