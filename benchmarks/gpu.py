@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH")]))
 # Seconds that a part may take, in the order of value.
 LIMITS_S = {
-    "machine": 60, "kernels": 45, "equality": 60, "precisions": 110, "speed": 230, "compile": 100, "loader": 60,
+    "machine": 60, "kernels": 45, "equality": 60, "precisions": 110, "speed": 205, "compile": 100, "loader": 60,
     "nccl": 40, "tests": 60,
 }  # fmt: skip
 LEAST_S = 10.0  # with less left, a part is not begun
