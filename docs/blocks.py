@@ -57,8 +57,8 @@ def blocks(page: Path) -> list[Block]:
 
 def prepare(place: Path) -> None:
     """Fill a folder with the data and the models that the blocks need."""
-    for command, *arguments in PREPARED:
-        run([sys.executable if command == "python" else command, *arguments], place)
+    for command in PREPARED:
+        run(list(command), place)
 
 
 def run(command: list[str], place: Path) -> str:
@@ -73,7 +73,7 @@ def run(command: list[str], place: Path) -> str:
 def run_block(block: Block, place: Path) -> str:
     """Return the text of a block as it is now: a console block with fresh outputs, others as they are, once run."""
     if block.language == "python":
-        run([sys.executable, "-c", block.text], place)
+        run(["python", "-c", block.text], place)
     elif block.language == "sh":
         run(["bash", "-e", "-c", block.text], place)
     else:

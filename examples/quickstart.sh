@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # What `make demo` runs: real handwritten digits as PNG class folders, then train, evaluate, predict. No network.
-#   examples/quickstart.sh [FOLDER] [TIME]      default: demo 45s
+#   examples/quickstart.sh [FOLDER] [LENGTH]      default: demo '--max-time 45s'
 set -euo pipefail
 examples=$(dirname "$0")
 folder=${1:-demo}
-time=${2:-45s}
+length=${2:---max-time 45s}
 
 echo "== 1,797 scikit-learn digits as PNG, in $folder/digits/{train,test}/<class>/" >&2
 python "$examples/write_digits.py" "$folder/digits"
 
-echo "== train for $time" >&2
-model=$(perceiver train "$folder/digits" -o "$folder/run" --max-time "$time" --replace)
+echo "== train ($length)" >&2
+model=$(perceiver train "$folder/digits" -o "$folder/run" $length --replace)
 
 echo "== evaluate on the test split" >&2
 perceiver evaluate "$folder/digits" -m "$folder/run" -o "$folder/report"

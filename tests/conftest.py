@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -213,19 +214,26 @@ def trained(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 Perceive = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
-@pytest.fixture(scope="session")
-def warm_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder whose `perceiver` starts at once; see tests/warm.py. The real program, where it cannot be had."""
+@contextmanager
+def warm(folder: Path, **environment: str) -> Iterator[Path]:
+    """Yield a folder whose `perceiver` and `python` start at once; see tests/warm.py. The real ones without `fork`."""
     if not hasattr(os, "fork"):
         yield Path(sys.executable).parent
         return
-    folder = tmp_path_factory.mktemp("warm")
-    with subprocess.Popen([sys.executable, Path(__file__).parent / "warm.py", folder]) as server:
-        while not (folder / "perceiver").exists() or not os.access(folder / "perceiver", os.X_OK):
+    command = [sys.executable, Path(__file__).parent / "warm.py", folder]
+    with subprocess.Popen(command, env=os.environ | environment) as server:
+        while not os.access(folder / "perceiver", os.X_OK):
             assert server.poll() is None, "tests/warm.py ended"
             time.sleep(0.05)
         yield folder
         server.terminate()
+
+
+@pytest.fixture(scope="session")
+def warm_bin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of programs that start at once: `warm`."""
+    with warm(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -93,11 +93,11 @@ def test_the_page_of_rooms_names_every_file() -> None:
 
 
 def test_quickstart_and_pipe_examples(tmp_path: Path, warm_bin: Path) -> None:
-    done = run(["bash", ROOT / "examples" / "quickstart.sh", "demo", "8s"], tmp_path, warm_bin)
+    done = run(["bash", ROOT / "examples" / "quickstart.sh", "demo", "--steps 25"], tmp_path, warm_bin)
     assert "Everything is in demo/" in done.stderr
     accuracy = re.search(r"test: accuracy ([\d.]+)", done.stdout)
     assert accuracy is not None
-    assert float(accuracy[1]) > 0.2  # seconds of training, on shared cores
+    assert float(accuracy[1]) > 0.3
     assert done.stdout.count('"label"') >= 5
     assert (tmp_path / "demo" / "report" / "confusion.png").exists()
     piped = run(
@@ -109,21 +109,21 @@ def test_quickstart_and_pipe_examples(tmp_path: Path, warm_bin: Path) -> None:
 
 def test_train_from_python_example(place: Path) -> None:
     script = ROOT / "examples" / "train_from_python.py"
-    done = run([sys.executable, script, "digits", "from-python", "train.steps=20"], place)
+    done = run(["python", script, "digits", "from-python", "train.steps=20"], place)
     assert "best model: from-python/model.safetensors" in done.stdout
     assert "test: 0." in done.stdout
 
 
-def test_custom_modality_example(tmp_path: Path) -> None:
-    done = run([sys.executable, ROOT / "examples" / "custom_modality.py", tmp_path], tmp_path)
+def test_custom_modality_example(tmp_path: Path, warm_bin: Path) -> None:
+    done = run(["python", ROOT / "examples" / "custom_modality.py", tmp_path], tmp_path, warm_bin)
     accuracy = re.search(r"test: accuracy ([\d.]+) of 40", done.stdout)
     assert accuracy is not None
     assert float(accuracy[1]) > 0.9
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "points", "video"])
-def test_explain_examples(modality: str, tmp_path: Path) -> None:
-    done = run([sys.executable, ROOT / "examples" / "explain.py", modality, "out", "2"], tmp_path)
+def test_explain_examples(modality: str, tmp_path: Path, warm_bin: Path) -> None:
+    done = run(["python", ROOT / "examples" / "explain.py", modality, "out", "2"], tmp_path, warm_bin)
     assert f"{modality}: " in done.stdout
     assert (tmp_path / "out" / "out.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "out.ply").exists() == (modality == "points")

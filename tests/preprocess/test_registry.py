@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -22,7 +23,7 @@ from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsModality, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from tests.conftest import decode, detect
+from tests.conftest import decode, detect, warm
 
 PACKAGE = Path(perceiver_cli.__file__).parent
 EXAMPLE = PACKAGE.parents[1] / "examples" / "custom_modality.py"
@@ -53,8 +54,8 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a copy of the package that has one more modality and one more preset, and with data."""
+def extended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with data, a copy of the package that has one more modality and one more preset, and its program."""
     root = tmp_path_factory.mktemp("extended")
     copy = root / "src" / "perceiver_cli"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
@@ -71,14 +72,21 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 lines = "".join(f"{value:.4f}\n" for value in curve)
                 # The suffix says nothing: the content decides.
                 (root / "data" / split / label / f"{number:02d}.dat").write_text(f"# curve\n{lines}")
-    return root
+    (root / "bin").mkdir()
+    with warm(root / "bin", **environment(root)):
+        yield root
+
+
+def environment(root: Path) -> dict[str, str]:
+    """Return the variables that make Python import the copied package."""
+    return {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def perceiver(root: Path, *words: str) -> str:
     """Return the stdout of a command of the copied package, which must succeed."""
     done = subprocess.run(
-        [sys.executable, "-m", "perceiver_cli", *words], cwd=root, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1"},
+        [root / "bin" / "perceiver", *words], cwd=root, capture_output=True, text=True, timeout=300,
+        env=os.environ | environment(root),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
