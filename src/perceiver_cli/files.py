@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError, UsageError
 
@@ -49,6 +50,8 @@ def show_command(words: Iterable[str]) -> str:
 
 def _escaped(text: str) -> str:
     """Return text with unprintable characters, backslashes and quotes escaped as in C."""
+    if text.isascii() and text.isprintable() and "\\" not in text and "'" not in text:
+        return text
     return "".join("\\" + char if char in "\\'" else _printable(char) for char in text)
 
 
@@ -152,6 +155,18 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         sync_folder(each.parent)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON. Raises ValueError, also for a lone surrogate, "\\ud800", which no name can hold.
+
+    Those that stand for a byte that is not UTF-8, "\\udc80" to "\\udcff", are in names of files.
+    """
+    value = json.loads(text)
+    escapes = (b"\\ud", b"\\uD") if isinstance(text, bytes) else ("\\ud", "\\uD")
+    if not text.isascii() or any(escape in text for escape in escapes):  # type: ignore[operator]
+        json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogateescape")
+    return value
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -234,10 +234,16 @@ def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2, "classes": []}\n', "split of format 2, expected 1"),
+        ('{"format": 3, "classes": []}\n', "split of format 3, expected 2"),
+        (
+            '{"format": 2, "classes": []}\n',
+            "a damaged one: its sha256 is not that of its lines",
+        ),
+        ('{"format": 1, "classes": ["a"]}\n{"path": 5, "split": "val"}\n', "split val of 5"),
+        ('{"format": 1, "classes": ["a"]}\n{"path": "\\ud800", "split": "val"}\n', "surrogates not allowed"),
         ('{"format": 1, "classes": ["a"]}\n', "a split without examples"),
         ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "tes', "not the split of a run"),
-        ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "test"}\n', "not the split of a run: split 'test'"),
+        ('{"format": 1, "classes": ["a"]}\n{"path": "x", "split": "test"}\n', "a damaged one: split test of x"),
         ("[1]\n", "not the split of a run"),
         ("", "not the split of a run"),
     ],
@@ -251,11 +257,25 @@ def test_damaged_splits_are_refused(tmp_path: Path, text: str, message: str) -> 
         read_split(tmp_path / "none")
 
 
+def test_a_damaged_line_of_a_split_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "split.jsonl"
+    save_split(path, made_up({"a": 9, "b": 9}).hold_out(0.3))
+    lines = path.read_bytes()
+    for place in range(0, len(lines), 7):
+        path.write_bytes(lines[:place] + bytes([lines[place] ^ 1]) + lines[place + 1 :])
+        with pytest.raises(IntegrityError, match=r"split\.jsonl"):
+            read_split(path)
+    for cut in (lines[:-1].rfind(b"\n") + 1, len(lines) // 2):
+        path.write_bytes(lines[:cut])
+        with pytest.raises(IntegrityError, match="damaged"):
+            read_split(path)
+
+
 def test_hostile_ids_survive_a_saved_split(tmp_path: Path) -> None:
     names = ["\udcff.png", "a\nb.png", "\x1b[31m.png", "\u202e.png", '".png']
     catalog = Catalog("", (), (), ("a",), {"train": Examples(Example(name, {}, (0,)) for name in sorted(names))})
     save_split(tmp_path / "split.jsonl", catalog)
-    lines = (tmp_path / "split.jsonl").read_bytes().splitlines()[1:]
+    lines = (tmp_path / "split.jsonl").read_bytes().splitlines()[1:-1]
     assert {os.fsencode(json.loads(line)["path"]) for line in lines} == {os.fsencode(name) for name in names}
     again = read_split(tmp_path / "split.jsonl").apply(catalog)
     assert again is not None

@@ -414,7 +414,7 @@ def test_a_record_that_is_no_image_is_one_bad_example(trained: Path, bars: Path)
     bad = data.replace(first, first.replace(b"|u1", b"|i1"), 1)
     answers = list(Predictor(trained).predict([Pipe("-", io.BytesIO(bad))]))
     assert [answer.error is None for answer in answers] == [False] + [True] * 9
-    assert "image of int8" in str(answers[0].error)
+    assert "is damaged: its bytes are not those that were written" in str(answers[0].error)
     assert "expected uint8" in str(answers[0].error)
 
 

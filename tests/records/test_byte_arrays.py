@@ -16,6 +16,7 @@ from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.byte_arrays import stored_rows
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL
 
@@ -100,6 +101,21 @@ def test_damaged_files_are_data_errors(trained: Path, arrays: dict[str, Path], s
                 bad[rng.randrange(min(len(bad), 3000))] = rng.randrange(256)
         (one,) = predictor.predict(bytes(bad))
         assert one.error is None or "\n" not in one.error
+
+
+def test_a_flipped_bit_of_a_safetensors_is_found(bars: Path, trained: Path, arrays: dict[str, Path]) -> None:
+    spec, _ = input_recipe(Source(str(next(bars.rglob("*.png")))), str(trained), None, {})
+    data = next(arrays["safetensors"].rglob("*.safetensors")).read_bytes()
+    rows = stored_rows(Source("a", data), "image", spec, Limits()).prepared().values
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(data), 60).tolist():
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        try:
+            same = stored_rows(Source("a", bytes(flipped)), "image", spec, Limits()).prepared().values
+        except DataError:
+            continue
+        assert np.array_equal(same, rows)  # in JSON of the same meaning
 
 
 def test_order_of_examples_is_of_names(bars: Path, arrays: dict[str, Path]) -> None:

@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import tarfile
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from perceiver_cli.data.inputs import Pipe, examples_of
 from perceiver_cli.errors import DataError, IntegrityError, LimitError, PerceiverError
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.digests import digests, num_digests
 from perceiver_cli.records.format import Facts, Header, Record, Stored
 from perceiver_cli.records.npy import npy_bytes, parse_npy
 from perceiver_cli.records.stream import BLOCK, END, ERROR, HEADER, ZEROS, Feed, Writer, pack, read_records, tar_members
@@ -81,28 +84,28 @@ def test_the_same_records_give_the_same_bytes_in_posix_ustar() -> None:
         infos = tar.getmembers()
     assert {(i.mtime, i.uid, i.gid, i.uname, i.mode, i.type) for i in infos} == {(0, 0, 0, "", 0o644, b"0")}
     assert not any(i.pax_headers for i in infos)
-    ours = tar_members([("a.json", b"12")])
-    theirs = tarfile.TarInfo("a.json")
+    ours = tar_members([("a.npy", b"12")])
+    theirs = tarfile.TarInfo("a.npy")
     theirs.size = 2
     assert ours[:BLOCK] == theirs.tobuf(tarfile.USTAR_FORMAT)
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "checksum"),
+    ("name", "size", "checksum", "seal"),
     [
-        ("__perceiver__/header", b"00000000001", b"011667"),
-        ("00000000.json", b"00000000000", b"007505"),
-        ("00000017.image.npy", b"00000001001", b"010435"),
-        ("a" * 100, b"00000000010", b"030702"),
+        ("__perceiver__/header", b"00000000001", b"013026", b"d202ef8d"),
+        ("00000000.json", b"00000000000", b"010305", b"00000000"),
+        ("00000017.image.npy", b"00000001001", b"010435", bytes(8)),
+        ("a" * 100, b"00000000010", b"031712", b"6522df69"),
     ],
 )
-def test_headers_are_these_bytes(name: str, size: bytes, checksum: bytes) -> None:
+def test_headers_are_these_bytes(name: str, size: bytes, checksum: bytes, seal: bytes) -> None:
     data = tar_members([(name, bytes(int(size, 8)))])
     fields = b"0000644\x000000000\x000000000\x00" + size + b"\x0000000000000\x00" + checksum + b"\0 0"
-    assert data[:BLOCK] == name.encode().ljust(100, b"\0") + fields + bytes(100) + b"ustar\00000" + bytes(247)
-    theirs = tarfile.TarInfo(name)
-    theirs.size = int(size, 8)
-    assert data[:BLOCK] == theirs.tobuf(tarfile.USTAR_FORMAT)
+    unused = bytes(235) + seal + bytes(4)
+    assert data[:BLOCK] == name.encode().ljust(100, b"\0") + fields + bytes(100) + b"ustar\00000" + unused
+    theirs = tarfile.TarInfo.frombuf(data[:BLOCK], "ascii", "strict")
+    assert (theirs.name, theirs.size, theirs.type) == (name, int(size, 8), tarfile.REGTYPE)
     assert len(data) == BLOCK + -(-theirs.size // BLOCK) * BLOCK
 
 
@@ -171,12 +174,13 @@ def test_streams_may_follow_each_other() -> None:
 
 
 def test_another_count_than_the_end_says() -> None:
-    data = stream_of(3)
-    wrong = data.replace(b'{"records": 3', b'{"records": 4')
+    data = stream_of(3)[: -2 * BLOCK - 2 * BLOCK]
     with pytest.raises(IntegrityError, match="3 records, but its end says 4"):
-        read(wrong)
+        read(data + tar_members([(END, b'{"records": 4, "errors": 0}')]))
     with pytest.raises(IntegrityError, match="0 errors, but its end says 1"):
-        read(data.replace(b'"errors": 0', b'"errors": 1'))
+        read(data + tar_members([(END, b'{"records": 3, "errors": 1}')]))
+    with pytest.raises(IntegrityError, match="end' is damaged: its bytes are not those that were written"):
+        read(stream_of(3).replace(b'{"records": 3', b'{"records": 4'))
 
 
 def test_an_input_that_could_not_be_read_has_a_member_in_its_place(tmp_path: Path) -> None:
@@ -254,6 +258,65 @@ def test_bytes_of_strangers_never_end_in_another_error() -> None:
                     Stored("x", SPOKEN, name, 0.0, partial(bytes, npy)).array()
         except PerceiverError:
             pass
+
+
+def faults_of(data: bytes, header: Header = SPOKEN) -> str:
+    """Return the error of reading a stream and all its arrays, or an empty text."""
+    try:
+        for example in examples_of(Pipe("-", io.BytesIO(data)), header.inputs, Limits()):
+            for stored in example.sources.values():
+                assert isinstance(stored, Stored)
+                stored.array()
+    except (DataError, IntegrityError) as error:
+        return str(error)
+    return ""
+
+
+def test_a_flipped_bit_is_found_wherever_it_matters() -> None:
+    """Flips that are not found lie in zeros that fill blocks: the records are those that were written."""
+    data = stream_of(2)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        ends = [(info.offset_data + info.size, info.offset_data + -(-info.size // BLOCK) * BLOCK) for info in tar]
+    assert not faults_of(data)
+    unused = {place for begin, end in ends for place in range(begin, end)} | {*range(ends[-1][1], len(data))}
+    rng = np.random.default_rng(0)
+    for place in [*rng.integers(0, len(data), 600).tolist(), *(begin - 1 for begin, _ in ends)]:
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        fault = faults_of(bytes(flipped))
+        ends_checksum = flipped[place] in b" \0"  # in a tar header
+        assert "'stdin'" in fault or place in unused or ends_checksum
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 65535, 65536, 65537, 200_001])
+def test_digests_are_of_pages_and_chunks(size: int) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8).tobytes()
+    found, wanted = digests(data), b""
+    for at in range(0, size, 65536):
+        chunk = data[at : at + 65536]
+        pages = [chunk[page : page + 4096] for page in range(0, len(chunk), 4096)]
+        rest = pages.pop() if len(pages[-1]) < 4096 else b""
+        sums = [sum(int.from_bytes(page[i : i + 8], "little") for i in range(0, 4096, 8)) for page in pages]
+        digest = zlib.crc32(b"".join((each % 2**64).to_bytes(8, "little") for each in sums) + rest)
+        wanted += digest.to_bytes(4, "little")
+    assert (found, len(found)) == (wanted, num_digests(size))
+
+
+def test_a_span_is_compared_by_the_chunks_it_touches() -> None:
+    header = Header({"audio": AudioSpec(rate_hz=100_000)})
+    array = npy_bytes(np.linspace(-1, 1, 100_000, dtype=np.float32))
+
+    def stored(place: int) -> Stored:
+        damaged = bytearray(array)
+        damaged[place] ^= 1
+        return Stored("a.wav", header, "audio", 1.0, lambda: bytes(damaged), digests(array), "'x.tar'")
+
+    assert np.array_equal(stored(300_000).array((0.1, 0.1)), np.frombuffer(array[-400_000:], "<f4")[10_000:20_000])
+    for place, span in ((300_000, None), (50_000, (0.1, 0.1)), (80_000, (0.1, 0.1)), (100, (0.5, 0.1))):
+        with pytest.raises(DataError, match=r"'x.tar': audio of the record 'a.wav' is damaged"):
+            stored(place).array(span)
+    with pytest.raises(DataError, match="is damaged"):
+        b"".join(stored(300_000).content())
 
 
 class Evil:

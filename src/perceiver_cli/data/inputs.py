@@ -174,9 +174,12 @@ def _stream_examples(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits)
             header.check(feed.shown, reads, "the model")
         checked, facts = header, record.facts
         stored = {
-            name: Stored(facts.path, header, name, facts.seconds.get(name, 0.0), partial(bytes, npy))
+            name: Stored(
+                facts.path, header, name, facts.seconds.get(name, 0.0), partial(bytes, npy),
+                facts.digests.get(name, b""), feed.shown,
+            )
             for name, npy in record.arrays.items()
-        }
+        }  # fmt: skip
         yield Example(facts.path, stored, error=facts.error)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import difflib
 import io
-import json
 import os
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import DataError, counted
-from perceiver_cli.files import show_path
+from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -273,7 +272,7 @@ def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[st
 
 
 def _json_lines(text: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028
+    rows = [parse_json(line) for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line that is not an object")
     return rows

@@ -1,26 +1,30 @@
 """The training and validation split of a run, saved in its folder, so that new files do not change it. No torch.
 
-A split file is JSON lines: a header, then the id and the split, "train" or "val", of every example.
+A split file is JSON lines: a header, the id and the split, "train" or "val", of every example, the sha256 of all these.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.catalog import Catalog
 from perceiver_cli.errors import IntegrityError, UsageError, counted
-from perceiver_cli.files import atomic_write, show_path
+from perceiver_cli.files import atomic_write, parse_json, show_path, show_text
 from perceiver_cli.preprocess.source import key_of
 
 SPLIT_FILE = "split.jsonl"
-FORMAT = 1
+FORMAT = 2
+UNSEALED_FORMAT = 1  # version 0.1.0's: without a sha256
 SAME = 0.5  # minimum share of a split's examples in data for the data to count as the same
 
 
@@ -63,34 +67,55 @@ class SavedSplit:
 def save_split(path: Path, catalog: Catalog) -> None:
     """Write the training and validation split of a catalog, atomically. Raises ResourceError."""
     header = {"format": FORMAT, "classes": list(catalog.classes), "group_by": catalog.group_by}
+    named = ((name, split) for split in ("train", "val") for name, _ in catalog.examples(split).named())
+    digest = hashlib.sha256()
     with atomic_write(path) as file:
-        file.write(json.dumps(header).encode() + b"\n")
-        for split in ("train", "val"):
-            for name, _ in catalog.examples(split).named():
-                file.write(json.dumps({"path": name, "split": split}).encode() + b"\n")
+        for row in chain([header], ({"path": name, "split": split} for name, split in named)):
+            line = json.dumps(row).encode() + b"\n"
+            digest.update(line)
+            file.write(line)
+        file.write(json.dumps({"sha256": digest.hexdigest()}).encode() + b"\n")
 
 
 def read_split(path: str | os.PathLike[str]) -> SavedSplit:
     """Return a split from `save_split`. Raises UsageError if it is unreadable, IntegrityError if damaged."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.readline())
-            if header["format"] != FORMAT:
+            first = file.readline()
+            header = parse_json(first)
+            if header["format"] not in (FORMAT, UNSEALED_FORMAT):
                 raise IntegrityError(f"{show_path(path)}: split of format {header['format']}, expected {FORMAT}")
             classes = tuple(str(name) for name in header["classes"])
-            pairs = np.fromiter(_pairs(file), [("key", np.uint64), ("held", np.bool_)])
+            rows = _rows(file) if header["format"] == UNSEALED_FORMAT else _compared(file, first)
+            pairs = np.fromiter(map(_pair, rows), [("key", np.uint64), ("held", np.bool_)])
     except OSError as error:
         raise UsageError(f"{show_path(path)}: cannot read the split: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{show_path(path)}: not the split of a run: {error}") from error
+        raise IntegrityError(f"{show_path(path)}: not the split of a run, or a damaged one: {error}") from error
     if not len(pairs):
         raise IntegrityError(f"{show_path(path)}: a split without examples")
     pairs = pairs[np.argsort(pairs["key"], kind="stable")]
     return SavedSplit(Path(path), classes, pairs["key"], pairs["held"])
 
 
-def _pairs(lines: Iterator[bytes]) -> Iterator[tuple[int, bool]]:
-    for row in map(json.loads, lines):
-        if row["split"] not in ("train", "val"):
-            raise ValueError(f"split {row['split']!r}")
-        yield key_of(row["path"]), row["split"] == "val"
+def _rows(lines: Iterable[bytes]) -> Iterator[Any]:
+    return map(parse_json, lines)
+
+
+def _compared(lines: Iterable[bytes], first: bytes) -> Iterator[Any]:
+    """Yield the rows between the first line and the last, the sha256 of all others. Raises ValueError if it differs."""
+    digest, line = hashlib.sha256(), first
+    for following in lines:
+        if line is not first:
+            yield parse_json(line)
+        digest.update(line)
+        line = following
+    if parse_json(line).get("sha256") != digest.hexdigest():
+        raise ValueError("its sha256 is not that of its lines")
+
+
+def _pair(row: Any) -> tuple[int, bool]:
+    """Return the key of an example, and whether it is for validation. Raises ValueError, KeyError or TypeError."""
+    if row["split"] not in ("train", "val") or not isinstance(row["path"], str):
+        raise ValueError(f"split {show_text(str(row['split']))} of {show_text(str(row['path']))}")
+    return key_of(row["path"]), row["split"] == "val"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from functools import partial
+from typing import Any
 
 from perceiver_cli.errors import DataError, IntegrityError
 from perceiver_cli.files import show_text
@@ -12,7 +14,7 @@ from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.detection import METADATA, is_safetensors
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from perceiver_cli.records.format import HEAD_BYTES, Header, Stored
+from perceiver_cli.records.format import HEAD_BYTES, Header, Stored, json_object
 from perceiver_cli.records.npy import npy_bytes, parse_npy
 
 
@@ -42,8 +44,13 @@ def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:
     """Return a byte array (M, C) float32 as .safetensors, with its preparation in the metadata."""
     from safetensors.numpy import save
 
-    header = Header({name: spec}, content="fourier").to_json().decode().strip()
-    return bytes(save({name: rows}, metadata={METADATA: header}))
+    facts = json.loads(Header({name: spec}, content="fourier").to_json())
+    facts["sha256"] = _sha256(facts, npy_bytes(rows))
+    return bytes(save({name: rows}, metadata={METADATA: json.dumps(facts)}))
+
+
+def _sha256(facts: dict[str, Any], npy: bytes) -> str:
+    return hashlib.sha256(json.dumps(facts).encode() + npy).hexdigest()
 
 
 def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
@@ -56,8 +63,11 @@ def _rows_in(source: Source, limits: Limits) -> tuple[bytes, Header | None]:
 
     try:
         (rows,) = load(data).values()
-        length = int.from_bytes(data[:8], "little")
+        length, npy = int.from_bytes(data[:8], "little"), npy_bytes(rows)
         header = json.loads(data[8 : 8 + length])["__metadata__"][METADATA].encode()
-        return npy_bytes(rows), Header.parse(header, "its metadata")
+        facts = json_object(header, "its metadata")
+        if facts.pop("sha256", None) not in (None, _sha256(facts, npy)):  # version 0.1.0 wrote none
+            raise ValueError("its bytes are not those that were written")
+        return npy, Header.parse(header, "its metadata")
     except (SafetensorError, IntegrityError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{source.shown}: a damaged byte array: {show_text(str(error))}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,17 +14,19 @@ import numpy as np
 
 from perceiver_cli.config import Config
 from perceiver_cli.errors import DataError, IntegrityError, PerceiverError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess import modality, timed_modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract, cut_windows
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.records.digests import CHUNK, DIGEST, digests
 from perceiver_cli.records.npy import parse_npy
 
 FORMAT = 1
 HEAD_BYTES = 512  # enough to recognise a stream
 MAX_VALUE = 1e10  # the square of a larger value comes near the largest float32
 SPLITS = ("train", "val", "test")
+_HEX = re.compile("([0-9a-f]{8})*")
 
 Content = Literal["decoded", "prepared", "fourier"]
 T = TypeVar("T")
@@ -100,7 +103,7 @@ class Header:
     @classmethod
     def parse(cls, data: bytes, shown: str) -> Header:
         """Return the header in a member's content. Raises IntegrityError."""
-        facts = parse_json(data, f"{shown}: the header")
+        facts = json_object(data, f"{shown}: the header")
         if facts.get("format") != FORMAT:
             raise IntegrityError(f"{shown}: records of format {facts.get('format')!r:.20}, expected {FORMAT}")
         names: Any = facts.get("classes")
@@ -124,7 +127,7 @@ class Facts:
 
     path: the input's path, as the user named it. id: decides split and seeds; in a data folder, the path below it.
     labels: class names. seconds: length of the input, by modality with a time axis. error: why an input could not be
-    read and has no arrays.
+    read and has no arrays. digests: of the arrays in NPY format, by modality; none in records of version 0.1.0.
     """
 
     path: str
@@ -133,6 +136,7 @@ class Facts:
     labels: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
+    digests: Mapping[str, bytes] = field(default_factory=dict, compare=False)
 
     def to_json(self, multi_label: bool) -> bytes:
         """Return the content of the member KEY.json, or of ERROR."""
@@ -141,27 +145,31 @@ class Facts:
             "labels": list(self.labels) if multi_label else None,
             "label": self.labels[0] if self.labels and not multi_label else None,
             "seconds": dict(self.seconds) or None, "error": self.error,
+            "digests": {name: found.hex() for name, found in self.digests.items()} or None,
         }  # fmt: skip
         return json.dumps({key: value for key, value in facts.items() if value is not None}).encode() + b"\n"
 
     @classmethod
     def parse(cls, data: bytes, shown: str) -> Facts:
         """Return the facts in a member's content. Raises IntegrityError."""
-        facts = parse_json(data, shown)
+        facts = json_object(data, shown)
         path: Any = facts.get("path")
         label, error = facts.get("label"), facts.get("error")
         labels = [label] if label is not None else facts.get("labels", [])
         identity, split, seconds = facts.get("id", path), facts.get("split", "train"), facts.get("seconds", {})
         lengths = seconds.values() if isinstance(seconds, dict) else [None]
+        sums = facts.get("digests", {})
+        hexes = sums.values() if isinstance(sums, dict) else [None]
         for fits, fault in (
             (are_names([path, identity]) and split in SPLITS, "expected path, id and split of a record"),
             (are_names(labels), "labels that are not names"),
             (all(isinstance(s, float | int) and s >= 0 for s in lengths), "seconds that are not lengths"),
             (isinstance(error, str | None), "an error that is not text"),
+            (all(isinstance(h, str) and _HEX.fullmatch(h) for h in hexes), "digests that are not hexadecimal"),
         ):
             if not fits:
                 raise IntegrityError(f"{shown}: {fault}")
-        return cls(path, identity, split, tuple(labels), seconds, error)
+        return cls(path, identity, split, tuple(labels), seconds, error, {k: bytes.fromhex(v) for k, v in sums.items()})
 
 
 @dataclass(frozen=True)
@@ -178,9 +186,10 @@ def are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def parse_json(data: bytes, shown: str) -> dict[str, Any]:
+def json_object(data: bytes, shown: str) -> dict[str, Any]:
+    """Return the JSON object in a member's content. Raises IntegrityError."""
     try:
-        facts = json.loads(data)
+        facts = parse_json(data)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{shown}: not JSON") from error
     if not isinstance(facts, dict):
@@ -193,6 +202,7 @@ class Stored:
     """One modality of a record: a decoded array, used like an encoded file (`Input` in data/inputs.py).
 
     name: the input's name. length_s: the input's length, of sound and video. read: returns the array in NPY format.
+    digests: of that; empty in records of version 0.1.0. within: the stream or tar that holds it, to print.
     """
 
     name: str
@@ -200,6 +210,8 @@ class Stored:
     modality: str
     length_s: float
     read: Callable[[], bytes | memoryview]
+    digests: bytes = b""
+    within: str = ""
 
     @property
     def shown(self) -> str:
@@ -222,8 +234,10 @@ class Stored:
         return None if self.is_prepared or timed_modality(self.modality) is None else self.length_s
 
     def content(self) -> Iterator[bytes | memoryview]:
-        """Yield the array in NPY format."""
-        yield self.read()
+        """Yield the array in NPY format. Raises DataError if it is damaged."""
+        data = memoryview(self.read())
+        self._compare(data, 0, len(data))
+        yield data
 
     def array(self, span: Span | None = None) -> Array:
         """Return the decoded array or a span of it, read-only. Raises DataError for a wrong dtype or shape."""
@@ -251,20 +265,32 @@ class Stored:
         return ByteArray(np.empty((len(positions), 0), np.float32), positions)
 
     def _checked(self, dtypes: Sequence[str], shape: tuple[int | None, ...], span: Span | None = None) -> Array:
-        """Return the array, or a span of it, if dtype and shape fit; only the returned values are read and checked."""
-        array = parse_npy(self.read(), f"{self.shown}: {self.modality}")
+        """Return the array, or a span of it, if dtype and shape fit; only its chunks are read and checked."""
+        data = memoryview(self.read())
+        self._compare(data, 0, len(data) if span is None else 1)
+        array = parse_npy(data, f"{self.shown}: {self.modality}")
         fits = array.ndim == len(shape) and all(s in (None, n) for n, s in zip(array.shape, shape, strict=True))
-        if array.dtype.name not in dtypes or not fits:
+        if not fits or array.dtype not in [np.dtype(name) for name in dtypes]:
             sides = ", ".join("n" if side is None else str(side) for side in shape)
             actual = f"{self.shown}: {self.modality} of {array.dtype} {array.shape}"
             raise DataError(f"{actual}, expected {dtypes[0]} ({sides})")
         if span is not None:
             first = max(0, round(span[0] * self._steps_hz))
+            begin = len(data) - array.nbytes + first * array.strides[0]
             array = array[first : first + max(1, round(span[1] * self._steps_hz))]
+            self._compare(data, begin, begin + array.nbytes)
         check_contract(Source(self.name), array, "values")
         if array.dtype.kind == "f" and float(np.abs(array).max()) > MAX_VALUE:
             raise DataError(f"{self.shown}: {self.modality} with values above {MAX_VALUE:g}")
         return array
+
+    def _compare(self, data: memoryview, begin: int, end: int) -> None:
+        """Raise DataError if a chunk of the array's file that holds any of these bytes is damaged."""
+        low, high = begin // CHUNK, -(-end // CHUNK)
+        wanted = self.digests[low * DIGEST : high * DIGEST]
+        if self.digests and digests(data[low * CHUNK : high * CHUNK]) != wanted:
+            fault = f"{self.within}: {self.modality} of the record {self.shown} is damaged"
+            raise DataError(f"{fault}: its bytes are not those that were written", "prepare its file again")
 
 
 def _without_features(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:

@@ -1,12 +1,14 @@
 """Random access to records on disk: each tar is indexed once and memory-mapped; a pipe is spooled first. No torch.
 
-The index holds NumPy columns, about fifty bytes a record. It lies beside the tar as TAR.index, or in the user's cache
-folder if the tar's folder is read-only, and is valid while the tar keeps its size and time of change.
+The index holds NumPy columns, about sixty bytes a record. It lies beside the tar as TAR.index, or in the user's cache
+folder if the tar's folder is read-only, and is valid while the tar keeps its size and time of change. One digest is of
+all of it; a damaged index is made again.
 """
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import itertools
 import json
 import mmap
@@ -31,12 +33,15 @@ from perceiver_cli.errors import DataError, IntegrityError, ResourceError
 from perceiver_cli.files import atomic_write, cannot_write, show_path
 from perceiver_cli.preprocess.source import key_of
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.digests import digests, num_digests
 from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, header_check
-from perceiver_cli.records.stream import Feed, is_tar, read_records
+from perceiver_cli.records.stream import BLOCK, Feed, is_sealed, is_tar, read_records
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3
+UNSEALED_FORMAT = 2  # version 0.1.0's: without digests
 UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # mapped files allocate nothing
 READ_BYTES = 1 << 20  # per read
+PER_MODALITY = {"at": "q", "size": "q", "seconds": "d", "sums_at": "q"}  # type codes of columns
 Columns = dict[str, NDArray[Any]]
 
 _tokens = itertools.count()
@@ -47,7 +52,7 @@ class Tar:
     """One tar of records, mapped into memory. Forked data workers find it by its token."""
 
     def __init__(self, file: BinaryIO, path: str) -> None:
-        self.path, self.token = path, next(_tokens)
+        self.path, self.shown, self.token = path, show_path(path), next(_tokens)
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
         _open[self.token] = self
@@ -55,7 +60,7 @@ class Tar:
     def bytes_at(self, at: int, size: int) -> memoryview:
         """Return bytes of the tar, still on disk. Raises DataError if the tar has become too short."""
         if self._map.size() < at + size:  # the system kills a process that reads past the end
-            raise DataError(f"{show_path(self.path)}: became shorter while it was read, found {self._map.size()} bytes")
+            raise DataError(f"{self.shown}: became shorter while it was read, found {self._map.size()} bytes")
         return self._bytes[at : at + size]
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
@@ -72,7 +77,8 @@ class Shards:
 
     header: preparation of all records. names: class names. columns: id_ends into ids (bytes), keys (hashes of the ids),
     splits (indices into SPLITS), files (indices into tars), label_ends into labels (indices into names), and for each
-    modality at_, size_ (-1 if missing) and seconds_. errors: of unreadable inputs, by row.
+    modality at_, size_ (-1 if missing), seconds_ and sums_at_, a place in sums (digests of arrays; -1 for none).
+    errors: of unreadable inputs, by row.
     """
 
     tars: tuple[Tar, ...]
@@ -117,9 +123,11 @@ class Shards:
         columns, tar = self.columns, self.tars[int(self.columns["files"][row])]
         stored = {}
         for kind in modalities:
-            at, size, seconds = (columns[f"{key}_{kind}"][row].item() for key in ("at", "size", "seconds"))
+            at, size, seconds, place = (columns[f"{key}_{kind}"][row].item() for key in PER_MODALITY)
             if size >= 0:
-                stored[kind] = Stored(name, self.header, kind, seconds, partial(tar.bytes_at, at, size))
+                sums = columns["sums"][place : place + num_digests(size)].tobytes() if place >= 0 else b""
+                read = partial(tar.bytes_at, at, size)
+                stored[kind] = Stored(name, self.header, kind, seconds, read, sums, tar.shown)
         return stored
 
     def in_order(self) -> NDArray[np.int64]:
@@ -222,6 +230,9 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Shards:
         for name in first.inputs:
             row[f"at_{name}"], row[f"size_{name}"] = record.arrays.get(name, (0, -1))
             row[f"seconds_{name}"] = facts.seconds.get(name, 0.0)
+            sums = facts.digests.get(name, b"")
+            row[f"sums_at_{name}"] = len(columns["sums"]) if sums else -1
+            columns["sums"].frombytes(sums)
         for key, value in row.items():
             columns[key].append(value)
     if first is None:
@@ -231,10 +242,8 @@ def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Shards:
 
 def _type_codes(header: Header) -> dict[str, str]:
     """Return the type code of each column of an index, for `array` and NumPy."""
-    codes = {"ids": "B", "id_ends": "q", "keys": "Q", "splits": "B", "labels": "i", "label_ends": "q"}
-    for name in sorted(header.inputs):
-        codes |= {f"at_{name}": "q", f"size_{name}": "q", f"seconds_{name}": "d"}
-    return codes
+    codes = {"ids": "B", "id_ends": "q", "keys": "Q", "splits": "B", "labels": "i", "label_ends": "q", "sums": "B"}
+    return codes | {f"{key}_{name}": code for name in sorted(header.inputs) for key, code in PER_MODALITY.items()}
 
 
 def _joined(tars: Sequence[Shards]) -> Shards:
@@ -245,7 +254,7 @@ def _joined(tars: Sequence[Shards]) -> Shards:
     names = tuple(dict.fromkeys(name for shards in tars for name in shards.names))
     index = {name: place for place, name in enumerate(names)}
     joined: dict[str, list[NDArray[Any]]] = defaultdict(list)
-    num_rows = num_ids = num_labels = 0
+    num_rows = num_ids = num_labels = num_sums = 0
     errors: dict[int, str] = {}
     for number, shards in enumerate(tars):
         table = shards.columns
@@ -255,11 +264,14 @@ def _joined(tars: Sequence[Shards]) -> Shards:
             "labels": np.array([index[name] for name in shards.names], np.int32)[table["labels"]],
             "files": np.full(len(shards), number, np.int32),
         }
+        for name in header.inputs:
+            place = table[f"sums_at_{name}"]
+            moved[f"sums_at_{name}"] = np.where(place < 0, place, place + num_sums)
         for key, column in (table | moved).items():
             joined[key].append(column)
         errors |= {num_rows + row: error for row, error in shards.errors.items()}
         num_rows, num_ids = num_rows + len(shards), num_ids + len(table["ids"])
-        num_labels += len(table["labels"])
+        num_labels, num_sums = num_labels + len(table["labels"]), num_sums + len(table["sums"])
     columns = {key: each[0] if len(each) == 1 else np.concatenate(each) for key, each in joined.items()}
     return Shards(tuple(shards.tars[0] for shards in tars), header, names, columns, errors)
 
@@ -269,8 +281,15 @@ def _write_index(place: Path, identity: dict[str, int], shards: Shards) -> None:
 
     header, errors = shards.header.to_json().decode(), list(shards.errors.items())
     facts = {**identity, "header": header, "names": shards.names, "errors": errors}
+    facts["digest"] = _index_digest(facts, shards.columns)
     with atomic_write(place) as file:
         file.write(save(shards.columns, {"index": json.dumps(facts)}))
+
+
+def _index_digest(facts: Mapping[str, Any], columns: Columns) -> str:
+    """Return the digest of an index: of its facts, and of the digests of its columns."""
+    table = [(name, column.dtype.str, digests(column.tobytes()).hex()) for name, column in sorted(columns.items())]
+    return hashlib.sha256(json.dumps([facts, table]).encode()).hexdigest()
 
 
 def _read_index(place: Path, identity: dict[str, int], tar: Tar) -> Shards | None:
@@ -282,10 +301,15 @@ def _read_index(place: Path, identity: dict[str, int], tar: Tar) -> Shards | Non
     try:
         with safe_open(place, "numpy") as file:
             facts = json.loads(file.metadata()["index"])
-            if any(facts[key] != value for key, value in identity.items()):
+            if any(facts[key] != value for key, value in identity.items() if key != "format"):
                 return None
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
         header = Header.parse(facts["header"].encode(), show_path(place))
+        if facts["format"] == UNSEALED_FORMAT and not is_sealed(tar.bytes_at(0, BLOCK)):
+            none = np.full(len(columns["keys"]), -1)
+            columns |= {"sums": np.empty(0, np.uint8)} | {f"sums_at_{name}": none for name in header.inputs}
+        elif facts["format"] != INDEX_FORMAT or facts.pop("digest") != _index_digest(facts, columns):
+            return None
         names = tuple(map(str, facts["names"]))
         errors = {int(row): str(error) for row, error in facts["errors"]}
         shards = Shards((tar,), header, names, columns, errors)
@@ -299,14 +323,16 @@ def _sound(shards: Shards, num_bytes: int) -> bool:
     columns, codes = shards.columns, _type_codes(shards.header)
     if columns.keys() != codes.keys() or any(columns[key].dtype != np.dtype(code) for key, code in codes.items()):
         return False
-    if any(columns[key].shape != (len(shards),) for key in codes if key not in ("ids", "labels")):
+    if any(columns[key].shape != (len(shards),) for key in codes if key not in ("ids", "labels", "sums")):
         return False
     ends = [(columns[f"{key}_ends"], columns[f"{key}s"]) for key in ("id", "label")]
     spans = [(columns[f"at_{name}"], columns[f"size_{name}"]) for name in shards.header.inputs]
-    labels = columns["labels"]
+    labels, sums = columns["labels"], columns["sums"]
+    places = [(columns[f"sums_at_{name}"], columns[f"size_{name}"]) for name in shards.header.inputs]
     return bool(
         all((np.diff(end, prepend=0) >= 0).all() and int(end[-1]) == len(flat) for end, flat in ends)
         and all(((at >= 0) & (size >= -1) & (size <= num_bytes) & (at <= num_bytes - size)).all() for at, size in spans)
+        and all(((at >= -1) & ((at < 0) | (at <= len(sums) - num_digests(size)))).all() for at, size in places)
         and (columns["splits"] < len(SPLITS)).all()
         and ((labels >= 0) & (labels < len(shards.names))).all()
         and all(0 <= row < len(shards) for row in shards.errors)

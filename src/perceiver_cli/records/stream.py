@@ -14,20 +14,23 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO, Generic
-from zlib import adler32
+from zlib import adler32, crc32
 
 from perceiver_cli.errors import DataError, IntegrityError, LimitError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.records.format import Facts, Header, Record, T, header_check, parse_json
+from perceiver_cli.records.digests import digests
+from perceiver_cli.records.format import Facts, Header, Record, T, header_check, json_object
 
 # WebDataset and Hugging Face ignore members without a dot and with underscores around their name.
 HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver__/end"
 BLOCK = 512
 ZEROS = bytes(BLOCK)
+SEAL_AT = 500  # in a tar header
+UNSEALED = bytes(8)  # also in records of version 0.1.0
 MAX_NAME = 100  # bytes of a member's name in USTAR
 MAX_JSON_BYTES = 1 << 20  # for the facts of a record
 MAX_HEADER_BYTES = 64 << 20  # the header holds the class names
@@ -61,6 +64,7 @@ def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, he
     if facts.error is not None:
         return tar_members([(ERROR, facts.to_json(header.multi_label))])
     key = f"{number:08d}"
+    facts = replace(facts, digests={name: digests(array) for name, array in arrays.items()})
     members: list[tuple[str, bytes | memoryview]] = [(f"{key}.json", facts.to_json(header.multi_label))]
     if not header.multi_label and facts.labels and facts.labels[0] in header.class_index:
         members.append((f"{key}.cls", b"%d" % header.class_index[facts.labels[0]]))
@@ -68,25 +72,38 @@ def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, he
 
 
 def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
-    """Return POSIX ustar members without owner and time. Raises UsageError for a name or size that no tar can hold."""
+    """Return POSIX ustar members without owner and time. Raises UsageError for a name or size that no tar can hold.
+
+    Each is sealed but arrays, whose digests KEY.json holds.
+    """
     data: list[bytes | memoryview] = []
     for name, content in members:
-        data += [_tar_header(name, len(content)), content, bytes(-len(content) % BLOCK)]
+        seal = UNSEALED if name.endswith(".npy") else _seal(content)
+        data += [_tar_header(name, len(content), seal), content, bytes(-len(content) % BLOCK)]
     return b"".join(data)
 
 
-# The header of an empty regular file without owner and time; a record's differs in name, size and checksum.
+def _seal(content: bytes | memoryview) -> bytes:
+    """Return the crc32 of a member's content, for the end of its tar header: USTAR leaves these bytes unused."""
+    return b"%08x" % crc32(content)
+
+
+# The header of an empty regular file without owner and time; a record's differs in name, size, checksum and seal.
 _TAR_HEADER = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
-_TAR_END_SUM = sum(_TAR_HEADER[156:]) + 8 * ord(" ")  # the checksum counts itself as eight blanks
+_TAR_END_SUM = sum(_TAR_HEADER[156:SEAL_AT]) + 8 * ord(" ")  # the checksum counts itself as eight blanks
 
 
-def _tar_header(name: str, size: int) -> bytes:
-    """Return `TarInfo.tobuf(USTAR_FORMAT)` of a regular file, eight times faster: `tobuf` makes writing slow."""
+def _tar_header(name: str, size: int, seal: bytes) -> bytes:
+    """Return `TarInfo.tobuf(USTAR_FORMAT)` of a regular file, eight times faster: `tobuf` makes writing slow.
+
+    seal: eight bytes in the place of zeros.
+    """
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
         raise UsageError(f"a member {show_path(name)} of {size} bytes does not fit into a tar")
     begin = encoded.ljust(MAX_NAME, b"\0") + _TAR_HEADER[100:124] + b"%011o\0" % size + _TAR_HEADER[136:148]
-    return begin + b"%06o\0 " % (sum(begin) + _TAR_END_SUM) + _TAR_HEADER[156:]
+    end = _TAR_HEADER[156:SEAL_AT] + seal + _TAR_HEADER[SEAL_AT + len(seal) :]
+    return begin + b"%06o\0 " % (sum(begin) + sum(seal) + _TAR_END_SUM) + end
 
 
 class Feed:
@@ -110,15 +127,17 @@ class Feed:
         self.at += count
         return self.at - count, count
 
-    def content(self, name: str, size: int, limit: int) -> bytes:
-        """Return the content of a member. Raises IntegrityError if it is larger than `limit` or cut short."""
+    def content(self, name: str, size: int, seal: bytes, limit: int) -> bytes:
+        """Return the content of a member. Raises IntegrityError if it is larger than `limit`, cut short or damaged."""
         if size > limit:
             raise self.damaged(f"{show_path(name)} of {size} bytes, expected {limit} at most")
         padded = size + -size % BLOCK
         data = self.take(padded)
         if len(data) < padded:
             raise self.cut()
-        return data[:size]
+        if seal not in (UNSEALED, _seal(content := data[:size])):
+            raise self.damaged(f"{show_path(name)} is damaged: its bytes are not those that were written")
+        return content
 
     def cut(self) -> IntegrityError:
         """Return the error of a stream that ends too early."""
@@ -133,6 +152,11 @@ class Feed:
 def is_tar(head: bytes) -> bool:
     """Return whether bytes begin like a tar or a compressed file."""
     return head[257:262] == b"ustar" or compression(head) is not None
+
+
+def is_sealed(block: bytes | memoryview) -> bool:
+    """Return whether the tar header of a member has a seal: records of version 0.1.0 have none."""
+    return block[SEAL_AT : SEAL_AT + len(UNSEALED)] != UNSEALED
 
 
 def compression(head: bytes) -> str | None:
@@ -153,20 +177,20 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
         pending: _Pending[T] | None = None
         before = ""  # key of the last record
         while True:
-            name, size = _parse_member(feed, feed.take(BLOCK))
+            name, size, seal = _parse_member(feed, feed.take(BLOCK))
             key = name.partition(".")[0]
             if pending is not None and key != pending.key:
                 yield header, pending.record(feed)
                 before, pending, count = pending.key, None, count + 1
                 feed.records += 1
             if name == END:
-                counts = parse_json(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {END}")
+                counts = json_object(feed.content(name, size, seal, MAX_JSON_BYTES), f"{feed.shown}: {END}")
                 for kind, number in (("records", count), ("errors", errors)):
                     if counts.get(kind) != number:
                         raise feed.damaged(f"{number} {kind}, but its end says {counts.get(kind)!r:.20}")
                 break
             if name == ERROR:
-                facts = Facts.parse(feed.content(name, size, MAX_JSON_BYTES), f"{feed.shown}: {ERROR}")
+                facts = Facts.parse(feed.content(name, size, seal, MAX_JSON_BYTES), f"{feed.shown}: {ERROR}")
                 if facts.error is None:
                     raise feed.damaged(f"{ERROR} without an error")
                 yield header, Record("", facts, {})
@@ -176,7 +200,7 @@ def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterat
                 if not re.fullmatch(r"[0-9A-Za-z_-]+", key) or key <= before:
                     raise feed.damaged(f"a member {show_path(name)}, expected rising keys, then {END}")
                 pending = _Pending(key)
-            pending.add(feed, name, size, header, limits, take)
+            pending.add(feed, name, size, seal, header.inputs, limits, take)
 
 
 @dataclass
@@ -188,15 +212,18 @@ class _Pending(Generic[T]):
     label: bytes | None = None
     arrays: dict[str, T] = field(default_factory=dict)
 
-    def add(self, feed: Feed, name: str, size: int, header: Header, limits: Limits, take: Callable[[int], T]) -> None:
+    def add(
+        self, feed: Feed, name: str, size: int, seal: bytes, reads: Collection[str], limits: Limits,
+        take: Callable[[int], T],
+    ) -> None:  # fmt: skip
         """Read one member."""
         rest = name.partition(".")[2]
         kind, _, suffix = rest.rpartition(".")
         if rest == "json" and self.facts is None:
-            self.facts = feed.content(name, size, MAX_JSON_BYTES)
+            self.facts = feed.content(name, size, seal, MAX_JSON_BYTES)
         elif rest == "cls" and self.label is None:
-            self.label = feed.content(name, size, BLOCK)
-        elif suffix == "npy" and kind in header.inputs and kind not in self.arrays:
+            self.label = feed.content(name, size, seal, BLOCK)
+        elif suffix == "npy" and kind in reads and kind not in self.arrays:
             if size > limits.decoded_bytes:
                 raise LimitError(f"{feed.shown}: {name}", size, "bytes", "decoded_bytes", limits.decoded_bytes)
             before, padding = feed.at, -size % BLOCK
@@ -205,7 +232,7 @@ class _Pending(Generic[T]):
             if feed.at - before < size + padding:
                 raise feed.cut()
         else:
-            expected = ", ".join(f"{kind}.npy" for kind in header.inputs)
+            expected = ", ".join(f"{kind}.npy" for kind in reads)
             raise feed.damaged(f"a member {show_path(name)}, expected one each of json, cls, {expected}")
 
     def record(self, feed: Feed) -> Record[T]:
@@ -240,8 +267,8 @@ def _next_header(feed: Feed, before: Header | None) -> Header | None:
 _SIZE = re.compile(rb"[0-7]{1,11}[ \0]")
 
 
-def _parse_member(feed: Feed, block: bytes) -> tuple[str, int]:
-    """Return name and size of a member from its header block. Raises IntegrityError unless it is a regular file."""
+def _parse_member(feed: Feed, block: bytes) -> tuple[str, int, bytes]:
+    """Return name, size and seal of a member from its header. Raises IntegrityError unless it is a regular file."""
     if len(block) < BLOCK or block == ZEROS:
         raise feed.cut()
     field_ = block[148:156]
@@ -257,4 +284,4 @@ def _parse_member(feed: Feed, block: bytes) -> tuple[str, int]:
     name = block[:100].rstrip(b"\0").decode("ascii", "replace")
     if block[156:157] not in (b"0", b"\0") or block[345:346] != b"\0":
         raise feed.damaged(f"{show_path(name)} of tar type {block[156:157]!r:.10}, expected regular files")
-    return name, int(size[0][:-1], 8)
+    return name, int(size[0][:-1], 8), block[SEAL_AT : SEAL_AT + len(UNSEALED)]
