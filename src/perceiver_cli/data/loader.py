@@ -9,10 +9,15 @@ sees the same batches as an uninterrupted one. An unreadable file is reported; n
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
+from multiprocessing.process import BaseProcess
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.workers import start_method, worker_died
+from perceiver_cli.data.workers import begin_worker, kill_all, start_method, starting_workers, watched, worker_died
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.preprocess.base import Array, ByteArray
@@ -117,14 +122,58 @@ class Reader(Decoder, Dataset[Batch]):
             collate_fn=_whole,
             pin_memory=pin,
             multiprocessing_context=start_method() if workers else None,
+            worker_init_fn=begin_worker if workers else None,
         )
+        if not workers:
+            yield from loader
+            return
+        others, processes = multiprocessing.active_children(), list[BaseProcess]()
+        batches: Iterator[Batch] | None = None
         try:
-            for batch in loader:
-                yield batch if pin or not workers else batch.own()  # the next batch may overwrite its slot
+            with starting_workers():
+                batches = iter(loader)
+            processes += (process for process in multiprocessing.active_children() if process not in others)
+            with watched(processes):
+                for batch in _received(batches, processes):
+                    yield batch if pin else batch.own()  # the next batch may overwrite its slot
         except (RuntimeError, ConnectionError) as error:
             if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+                kill_all(processes)
                 raise worker_died(workers) from error
             raise
+        finally:
+            batches = None  # the loader asks its workers to end
+            kill_all(processes)
+
+
+def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Iterator[Batch]:
+    """Yield batches of a loader; raise ConnectionError or RuntimeError only here if one of its processes dies.
+
+    torch raises it from a signal handler, wherever the main thread is: in the middle of a step, or where it is lost.
+    """
+    waiting = False
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    raising = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if waiting and callable(raising):
+            raising(number, frame)
+
+    if raising is not None:
+        signal.signal(signal.SIGCHLD, handle)
+    try:
+        while all(process.is_alive() for process in processes):
+            waiting = True
+            batch = next(batches, None)
+            waiting = False
+            if batch is None:
+                return
+            yield batch
+        raise ConnectionError("a data worker died")
+    finally:
+        waiting = False
+        if raising is not None:
+            signal.signal(signal.SIGCHLD, raising)
 
 
 def _whole(batch: Any) -> Any:

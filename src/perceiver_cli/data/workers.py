@@ -1,27 +1,32 @@
-"""Work for several processes, results in order."""
+"""Work for several processes, results in order. A process that dies or is stopped ends the work with an error."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
+import signal
 import sys
 import threading
-from collections import deque
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from perceiver_cli.errors import ResourceError
 
 CHUNK = 16  # inputs per message between processes
 AHEAD = 2  # chunks per process that may wait for earlier ones
+WATCH_S = 0.5  # between looks at workers, and of a worker at its parent
+STOPPED_LOOKS = 4  # in a row at which a worker is stopped before it counts as dead: Ctrl-Z stops the parent too
+GROUP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # sent to all processes of a job
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-_call: Callable[[Any], Any] | None = None  # of a worker process
 
 
 def start_method() -> str:
@@ -36,51 +41,184 @@ def in_progress(workers: int) -> int:
 
 
 def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
-    """Yield `call(item)` in order, from `workers` processes (0: this one). Raises ResourceError if one dies."""
+    """Yield `call(item)` in order, from `workers` processes (0: this one).
+
+    Raises ResourceError if a process dies, is stopped or cannot be started; an error of `call` as it is.
+    """
     if workers == 0:
         yield from map(call, items)
         return
     rest = iter(items)
-    waiting: deque[Future[list[Result]]] = deque()
+    sent = received = 0
+    with _pool(call, workers) as links:
+        try:
+            while chunk := list(islice(rest, CHUNK)):
+                links[sent % workers].send(chunk)
+                sent += 1
+                if sent - received > AHEAD * workers:
+                    received += 1
+                    yield from _results(links[(received - 1) % workers])
+            while received < sent:
+                received += 1
+                yield from _results(links[(received - 1) % workers])
+        except (EOFError, ConnectionError) as error:
+            raise worker_died(workers) from error
+
+
+def _results(link: Connection) -> list[Any]:
+    """Return a worker's results of its oldest chunk. Raises its error, EOFError if it died."""
+    outcome = link.recv()
+    if isinstance(outcome, BaseException):
+        raise outcome
+    return list(outcome)
+
+
+@contextmanager
+def _pool(call: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]]:
+    """Yield a connection to each of some new processes; afterwards kill them.
+
+    A worker's results come through a pipe of its own, and it holds the only other end. So its death ends what waits for
+    it, in the middle of a message too, and leaves no lock behind: `ProcessPoolExecutor` waits for ever then.
+    """
+    context: Any = multiprocessing.get_context(start_method())
+    forked = start_method() == "fork"
+    links: list[Connection] = []
+    processes: list[BaseProcess] = []
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context(start_method()), _begin, (call,)) as pool:
+        with starting_workers():
+            for _ in range(workers):
+                mine, theirs = context.Pipe()
+                links.append(mine)
+                with theirs:
+                    process = context.Process(target=_work, args=(theirs, links if forked else [], call), daemon=True)
+                    process.start()
+                processes.append(process)
+        with watched(processes):
+            yield links
+    finally:
+        for link in links:
+            link.close()
+        kill_all(processes)
+
+
+def _work(link: Connection, others: Sequence[Connection], call: Callable[[Any], Any]) -> None:
+    """Answer chunks of items until the parent is gone. others: the parent's ends, open in a forked process too."""
+    begin_worker()
+    for other in others:
+        other.close()
+    chunks: SimpleQueue[Sequence[Any]] = SimpleQueue()
+
+    def take() -> None:  # so that neither side waits for the other to read
+        with suppress(EOFError, OSError):
+            while True:
+                chunks.put(link.recv())
+        os._exit(0)
+
+    threading.Thread(target=take, daemon=True).start()
+    with suppress(OSError):
+        while True:
+            outcome: object
             try:
-                while chunk := list(islice(rest, CHUNK)):
-                    waiting.append(pool.submit(_call_each, chunk))
-                    if len(waiting) > AHEAD * workers:
-                        yield from waiting.popleft().result()
-                while waiting:
-                    yield from waiting.popleft().result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    except BrokenProcessPool as error:
-        raise worker_died(workers) from error
+                outcome = [call(item) for item in chunks.get()]
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                outcome = error
+            _send(link, outcome)
+    os._exit(0)
 
 
-def _begin(call: Callable[[Any], Any]) -> None:
-    global _call
-    _call = call
+def _send(link: Connection, outcome: object) -> None:
+    """Send an outcome, or the error that it cannot be sent."""
+    try:
+        link.send(outcome)
+    except (pickle.PicklingError, TypeError, AttributeError) as error:
+        link.send(RuntimeError(f"{outcome!r:.200} cannot be sent: {error}"))
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """Start worker processes inside: `begin_worker` decides what they do with signals before any reaches them.
+
+    Raises ResourceError if the system starts no more processes.
+    """
+    blocked = [getattr(signal, name) for name in GROUP_SIGNALS if hasattr(signal, name)]
+    masks = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked) if masks else ()
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(f"cannot start data workers: {error.strerror or error}", "try --workers 0") from error
+    finally:
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def begin_worker(number: int = 0) -> None:
+    """Make this process a data worker: it ends when its parent ends, and for no signal to the whole job.
+
+    A run that a signal ends still reads its last batches, and saves.
+    """
+    names = [name for name in GROUP_SIGNALS if hasattr(signal, name)]
+    for name in names:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in names])
     end_with_parent()
 
 
 def end_with_parent() -> None:
     """End a worker process when its parent ends for any reason: it would wait for work for ever."""
+    number = os.getppid()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()
         assert parent is not None
-        parent.join()
+        while parent.is_alive() and os.getppid() == number:  # a process forked later keeps the parent "alive"
+            parent.join(WATCH_S)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _call_each(chunk: Sequence[Any]) -> list[Any]:
-    assert _call is not None
-    return [_call(item) for item in chunk]
+@contextmanager
+def watched(processes: Sequence[BaseProcess]) -> Iterator[None]:
+    """Kill workers that stay stopped, so that nothing waits for them for ever."""
+    done = threading.Event()
+
+    def watch() -> None:
+        looks = dict.fromkeys(processes, 0)
+        while not done.wait(WATCH_S):
+            for process in processes:
+                looks[process] = looks[process] + 1 if _is_stopped(process.pid) else 0
+                if looks[process] >= STOPPED_LOOKS:
+                    process.kill()
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def kill_all(processes: Sequence[BaseProcess]) -> None:
+    """End worker processes at once."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+
+
+def _is_stopped(pid: int | None) -> bool:
+    """Return whether a process is stopped by a signal, where the system tells: Linux."""
+    with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()[0] == b"T"
+    return False
 
 
 def worker_died(workers: int) -> ResourceError:
     """Return the error of a worker process that died."""
-    return ResourceError(f"one of {workers} data workers died, most likely for lack of memory", "try --workers 0")
+    return ResourceError(
+        f"one of {workers} data workers was killed or stopped, most likely for lack of memory", "try --workers 0"
+    )
