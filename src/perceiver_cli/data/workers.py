@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -128,11 +127,13 @@ def _work(link: Connection, others: Sequence[Connection], call: Callable[[Any], 
 
 
 def _send(link: Connection, outcome: object) -> None:
-    """Send an outcome, or the error that it cannot be sent."""
+    """Send an outcome, or the error if it cannot be sent."""
     try:
         link.send(outcome)
-    except (pickle.PicklingError, TypeError, AttributeError) as error:
-        link.send(RuntimeError(f"{outcome!r:.200} cannot be sent: {error}"))
+    except OSError:
+        raise
+    except Exception as error:
+        link.send(error)
 
 
 @contextmanager
