@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, mo
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import cause, open_file, show_path
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size, Table
 from perceiver_cli.presets import preset_names, preset_text
 
@@ -310,13 +310,13 @@ def tiny_config(modalities: Iterable[str]) -> Config:
 def load_config(path: Path) -> Config:
     """Return the Config in a TOML file; its `data.split` is a file beside it. Raises UsageError if it is wrong."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
         if len(data) > MAX_CONFIG_BYTES:
             raise UsageError(f"{show_path(path)}: larger than {MAX_CONFIG_BYTES} bytes, expected a TOML configuration")
         tables = tomllib.loads(data.decode("utf-8"))
     except OSError as error:
-        raise UsageError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+        raise UsageError(f"{show_path(path)}: cannot read: {cause(error)}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(f"{show_path(path)}: not a TOML configuration: {error}") from error
     config = Config.parse({"name": path.stem, **tables}, show_path(path))

@@ -12,7 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError, UsageError
 
@@ -198,6 +198,28 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def open_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Return a regular file, open for reading: a FIFO could hang the reader for ever. Raises OSError or ValueError."""
+    handle = os.open(path, os.O_RDONLY | BINARY | NO_WAIT)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(handle, "rb")
+
+
+def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
+    """Return the status of what a path leads to, or None if nothing is there.
+
+    Raises DataError or ResourceError with the cause (permission, a name too long, a loop of links) if that is unknown.
+    """
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise cannot_read(path, error) from error
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -16,13 +17,16 @@ from perceiver_cli.files import (
     BINARY,
     NO_LINK,
     NO_WAIT,
+    cannot_read,
     cannot_write,
     make_folder,
+    open_file,
     remove_leftovers,
     show_path,
+    status_of,
     sync_folder,
     write_text,
-)  # fmt: skip
+)
 
 MODEL_FILE = "model.safetensors"
 STATE_FOLDER = "last"
@@ -135,14 +139,16 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     """
     path = run / METRICS_FILE
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             lines = file.read(MAX_LOG_BYTES).split(b"\n")
         records = [json.loads(line) for line in lines if line.endswith(b"}")]
         if not all(isinstance(record["step"], int) for record in records):
             raise ValueError("a step is not an integer")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{show_path(path)}: not the log of a run: {error}") from error
     return records
 
@@ -173,16 +179,19 @@ def mark_latest(run: Path) -> None:
 def find_model(name: str | None) -> Path:
     """Return the model file of a run folder, or the file itself; the default is $PERCEIVER_MODEL, then runs/latest.
 
-    Raises a UsageError with the path if there is no such file.
+    Raises a UsageError with the path if there is no such file, or as `status_of`.
     """
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
     if path.name == "latest" and path.is_file():
         with path.open(encoding="utf-8", errors="replace") as pointer:
             path = path.parent / pointer.read(MAX_LINK)
-    file = path / MODEL_FILE if path.is_dir() else path
-    if not file.is_file():
+    status = status_of(path)
+    if status is not None and stat.S_ISDIR(status.st_mode):
+        path = path / MODEL_FILE
+        status = status_of(path)
+    if status is None or not stat.S_ISREG(status.st_mode):
         if name is None and "PERCEIVER_MODEL" not in os.environ:
             raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
         raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
-    return file
+    return path

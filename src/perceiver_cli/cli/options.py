@@ -13,7 +13,7 @@ import typer
 
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, status_of
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, or - for stdin."
@@ -63,7 +63,7 @@ def check_data(data: str | None) -> None:
     """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
-    elif data is not None and not Path(data).exists() and not glob.has_magic(data):
+    elif data is not None and not glob.has_magic(data) and status_of(data) is None:
         raise DataError(
             f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"
         )

@@ -18,8 +18,16 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
-from perceiver_cli.errors import EXIT_BUG, EXIT_RESOURCE, PerceiverError, ResourceError, is_out_of_memory
-from perceiver_cli.files import printable, show_text
+from perceiver_cli.errors import (
+    EXIT_BUG,
+    EXIT_RESOURCE,
+    DataError,
+    PerceiverError,
+    ResourceError,
+    UsageError,
+    is_out_of_memory,
+)
+from perceiver_cli.files import SHORTAGES, cause, printable, show_path, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,6 +35,7 @@ if TYPE_CHECKING:
 
 LAST_WORDS = 5  # lines of libraries that are shown after a failure
 LIBRARY_BYTES = 1 << 16  # read from the libraries' pipe at a time: its capacity
+OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 SIGPIPE = 13  # where the system does not have it
 debug = False
 quiet = False  # -q: errors only
@@ -57,21 +66,43 @@ def stderr_is_terminal() -> bool:
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: an expected error becomes one line and its exit code, a bug one line and exit code 1."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
-    _guard_stderr()
+    _guard_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # at exit a failure would be without a word
     except PerceiverError as error:
         _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO):
-            _abandon_stdout()
-            _fail(f"stdout: cannot write: {error.strerror}", EXIT_RESOURCE)
+        if (known := _of_the_system(error)) is not None:
+            _fail(str(known), known.exit_code)
         if is_out_of_memory(error):
             _fail("out of memory; try a smaller --batch-size, or --recompute in training", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
     finally:
         _libraries.heard()
+
+
+def _of_the_system(error: Exception) -> PerceiverError | None:
+    """Return an error of the system in our words: what it is about, and the cause; None for another error."""
+    if isinstance(error, RuntimeError) and "Too many open files" in str(error):  # torch's, about its workers
+        error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    if not isinstance(error, OSError):
+        return None
+    shown = show_path(os.fsdecode(error.filename)) + ": " if isinstance(error.filename, str | bytes) else ""
+    if error.errno in SHORTAGES:
+        return ResourceError(f"{shown}{cause(error)}", SHORTAGES[error.errno])
+    if error.errno in OUTPUT_ERRORS:
+        return ResourceError(f"{shown}cannot write: {cause(error)}", "free space or choose another output")
+    if shown:
+        return DataError(f"{shown}{cause(error)}")
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return UsageError("the working folder does not exist any more", "change to another one")
+    return None
 
 
 def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> None:
@@ -91,8 +122,52 @@ class _Escaped(io.TextIOWrapper):
         return len(text)
 
 
-def _guard_stderr() -> None:
-    """Escape everything that Python writes to stderr (usage errors, warnings), except by `talk`."""
+class _Stdout(io.RawIOBase):
+    """File 1. A reader that left ends the process by SIGPIPE; what else fails is a ResourceError, also in `--help`."""
+
+    def __init__(self, is_open: bool) -> None:
+        self.is_open = is_open
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return 1
+
+    def isatty(self) -> bool:
+        return self.is_open and os.isatty(1)
+
+    def write(self, data: Any) -> int:
+        try:
+            if not self.is_open:
+                raise ResourceError("stdout is closed")
+            return os.write(1, data)
+        except BrokenPipeError:
+            end_by_signal(getattr(signal, "SIGPIPE", SIGPIPE))
+            raise
+        except (OSError, ResourceError) as error:
+            self.is_open = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # flushing the rest at exit must not fail again
+            if isinstance(error, ResourceError):
+                raise
+            raise ResourceError(f"stdout: cannot write: {cause(error)}") from error
+
+
+def _guard_streams() -> None:
+    """Keep files 0 to 2 for the streams, end well if stdout fails, and escape what Python writes to stderr.
+
+    Not escaped is what `talk` writes.
+    """
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    for number, stream in enumerate(streams):
+        if stream is None:  # closed: the next file that is opened would get its number
+            with suppress(OSError):
+                os.fstat(number)
+                continue
+            os.open(os.devnull, os.O_RDWR)
+    encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
+    raw = _Stdout(sys.stdout is not None)
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding, "backslashreplace", line_buffering=raw.isatty())
     if sys.stderr is None:
         return
     global _stderr
@@ -187,22 +262,9 @@ def emit(text: str, *, styled: bool = False) -> None:
 
 def emit_bytes(data: bytes) -> None:
     """Write bytes to stdout and flush, as `emit` does."""
-    if sys.stdout is None:
-        raise ResourceError("stdout is closed")
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        end_by_signal(getattr(signal, "SIGPIPE", SIGPIPE))
-    except OSError as error:
-        _abandon_stdout()
-        raise ResourceError(f"stdout: cannot write: {error.strerror}") from error
-
-
-def _abandon_stdout() -> None:
-    """Send the rest of stdout to nowhere: flushing it at exit must not fail again."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
 
 
 def end_by_signal(number: int) -> None:

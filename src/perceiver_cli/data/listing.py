@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import errno
 import io
 import os
 import re
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import DataError, counted
-from perceiver_cli.files import parse_json, show_path
+from perceiver_cli.files import cannot_read, parse_json, show_path, status_of
 from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -54,7 +55,7 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
 
 def _by_metadata(top: Path, notes: list[str], group_by: str | None) -> tuple[list[Row], bool] | None:
     """Return the rows of the metadata in a data folder and its split folders, or None without metadata."""
-    places = ["", *sorted(entry.name for entry in top.iterdir() if entry.is_dir() and top_split(entry.name))]
+    places = ["", *(folder.name for folder in folders_in(top) if top_split(folder.name))]
     paths = {Path(place, f"metadata{end}"): place for place in places for end in (".csv", ".jsonl")}
     paths = {path: place for path, place in paths.items() if (top / path).is_file()}
     if not paths:
@@ -89,15 +90,36 @@ def _by_folder(top: Path, notes: list[str]) -> list[Row]:
 
 
 def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all files below a folder, sorted, without hidden files and without following links."""
-    for parent, folders, names in os.walk(folder):
+    """Yield the paths of all files below a folder, sorted, without hidden files and without following links.
+
+    Raises DataError for a folder that cannot be listed: its files would be missing in silence.
+    """
+
+    def unlisted(error: OSError) -> None:
+        raise cannot_read(error.filename, error) from error
+
+    for parent, folders, names in os.walk(folder, onerror=unlisted):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
 
 
 def folders_in(parent: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden folders."""
-    return [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and not entry.name.startswith(".")]
+    """Return the folders in a folder, sorted, without hidden folders. Raises DataError if it cannot be listed."""
+
+    def is_folder(entry: os.DirEntry[str]) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link to itself leads nowhere, as one to a missing file
+                return False
+            raise
+
+    try:
+        with os.scandir(parent) as entries:
+            names = [entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry)]
+    except OSError as error:
+        raise cannot_read(error.filename or parent, error) from error
+    return [parent / name for name in sorted(names)]
 
 
 def contents_of(folder: Path) -> str:
@@ -370,5 +392,5 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
         return Listing(rows, folder=os.path.dirname(name), by_stem=False, multi_label=multi_label)
     if file is not None:
         return Listing([Row(name, file=file)])
-    fault = "neither a folder nor a manifest" if os.path.exists(name) else "no such folder"
+    fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perceiver_cli.data.catalog import Catalog
 from perceiver_cli.errors import IntegrityError, UsageError, counted
-from perceiver_cli.files import atomic_write, parse_json, show_path, show_text
+from perceiver_cli.files import atomic_write, cause, open_file, parse_json, show_path, show_text
 from perceiver_cli.preprocess.source import key_of
 
 SPLIT_FILE = "split.jsonl"
@@ -80,7 +80,7 @@ def save_split(path: Path, catalog: Catalog) -> None:
 def read_split(path: str | os.PathLike[str]) -> SavedSplit:
     """Return a split from `save_split`. Raises UsageError if it is unreadable, IntegrityError if damaged."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             first = file.readline()
             header = parse_json(first)
             if header["format"] not in (FORMAT, UNSEALED_FORMAT):
@@ -89,7 +89,7 @@ def read_split(path: str | os.PathLike[str]) -> SavedSplit:
             rows = _rows(file) if header["format"] == UNSEALED_FORMAT else _compared(file, first)
             pairs = np.fromiter(map(_pair, rows), [("key", np.uint64), ("held", np.bool_)])
     except OSError as error:
-        raise UsageError(f"{show_path(path)}: cannot read the split: {error.strerror}") from error
+        raise UsageError(f"{show_path(path)}: cannot read the split: {cause(error)}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{show_path(path)}: not the split of a run, or a damaged one: {error}") from error
     if not len(pairs):

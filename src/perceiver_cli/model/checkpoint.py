@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from perceiver_cli.config import Config
 from perceiver_cli.errors import IntegrityError, UsageError
-from perceiver_cli.files import atomic_write, show_path, show_text
+from perceiver_cli.files import atomic_write, cause, open_file, show_path, show_text
 from perceiver_cli.preprocess import modality
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
     shown = show_path(path)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:  # the library would take 100 MB
             raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one: header of {length} bytes")
@@ -142,7 +142,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
             others = {entry.get_dtype() for _, entry in slices} - DTYPES
             metadata = contents.metadata() or {}
     except OSError as error:
-        raise UsageError(f"{shown}: cannot read: {error.strerror}") from error
+        raise UsageError(f"{shown}: cannot read: {cause(error)}") from error
     except SafetensorError as error:
         raise _damage(path, error) from error
     if others:

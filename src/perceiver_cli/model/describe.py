@@ -7,7 +7,7 @@ from typing import Any
 
 from perceiver_cli.config import load_config, load_preset
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, status_of
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.preprocess import modality, settled
@@ -26,7 +26,7 @@ def describe(name: str) -> dict[str, Any]:
     if name in preset_names() or name.endswith(".toml"):
         config = load_preset(name) if name in preset_names() else load_config(Path(name))
         num_classes = config.num_classes or DEFAULT_CLASSES
-    elif Path(name).exists():
+    elif status_of(name) is not None:
         info = read_info(find_model(name))
         config, num_classes = info.config, len(info.classes)
         facts = {"class_names": list(info.classes), "step": info.step, "metrics": dict(info.metrics)}

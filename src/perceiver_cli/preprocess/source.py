@@ -6,14 +6,13 @@ import hashlib
 import io
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
 from perceiver_cli.errors import DataError, LimitError, PerceiverError
-from perceiver_cli.files import BINARY, show_path, show_text
+from perceiver_cli.files import cannot_read, open_file, show_path, show_text
 from perceiver_cli.preprocess.spec import Limits
 
 RECEIVED_BYTES = 1 << 20  # read from a pipe at a time
@@ -58,7 +57,7 @@ class Source:
             with self._opened() as file:
                 head = file.read(HEAD_BYTES)
         except OSError as error:
-            raise DataError(f"{self.shown}: cannot read: {error.strerror}") from error
+            raise cannot_read(self.name, error) from error
         if not head:
             raise DataError(f"{self.shown}: the file is empty")
         return head
@@ -93,15 +92,9 @@ class Source:
         if self.data is not None:
             return io.BytesIO(self.data)
         try:
-            # Non-blocking, so that a FIFO named like an image cannot hang the reader.
-            handle = os.open(self.name, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0))
+            return open_file(self.name)
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise DataError(f"{self.shown}: cannot read: {reason}") from error
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            os.close(handle)
-            raise DataError(f"{self.shown}: not a regular file")
-        return os.fdopen(handle, "rb")
+            raise cannot_read(self.name, error) from error
 
 
 def received(file: BinaryIO, limits: Limits, begun: bytes = b"") -> bytes:

@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError, IntegrityError, ResourceError
-from perceiver_cli.files import atomic_write, cannot_write, show_path
-from perceiver_cli.preprocess.source import key_of
+from perceiver_cli.files import atomic_write, cannot_read, cannot_write, open_file, show_path
+from perceiver_cli.preprocess.source import Source, key_of
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.digests import digests, num_digests
 from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, header_check
@@ -143,8 +143,8 @@ def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
     if os.path.isdir(path):
         return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) or None
     if os.path.isfile(path):
-        with suppress(OSError), open(path, "rb") as file:
-            return [path] if is_tar(file.read(HEAD_BYTES)) else None
+        with suppress(DataError):
+            return [path] if is_tar(Source(path).head()) else None
     if not os.path.exists(path) and glob.has_magic(path):
         matches = sorted(glob.glob(path))
         if not matches:
@@ -158,10 +158,10 @@ def open_shards(paths: Sequence[str]) -> Shards:
     shards = []
     for path in paths:
         try:
-            with open(path, "rb", READ_BYTES) as file:
+            with open_file(path) as file:
                 shards.append(_indexed(file, path))
         except OSError as error:
-            raise DataError(f"{show_path(path)}: cannot read: {error.strerror}") from error
+            raise cannot_read(path, error) from error
     return _joined(shards)
 
 

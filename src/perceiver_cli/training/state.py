@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
-from perceiver_cli.files import show_path, write_text
+from perceiver_cli.files import cannot_read, open_file, show_path, write_text
 from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, write_tensors
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import MANIFEST, STATE_FOLDER, STATE_PATTERN, find_model
+
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.PathLike[str]) -> str:
@@ -90,11 +92,14 @@ def _committed(folder: Path) -> list[dict[str, Any]]:
     """Return the manifest's entries, newest first, or none without a manifest."""
     path = folder / MANIFEST
     try:
-        states = json.loads(path.read_bytes())["states"]
+        with open_file(path) as file:
+            states = json.loads(file.read(MAX_MANIFEST_BYTES))["states"]
         if not all(Path(state["file"]).name == state["file"] for state in states):
             raise ValueError("a state in another folder")
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise IntegrityError(f"{show_path(path)}: damaged manifest: {error}") from error
     return list(states)
