@@ -10,6 +10,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -392,3 +393,52 @@ def test_memory_that_runs_out_is_one_line(cause: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 5, done.stderr
     assert done.stderr == "perceiver: out of memory; try a smaller --batch-size, or --recompute in training\n"
+
+
+# ---------------------------------------------------------------- paths and streams
+
+
+def one_line(done: subprocess.CompletedProcess[bytes], status: int, words: bytes) -> None:
+    assert done.returncode == status, done
+    assert words in done.stderr.splitlines()[-1], done.stderr
+    assert b"Traceback" not in done.stderr
+    assert b"bug" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [
+        ("train BAD", 3), ("train --resume -o BAD", 3), ("train DATA -o BAD", 5), ("evaluate DATA -m BAD", 3),
+        ("info BAD", 3), ("compare BAD BAD", 3),
+    ],
+)  # fmt: skip
+def test_a_path_that_leads_nowhere_is_one_line_with_its_cause(
+    perceive: Perceive, bars: Path, tmp_path: Path, command: str, status: int
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for bad, words in (("x" * 300, b"File name too long"), ("loop/x", b"Too many levels of symbolic links")):
+        named = [str(bars) if word == "DATA" else bad if word == "BAD" else word for word in command.split()]
+        one_line(perceive(*named, cwd=tmp_path), status, words)
+
+
+def test_a_fifo_is_refused_at_once(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    (tmp_path / "run/last").mkdir(parents=True)
+    os.mkfifo(tmp_path / "recipe.toml")
+    os.mkfifo(tmp_path / "run/last/MANIFEST.json")
+    one_line(perceive("train", bars, "--config", tmp_path / "recipe.toml"), 2, b"not a regular file")
+    one_line(perceive("train", "--resume", "-o", tmp_path / "run"), 3, b"not a regular file")
+
+
+def test_help_ends_by_the_signal_when_its_reader_leaves(warm_bin: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([warm_bin / "perceiver", "--help"], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == -signal.SIGPIPE
+    assert done.stderr == b""
+
+
+def test_a_deleted_working_folder_is_named(tmp_path: Path) -> None:
+    command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m perceiver_cli info tiny-image'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
+    one_line(done, 2, b"the working folder does not exist any more")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.listing import read_manifest
+from perceiver_cli.data.listing import folders_in, read_manifest, walk_files
 from perceiver_cli.errors import DataError
 from tests.conftest import write_images
 
@@ -169,3 +171,23 @@ def test_json_lines_end_at_newlines_only(tmp_path: Path) -> None:
     row = json.dumps({"path": "a\u2028b.png", "label": "x"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_text(row + "\n", encoding="utf-8")
     assert read_manifest(tmp_path / "m.jsonl")[0][0].path == "a\u2028b.png"
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class was missing in silence. The system refuses root nothing, so a refusal is made up."""
+    for name in ("a/x", "b/secret/y"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    scandir = os.scandir
+
+    def refusing(path: str | os.PathLike[str]) -> Any:
+        if os.fspath(path).endswith(closed):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    for closed in ("secret", "b"):
+        with pytest.raises(DataError, match=f"{closed}': cannot read: Permission denied"):
+            list(walk_files(tmp_path))
+    with pytest.raises(DataError, match="cannot read: Permission denied"):
+        folders_in(tmp_path / "b")

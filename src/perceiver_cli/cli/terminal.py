@@ -69,6 +69,7 @@ def guarded(app: Callable[[], None]) -> None:
     _guard_streams()
     try:
         try:
+            _check_folder()
             app()
         finally:
             sys.stdout.flush()  # at exit a failure would be without a word
@@ -85,6 +86,14 @@ def guarded(app: Callable[[], None]) -> None:
         _libraries.heard()
 
 
+def _check_folder() -> None:
+    """Raise UsageError if the working folder was deleted: MKL would end the process without a word."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the working folder does not exist any more", "change to another one") from None
+
+
 def _of_the_system(error: Exception) -> PerceiverError | None:
     """Return an error of the system in our words: what it is about, and the cause; None for another error."""
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):  # torch's, about its workers
@@ -96,13 +105,7 @@ def _of_the_system(error: Exception) -> PerceiverError | None:
         return ResourceError(f"{shown}{cause(error)}", SHORTAGES[error.errno])
     if error.errno in OUTPUT_ERRORS:
         return ResourceError(f"{shown}cannot write: {cause(error)}", "free space or choose another output")
-    if shown:
-        return DataError(f"{shown}{cause(error)}")
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return UsageError("the working folder does not exist any more", "change to another one")
-    return None
+    return DataError(f"{shown}{cause(error)}") if shown else None
 
 
 def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> None:
