@@ -181,6 +181,8 @@ def of_listing(
     by_modality = _by_column if any(row.columns for row in full) else _by_content
     examples, holds, brings = by_modality(listing, full, wanted, notes)
     if not holds:
+        if len(rows) == 1 and (only := rows[0].file) is not None and only.error is not None:
+            raise only.error
         top = Path(root)
         if not top.is_dir():
             raise DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
