@@ -57,7 +57,7 @@ def _escaped(text: str) -> str:
 
 def printable(text: str, keep: str = "\n") -> str:
     """Return text that is safe for a terminal: control, bidi, non-UTF-8 bytes C-escaped, except those in `keep`."""
-    if text.isascii() and text.replace("\n", "").isprintable():
+    if text.isascii() and (text.replace("\n", "") if "\n" in keep else text).isprintable():
         return text
     return "".join(char if char in keep else _printable(char) for char in text)
 

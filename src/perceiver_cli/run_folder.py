@@ -51,12 +51,9 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
         if not (resume or replace) and ((run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()):
             raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
         make_folder(run)
-        # Neither followed nor cut, if it becomes a link after the check.
-        lock = os.fdopen(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT | BINARY | NO_LINK | NO_WAIT, 0o666), "r+b")
     except OSError as error:
         raise cannot_write(run, error) from error
-    with lock:
-        _lock(lock, run)
+    with locked(run):
         remove_leftovers(run)
         remove_leftovers(run / STATE_FOLDER)
         try:
@@ -66,6 +63,24 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
                 if os.listdir(run) == [LOCK_FILE]:  # the run never began: leave no empty folder
                     (run / LOCK_FILE).unlink()
                     run.rmdir()
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a training may write into a folder."""
+    return (folder / LOCK_FILE).exists() or (folder / STATE_FOLDER).exists()
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the lock of a run. Raises ResourceError if another process holds it or the folder cannot be written."""
+    try:
+        # Neither followed nor cut, if it becomes a link.
+        lock = os.fdopen(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT | BINARY | NO_LINK | NO_WAIT, 0o666), "r+b")
+    except OSError as error:
+        raise cannot_write(run, error) from error
+    with lock:
+        _lock(lock, run)
+        yield
 
 
 def _check_own(run: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.special import softmax
 
-from perceiver_cli.errors import IntegrityError, UsageError
+from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.inference.evaluation import calibrate, evaluate
 from perceiver_cli.inference.predictor import UNKNOWN, Prediction, Predictor
 from perceiver_cli.inference.statistics import calibration_error, fit_temperature, fit_thresholds
@@ -95,8 +98,8 @@ def test_storing_changes_nothing_else(trained: Path, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes((trained / "model.safetensors").read_bytes())
     before, old = load_file(path), read_table(path)
-    store_calibration(path, Calibration(1.5))
-    store_calibration(path, Calibration(2.5))
+    store_calibration(path, Calibration(1.5), read_info(path))
+    store_calibration(path, Calibration(2.5), read_info(path))
     after, new = load_file(path), read_table(path)
     assert all(torch.equal(before[name], after[name]) for name in before.keys() | after.keys())
     assert old[0] == new[0]
@@ -105,6 +108,26 @@ def test_storing_changes_nothing_else(trained: Path, tmp_path: Path) -> None:
     assert was.pop("sha256") != now.pop("sha256")
     assert was == now
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_calibration_is_stored_only_in_its_own_model(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    model, info = load_model(trained / "model.safetensors")
+    save_model(path, model.state_dict(), replace(info, step=info.step + 1))
+    newer = path.read_bytes()
+    with pytest.raises(ResourceError, match=f"holds another model than the calibrated one, of step {info.step}; calib"):
+        store_calibration(path, Calibration(2.0), info)
+    (tmp_path / ".lock").touch()
+    training = (
+        "import sys, time; from perceiver_cli.run_folder import *\nwith locked(Path(sys.argv[1])): print(); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", training, tmp_path], **pipes) as other:  # type: ignore[call-overload]
+        other.stdout.readline()
+        with pytest.raises(ResourceError, match="in use by another"):
+            store_calibration(path, Calibration(2.0), read_info(path))
+        other.communicate(b"\n")
+    assert path.read_bytes() == newer
 
 
 def test_calibrating_a_run(perceive: Perceive, trained: Path, bars: Path, tmp_path: Path) -> None:

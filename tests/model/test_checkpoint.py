@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import struct
@@ -11,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -53,6 +55,30 @@ def test_every_flipped_bit_is_found(trained: Path, tmp_path: Path) -> None:
             load_model(target)
         assert MODEL_FILE in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_replaced_while_it_is_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a training does. The file was opened three times: an old header with new weights, or a wrong checksum."""
+    path, newer = tmp_path / MODEL_FILE, tmp_path / "newer"
+    model, info = load_model(trained / MODEL_FILE)
+    weights = model.state_dict()
+    save_model(newer, {name: 2 * tensor for name, tensor in weights.items()}, replace(info, step=info.step + 1))
+    opened = safetensors.safe_open
+
+    def replacing(*arguments: str, **options: str) -> object:
+        file = opened(*arguments, **options)
+        shutil.copy(newer, tmp_path / "temporary")
+        os.replace(tmp_path / "temporary", path)
+        return file
+
+    shutil.copy(trained / MODEL_FILE, path)
+    monkeypatch.setattr(safetensors, "safe_open", replacing)
+    for factor, step in ((1, info.step), (2, info.step + 1)):
+        model, found = load_model(path)
+        assert found.step == step
+        assert all(torch.equal(tensor, factor * weights[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("size", [0, 4, 8, 100, 5000, -1])

@@ -249,7 +249,7 @@ def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # stderr may be closed or full
         from rich.text import Text
 
-        talk().print(Text(printable(message)))
+        talk().print(Text(printable(message, "")))
 
 
 def emit(text: str, *, styled: bool = False) -> None:

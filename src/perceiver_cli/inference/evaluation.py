@@ -348,7 +348,7 @@ def calibrate(
     temperature = fit_temperature(logits, targets)
     thresholds = fit_thresholds(expit(logits / temperature), targets) if targets.ndim == 2 else ()
     calibration = Calibration(temperature, thresholds)
-    store_calibration(predictor.path, calibration)
+    store_calibration(predictor.path, calibration, predictor.info)
     predictor.info = replace(predictor.info, calibration=calibration)
     return calibration
 

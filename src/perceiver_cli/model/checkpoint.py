@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_cli.config import Config
-from perceiver_cli.errors import IntegrityError, UsageError
+from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import atomic_write, cause, open_file, show_path, show_text
 from perceiver_cli.preprocess import modality
+from perceiver_cli.run_folder import is_run, locked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,17 +70,26 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
     write_tensors(path, weights, header)
 
 
-def store_calibration(path: Path, calibration: Calibration) -> None:
+def store_calibration(path: Path, calibration: Calibration, info: ModelInfo) -> None:
     """Replace the calibration in a model file; after an error the file is unchanged.
 
-    Raises IntegrityError if the file is damaged, ResourceError if it cannot be written.
+    info: the header of the model that was calibrated. Raises IntegrityError if the file is damaged, ResourceError if it
+    cannot be written, a training writes into its run folder, or it holds another model by now.
     """
-    save_model(path, read_tensors(path)[1], replace(read_info(path), calibration=calibration))
+    with locked(path.parent) if is_run(path.parent) else nullcontext():
+        fields, tensors = read_tensors(path)
+        if (now := _info(fields, path)) != info:
+            raise ResourceError(f"{show_path(path)}: holds another model than the calibrated one, of step {info.step}",
+                                "calibrate again")  # fmt: skip
+        save_model(path, tensors, replace(now, calibration=calibration))
 
 
 def read_info(path: Path) -> ModelInfo:
     """Return the header of a model file, without weights and torch. Raises as `read_header`."""
-    header = read_header(path)
+    return _info(read_header(path), path)
+
+
+def _info(header: Mapping[str, Any], path: Path) -> ModelInfo:
     if header.get("kind") != "model":
         raise IntegrityError(f"{show_path(path)}: holds a {header.get('kind')}, expected a model")
     try:
@@ -98,8 +109,8 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     """
     from perceiver_cli.model.perceiver import Perceiver
 
-    info = read_info(path)
-    _, tensors = read_tensors(path)
+    fields, tensors = read_tensors(path)
+    info = _info(fields, path)
     layouts = {name: modality(name).layout(spec) for name, spec in info.config.inputs.items()}
     model = Perceiver(info.config.model, layouts, len(info.classes))
     expected, stored = ({n: tuple(t.shape) for n, t in table.items()} for table in (model.state_dict(), tensors))
@@ -125,6 +136,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str
 def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
     """Return the shape of each tensor of any safetensors file, and its metadata, without weights and torch.
 
+    Raises as `_opened`.
+    """
+    with _opened(path) as contents:
+        shapes = {name: tuple(contents.get_slice(name).get_shape()) for name in contents.keys()}  # noqa: SIM118
+        return shapes, contents.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Yield a safetensors file of the library, opened once: another file may take its name at any moment.
+
     The library checks that names, types, shapes, offsets and the size of the file agree. Raises UsageError if the file
     cannot be read, IntegrityError if it is cut short or damaged, or has other types than `DTYPES`.
     """
@@ -136,18 +158,17 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:  # the library would take 100 MB
             raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one: header of {length} bytes")
+        # For "pt" the library would open the file a second time, by its name.
         with safe_open(path, "numpy") as contents:
-            slices = [(name, contents.get_slice(name)) for name in contents.keys()]  # noqa: SIM118
-            shapes = {name: tuple(entry.get_shape()) for name, entry in slices}
-            others = {entry.get_dtype() for _, entry in slices} - DTYPES
-            metadata = contents.metadata() or {}
+            others = {contents.get_slice(name).get_dtype() for name in contents.keys()} - DTYPES  # noqa: SIM118
+            if others:
+                expected = ", ".join(sorted(DTYPES))
+                raise IntegrityError(f"{shown}: holds {', '.join(sorted(others))}, expected {expected}")
+            yield contents
     except OSError as error:
         raise UsageError(f"{shown}: cannot read: {cause(error)}") from error
     except SafetensorError as error:
         raise _damage(path, error) from error
-    if others:
-        raise IntegrityError(f"{shown}: holds {', '.join(sorted(others))}, expected {', '.join(sorted(DTYPES))}")
-    return shapes, metadata
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -155,8 +176,10 @@ def read_header(path: Path) -> dict[str, Any]:
 
     Raises UsageError if another program wrote it, IntegrityError if it is damaged or has another format version.
     """
-    shown = show_path(path)
-    text = read_table(path)[1].get("perceiver")
+    return _fields(read_table(path)[1].get("perceiver"), show_path(path))
+
+
+def _fields(text: str | None, shown: str) -> dict[str, Any]:
     if text is None:
         raise UsageError(f"{shown}: a safetensors file, but not a model of this program")
     try:
@@ -177,7 +200,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises IntegrityError if the checksum differs, or as `read_header`.
     """
-    fields, tensors = read_header(path), load_tensors(path)
+    import torch
+
+    with _opened(path) as contents:
+        fields = _fields((contents.metadata() or {}).get("perceiver"), show_path(path))
+        names = list(contents.keys())
+        if any(contents.get_slice(name).get_dtype() == "BF16" for name in names):  # NumPy has no such type
+            raise IntegrityError(f"{show_path(path)}: holds BF16, which this program does not write")
+        tensors = {name: torch.from_numpy(contents.get_tensor(name)) for name in names}
     stated, actual = str(fields.pop("sha256")), _checksum(json.dumps(fields), tensors)
     if actual != stated:
         found = f"content sha256 {actual[:12]}, the header says {show_path(stated[:12])}"
