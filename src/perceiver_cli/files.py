@@ -74,13 +74,13 @@ def _printable(char: str) -> str:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[bytes]]:
+def atomic_write(path: str | os.PathLike[str], mode: str = "wb", *, new: bool = False) -> Iterator[IO[bytes]]:
     """Yield a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
 
     The order write, fsync(file), rename, fsync(folder) leaves the old or the new content after a crash or a power cut,
     never a part (ALICE, OSDI 2014). On systems with O_TMPFILE the file has no name before, so that a killed process
     leaves none behind. What killed processes left in the folder is removed. Raises ResourceError if the folder cannot
-    be made or written, or the disk is full.
+    be made or written, or the disk is full; with `new` also if the name is taken by then, which is never replaced.
     """
     target = Path(path)
     folder = target.parent
@@ -99,15 +99,37 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
             if nameless:  # with a src_dir_fd, which is unused, Python follows the link to the file
                 os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
             if os.name != "nt":  # while it is open, so that its lock tells other processes that this one lives
-                os.replace(temporary, target)
+                _name(temporary, target, new)
         if os.name == "nt":  # Windows renames no open file
-            os.replace(temporary, target)
+            _name(temporary, target, new)
         sync_folder(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
+            fault = f"{show_path(target)}: another process has written it meanwhile"
+            raise ResourceError(fault, "choose another output") from error
         if isinstance(error, OSError):
             raise cannot_write(target, error) from error
         raise
+
+
+def _name(temporary: Path, target: Path, new: bool) -> None:
+    """Give a finished file its name. Raises FileExistsError if `new` and another file has it."""
+    if not new:
+        os.replace(temporary, target)
+    elif os.name == "nt":
+        os.rename(temporary, target)
+    else:
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            raise
+        except OSError as error:  # a file system without hard links
+            if os.path.lexists(target):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+            os.replace(temporary, target)
+        else:
+            temporary.unlink()
 
 
 def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:

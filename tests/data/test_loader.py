@@ -239,6 +239,7 @@ def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
             '{"format": 2, "classes": []}\n',
             "a damaged one: its sha256 is not that of its lines",
         ),
+        ('{"format": 2, "classes": []}\n5', "its sha256 is not that of its lines"),
         ('{"format": 1, "classes": ["a"]}\n{"path": 5, "split": "val"}\n', "split val of 5"),
         ('{"format": 1, "classes": ["a"]}\n{"path": "\\ud800", "split": "val"}\n', "surrogates not allowed"),
         ('{"format": 1, "classes": ["a"]}\n', "a split without examples"),

@@ -118,9 +118,7 @@ def test_a_calibration_is_stored_only_in_its_own_model(trained: Path, tmp_path: 
     with pytest.raises(ResourceError, match=f"holds another model than the calibrated one, of step {info.step}; calib"):
         store_calibration(path, Calibration(2.0), info)
     (tmp_path / ".lock").touch()
-    training = (
-        "import sys, time; from perceiver_cli.run_folder import *\nwith locked(Path(sys.argv[1])): print(); input()"
-    )
+    training = "import sys; from perceiver_cli.run_folder import *\nwith locked(Path(sys.argv[1])): print(); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", training, tmp_path], **pipes) as other:  # type: ignore[call-overload]
         other.stdout.readline()

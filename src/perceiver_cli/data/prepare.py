@@ -228,23 +228,25 @@ def write_records(
     """Write the records of a job to FILE.tar, to shards such as 'x-%06d.tar', or with "-" through `emit`.
 
     A file gets its name when it is complete. A shard ends before a record that would exceed `shard_bytes`. `resume`
-    keeps existing shards and skips their examples. Raises UsageError for another output, and for existing shards
-    without `resume` or of other data; ResourceError if the output cannot be written.
+    keeps existing shards and skips their examples, but for those with an error, which are told again. Raises UsageError
+    for another output, and for existing shards without `resume` or of other data; ResourceError if the output cannot be
+    written, or another process writes the same shards.
     """
     if output != "-" and Path(output).suffix.lower() != ".tar":
         raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")
     sharded = _PATTERN.search(output) is not None
     if resume and not sharded:
         raise UsageError("--resume needs shards", "pass -o 'NAME-%06d.tar'")
-    shard = skipped = first = 0
-    if sharded:
-        shard, skipped, first = _kept(job, output, resume=resume)
+    kept = _kept(job, output, resume=resume) if sharded else Kept()
+    shard, skipped, first = kept.shards, kept.examples, kept.records
+    yield from (Done(skipped, len(job.examples), error) for error in kept.errors)
     with ExitStack() as stack:
 
         def started() -> Writer:
             if output == "-":
                 return Writer(emit, job.header)
-            file = stack.enter_context(atomic_write(_named(output, shard) if sharded else output))
+            path = _named(output, shard) if sharded else output
+            file = stack.enter_context(atomic_write(path, new=sharded))
             return Writer(file.write, job.header)
 
         writer = None if sharded else started()
@@ -268,13 +270,22 @@ def _named(pattern: str, number: int) -> str:
     return _PATTERN.sub(lambda match: match[0] % number, pattern)
 
 
-def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
-    """Return the number of existing shards, of the job's examples in them, and of their records."""
+@dataclass(frozen=True)
+class Kept:
+    """The existing shards of a job: their number, that of the job's examples in them, and of records; their errors."""
+
+    shards: int = 0
+    examples: int = 0
+    records: int = 0
+    errors: tuple[str, ...] = ()
+
+
+def _kept(job: Job, output: str, *, resume: bool) -> Kept:
     paths: list[str] = []
     while os.path.exists(path := _named(output, len(paths))):
         paths.append(path)
     if not paths:
-        return 0, 0, 0
+        return Kept()
     if not resume:
         raise UsageError(f"{show_path(paths[0])}: exists already", "pass --resume to continue, or remove the shards")
     shards = open_shards(paths)
@@ -286,7 +297,7 @@ def _kept(job: Job, output: str, *, resume: bool) -> tuple[int, int, int]:
         place = next((place for place, own in ids if own == name), -1)
         if place < 0:
             raise other
-    return len(paths), place + 1, len(shards) - len(shards.errors)
+    return Kept(len(paths), place + 1, len(shards) - len(shards.errors), tuple(shards.errors.values()))
 
 
 def input_recipe(

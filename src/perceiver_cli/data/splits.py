@@ -110,7 +110,7 @@ def _compared(lines: Iterable[bytes], first: bytes) -> Iterator[Any]:
             yield parse_json(line)
         digest.update(line)
         line = following
-    if parse_json(line).get("sha256") != digest.hexdigest():
+    if parse_json(line) != {"sha256": digest.hexdigest()}:
         raise ValueError("its sha256 is not that of its lines")
 
 
