@@ -16,8 +16,9 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+from perceiver_cli.config import Config
 from perceiver_cli.errors import IntegrityError, PerceiverError, ResourceError, UsageError
-from perceiver_cli.model.checkpoint import load_model, read_info, save_model
+from perceiver_cli.model.checkpoint import load_model, read_info, read_tensors, save_model, write_tensors
 from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, find_model
 from perceiver_cli.training.state import MANIFEST, load_state, save_state
 
@@ -240,3 +241,30 @@ def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytes
             assert float(tensors["w"][0]) == state["step"]
     states(tmp_path, 3)
     assert not [path for path in (tmp_path / STATE_FOLDER).iterdir() if path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("inputs.image.size=[1048576,1048576]", "one example needs about 176,128 GiB"),
+        ("model.num_latents=1000000", "numbers do not fit the configuration"),
+        ("model.self_attends_per_block=1024", "numbers do not fit the configuration"),
+        ("inputs.image.patch=[65536,65536]", "patch has 4,294,967,296 pixels"),
+    ],
+)
+def test_a_small_file_with_a_huge_configuration_takes_no_memory(
+    trained: Path, tmp_path: Path, change: str, problem: str
+) -> None:
+    """A signed file of this kind took 8.7 GB: the model was built before its shapes were compared."""
+    fields, tensors = read_tensors(trained / "model.safetensors")
+    large = Config.parse(fields["config"]).override(["inputs.image.size=[1048576,1048576]", change])
+    write_tensors(tmp_path / "model", tensors, {**fields, "config": large.to_dict()})
+    with pytest.raises(PerceiverError, match=problem):
+        load_model(tmp_path / "model")
+
+
+def test_a_model_without_classes_is_damaged(trained: Path, tmp_path: Path) -> None:
+    fields, tensors = read_tensors(trained / "model.safetensors")
+    write_tensors(tmp_path / "model", tensors, {**fields, "classes": []})
+    with pytest.raises(IntegrityError, match="no classes"):
+        load_model(tmp_path / "model")

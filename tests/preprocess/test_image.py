@@ -26,7 +26,7 @@ from perceiver_cli.preprocess.pixels import to_image
 from perceiver_cli.preprocess.randaugment import RANDAUGMENT
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from tests.conftest import detect
+from tests.conftest import decode, detect
 
 LIMITS = Limits()
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 255], [0, 0, 0], [200, 100, 50]]], np.uint8)
@@ -709,3 +709,56 @@ def test_randaugment_in_prepare(channels: int) -> None:
     assert 15 < sum(changed) < 40  # each layer acts about half the time
     assert (raw == noise(28, 28, channels)).all()
     assert len(RANDAUGMENT) == 16
+
+
+# ---------------------------------------------------------------- small files that claim much
+
+
+def png_of(width: int, height: int) -> bytes:
+    """Return a grey PNG of zeros, compressed as far as it goes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return (
+        b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes((width + 1) * height))) + chunk(b"IEND", b"")
+    )
+
+
+GIF_OF_43_BYTES = (
+    b"GIF89a"
+    + struct.pack("<HH", 9000, 9000)
+    + bytes.fromhex("800000 000000ffffff 21f90401000000 00 2c00000000 01000100 00 02024401 003b")
+)
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (png_of(1, 70_000), "1 x 70000 pixels, expected sides <= 65535"),
+        (png_of(70_000, 1), "70000 x 1 pixels, expected sides <= 65535"),
+        (GIF_OF_43_BYTES, "declared 9000 x 9000 pixels, found 43 bytes"),
+        (b"P5 9000 9000 255\n\0", "declared 9000 x 9000 pixels, found 18 bytes"),
+        (
+            b"BM" + struct.pack("<IHHIIiiHHIIiiII", 70, 0, 0, 54, 40, 9000, 9000, 1, 24, 0, 0, 0, 0, 0, 0),
+            "found 54 bytes",
+        ),
+    ],
+)
+def test_a_small_file_that_claims_much_takes_no_memory(data: bytes, fault: str) -> None:
+    """The first took 2.8 GB and 7 s at 89,478,485 pixels, the third 1.5 GB."""
+    with pytest.raises(DataError, match=fault):
+        decode(Source("x", data), ImageSpec(), Limits())
+
+
+def test_a_jpeg_without_data_is_damaged() -> None:
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 200).save(file, "JPEG")
+    data = file.getvalue()
+    scan = data.index(b"\xff\xda")
+    head = data[: scan + 2 + int.from_bytes(data[scan + 2 : scan + 4], "big")]
+    decode(Source("x", data), ImageSpec(), Limits())
+    for ending in (b"", b"\xff", b"\xff\xd9"):
+        with pytest.raises(DataError):
+            decode(Source("x", head + ending), ImageSpec(), Limits())

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
+from perceiver_cli.preprocess.mesh_files import read_mesh
 from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -486,3 +487,11 @@ def test_mutants_give_points_or_a_data_error(name: str, capfd: pytest.CaptureFix
             assert np.isfinite(prepare(found, 0)).all()
     assert not any("\n" in message for message in messages)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("face", [b"999999999 0 1 2", b"4 0 1 2", b"-1 0 1 2", b"9" * 30 + b" 0 1 2"])
+def test_a_face_of_an_off_has_the_corners_that_it_declares(face: bytes) -> None:
+    data = b"OFF\n# a comment\n3 1 0\n0 0 0\n1 0 0\n0 1 0 # a corner\n\n%b\n"
+    assert len(read_mesh(Source("x.off", data % b"3 0 1 2"), Limits())[1]) == 1
+    with pytest.raises(DataError, match="corners, found 3"):
+        read_mesh(Source("x.off", data % face), Limits())

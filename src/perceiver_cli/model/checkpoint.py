@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from perceiver_cli.config import Config
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import atomic_write, cause, open_file, show_path, show_text
+from perceiver_cli.hardware import memory_bytes
+from perceiver_cli.model.cost import Cost, estimate
 from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import is_run, locked
 
@@ -30,6 +32,7 @@ FORMAT = 1
 MAX_HEADER_BYTES = 8 << 20
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 DEFAULT_THRESHOLD = 0.5
+MAX_EXTRA = 10_000  # parameters of a small model beside those in its file
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,8 @@ def _info(header: Mapping[str, Any], path: Path) -> ModelInfo:
     try:
         config = Config.parse(header["config"], show_path(path))
         classes = tuple(map(str, header["classes"]))
+        if not classes:
+            raise ValueError("no classes")
         fingerprint, fitted = str(header.get("data_fingerprint", "")), header.get("calibration")
         calibration = None if fitted is None else Calibration.parse(fitted, len(classes))
         return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint, calibration)
@@ -105,13 +110,15 @@ def _info(header: Mapping[str, Any], path: Path) -> ModelInfo:
 def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     """Return the model in a file, on the CPU and in evaluation mode, and its header.
 
-    Raises IntegrityError if the tensors do not fit its configuration, or as `read_info` and `read_tensors`.
+    Raises IntegrityError if the tensors do not fit its configuration, ResourceError if an example does not fit into
+    memory, or as `read_info` and `read_tensors`.
     """
     from perceiver_cli.model.perceiver import Perceiver
 
     fields, tensors = read_tensors(path)
     info = _info(fields, path)
     layouts = {name: modality(name).layout(spec) for name, spec in info.config.inputs.items()}
+    _check_size(path, estimate(info.config.model, layouts, len(info.classes)), tensors)
     model = Perceiver(info.config.model, layouts, len(info.classes))
     expected, stored = ({n: tuple(t.shape) for n, t in table.items()} for table in (model.state_dict(), tensors))
     if expected != stored:
@@ -120,6 +127,21 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
         raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit the configuration: {shown}")
     model.load_state_dict(tensors)
     return model.eval(), info
+
+
+def _check_size(path: Path, cost: Cost, tensors: Mapping[str, Tensor]) -> None:
+    """Raise IntegrityError if a configuration needs more weights than its file holds, before the model takes memory.
+
+    Raises ResourceError if one example is too large for this machine: weights do not grow with a picture's size.
+    """
+    stored = sum(tensor.numel() for tensor in tensors.values())
+    if cost.parameters > 2 * stored + MAX_EXTRA:  # for fewer, the message that names the tensors is worth the build
+        found = f"{stored:,} numbers do not fit the configuration, which has {cost.parameters:,} parameters"
+        raise IntegrityError(f"{show_path(path)}: {found}")
+    memory = memory_bytes()
+    if memory is not None and cost.forward_bytes > memory:
+        needed = f"one example needs about {cost.forward_bytes / 2**30:,.0f} GiB"
+        raise ResourceError(f"{show_path(path)}: {needed}, this machine has {memory / 2**30:.0f}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:

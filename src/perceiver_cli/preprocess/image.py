@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -69,8 +70,15 @@ FORMATS = {
     "BMP": (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
     "PPM": (rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d", "PPM and PGM"),
 }
+# Pillow keeps eight bytes for each row and allocates small blocks of rows: 1 x 89,478,485 pixels take 2.8 GB.
+MAX_SIDE = 65_535
+# Pixels that a byte of a file can stand for at most: a GIF of 43 bytes claims 81 million. (JPEG, WebP and TIFF have no
+# useful bound.)
+PIXELS_PER_BYTE = {"PNG": 8 * 1032, "GIF": 4096, "BMP": 1 << 14, "PPM": 8}
 PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
 WIDE_PIXEL_BYTES = 8  # the same for integers and floats, which become float64 on their way to 8 bits
+JPEG_SCAN, JPEG_END = 0xDA, b"\xff\xd9"
+JPEG_HEAD_BYTES = 1 << 20  # before the first scan: a longer head is not looked through
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
 # By EXIF orientation, from 2 on.
 UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
@@ -103,6 +111,7 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
                     Image.MAX_IMAGE_PIXELS = saved
             pixel_bytes = WIDE_PIXEL_BYTES if image.mode[0] in "IF" else PIXEL_BYTES
             _check_size(source, image.width * image.height, pixel_bytes, limits)
+            _check_claim(source, image, file)
             yield image
         except UnidentifiedImageError as error:  # its own message is the address of a file object
             raise DataError(f"{source.shown}: damaged or unsupported image: cannot be identified") from error
@@ -115,6 +124,29 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
 def _check_size(source: Source, pixels: int, pixel_bytes: int, limits: Limits) -> None:
     source.check_limit(pixels, "pixels", "image_pixels", limits)
     source.check_decoded(pixels, pixel_bytes, limits)
+
+
+def _check_claim(source: Source, image: Image.Image, file: BinaryIO) -> None:
+    """Raise DataError for extreme sides, or more pixels than the bytes of the file can stand for."""
+    size, num_bytes = f"{image.width} x {image.height} pixels", file.seek(0, os.SEEK_END)
+    if max(image.size) > MAX_SIDE:
+        raise DataError(f"{source.shown}: {size}, expected sides <= {MAX_SIDE}", "cut the picture into several")
+    if image.width * image.height > num_bytes * PIXELS_PER_BYTE.get(image.format or "", MAX_SIDE**2):
+        raise DataError(f"{source.shown}: declared {size}, found {num_bytes} bytes")
+    file.seek(0)
+    if image.format == "JPEG" and _is_without_scan(file.read(JPEG_HEAD_BYTES)):
+        raise DataError(f"{source.shown}: no pixels in the file")
+
+
+def _is_without_scan(data: bytes) -> bool:
+    """Return whether a JPEG ends where its first scan should begin: the decoder would answer grey."""
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
+        marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == JPEG_SCAN:
+            return data[end : end + 2] in (b"", b"\xff", JPEG_END)
+        at = end
+    return False
 
 
 def _orientation(image: Image.Image) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import struct
 import warnings
@@ -33,6 +34,7 @@ Element = tuple[str, int, list[Property]]  # of a PLY: name, number of rows, pro
 MAX_HEADER_BYTES = 1 << 16  # of PLY
 MAX_PROPERTIES = 1000
 MAX_JSON_BYTES = 8 << 20  # of GLB
+MAX_DIGITS = 9  # of a face's count in OFF
 MAX_NODES, MAX_DEPTH = 10_000, 128
 PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4"}
 PLY_TYPES |= {"float": "f4", "double": "f8"} | {f"int{8 * n}": f"i{n}" for n in (1, 2, 4, 8)}
@@ -247,6 +249,11 @@ def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
     vertices, faces = int(counts[1]), int(counts[2])
     _check_claim(source, 6 * vertices + 2 * faces, len(data) - counts.end() + 1)
     check_counts(source, vertices, faces, limits)
+    text = re.sub(rb"#[^\n]*", b"", data[counts.end() :])
+    lines = [words for line in text.splitlines()[1:] if (words := line.split())]
+    for corners, *rest in lines[vertices : vertices + faces]:  # trimesh takes the corners that are there
+        if not corners.isdigit() or len(corners) > MAX_DIGITS or int(corners) > len(rest):
+            raise DataError(f"{source.shown}: a face with {show_path(os.fsdecode(corners))} corners, found {len(rest)}")
     return _by_trimesh(source, data, "off")
 
 

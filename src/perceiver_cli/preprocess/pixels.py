@@ -13,6 +13,7 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess.base import Array, Rng
 
 CROP_TRIES = 10
+MAX_CHANNELS = 1 << 20  # of a patch
 
 
 class ColorSpec(Protocol):
@@ -70,6 +71,10 @@ def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str,
     for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"inputs.{spec.modality}.{key} must rise within 0..{top:g}, found {[low, high]}")
+    if colors * patch_area > MAX_CHANNELS:
+        raise UsageError(
+            f"inputs.{spec.modality}.patch has {patch_area:,} pixels", f"at most {MAX_CHANNELS // colors:,}"
+        )
     statistics = {}
     for key, numbers in (("mean", spec.mean), ("std", spec.std)):
         if colors == 1 and len(numbers) == 3:
