@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_cli.errors import PerceiverError, UsageError
+from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError
 from perceiver_cli.files import remove_leftovers, write_text
-from perceiver_cli.run_folder import append_log, begin_run, claim_run, cut_log
+from perceiver_cli.run_folder import append_log, begin_run, claim_run, cut_log, read_log
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="no links here")
 
@@ -27,6 +27,26 @@ def precious(tmp_path: Path) -> Path:
 def unchanged(precious: Path) -> bool:
     texts = {path.name: path.read_text() for path in precious.iterdir()}
     return len(texts) == 4 and all(name == text for name, text in texts.items())
+
+
+def test_a_flipped_bit_of_a_log_is_found(tmp_path: Path) -> None:
+    records = [{"step": step, "val_loss": 1 / step, "best": step == 2} for step in (1, 2, 3)]
+    for record in records:
+        append_log(tmp_path, record)
+    assert read_log(tmp_path) == records
+    log = tmp_path / "metrics.jsonl"
+    whole = log.read_bytes()
+    for place in range(len(whole) - 1):
+        log.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 7]) + whole[place + 1 :])
+        try:
+            found = read_log(tmp_path)
+            assert [{name: each[name] for name in records[0]} for each in found] == records  # it is in the name "crc32"
+        except IntegrityError as error:
+            assert "remove the damaged line" in str(error)  # noqa: PT017
+    log.write_bytes(b'{"step": 1, "val_loss": 0.5}\n' + whole + b'{"step": 4')
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 1, 2, 3]  # an older line, and one not complete
+    cut_log(tmp_path, 2)
+    assert [record["step"] for record in read_log(tmp_path)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize(("name", "target"), [(".lock", "file"), ("last", ""), ("tensorboard", "")])

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
+from zlib import crc32
 
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.files import (
@@ -131,8 +132,25 @@ def _remove(path: Path) -> None:
 
 def cut_log(run: Path, step: int) -> None:
     """Drop the lines of a run's log after the step from which the run continues; create a missing log."""
-    kept = (json.dumps(record) + "\n" for record in read_log(run) if record["step"] <= step)
+    kept = (_log_line(record) for record in read_log(run) if record["step"] <= step)
     write_text(run / METRICS_FILE, "".join(kept))
+
+
+def _log_line(record: Mapping[str, Any]) -> str:
+    """Return an evaluation as a line of JSON whose last value is the crc32 of the others."""
+    text = json.dumps(record, allow_nan=False)
+    return json.dumps({**record, "crc32": f"{crc32(text.encode()):08x}"}) + "\n"
+
+
+def _log_record(line: bytes) -> dict[str, Any]:
+    """Return the evaluation of a line; those of version 0.1.0 have no crc32. Raises ValueError, KeyError, TypeError."""
+    record: dict[str, Any] = json.loads(line)
+    if not isinstance(record["step"], int):
+        raise ValueError("a step is not an integer")
+    stated = record.pop("crc32", None)
+    if stated is not None and stated != json.loads(_log_line(record))["crc32"]:
+        raise ValueError(f"the line of step {record['step']} is not as it was written")
+    return record
 
 
 def append_log(run: Path, record: Mapping[str, Any]) -> None:
@@ -140,7 +158,7 @@ def append_log(run: Path, record: Mapping[str, Any]) -> None:
     try:
         handle = os.open(run / METRICS_FILE, os.O_WRONLY | os.O_APPEND | os.O_CREAT | BINARY | NO_LINK, 0o666)
         with os.fdopen(handle, "ab") as file:
-            file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            file.write(_log_line(record).encode())
             file.flush()
             os.fsync(file.fileno())  # before the state that counts this evaluation
     except OSError as error:
@@ -148,24 +166,22 @@ def append_log(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """Return the evaluations in a run's log, oldest first; none if it is missing. An incomplete line is skipped.
+    """Return the evaluations in a run's log, oldest first; none if it is missing. An incomplete last line is skipped.
 
     Raises IntegrityError if the file is not a log of a run.
     """
     path = run / METRICS_FILE
     try:
         with open_file(path) as file:
-            lines = file.read(MAX_LOG_BYTES).split(b"\n")
-        records = [json.loads(line) for line in lines if line.endswith(b"}")]
-        if not all(isinstance(record["step"], int) for record in records):
-            raise ValueError("a step is not an integer")
+            *lines, last = file.read(MAX_LOG_BYTES).split(b"\n")
+        return [_log_record(line) for line in ([*lines, last] if last.endswith(b"}") else lines)]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise cannot_read(path, error) from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{show_path(path)}: not the log of a run: {error}") from error
-    return records
+        hint = "remove the damaged line"
+        raise IntegrityError(f"{show_path(path)}: not the log of a run, or a damaged one: {error}", hint) from error
 
 
 def next_run(name: str) -> Path:

@@ -241,7 +241,7 @@ class Record:
         for name in ("model.safetensors", "split.jsonl", "config.toml", "README.md"):
             self.file(f"{key}/{name}", f"{run}/{name}")
         lines = [json.loads(line) for line in (self.cwd / run / "metrics.jsonl").read_bytes().splitlines()]
-        kept = [{name: value for name, value in line.items() if name != "elapsed_s"} for line in lines]
+        kept = [{name: value for name, value in line.items() if name not in ("elapsed_s", "crc32")} for line in lines]
         self.json(f"{key}/metrics.jsonl", b"".join(json.dumps(line).encode() + b"\n" for line in kept))
         for state in sorted((self.cwd / run / "last").glob("*.safetensors")):
             self.hash(f"{key}/last/{state.name}", _tensor_bytes(state))
