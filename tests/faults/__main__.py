@@ -8,48 +8,17 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import importlib
 import multiprocessing
 import os
-import pkgutil
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import tests.faults
-from tests.faults.table import ROWS, Place
+from tests.faults.table import ROWS, load_rows, run_row
 
 SHOWN = 3  # verdicts of a failed row
-
-
-def load_rows() -> None:
-    """Import every module of this folder, which fills ROWS."""
-    for module in pkgutil.iter_modules(tests.faults.__path__):
-        if not module.name.startswith(("__", "test_")):
-            importlib.import_module(f"tests.faults.{module.name}")
-
-
-def run_row(name: str, count: int, program: Path, folder: Path) -> tuple[int, int, float, list[str]]:
-    """Return trials passed and made, seconds, and the verdicts of those that failed."""
-    load_rows()
-    begun = time.monotonic()
-    folder.mkdir()
-    made, failed = 0, []
-    try:
-        for verdict in ROWS[name].trials(Place(folder, count, program)):
-            made += 1
-            if verdict:
-                failed.append(f"trial {made}: {verdict}")
-    except Exception as error:
-        failed.append(f"the row itself: {type(error).__name__}: {error}")
-        made += 1
-    if made < count:
-        failed.append(f"only {made} of {count} trials were made")
-    shutil.rmtree(folder, ignore_errors=True)
-    return made - len(failed), max(made, count), time.monotonic() - begun, failed
 
 
 def main() -> int:
