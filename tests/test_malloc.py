@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from perceiver_cli.malloc import check_room
+
 FAULTS = (
     "import resource, sys\nimport numpy as np\nfrom perceiver_cli.malloc import give_back_freed, keep_freed\n"
     "keep_freed()\n{then}\nnp.ones(20 << 20, np.uint8)\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
@@ -45,3 +47,9 @@ def test_copies_of_batches_take_turns_in_the_same_memory() -> None:
 def test_the_peak_is_this_process_own() -> None:
     held = np.ones(300 << 20, np.uint8)
     assert printed("from perceiver_cli.malloc import peak_bytes; print(peak_bytes())") < len(held)
+
+
+def test_no_room_is_a_lack_of_memory() -> None:
+    check_room(1 << 20)
+    with pytest.raises(MemoryError, match="no room for"):
+        check_room(1 << 60)

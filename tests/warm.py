@@ -155,8 +155,8 @@ def run_python(arguments: list[str]) -> None:
     exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
 
 
-if __name__ == "__main__":
-    # What is slow to import, and what commands import when they need it.
+def preload() -> None:
+    """Import what is slow to import, and what commands import when they need it."""
     import av  # noqa: F401
     import jinja2  # noqa: F401
     import matplotlib.backends.backend_agg
@@ -173,4 +173,7 @@ if __name__ == "__main__":
     import perceiver_cli.report.html
     import perceiver_cli.training.trainer  # noqa: F401
 
+
+if __name__ == "__main__":
+    preload()
     serve(Path(sys.argv[1]))

@@ -77,11 +77,24 @@ class IntegrityError(PerceiverError):
     exit_code = EXIT_INTEGRITY
 
 
+# What libraries say when memory runs out; each raises its own type. In order: torch on a CPU, CUDA, cuBLAS, the loader
+# of shared objects, C's strerror(ENOMEM), C++, Pillow, threads.
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "STATUS_ALLOC_FAILED",
+    "failed to map segment from shared object", "Cannot allocate memory", "std::bad_alloc",
+    "out of memory", "can't start new thread",
+)  # fmt: skip
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, perhaps torch's own, says that memory ran out on the CPU or on a GPU."""
-    words = ("DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without its import
-    return named or (isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+    """Return whether an error, or one that it was raised from, says that memory ran out on the CPU or on a GPU."""
+    chain: BaseException | None = error
+    while chain is not None:
+        named = isinstance(chain, MemoryError) or type(chain).__name__ == "OutOfMemoryError"  # torch's, without import
+        if named or (not isinstance(chain, PerceiverError) and any(words in str(chain) for words in OUT_OF_MEMORY)):
+            return True
+        chain = chain.__cause__
+    return False
 
 
 def counted(number: int, noun: str) -> str:

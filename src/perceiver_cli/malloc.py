@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import sys
 from contextlib import suppress
@@ -30,6 +31,18 @@ def give_back_freed() -> None:
     # A heap returns no memory below a small block in use: a gradient of the ImageNet model's input then takes 1,660 MiB
     # instead of 660.
     _set(M_MMAP_THRESHOLD, LEAN_BYTES)
+
+
+def check_room(num_bytes: int = 64 << 20) -> None:
+    """Raise MemoryError if this process cannot have `num_bytes` more of its address space; takes none of them.
+
+    Called before what does not survive a lack of memory: oneDNN crashes, and a pool of processes whose thread cannot
+    start waits for ever.
+    """
+    try:
+        mmap.mmap(-1, num_bytes).close()
+    except OSError as error:
+        raise MemoryError(f"no room for {num_bytes >> 20} MiB") from error
 
 
 def _set(parameter: int, value: int) -> bool:

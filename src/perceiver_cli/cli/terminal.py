@@ -79,6 +79,7 @@ def guarded(app: Callable[[], None]) -> None:
         if (known := _of_the_system(error)) is not None:
             _fail(str(known), known.exit_code)
         if is_out_of_memory(error):
+            traceback.clear_frames(error.__traceback__)  # frees the arrays in them, for the message needs memory too
             _fail("out of memory; try a smaller --batch-size, or --recompute in training", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
@@ -247,9 +248,13 @@ def complain(message: str) -> None:
 
 def _print(message: str) -> None:
     with suppress(OSError, ValueError):  # stderr may be closed or full
-        from rich.text import Text
+        try:
+            from rich.text import Text
 
-        talk().print(Text(printable(message, "")))
+            talk().print(Text(printable(message, "")))
+        except (MemoryError, ImportError):  # rich needs memory
+            if stream := _stderr or sys.stderr:
+                os.write(stream.fileno(), f"{printable(message, '')}\n".encode("utf-8", "backslashreplace"))
 
 
 def emit(text: str, *, styled: bool = False) -> None:

@@ -29,6 +29,7 @@ from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.workers import begin_worker, kill_all, start_method, starting_workers, watched, worker_died
 from perceiver_cli.errors import DataError, PerceiverError
+from perceiver_cli.malloc import check_room
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.preprocess.base import Array, ByteArray
 from perceiver_cli.preprocess.spec import InputSpec, Limits
@@ -113,6 +114,8 @@ class Reader(Decoder, Dataset[Batch]):
 
     def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
         """Yield the batch of each task, read by `workers` processes (0: this one). Raises ResourceError if one dies."""
+        if workers:
+            check_room()
         loader: DataLoader[Batch] = DataLoader(
             self,
             sampler=tasks,

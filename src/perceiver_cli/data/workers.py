@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from perceiver_cli.errors import ResourceError
+from perceiver_cli.malloc import check_room
 
 CHUNK = 16  # inputs per message between processes
 AHEAD = 2  # chunks per process that may wait for earlier ones
@@ -47,6 +48,7 @@ def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int
     if workers == 0:
         yield from map(call, items)
         return
+    check_room()
     rest = iter(items)
     sent = received = 0
     with _pool(call, workers) as links:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perceiver_cli.malloc import check_room
+
 aten = torch.ops.aten
 
 ONEDNN_FROM = 1 << 20  # multiply-adds per thread; for a smaller product, the call costs more than it saves
@@ -92,6 +94,7 @@ def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None, then: str = "none"
 @lru_cache(maxsize=1)
 def _has_onednn() -> bool:
     """Return whether oneDNN's product exists and is right in every layout."""
+    check_room()
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 45, generator=generator) for rows in (70, 37))
     bias = torch.randn(37, generator=generator)
@@ -280,4 +283,5 @@ def candidates(device: torch.device, dtype: torch.dtype) -> list[Kernel]:
 @lru_cache(maxsize=32)
 def choose(device: torch.device, dtype: torch.dtype, width: int = TESTED_WIDTH) -> Kernel:
     """Return the fastest kernel that is right on `device` for keys of `width` columns; flash takes 256 at most."""
+    check_room()
     return next((kernel for kernel in candidates(device, dtype) if _is_right(kernel, device, width)), PLAIN)

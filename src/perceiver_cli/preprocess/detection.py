@@ -50,7 +50,7 @@ def _kinds_of_rows(head: bytes, every: tuple[str, ...]) -> tuple[str, ...]:
         header = ast.literal_eval(head[10 : 10 + length].decode("latin-1").strip())
         is_float, shape = header["descr"] in ("<f4", "<f2"), header["shape"]
         return every if is_float and len(shape) == 2 and shape[1] >= LEAST_COLUMNS else ()
-    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError):
+    except (ValueError, SyntaxError, KeyError, TypeError, RecursionError):
         return ()
 
 

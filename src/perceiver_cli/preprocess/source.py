@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import BinaryIO, TypeVar
 
-from perceiver_cli.errors import DataError, LimitError, PerceiverError
+from perceiver_cli.errors import DataError, LimitError, PerceiverError, ResourceError, is_out_of_memory
 from perceiver_cli.files import cannot_read, open_file, show_path, show_text
 from perceiver_cli.preprocess.spec import Limits
 
@@ -114,6 +114,10 @@ def as_data_errors(source: Source, noun: str) -> Iterator[None]:
     except PerceiverError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):  # not the file's fault
+            raise ResourceError(
+                f"out of memory while decoding the {noun} {source.shown}", "try fewer --workers"
+            ) from error
         reason = getattr(error, "strerror", None) or getattr(error, "error_string", None)
         reason = str(reason or f"{type(error).__name__}: {error}").removesuffix(": ").removeprefix("OSError: ")
         # Without the addresses of objects, which differ in each run: records keep this message.

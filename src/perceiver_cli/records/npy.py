@@ -52,6 +52,8 @@ def _parse_npy_header(head: bytes) -> tuple[np.dtype[Any], tuple[int, ...]] | st
     stream.seek(8)
     try:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except MemoryError:
+        raise
     except Exception as error:  # NumPy parses a Python literal here: a damaged one raises any error
         return f"a damaged NPY header: {show_text(str(error))}"
     if dtype.kind not in "uif" or dtype.itemsize > 8 or dtype.byteorder == ">":

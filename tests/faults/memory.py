@@ -1,0 +1,162 @@
+"""Low memory: commands in an address space that has little room left, from a quarter of a MiB to what they need."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import trimesh
+from PIL import Image
+
+from tests import warm
+from tests.conftest import SMALL, SMALL_CLIPS, SMALL_PAIRS, write_clip, write_images, write_pairs
+from tests.faults.table import Place, Verdict, row
+
+ROOM_MIB = (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+LIMIT_S = 60.0
+
+
+def commands(folder: Path) -> dict[str, list[str]]:
+    """Return what is run, by name, after writing its files and its models."""
+    write_images(folder / "images", {"a": 12, "b": 12})
+    Image.fromarray(np.zeros((1500, 1500, 3), np.uint8)).save(folder / "large.jpg")
+    write_pairs(folder / "pairs", 4)
+    for name, sound in (("c/a.mp4", 300.0), ("c/b.mp4", 900.0), ("d/a.mp4", 2000.0), ("d/b.mp4", 3000.0)):
+        write_clip(folder / "clips" / name, 8, sound)
+    for name in ("e", "f"):
+        (folder / "points" / name).mkdir(parents=True)
+        for i in range(4):
+            trimesh.creation.icosphere(subdivisions=3 + i % 2).export(folder / "points" / name / f"{i}.ply")
+    short = ["--steps", "2", "--batch-size", "4", "--set", "data.val_fraction=0", *sets(SMALL)]
+    of = {
+        "image": ["images", *short],
+        "audio": ["pairs", "--preset", "tiny-audio", *short, *sets(SMALL_PAIRS, "audio")],
+        "video": ["clips", "--preset", "tiny-video", *short, *sets(SMALL_CLIPS, "video")],
+        "points": ["points", *short, "--set", "inputs.points.num_points=200"],
+    }
+    for name, words in of.items():
+        done = ended(folder, ["train", *words, "-o", f"of-{name}"], None)
+        assert done[0] == 0, (name, done)
+    tests = {
+        "image": ["images/a/000.png", "large.jpg"],
+        "audio": ["pairs/top-low/000.wav"],
+        "video": ["clips/c/a.mp4"],
+        "points": ["points/e/1.ply"],
+    }
+    return {
+        **{f"train {name}": ["train", *words, "-o", "run", "--replace"] for name, words in of.items()},
+        "train with workers": ["train", *of["image"], "-o", "run", "--replace", "--workers", "2"],
+        **{f"predict {name}": ["predict", *files, "-m", f"of-{name}"] for name, files in tests.items()},
+        "evaluate": ["evaluate", "images", "-m", "of-image", "--json"],
+        "preprocess": ["preprocess", "images", "-m", "of-image", "-o", "images.tar"],
+        "preprocess with workers": ["preprocess", "points", "-m", "of-points", "-o", "points.tar", "--workers", "2"],
+    }
+
+
+def sets(options: tuple[str, ...], modality: str = "") -> list[str]:
+    """Return options of a configuration as words of a command: all, or those of one modality's input."""
+    mine = [option for option in options if not modality or option.startswith(f"inputs.{modality}.")]
+    return [word for option in mine for word in ("--set", option)]
+
+
+def ended(folder: Path, words: list[str], room: float | None) -> tuple[int, str, str]:
+    """Return status, stdout and stderr of `perceiver WORDS` in a fork of this process with `room` MiB left."""
+    out, err = folder / "stdout", folder / "stderr"
+    child = os.fork()
+    if child == 0:
+        written = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in (out, err))
+        files = [os.open(os.devnull, os.O_RDONLY), *written]
+        os.setsid()
+        if room is not None:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+            limit = used + int(room * 2**20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        warm.become(files, "perceiver", words, str(folder), environment)
+    until = time.monotonic() + LIMIT_S
+    while time.monotonic() < until:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), out.read_text(), err.read_text()
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return -99, out.read_text(), err.read_text()
+
+
+def same(text: str, other: str) -> bool:
+    """Return whether two outputs are the same text with the same numbers, up to the rounding of another kernel."""
+    number = re.compile(r"\d+\.\d+(?:e-?\d+)?")
+    close = all(
+        math.isclose(float(a), float(b), rel_tol=1e-4, abs_tol=1e-6)
+        for a, b in zip(number.findall(text), number.findall(other), strict=False)
+    )
+    return close and number.sub("", text) == number.sub("", other)
+
+
+@row("low memory", tried=216, sample=12)
+def low_memory(place: Place) -> Iterator[Verdict]:
+    """Each command with 18 sizes of room: it ends with 5 and one line, or with what it says with much memory."""
+    warm.preload()
+    todo = commands(place.folder)
+    right = {name: ended(place.folder, words, None) for name, words in todo.items()}
+    trials = [(name, room) for room in ROOM_MIB for name in todo]
+    place.random.shuffle(trials)
+    for name, room in trials[: place.count]:
+        status, out, err = ended(place.folder, todo[name], room)
+        where = f"{name} with {room:g} MiB"
+        if status == 0:
+            yield "" if same(out, right[name][1]) or "train" in name else f"{where}: another answer: {out[-200:]}"
+        elif status == 5 and "Traceback" not in err and "memory" in err:
+            yield ""
+        else:
+            yield f"{where}: status {status}: {err[-300:]}"
+
+
+STEADY_MIB = 12.0  # that a process may grow by between the first part of its work and the end
+
+
+def resident_mib() -> float:
+    """Return this process's resident memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@row("growth: 3,000 predictions, 600 steps, 3,000 records", tried=3, sample=1)
+def growth(place: Place) -> Iterator[Verdict]:
+    """Resident memory after all of the work is what it was after a tenth."""
+    from perceiver_cli.inference.predictor import Predictor
+    from perceiver_cli.training.events import StepDone
+    from perceiver_cli.training.trainer import Trainer
+
+    images = write_images(place.folder / "images", {"a": 12, "b": 12})
+    paths = sorted(images.rglob("*.png"))
+    overrides = [*SMALL, "train.steps=600", "data.val_fraction=0"]
+    list(Trainer(images, place.folder / "short", overrides=[*SMALL, "train.steps=2", "data.val_fraction=0"]).fit())
+
+    def predictions() -> Iterator[object]:
+        predictor = Predictor(place.folder / "short")
+        return predictor.predict(paths[i % len(paths)] for i in range(3000))
+
+    def steps() -> Iterator[object]:
+        events = Trainer(images, place.folder / "long", overrides=overrides).fit()
+        return (event for event in events if isinstance(event, StepDone))
+
+    for work in (predictions, steps)[: place.count]:
+        sizes = [resident_mib() for _ in work()]
+        grown = sizes[-1] - sizes[len(sizes) // 10]
+        yield "" if grown < STEADY_MIB else f"{work.__name__}: grew by {grown:.1f} MiB over {len(sizes)}"
+    if place.count > 2:
+        peaks = []
+        for count in (300, 3000):
+            write_images(place.folder / f"{count}", {"a": count})
+            ended(place.folder, ["preprocess", f"{count}", "-o", f"{count}.tar"], None)
+            peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10)
+        grown = peaks[1] - peaks[0]
+        yield "" if grown < STEADY_MIB else f"records: grew by {grown:.1f} MiB from 300 to 3,000"
