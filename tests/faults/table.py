@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import random
-import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tests.faults
 
 Verdict = str  # why a trial failed; empty if it passed
 ROWS: dict[str, Row] = {}
@@ -90,30 +85,3 @@ def bad_ending(done: subprocess.CompletedProcess[bytes], *statuses: int) -> Verd
     if done.returncode > 0 and "error" not in text:
         return f"status {done.returncode} without an error: {text[-300:]}"
     return ""
-
-
-def load_rows() -> None:
-    """Import every module of this folder, which fills ROWS."""
-    for module in pkgutil.iter_modules(tests.faults.__path__):
-        if not module.name.startswith(("__", "test_")):
-            importlib.import_module(f"tests.faults.{module.name}")
-
-
-def run_row(name: str, count: int, program: Path, folder: Path) -> tuple[int, int, float, list[str]]:
-    """Return trials passed and made, seconds, and the verdicts of those that failed."""
-    load_rows()
-    begun = time.monotonic()
-    folder.mkdir()
-    made, failed = 0, []
-    try:
-        for verdict in ROWS[name].trials(Place(folder, count, program)):
-            made += 1
-            if verdict:
-                failed.append(f"trial {made}: {verdict}")
-    except Exception as error:
-        failed.append(f"the row itself: {type(error).__name__}: {error}")
-        made += 1
-    if made < count:
-        failed.append(f"only {made} of {count} trials were made")
-    shutil.rmtree(folder, ignore_errors=True)
-    return made - len(failed), max(made, count), time.monotonic() - begun, failed
