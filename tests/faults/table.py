@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 Verdict = str  # why a trial failed; empty if it passed
 ROWS: dict[str, Row] = {}
 
