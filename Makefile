@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
 
-.PHONY: help demo test faults lowest golden lint docs bench clean
+.PHONY: help demo test faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,6 +23,10 @@ test: $(BIN)/perceiver  ## install, then run the whole test suite
 
 faults: $(BIN)/perceiver  ## install, then inject faults by force for 15 minutes; with ARGS=--sample a few for two
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
+
+fuzz: $(BIN)/perceiver  ## install, then fuzz each parser for ten minutes; with ARGS='--seconds 60 ply off' two for one
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,fuzz]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 lowest:  ## install the lowest versions of dependencies that pyproject.toml allows in .venv-lowest, then run the suite
 	$(PYTHON) -m venv .venv-lowest

@@ -46,7 +46,7 @@ def pictures(folder: Path) -> Path:
     for number in range(COUNT):
         path = folder / "data" / "ab"[number % 2] / f"{number:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8)).save(path)
     return folder / "data"
 
 
@@ -59,7 +59,7 @@ def model(folder: Path) -> Path:
     from perceiver_cli.model.perceiver import Perceiver
     from perceiver_cli.preprocess import modality
 
-    sizes = ("size=[8, 8]", "color=grey", "mean=[0.5]", "std=[0.25]", "patch=[1, 1]")
+    sizes = ("size=[64, 64]", "color=grey", "mean=[0.5]", "std=[0.25]", "patch=[8, 8]")
     config = load_preset("tiny-image").override([*SETS, *(f"inputs.image.{each}" for each in sizes)])
     torch.manual_seed(0)
     layouts = {name: modality(name).layout(spec) for name, spec in config.inputs.items()}
