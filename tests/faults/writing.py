@@ -286,7 +286,8 @@ def permissions(place: Place) -> Iterator[Verdict]:
             commands += [
                 ["train", at("data"), "-o", home / "r", "--steps", "1", *SETS], ["evaluate", at("data"), "-m", run],
                 ["evaluate", data, "-m", at("run")], ["predict", at("data"), "-m", run],
-                ["predict", picture, "-m", at("run")], ["lint", at("data")], ["preprocess", at("data"), "-o", home / "x.tar"], ["info", at("run")],
+                ["predict", picture, "-m", at("run")], ["lint", at("data")],
+                ["preprocess", at("data"), "-o", home / "x.tar"], ["info", at("run")],
                 ["compare", run, at("run")], ["export", at("run"), "-o", home / "x.onnx"],
                 ["train", data, "-o", home / "r", "--init-from", at("run")], ["import", at("run"), "-o", home / "m"],
             ]  # fmt: skip
@@ -299,7 +300,8 @@ def permissions(place: Place) -> Iterator[Verdict]:
             commands += [
                 ["train", data, "-o", out / "r", "--steps", "1", *SETS], ["evaluate", data, "-m", run, "-o", out / "r"],
                 ["predict", picture, "-m", run, "--embeddings", out / "e.npy"],
-                ["preprocess", picture, "-o", out / "x.tar"], ["preprocess", picture, "-o", out / "x-%d.tar"], ["compare", run, run, "-o", out / "c.png"],
+                ["preprocess", picture, "-o", out / "x.tar"],
+                ["preprocess", picture, "-o", out / "x-%d.tar"], ["compare", run, run, "-o", out / "c.png"],
             ]  # fmt: skip
         environment = world.disk.environment | {"HOME": str(home), "XDG_CACHE_HOME": str(home)}
         for arguments in commands[:: max(1, len(commands) // place.count)][: place.count]:
@@ -321,7 +323,8 @@ def readers(world: World) -> list[list[str | Path]]:
     """Return commands that answer on stdout."""
     return [
         ["--help"], ["--version"], ["train", "--help"], ["info", "tiny-image"], ["info", world.run, "--json"],
-        ["presets"], ["presets", "show", "tiny-image"], ["predict", world.picture, "-m", world.run], ["lint", world.data],
+        ["presets"], ["presets", "show", "tiny-image"], ["predict", world.picture, "-m", world.run],
+        ["lint", world.data],
         ["evaluate", world.data, "-m", world.run], ["compare", world.run, world.run], ["preprocess", world.picture],
         ["train", world.data, "-o", world.root / "run", "--steps", "1", "--replace", *SETS],
     ]  # fmt: skip
