@@ -130,6 +130,9 @@ def duration_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -
     return round(amount * (steps_per_epoch if unit.startswith("epoch") else 1))
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Table):
     """Optimiser, schedule and length of a run."""
 
@@ -141,7 +144,7 @@ class TrainConfig(Table):
     accumulate: Size = 1  # batches per optimiser step
     optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
     lr: Positive = 0.004  # peak learning rate
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)  # decay rates of the optimizer's averages
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of the optimizer's averages
     eps: Positive = 1e-6  # added to the optimizer's denominator
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of matrices, not of biases and norms
     schedule: Literal["constant", "cosine", "step"] = "constant"  # learning rate over the run
@@ -154,7 +157,7 @@ class TrainConfig(Table):
     # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Images only.
     mixup: Annotated[float, Field(ge=0)] = 0.0
     cutmix: Annotated[float, Field(ge=0)] = 0.0  # as mixup
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0: no averaging
+    ema_decay: Decay = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
     save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does

@@ -49,8 +49,10 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
     """
     try:
         _check_own(run)
-        if not (resume or replace) and ((run / MODEL_FILE).exists() or (run / STATE_FOLDER).exists()):
-            raise UsageError(f"{show_path(run)}: already holds a run", "pass --resume to continue it, or --replace")
+        resumable = (run / STATE_FOLDER / MANIFEST).exists()
+        if not (resume or replace) and (resumable or (run / MODEL_FILE).exists()):
+            ways = "pass --resume to continue it, or --replace" if resumable else "pass --replace to start over"
+            raise UsageError(f"{show_path(run)}: already holds a run", ways)
         make_folder(run)
     except OSError as error:
         raise cannot_write(run, error) from error
@@ -186,8 +188,25 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 def next_run(name: str) -> Path:
     """Return the first free folder runs/<name>-<n>."""
-    paths = (Path("runs", f"{name}-{number}") for number in count(1))
-    return next(path for path in paths if not path.exists())
+    return next(path for path in _numbered(name) if not path.exists())
+
+
+def make_next_run(name: str) -> Path:
+    """Make the first free folder runs/<name>-<n>; return it. Of several processes at once each gets its own."""
+    for path in _numbered(name):
+        try:
+            make_folder(path.parent)
+            path.mkdir()
+            return path
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise cannot_write(path, error) from error
+    raise AssertionError
+
+
+def _numbered(name: str) -> Iterator[Path]:
+    return (Path("runs", f"{name}-{number}") for number in count(1))
 
 
 def mark_latest(run: Path) -> None:

@@ -201,19 +201,18 @@ def test_a_manifest_with_hashes_is_read_and_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"states": [{"step": 1}]}', '{"states": [1]}', "[" * 100_000])
-def test_a_damaged_manifest_is_said(tmp_path: Path, text: str) -> None:
-    states(tmp_path, 1)
+def test_a_damaged_manifest_loses_no_state(tmp_path: Path, text: str) -> None:
+    states(tmp_path, 1, 2)
     (tmp_path / STATE_FOLDER / MANIFEST).write_text(text)
-    with pytest.raises(IntegrityError, match="damaged manifest"):
-        load_state(tmp_path)
+    assert load_state(tmp_path).fields["step"] == 2
 
 
 def test_a_manifest_cannot_point_elsewhere(tmp_path: Path) -> None:
     states(tmp_path, 1)
     manifest = tmp_path / STATE_FOLDER / MANIFEST
-    manifest.write_text(manifest.read_text().replace("step-00000001", "../../etc/passwd"))
-    with pytest.raises(IntegrityError, match="damaged manifest"):
-        load_state(tmp_path)
+    states(tmp_path / "other", 5)
+    manifest.write_text(manifest.read_text().replace("step-00000001", "../other/last/step-00000005"))
+    assert load_state(tmp_path).fields["step"] == 1
 
 
 def test_a_failed_save_keeps_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

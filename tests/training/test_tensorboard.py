@@ -12,7 +12,7 @@ import pytest
 
 from perceiver_cli.errors import UsageError
 from perceiver_cli.training import tensorboard
-from perceiver_cli.training.events import Evaluated, Event, StepDone
+from perceiver_cli.training.events import Evaluated, Event, Started, StepDone
 from perceiver_cli.training.tensorboard import check_tensorboard, logged
 from tests.conftest import SMALL, Perceive
 
@@ -46,12 +46,13 @@ def test_by_command(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
     def events(first: int, last: int) -> Iterator[Event]:
+        yield Started({"output": str(tmp_path)}, ())
         for step in range(first, last):
             yield StepDone(step, 9, 0.0, 1.0 * first, 0.1, 5.0)
         yield Evaluated(last - 1, 0.0, nan, 0.5, nan, True, 1.0)
 
     for first, last in ((1, 6), (4, 9)):  # killed after step 5, resumed from step 3
-        assert len(list(logged(events(first, last), tmp_path))) == last - first + 1
+        assert len(list(logged(events(first, last)))) == last - first + 2
     figures = read(tmp_path)
     assert figures["train/loss"] == [(1, 1), (2, 1), (3, 1), *((step, 4) for step in range(4, 9))]
     assert [step for step, _ in figures["val/accuracy"]] == [8]
@@ -62,7 +63,8 @@ def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_evaluation_may_come_first(tmp_path: Path) -> None:
     """On a GPU the loss of a step is read every 16 steps only."""
-    list(logged(iter([Evaluated(3, 0.0, nan, 0.5, 0.25, True, 1.0)]), tmp_path))
+    started = Started({"output": str(tmp_path)}, ())
+    list(logged(iter([started, Evaluated(3, 0.0, nan, 0.5, 0.25, True, 1.0)])))
     assert read(tmp_path)["val/loss"] == [(3, 0.25)]
 
 

@@ -63,6 +63,8 @@ def check_data(data: str | None) -> None:
     """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
+    elif data == "":  # a variable that is not set, which Path takes for the working folder
+        raise UsageError("no data given: found an empty name", "pass a folder, a manifest or records")
     elif data is not None and not glob.has_magic(data) and status_of(data) is None:
         raise DataError(
             f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"

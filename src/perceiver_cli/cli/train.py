@@ -101,7 +101,7 @@ def train(
         show_plan(trainer.dry_run())
         return
     events = trainer.fit()
-    follow_training(logged(events, trainer.plan.output) if log == "tensorboard" else events, trainer.stop)
+    follow_training(logged(events) if log == "tensorboard" else events, trainer.stop)
 
 
 def lr_find(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -323,6 +324,8 @@ def evaluate(
         None if progress is None else lambda done: progress(done, len(examples)), predictor.calibration.temperature,
         with_intervals=True,
     )  # fmt: skip
+    if not isfinite(report.loss):
+        raise predictor.broken()
     return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes))
 
 
@@ -345,6 +348,8 @@ def calibrate(
         batch_size or predictor.batch_that_fits, workers,
     )  # fmt: skip
     logits, targets = scored.logits.numpy(), scored.targets.numpy()
+    if not np.isfinite(logits).all():
+        raise predictor.broken()
     temperature = fit_temperature(logits, targets)
     thresholds = fit_thresholds(expit(logits / temperature), targets) if targets.ndim == 2 else ()
     calibration = Calibration(temperature, thresholds)

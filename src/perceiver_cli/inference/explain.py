@@ -139,6 +139,8 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
     decoded = reader.decode(example)
     views = reader.views(decoded)
     (prediction,) = predictor.predict([example])
+    if prediction.error is not None:
+        raise predictor.broken(example.id)
     label = prediction.label if label is None else label
     if label not in predictor.classes:
         known = ", ".join(show_path(name) for name in predictor.classes[:20])

@@ -6,7 +6,7 @@ Axes: B batch, N latents, D latent channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from math import inf, log
@@ -22,7 +22,7 @@ from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, IntegrityError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, load_model
 from perceiver_cli.model.cost import estimate
@@ -203,8 +203,9 @@ class Predictor:
             return
         tasks = ordered_tasks(examples, batch_size)
         for batch, outputs in forward_batches(self.model, self.reader, tasks, self.compute, workers):
-            rows = zip(batch.examples, batch.used, self._fields(outputs, embeddings), strict=True)
-            predictions = [replace(blank, path=e.id, used=self._choice(used), **fields) for e, used, fields in rows]
+            fields = self._fields(outputs, [e.id for e in batch.examples], embeddings)
+            rows = zip(batch.examples, batch.used, fields, strict=True)
+            predictions = [replace(blank, path=e.id, used=self._choice(used), **more) for e, used, more in rows]
             for position, example, error in batch.bad:  # in ascending order
                 predictions.insert(position, replace(blank, path=example.id, error=error))
             yield from predictions
@@ -223,12 +224,23 @@ class Predictor:
             return ()
         return self.calibration.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
 
-    def _fields(self, outputs: Outputs, embeddings: bool) -> Iterator[dict[str, Any]]:
-        """Yield for each example the fields of its Prediction that come from the model."""
+    def broken(self, path: str | None = None) -> IntegrityError:
+        """Return the error of a model whose answer, to one input or to some, is not finite."""
+        to = "" if path is None else f" to {show_path(path)}"
+        hint = "" if self.compute.precision == "fp32" else "try --precision fp32"
+        return IntegrityError(f"{show_path(self.path)}: an answer{to} is not finite", hint)
+
+    def _fields(self, outputs: Outputs, paths: Sequence[str], embeddings: bool) -> Iterator[dict[str, Any]]:
+        """Yield for each example the fields of its Prediction that come from the model; an error if it is broken."""
         logits = outputs.logits / self.calibration.temperature
         probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
-        for probs, embedding in zip(probabilities.tolist(), outputs.embeddings.numpy(), strict=True):
-            yield {"probs": tuple(probs)} | ({"embedding": embedding} if embeddings else {})
+        finite = logits.isfinite().all(dim=-1) & outputs.embeddings.isfinite().all(dim=-1)
+        rows = zip(paths, finite.tolist(), probabilities.tolist(), outputs.embeddings.numpy(), strict=True)
+        for path, fine, probs, embedding in rows:
+            if fine:
+                yield {"probs": tuple(probs)} | ({"embedding": embedding} if embeddings else {})
+            else:
+                yield {"error": str(self.broken(path))}
 
     def _in_windows(
         self, examples: Iterable[Example], windows: Windows, batch_size: int, blank: Prediction, embeddings: bool
@@ -265,7 +277,7 @@ class Predictor:
             fields: Iterator[dict[str, Any]] = iter(())
             if rows := [row for _, _, views in chunk for row in views]:
                 outputs = forward(self.model, collate(rows), self.reader.num_views, self.compute, several)
-                fields = self._fields(outputs, embeddings)
+                fields = self._fields(outputs, [window.path for _, window, views in chunk if views], embeddings)
             for number, window, views in chunk:
                 yield number, replace(window, **next(fields)) if views else window
 

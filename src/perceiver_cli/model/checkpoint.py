@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perceiver_cli.config import Config
-from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
+from perceiver_cli.errors import IntegrityError, ResourceError, UsageError, counted
 from perceiver_cli.files import atomic_write, cause, open_file, show_path, show_text
 from perceiver_cli.hardware import memory_bytes
 from perceiver_cli.model.cost import Cost, estimate
@@ -125,6 +125,9 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
         differing = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         shown = "; ".join(f"{n}: expected {expected.get(n)}, found {stored.get(n)}" for n in differing[:3])
         raise IntegrityError(f"{show_path(path)}: {len(differing)} tensors do not fit the configuration: {shown}")
+    if broken := not_finite(tensors):
+        found = f"{counted(len(broken), 'tensor')} not finite, such as {show_text(broken[0])}"
+        raise IntegrityError(f"{show_path(path)}: {found}")
     model.load_state_dict(tensors)
     return model.eval(), info
 
@@ -142,6 +145,18 @@ def _check_size(path: Path, cost: Cost, tensors: Mapping[str, Tensor]) -> None:
     if memory is not None and cost.forward_bytes > memory:
         needed = f"one example needs about {cost.forward_bytes / 2**30:,.0f} GiB"
         raise ResourceError(f"{show_path(path)}: {needed}, this machine has {memory / 2**30:.0f}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold NaN or infinity."""
+    import torch
+
+    floats = {name: t.detach() for name, t in tensors.items() if t.is_floating_point() and t.numel()}
+    if not floats:
+        return []
+    largest = torch._foreach_norm(list(floats.values()), torch.inf)  # without a copy; NaN if any element is
+    finite = torch.stack([each.float().cpu() for each in largest]).isfinite()
+    return [name for name, fine in zip(floats, finite.tolist(), strict=True) if not fine]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> None:

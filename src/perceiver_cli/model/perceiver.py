@@ -55,7 +55,8 @@ class Perceiver(nn.Module):
             for _ in range(config.num_latent_sets)
         )
         self.recompute = False  # activations of latent Transformers in backward: a third more time, far less memory
-        self._folded: tuple[tuple[object, ...], Tensor] | None = None
+        self._folded: tuple[tuple[object, ...], Tensor] | None = None  # see _first_queries
+        self._steady = False  # weights do not change: in evaluation mode, until a gradient is computed
         self.readout = QueryReadout(config) if config.head == "query" else None
         self.head = nn.Linear(latent_channels, num_classes)
         initialise(self, seed)
@@ -75,13 +76,15 @@ class Perceiver(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode, as in torch, and forget what was computed from earlier weights."""
-        self._folded = None
+        self._folded, self._steady = None, not mode
         return super().train(mode)
 
     def read(self, memory: Memory) -> Tensor:
         """Return the final latents (B, N, D), after all steps of the schedule."""
         latents = self.latents.unsqueeze(0)  # all examples share them until the first cross-attend
-        folded = self._first_queries() if memory.tileable and not torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():  # an optimiser may step next
+            self._folded, self._steady = None, False
+        folded = self._first_queries() if memory.tileable and self._steady else None
         for kind, index in self.config.steps:
             if kind == "c":
                 latents = self.cross_attends[index](latents, memory, folded)
@@ -93,15 +96,18 @@ class Perceiver(nn.Module):
         return latents
 
     def _first_queries(self) -> Tensor:
-        """Return the folded queries of the first cross-attend, which depend on no input; computed once per model."""
+        """Return the folded queries of the first cross-attend, which depend on no input; computed once per model.
+
+        This is the only cache in the package that is keyed on tensors. A version alone would not do: fused optimisers
+        change weights and leave it. So queries are kept in evaluation mode only, until `train`, `eval` or a forward
+        that may be differentiated; loading and moving a model change a device, an address or a version.
+        """
         block = self.cross_attends[0]
         assert isinstance(block, CrossAttend)
         weights: list[Tensor] = [*block.latent_norm.parameters(), *block.query.parameters()]
         weights += [self.latents, block.key.weight, block.input_norm.weight]
         kind = self.latents.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        # Loading and moving a model each change one of these; fused optimisers change weights and not the version, but
-        # `train` is called between a step and an evaluation.
         state = (precision, *((p.device, p.data_ptr(), p._version) for p in weights))
         if self._folded is None or self._folded[0] != state:
             self._folded = (state, block.fold(block.queries(self.latents.unsqueeze(0))))

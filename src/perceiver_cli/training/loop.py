@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.loader import Batch, Task, training_tasks
 from perceiver_cli.errors import DivergedError, IntegrityError, ResourceError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.evaluation import score
-from perceiver_cli.model.checkpoint import ModelInfo, save_model
+from perceiver_cli.model.checkpoint import ModelInfo, not_finite, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
-from perceiver_cli.run_folder import MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
+from perceiver_cli.run_folder import MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
@@ -57,6 +58,7 @@ class Run:
             counts = list(self.catalog.counts("train").values())
             self.class_weights = class_weights(counts, power).to(self.compute.device)
         self.step = 0
+        self.lr = train.lr  # of the last step
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
@@ -99,36 +101,40 @@ class Run:
         check_every = CUDA_CHECK_EVERY if on_cuda else 1
         read_s, read_step = time.perf_counter(), self.step  # time and step of the last read of the loss
         evaluated_at = self.step
+        saved_at = self.step if plan.saved is not None else None
         while not timing.over(self.progress) and not stopping():
-            lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
+            self.lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = self.lr
             loss = self.update(batches)
             self.step += 1
             self.total_steps = timing.stepped(self.progress)
             if self.step % check_every == 0 or timing.over(self.progress):
                 step_loss = float(loss)
-                self._check_finite(step_loss, lr)
+                self._check_loss(step_loss)
                 now = time.perf_counter()
                 rate = (self.step - read_step) * plan.examples_per_step / max(1e-9, now - read_s)
                 read_s, read_step = now, self.step
-                yield StepDone(self.step, self.total_steps, self.epoch, step_loss, lr, rate)
+                yield StepDone(self.step, self.total_steps, self.epoch, step_loss, self.lr, rate)
             evaluate = timing.evaluation_due(self.progress)
             if evaluate or timing.save_due(self.progress):
-                self._check_finite(float(self.loss_sum), lr)
+                self._check_loss(float(self.loss_sum))
                 if evaluate:
-                    evaluated = self._evaluate(lr)
+                    evaluated = self._evaluate()
                     evaluated_at = self.step
                     timing.evaluated(self.elapsed)
                     yield evaluated
                     if evaluated.best:
                         yield Saved(plan.output / MODEL_FILE, self.step)
                 yield self._save()
+                saved_at = self.step
                 read_s, read_step = time.perf_counter(), self.step
         stopped = stopping()
         if evaluated_at != self.step and not stopped:
-            yield self._evaluate(lr)
-        yield self._save()
+            yield self._evaluate()
+            saved_at = None
+        if saved_at != self.step:
+            yield self._save()
         if not (plan.output / MODEL_FILE).exists():
             self._save_model({})  # stopped before the first evaluation
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
@@ -190,14 +196,26 @@ class Run:
         if new and (len(reader.bad) > 10 or seen == len(self.plan.train_examples)):
             self.plan.check_bad(reader.bad, seen)
 
-    def _check_finite(self, loss: float, lr: float) -> None:
+    def _check_loss(self, loss: float) -> None:
         """Raise DivergedError if a loss is not finite."""
         if not isfinite(loss):
-            raise DivergedError(
-                f"training diverged: loss {loss} at step {self.step}, learning rate {lr:.3g}",
-                f"the state before is kept in {show_path(self.plan.output / STATE_FOLDER)}; try a lower --lr, "
-                "train.warmup or train.clip_norm",
-            )
+            raise self._diverged(f"loss {loss}")
+
+    def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise DivergedError if a tensor is not finite: nothing that is not is ever saved."""
+        if broken := not_finite(tensors):
+            raise self._diverged(f"{counted(len(broken), 'tensor')} not finite, such as {broken[0]},")
+
+    def _diverged(self, found: str) -> DivergedError:
+        """Return the error of a run whose numbers are not finite, with what is left of it."""
+        folder = self.plan.output / STATE_FOLDER
+        kept = (
+            f"the state before is kept in {show_path(folder)}" if (folder / MANIFEST).exists() else "nothing is saved"
+        )
+        return DivergedError(
+            f"training diverged: {found} at step {self.step}, learning rate {self.lr:.3g}",
+            f"{kept}; try a lower --lr, train.warmup or train.clip_norm",
+        )
 
     @property
     def judged(self) -> Perceiver:
@@ -206,17 +224,17 @@ class Run:
         assert isinstance(model, Perceiver)
         return model
 
-    def _evaluate(self, lr: float) -> Evaluated:
+    def _evaluate(self) -> Evaluated:
         """Score the validation split, log the scores and save a best model; return the event."""
         train_loss = float(self.loss_sum) / max(1, self.loss_count)
         self.loss_sum.zero_()
         self.loss_count = 0
-        record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": lr}
+        record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": self.lr}
         better = True  # without a validation split the latest model counts as the best
         if examples := self.plan.val_examples:
             batch_size = max(self.config.train.batch_size, 64)
             report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
-            self._check_finite(report.loss, lr)
+            self._check_loss(report.loss)
             record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
@@ -232,11 +250,14 @@ class Run:
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
-        """Write the model file without the paths of the data, because it may be shared."""
-        data = self.config.data.model_copy(update={"path": None, "split": None})
+        """Write the model file without the paths of the data, because it may be shared, and how this machine reads."""
+        weights = self.judged.state_dict()
+        self._check_tensors(weights)
+        fixed = {"path": None, "split": None, "workers": None, "cache_bytes": DataConfig().cache_bytes}
+        data = self.config.data.model_copy(update=fixed)
         config = self.config.model_copy(update={"data": data})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
-        save_model(self.plan.output / MODEL_FILE, self.judged.state_dict(), info)
+        save_model(self.plan.output / MODEL_FILE, weights, info)
         if self.plan.request.latest:
             with suppress(ResourceError):  # runs/latest is a convenience, and the current folder may be read-only
                 mark_latest(self.plan.output)
@@ -247,6 +268,8 @@ class Run:
         tensors = {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in moments.items()}
+        self._check_loss(float(self.loss_sum))
+        self._check_tensors(tensors)
         state = {
             "config": self.config.to_dict(),
             "classes": list(self.catalog.classes),

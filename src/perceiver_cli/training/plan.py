@@ -143,7 +143,7 @@ def make_plan(request: RunRequest) -> Plan:
     elif config is None and request.init_from is not None:
         config = read_info(find_model(os.fspath(request.init_from))).config
     path = os.fspath(request.data) if request.data is not None else config.data.path if config is not None else None
-    if path is None:
+    if not path:
         raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
     if config is not None:
         config = config.override(request.overrides)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from perceiver_cli.errors import IntegrityError, PerceiverError, UsageError, counted
 from perceiver_cli.files import cannot_read, open_file, show_path, write_text
-from perceiver_cli.model.checkpoint import FORMAT, load_model, read_tensors, write_tensors
+from perceiver_cli.model.checkpoint import FORMAT, load_model, not_finite, read_tensors, write_tensors
 from perceiver_cli.model.perceiver import Perceiver
-from perceiver_cli.run_folder import MANIFEST, STATE_FOLDER, STATE_PATTERN, find_model
+from perceiver_cli.run_folder import MANIFEST, MODEL_FILE, STATE_FOLDER, STATE_PATTERN, find_model
+
+STATE_NAME = r"step-\d{8,}\.safetensors"
 
 MAX_MANIFEST_BYTES = 1 << 20
 
@@ -63,8 +66,10 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
     folder = run / STATE_FOLDER
     file = folder / f"step-{fields['step']:08d}.safetensors"
     write_tensors(file, tensors, {"kind": "training state", "format": FORMAT, **fields})
-    previous = [entry for entry in _committed(folder) if entry["file"] != file.name][:1]
-    states = [{"file": file.name, "step": fields["step"]}, *previous]
+    previous = [name for name in _committed(folder) if name != file.name][:1]
+    states = [
+        {"file": name, "step": int(name.removeprefix("step-").partition(".")[0])} for name in (file.name, *previous)
+    ]
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": states}, indent=1) + "\n")
     for old in folder.glob(STATE_PATTERN):
         if old.name not in {state["file"] for state in states}:
@@ -77,29 +82,39 @@ def load_state(run: Path) -> TrainingState:
     """Return a run's newest intact state; raise UsageError if there is none, IntegrityError if all are damaged."""
     folder = run / STATE_FOLDER
     damaged: list[str] = []
-    for entry in _committed(folder):
+    for name in dict.fromkeys([*_committed(folder), *_present(folder)]):
         try:
-            fields, tensors = read_tensors(folder / entry["file"])
+            fields, tensors = read_tensors(folder / name)
+            if broken := not_finite(tensors):
+                raise IntegrityError(f"{show_path(folder / name)}: {broken[0]} is not finite")
             return TrainingState(tensors, fields, damaged)
         except PerceiverError as error:
             damaged.append(str(error))
     if damaged:
         raise IntegrityError(f"{show_path(run)}: no intact training state: {'; '.join(damaged)}")
-    raise UsageError(f"{show_path(run)}: no training state to resume", "start it without --resume")
+    again = "pass --replace to start over" if (run / MODEL_FILE).exists() else "start it without --resume"
+    raise UsageError(f"{show_path(run)}: no training state to resume", again)
 
 
-def _committed(folder: Path) -> list[dict[str, Any]]:
-    """Return the manifest's entries, newest first, or none without a manifest."""
+def _committed(folder: Path) -> list[str]:
+    """Return the files that the manifest names, newest first; none if it is missing or damaged."""
     path = folder / MANIFEST
     try:
         with open_file(path) as file:
-            states = json.loads(file.read(MAX_MANIFEST_BYTES))["states"]
-        if not all(Path(state["file"]).name == state["file"] for state in states):
-            raise ValueError("a state in another folder")
+            names = [str(state["file"]) for state in json.loads(file.read(MAX_MANIFEST_BYTES))["states"]]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise cannot_read(path, error) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{show_path(path)}: damaged manifest: {error}") from error
-    return list(states)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [name for name in names if re.fullmatch(STATE_NAME, name)]
+
+
+def _present(folder: Path) -> list[str]:
+    """Return the states in a folder with a manifest, which `begin_run` removes first; newest first.
+
+    Each is whole and has its own checksum, so that a damaged manifest loses none.
+    """
+    names = [path.name for path in folder.glob(STATE_PATTERN)] if (folder / MANIFEST).exists() else []
+    return sorted(filter(re.compile(STATE_NAME).fullmatch, names), reverse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.training.events import Evaluated, Event, StepDone
+from perceiver_cli.training.events import Evaluated, Event, Started, StepDone
 
 FOLDER = "tensorboard"
 FIGURES = {
@@ -24,14 +24,17 @@ def check_tensorboard() -> None:
         raise UsageError("--log tensorboard needs the package tensorboard", "pip install 'perceiver-cli[tensorboard]'")
 
 
-def logged(events: Iterator[Event], run: Path) -> Iterator[Event]:
+def logged(events: Iterator[Event]) -> Iterator[Event]:
     """Yield a run's events and write their figures into its folder for `tensorboard --logdir RUN`.
 
     A resumed run continues the same plots and drops the old figures after its first step.
     """
     writer: Any = None
+    run = Path()
     try:
         for event in events:
+            if isinstance(event, Started):
+                run = Path(event.summary["output"])
             if isinstance(event, StepDone | Evaluated):
                 if writer is None:
                     from torch.utils.tensorboard import SummaryWriter

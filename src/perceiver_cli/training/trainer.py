@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -22,7 +23,7 @@ from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.report.model_card import card
-from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run
+from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
 from perceiver_cli.training.plan import RunRequest, make_plan
@@ -95,6 +96,8 @@ class Trainer:
         Raises DataError for too many unreadable files; DivergedError if the loss is not finite; ResourceError if the
         run folder cannot be written, holds another run, or is in use.
         """
+        if self.plan.request.output is None:  # others may have begun a run of this number since
+            self.plan = replace(self.plan, output=make_next_run(self.plan.config.name))
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
         with claim_run(output, resume=resume, replace=self.replace):
             yield Started(plan.summary(), tuple(plan.notes))
