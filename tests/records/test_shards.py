@@ -84,6 +84,15 @@ def test_a_damaged_array_is_named_with_or_without_an_index(tar: Path) -> None:
         tar.with_name("x.tar.index").unlink()
 
 
+def test_an_array_is_compared_once(tar: Path) -> None:
+    shards = open_shards([str(tar)])
+    first, second = (shards.stored(row, "x", ["image"])["image"] for row in (0, 1))
+    assert first.digests
+    first.array()
+    assert not shards.stored(0, "x", ["image"])["image"].digests
+    assert shards.stored(1, "x", ["image"])["image"].digests == second.digests != b""
+
+
 def named(folder: Path, name: str) -> str:
     """Return a tar of one record with this path, id and label."""
     path = folder / "named.tar"

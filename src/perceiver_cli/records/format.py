@@ -202,7 +202,8 @@ class Stored:
     """One modality of a record: a decoded array, used like an encoded file (`Input` in data/inputs.py).
 
     name: the input's name. length_s: the input's length, of sound and video. read: returns the array in NPY format.
-    digests: of that; empty in records of version 0.1.0. within: the stream or tar that holds it, to print.
+    digests: of that, to be compared; empty in records of version 0.1.0. within: the stream or tar that holds it, to
+    print. mark: called when all of the array is as it was written.
     """
 
     name: str
@@ -212,6 +213,7 @@ class Stored:
     read: Callable[[], bytes | memoryview]
     digests: bytes = b""
     within: str = ""
+    mark: Callable[[], None] | None = None
 
     @property
     def shown(self) -> str:
@@ -286,11 +288,14 @@ class Stored:
 
     def _compare(self, data: memoryview, begin: int, end: int) -> None:
         """Raise DataError if a chunk of the array's file that holds any of these bytes is damaged."""
+        if not self.digests:
+            return
         low, high = begin // CHUNK, -(-end // CHUNK)
-        wanted = self.digests[low * DIGEST : high * DIGEST]
-        if self.digests and digests(data[low * CHUNK : high * CHUNK]) != wanted:
+        if digests(data[low * CHUNK : high * CHUNK]) != self.digests[low * DIGEST : high * DIGEST]:
             fault = f"{self.within}: {self.modality} of the record {self.shown} is damaged"
             raise DataError(f"{fault}: its bytes are not those that were written", "prepare its file again")
+        if self.mark is not None and low == 0 and end == len(data):
+            self.mark()
 
 
 def _without_features(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
