@@ -72,6 +72,8 @@ def main() -> int:
         print(json.dumps(run_row(name, int(count), Path(program), Path(folder))))
         return 0
     rows = [row for row in ROWS.values() if not options.rows or any(part in row.name for part in options.rows)]
+    if not rows:
+        parser.error(f"no row with {' or '.join(options.rows)} in its name")
     if options.list:
         print("\n".join(f"{row.tried:6} {row.sample:6} {row.name}" for row in rows))
         return 0

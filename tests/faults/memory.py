@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import trimesh
 from PIL import Image
 
@@ -26,7 +27,8 @@ LIMIT_S = 60.0
 def commands(folder: Path) -> dict[str, list[str]]:
     """Return what is run, by name, after writing its files and its models."""
     write_images(folder / "images", {"a": 12, "b": 12})
-    Image.fromarray(np.zeros((1500, 1500, 3), np.uint8)).save(folder / "large.jpg")
+    Image.fromarray(np.zeros((4000, 4000, 3), np.uint8)).save(folder / "large.png")  # 48 MB decoded
+    soundfile.write(folder / "long.wav", np.zeros((1_500_000, 2), np.int16), 48_000)  # 12 MB as float32
     write_pairs(folder / "pairs", 4)
     for name, sound in (("c/a.mp4", 300.0), ("c/b.mp4", 900.0), ("d/a.mp4", 2000.0), ("d/b.mp4", 3000.0)):
         write_clip(folder / "clips" / name, 8, sound)
@@ -45,8 +47,8 @@ def commands(folder: Path) -> dict[str, list[str]]:
         done = ended(folder, ["train", *words, "-o", f"of-{name}"], None)
         assert done[0] == 0, (name, done)
     tests = {
-        "image": ["images/a/000.png", "large.jpg"],
-        "audio": ["pairs/top-low/000.wav"],
+        "image": ["images/a/000.png", "large.png"],
+        "audio": ["pairs/top-low/000.wav", "long.wav"],
         "video": ["clips/c/a.mp4"],
         "points": ["points/e/1.ply"],
     }
