@@ -21,7 +21,8 @@ from perceiver_cli.data.decoder import kept
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
 from perceiver_cli.data.splits import read_split, save_split
-from perceiver_cli.errors import DataError, IntegrityError, UsageError
+from perceiver_cli.data.workers import in_order
+from perceiver_cli.errors import DataError, IntegrityError, ResourceError, UsageError
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
@@ -557,3 +558,16 @@ def test_cutmix_share_is_what_was_not_pasted(seed: int) -> None:
     assert mixed.share == pytest.approx(float(kept), abs=1e-6)
     assert set(values[0].unique().tolist()) <= {0, 30}
     assert batch.segments["image"].values[0].max() == 0  # the batch itself is left alone
+
+
+def test_too_few_files_for_workers_are_told_before_they_start() -> None:
+    """With 14 to 20 descriptors torch hung, half begun, or ended in tracebacks."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, old[1]))
+    try:
+        for begin in (lambda: Reader({}, Limits()).batches([], 2), lambda: in_order(str, [1], 2)):
+            with pytest.raises(ResourceError, match=r"2 data workers cannot start: Too many open files.*ulimit -n"):
+                next(begin())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, old)

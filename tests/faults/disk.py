@@ -182,7 +182,8 @@ def become(asked: dict[str, Any], writer: int) -> None:
 
 
 if __name__ == "__main__":
-    # As tests/warm.py: what is slow to import.
+    # As tests/warm.py: what is slow to import; and what another user may not be allowed to read.
+
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
     import rich.progress  # noqa: F401
@@ -191,6 +192,8 @@ if __name__ == "__main__":
 
     import perceiver_cli.cli.app
     import perceiver_cli.inference.evaluation
+    import perceiver_cli.model.export
+    import perceiver_cli.model.pretrained
     import perceiver_cli.report.html
     import perceiver_cli.training.trainer  # noqa: F401
 

@@ -27,7 +27,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.workers import begin_worker, kill_all, start_method, starting_workers, watched, worker_died
+from perceiver_cli.data.workers import (
+    begin_worker,
+    check_files,
+    kill_all,
+    start_method,
+    starting_workers,
+    watched,
+    worker_died,
+)
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.malloc import check_room
 from perceiver_cli.model.encoding import Segment
@@ -116,6 +124,7 @@ class Reader(Decoder, Dataset[Batch]):
         """Yield the batch of each task, read by `workers` processes (0: this one). Raises ResourceError if one dies."""
         if workers:
             check_room()
+            check_files(workers)
         loader: DataLoader[Batch] = DataLoader(
             self,
             sampler=tasks,

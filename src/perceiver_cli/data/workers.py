@@ -16,7 +16,8 @@ from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from perceiver_cli.errors import ResourceError
+from perceiver_cli.errors import ResourceError, counted
+from perceiver_cli.files import SHORTAGES, cause
 from perceiver_cli.malloc import check_room
 
 CHUNK = 16  # inputs per message between processes
@@ -24,6 +25,8 @@ AHEAD = 2  # chunks per process that may wait for earlier ones
 WATCH_S = 0.5  # between looks at workers, and of a worker at its parent
 STOPPED_LOOKS = 4  # in a row at which a worker is stopped before it counts as dead: Ctrl-Z stops the parent too
 GROUP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # sent to all processes of a job
+
+FILES_BESIDE, FILES_PER_WORKER = 16, 16  # descriptors that are free when workers start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,6 +52,7 @@ def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int
         yield from map(call, items)
         return
     check_room()
+    check_files(workers)
     rest = iter(items)
     sent = received = 0
     with _pool(call, workers) as links:
@@ -218,6 +222,23 @@ def _is_stopped(pid: int | None) -> bool:
     with suppress(OSError), open(f"/proc/{pid}/stat", "rb") as file:
         return file.read().rpartition(b")")[2].split()[0] == b"T"
     return False
+
+
+def check_files(workers: int) -> None:
+    """Raise ResourceError if this process may not open the files that its workers need: torch would hang, half begun.
+
+    Each worker has pipes and semaphores, and sends each array of a batch as a file.
+    """
+    opened: list[int] = []
+    try:
+        for _ in range(FILES_BESIDE + FILES_PER_WORKER * workers):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        hint = SHORTAGES.get(error.errno or 0, "try --workers 0")
+        raise ResourceError(f"{counted(workers, 'data worker')} cannot start: {cause(error)}", hint) from error
+    finally:
+        for handle in opened:
+            os.close(handle)
 
 
 def worker_died(workers: int) -> ResourceError:
