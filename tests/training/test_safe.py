@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
+from perceiver_cli.config import tiny_config
 from perceiver_cli.data.loader import ordered_tasks
-from perceiver_cli.errors import DivergedError, IntegrityError, ResourceError, UsageError
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, UsageError
 from perceiver_cli.inference.evaluation import calibrate, evaluate
 from perceiver_cli.inference.explain import explain
 from perceiver_cli.inference.predictor import Predictor
@@ -24,7 +26,7 @@ from perceiver_cli.training.events import Saved
 from perceiver_cli.training.optimizer import Lamb
 from perceiver_cli.training.state import load_state
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL
+from tests.conftest import SMALL, write_images
 from tests.runs import finite, poison, wrong_figures
 
 SHORT = (*SMALL, "train.steps=6", "train.save_every=1 steps", "train.eval_every=3 steps")
@@ -178,3 +180,27 @@ def test_decays_of_one_are_refused(bars: Path, change: str) -> None:
 def test_an_empty_name_is_no_data() -> None:
     with pytest.raises(UsageError, match="no data given"):
         Trainer("")
+
+
+@pytest.mark.parametrize(("cache", "steps"), [(1 << 30, 8), (0, 8), (0, 1)])
+def test_unreadable_files_alone_train_no_model(tmp_path: Path, cache: int, steps: int) -> None:
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    for path in (tmp_path / "data").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:60])
+    changes = ["data.max_bad=1", f"data.cache_bytes={cache}", f"train.steps={steps}", "inputs.image.size=[12, 12]"]
+    changes += ["inputs.image.mean=[0.5]", "inputs.image.std=[0.5]", "inputs.image.color=grey", "data.val_fraction=0"]
+    with pytest.raises(DataError, match=r"no training file can be read|no file that was read in training"):
+        list(Trainer(tmp_path / "data", tmp_path / "run", tiny_config(["image"]), overrides=[*SMALL, *changes]).fit())
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def test_a_bad_first_file_is_not_all_of_them(tmp_path: Path) -> None:
+    """Nothing is kept in memory, so that only some files are read before the first step."""
+    write_images(tmp_path / "data", {"a": 20, "b": 20})
+    bad = tmp_path / "data" / "a" / "000.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    changes = ["data.cache_bytes=0", "train.steps=3", "data.val_fraction=0", "data.workers=0"]
+    for allowed, fine in ((0.3, True), (0.01, False)):
+        run = Trainer(tmp_path / "data", tmp_path / str(fine), overrides=[*SMALL, *changes, f"data.max_bad={allowed}"])
+        with nullcontext() if fine else pytest.raises(DataError, match="1 of 40 files cannot be read"):
+            list(run.fit())

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.loader import Batch, Task, training_tasks
-from perceiver_cli.errors import DivergedError, IntegrityError, ResourceError, counted
+from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.evaluation import score
 from perceiver_cli.model.checkpoint import ModelInfo, not_finite, save_model
@@ -59,6 +59,7 @@ class Run:
             self.class_weights = class_weights(counts, power).to(self.compute.device)
         self.step = 0
         self.lr = train.lr  # of the last step
+        self.learned = plan.saved is not None  # from an example
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
@@ -147,6 +148,7 @@ class Run:
             batch = next(batches)
             self._note_bad(batch)
             if batch.examples:
+                self.learned = True
                 loss += self.backward(batch, train.accumulate, micro)
         self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
@@ -189,12 +191,13 @@ class Run:
 
     def _note_bad(self, batch: Batch) -> None:
         """Record the unreadable files of a batch; raise DataError if there are too many."""
-        reader = self.plan.reader
+        plan, reader = self.plan, self.plan.reader
         new = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
         reader.bad.update(new)
-        seen = max(self.looked_at, min(self.step * self.config.train.batch_size + 1, len(self.plan.train_examples)))
-        if new and (len(reader.bad) > 10 or seen == len(self.plan.train_examples)):
-            self.plan.check_bad(reader.bad, seen)
+        seen = min((self.step + 1) * plan.examples_per_step, len(plan.train_examples))
+        if new or self.looked_at < seen == len(plan.train_examples):
+            self.looked_at = max(self.looked_at, seen)
+            plan.check_bad(reader.bad, self.looked_at)
 
     def _check_loss(self, loss: float) -> None:
         """Raise DivergedError if a loss is not finite."""
@@ -202,7 +205,9 @@ class Run:
             raise self._diverged(f"loss {loss}")
 
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise DivergedError if a tensor is not finite: nothing that is not is ever saved."""
+        """Raise DivergedError if a tensor is not finite, DataError if nothing was learned: neither is ever saved."""
+        if not self.learned:
+            raise DataError("no file that was read in training can be used", *list(self.plan.reader.bad.values())[:1])
         if broken := not_finite(tensors):
             raise self._diverged(f"{counted(len(broken), 'tensor')} not finite, such as {broken[0]},")
 

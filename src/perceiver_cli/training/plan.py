@@ -25,6 +25,7 @@ from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
 
+FEW = 10  # unreadable files that say little before all files were looked at
 LIST_BAD = 20  # unreadable files named in an error
 
 
@@ -116,15 +117,23 @@ class Plan:
         }
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many of `looked_at` files are unreadable (`bad`: error by id); raise DataError if too many."""
+        """Return how many of `looked_at` files are unreadable (`bad`: error by id); raise DataError if too many.
+
+        Before all training files were looked at, up to FEW are never too many; if none is left, no share is allowed.
+        """
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
         errors = [error for identity, error in bad.items() if identity in ids]
-        allowed = self.config.data.max_bad
-        if len(errors) > allowed * max(1, looked_at):
+        allowed, looked_at = self.config.data.max_bad, max(1, looked_at, len(errors))
+        whole = looked_at >= len(self.train_examples)
+        too_many = len(errors) > allowed * looked_at and (whole or len(errors) > FEW)
+        nothing = whole and len(errors) >= len(self.train_examples) and all(e.id in bad for e in self.train_examples)
+        if too_many or nothing:
             listed = "\n  ".join(errors[:LIST_BAD]) + ("\n  ..." if len(errors) > LIST_BAD else "")
+            if nothing:
+                raise DataError(f"no training file can be read:\n  {listed}")
             raise DataError(
                 f"{len(errors)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
-                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / max(1, looked_at)) / 1000)} to go on without them:"
+                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / looked_at) / 1000)} to go on without them:"
                 f"\n  {listed}"
             )
         return len(errors)

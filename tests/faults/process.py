@@ -1,0 +1,103 @@
+"""`perceiver` in a forked process of its own group, whose pid is known: it and its workers can be hurt."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from tests.faults.table import Place, Verdict
+from tests.warm import become
+
+LIMIT_S = 60.0
+
+
+class Child:
+    """A running command. pid: its process and group; status: its end, once `ended` was called."""
+
+    def __init__(self, pid: int, talk: Path) -> None:
+        self.pid, self.talk, self.status = pid, talk, -1000
+
+    def said(self) -> str:
+        """Return the last words on stderr."""
+        return self.talk.read_text(errors="replace")[-400:].strip()
+
+    def wait_for(self, there: Callable[[], bool]) -> None:
+        """Wait until something is there, or the command has ended."""
+        while not there() and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.01)
+
+    def workers(self) -> list[int]:
+        """Return the children of the process."""
+        try:
+            return [int(pid) for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()]
+        except OSError:
+            return []
+
+    def hurt_worker(self, sent: signal.Signals, chance: random.Random) -> bool:
+        """Send a signal to a worker once there are some; return whether there were."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < LIMIT_S / 4:
+            if len(pids := self.workers()) > 1:
+                try:
+                    os.kill(chance.choice(pids), sent)
+                except ProcessLookupError:
+                    continue
+                return True
+            time.sleep(0.005)
+        return False
+
+    def ended(self, *statuses: int) -> Verdict:
+        """Wait for the end; return what is wrong with it."""
+        begun = time.monotonic()
+        while True:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                break
+            if time.monotonic() - begun > LIMIT_S:
+                os.killpg(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                return f"hung for {LIMIT_S:.0f} s: {self.said()}"
+            time.sleep(0.005)
+        self.status = os.waitstatus_to_exitcode(status)
+        text = self.said()
+        if self.status not in statuses:
+            return f"status {self.status}, expected {' or '.join(map(str, statuses))}: {text}"
+        return f"a traceback: {text}" if "Traceback" in text or "this is a bug" in text else ""
+
+    def left(self) -> Verdict:
+        """Return which of its processes outlive it by more than some seconds."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < LIMIT_S / 10:
+            try:
+                os.killpg(self.pid, 0)
+            except ProcessLookupError:
+                return ""
+            time.sleep(0.02)
+        os.killpg(self.pid, signal.SIGKILL)
+        return "workers are left"
+
+
+def start(place: Place, *arguments: str | Path, cwd: Path | None = None) -> Child:
+    """Return `perceiver ARGUMENTS`, started in the folder of the row."""
+    number = len(list(place.folder.glob("talk-*")))
+    talk, environment = place.folder / f"talk-{number}", place.environment
+    out = os.open(talk, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setpgid(0, 0)
+            words = [os.fspath(word) for word in arguments]
+            become([nothing, os.dup(nothing), out], "perceiver", words, os.fspath(cwd or place.folder), environment)
+        finally:
+            os._exit(70)  # never back into the row
+    with suppress(OSError):  # whoever of the two is first
+        os.setpgid(pid, pid)
+    os.close(out)
+    os.close(nothing)
+    return Child(pid, talk)
