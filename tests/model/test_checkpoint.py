@@ -200,7 +200,10 @@ def test_a_manifest_with_hashes_is_read_and_replaced(tmp_path: Path) -> None:
     assert load_state(tmp_path).fields["step"] == 3
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"states": [{"step": 1}]}', '{"states": [1]}', "[" * 100_000])
+NAMES = '{"states": [{"file": "step-0000000r.safetensors"}, {"file": "step-00000001.safetensors"}]}'  # r is 2, a bit off
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"states": [{"step": 1}]}', '{"states": [1]}', "[" * 100_000, NAMES])
 def test_a_damaged_manifest_loses_no_state(tmp_path: Path, text: str) -> None:
     states(tmp_path, 1, 2)
     (tmp_path / STATE_FOLDER / MANIFEST).write_text(text)

@@ -108,7 +108,8 @@ def _committed(folder: Path) -> list[str]:
         raise cannot_read(path, error) from error
     except (ValueError, KeyError, TypeError, RecursionError):
         return []
-    return [name for name in names if re.fullmatch(STATE_NAME, name)]
+    # A damaged name must not make an older state the newest.
+    return names if all(re.fullmatch(STATE_NAME, name) for name in names) else []
 
 
 def _present(folder: Path) -> list[str]:
