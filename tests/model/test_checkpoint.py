@@ -200,7 +200,7 @@ def test_a_manifest_with_hashes_is_read_and_replaced(tmp_path: Path) -> None:
     assert load_state(tmp_path).fields["step"] == 3
 
 
-NAMES = '{"states": [{"file": "step-0000000r.safetensors"}, {"file": "step-00000001.safetensors"}]}'  # r is 2, a bit off
+NAMES = '{"states": [{"file": "step-0000000r.safetensors"}, {"file": "step-00000001.safetensors"}]}'  # r: 2, a bit off
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"states": [{"step": 1}]}', '{"states": [1]}', "[" * 100_000, NAMES])
