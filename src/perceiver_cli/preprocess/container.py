@@ -36,6 +36,7 @@ UNTIMED = ("mpeg",)  # one time for several frames of a packet: after a seek, co
 STREAMED_SIZES = (0, 0x7FFFF000, 0xFFFFFFFF)
 BOX_PARENTS = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf")
 MAX_BOXES = 1_000_000
+MAX_BOX_DEPTH = 10  # FFmpeg refuses deeper boxes
 MAX_FRAMES_PER_S = 1000  # on average; without a limit, a small file could unfold into endless frames
 SPARE_PACKET_BYTES = 1 << 20  # the packets of a file may hold this more than twice its size
 SEEK_BACK_S = (0.0, 5.0)  # tried in turn: some frames need data from before the last keyframe
@@ -192,7 +193,7 @@ def _end_of_boxes(source: Source, file: BinaryIO, size: int) -> int:
     return end
 
 
-def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+def _boxes(file: BinaryIO, at: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """Yield (name, start of content, end) of every box of an MP4 between two offsets, and of the boxes inside."""
     while at + 8 <= end:
         file.seek(at)
@@ -200,8 +201,8 @@ def _boxes(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]
         content = at + (16 if length == 1 else 8)
         length = long_length if length == 1 else length or end - at  # 0: up to the end
         yield name, content, at + length
-        if name in BOX_PARENTS:
-            yield from _boxes(file, content, min(at + length, end))
+        if name in BOX_PARENTS and depth < MAX_BOX_DEPTH:
+            yield from _boxes(file, content, min(at + length, end), depth + 1)
         if length < 8:
             return
         at += length
