@@ -231,6 +231,8 @@ def find_model(name: str | None) -> Path:
 
     Raises a UsageError with the path if there is no such file, or as `status_of`.
     """
+    if name == "":  # a variable that is not set
+        raise UsageError("no model given: found an empty name", "pass a run folder or a model file")
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
     if path.name == "latest" and path.is_file():

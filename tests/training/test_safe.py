@@ -177,9 +177,14 @@ def test_decays_of_one_are_refused(bars: Path, change: str) -> None:
         Trainer(bars, overrides=[change])
 
 
-def test_an_empty_name_is_no_data() -> None:
+def test_an_empty_name_is_no_data_and_no_model(bars: Path) -> None:
+    """A script's variable is not set: not the working folder, and not the latest model."""
     with pytest.raises(UsageError, match="no data given"):
         Trainer("")
+    with pytest.raises(UsageError, match="no model given"):
+        Trainer(bars, init_from="")
+    with pytest.raises(UsageError, match="no model given"):
+        Predictor("")
 
 
 @pytest.mark.parametrize(("cache", "steps"), [(1 << 30, 8), (0, 8), (0, 1)])
