@@ -148,10 +148,8 @@ def run(place: Place) -> Iterator[Verdict]:
         train = ["train", world.data, "-o", output, "--steps", "4", *SETS]
         world.expect(world.disk.run(*train, log=str(log)))
         wanted, calls = world.contents(output), read_log(log)
-        saved = next(
-            at for at, call in enumerate(calls)
-            if call.kind == "S" and call.one == str(output / "last") and calls[at - 1].two.endswith("MANIFEST.json")
-        )  # fmt: skip
+        renamed = [at for at, call in enumerate(calls) if call.kind == "R" and call.two.endswith("MANIFEST.json")]
+        saved = renamed[0] + 1  # the folder is synced next
         for at in cuts(world, calls, place.count, place.random):
             verdict = not_whole(world.root)
             done = world.disk.run("train", "--resume", "-o", output)
