@@ -24,7 +24,7 @@ class Child:
 
     def said(self) -> str:
         """Return the last words on stderr."""
-        return self.talk.read_text(errors="replace")[-400:].strip()
+        return self.talk.read_text(errors="replace")[-2000:].strip()
 
     def wait_for(self, there: Callable[[], bool]) -> None:
         """Wait until something is there, or the command has ended."""
@@ -92,6 +92,7 @@ def start(place: Place, *arguments: str | Path, cwd: Path | None = None) -> Chil
     if pid == 0:
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `main` sets it, before its imports
             words = [os.fspath(word) for word in arguments]
             become([nothing, os.dup(nothing), out], "perceiver", words, os.fspath(cwd or place.folder), environment)
         finally:

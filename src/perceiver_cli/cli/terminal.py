@@ -65,7 +65,6 @@ def stderr_is_terminal() -> bool:
 
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: an expected error becomes one line and its exit code, a bug one line and exit code 1."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends by the signal (130); train installs its own handler
     _guard_streams()
     try:
         try:

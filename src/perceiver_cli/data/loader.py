@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from multiprocessing.process import BaseProcess
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.workers import (
+    WATCH_S,
     begin_worker,
     check_files,
     kill_all,
@@ -133,6 +133,7 @@ class Reader(Decoder, Dataset[Batch]):
             prefetch_factor=AHEAD if workers else None,
             collate_fn=_whole,
             pin_memory=pin,
+            timeout=WATCH_S if workers else 0,
             multiprocessing_context=start_method() if workers else None,
             worker_init_fn=begin_worker if workers else None,
         )
@@ -159,33 +160,27 @@ class Reader(Decoder, Dataset[Batch]):
 
 
 def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Iterator[Batch]:
-    """Yield batches of a loader; raise ConnectionError or RuntimeError only here if one of its processes dies.
+    """Yield the batches of a loader with a timeout. Raises ConnectionError if one of its processes dies.
 
-    torch raises it from a signal handler, wherever the main thread is: in the middle of a step, or where it is lost.
+    torch would raise it from a signal handler, wherever the main thread is: in the middle of a step, or where it is lost.
     """
-    waiting = False
     in_main_thread = threading.current_thread() is threading.main_thread()
-    raising = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if waiting and callable(raising):
-            raising(number, frame)
-
-    if raising is not None:
-        signal.signal(signal.SIGCHLD, handle)
+    handler = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
+    if handler is not None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         while all(process.is_alive() for process in processes):
-            waiting = True
-            batch = next(batches, None)
-            waiting = False
-            if batch is None:
+            try:
+                yield next(batches)
+            except StopIteration:
                 return
-            yield batch
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
         raise ConnectionError("a data worker died")
     finally:
-        waiting = False
-        if raising is not None:
-            signal.signal(signal.SIGCHLD, raising)
+        if handler is not None:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _whole(batch: Any) -> Any:
