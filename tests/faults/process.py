@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.faults.table import Place, Verdict
-from tests.warm import become
+from tests.warm import become, preload
 
 LIMIT_S = 60.0
 
@@ -84,6 +84,7 @@ class Child:
 
 def start(place: Place, *arguments: str | Path, cwd: Path | None = None) -> Child:
     """Return `perceiver ARGUMENTS`, started in the folder of the row."""
+    preload()  # once: what is imported before the fork is not imported in each child
     number = len(list(place.folder.glob("talk-*")))
     talk, environment = place.folder / f"talk-{number}", place.environment
     out = os.open(talk, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)

@@ -162,7 +162,7 @@ class Reader(Decoder, Dataset[Batch]):
 def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Iterator[Batch]:
     """Yield the batches of a loader with a timeout. Raises ConnectionError if one of its processes dies.
 
-    torch would raise it from a signal handler, wherever the main thread is: in the middle of a step, or where it is lost.
+    torch would raise it from a signal handler, wherever the main thread is: in a step, or where it is lost.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
