@@ -30,9 +30,9 @@ def run(target: str, seconds: int, merge: bool) -> bool:
     flags = [f"-timeout={HANG_S}", f"-rss_limit_mb={MEMORY_MB}", f"-max_len={MAX_BYTES}", "-print_final_stats=1"]
     flags += [f"-artifact_prefix={FOUND}/{target}-"]
     flags += ["-merge=1", str(corpus), str(own)] if merge else [f"-max_total_time={seconds}", str(own), str(corpus)]
-    code = f"import tests.fuzz.run; tests.fuzz.run.fuzz({flags!r}, {target!r})"
+    command = [sys.executable, "-m", "tests.fuzz.run", target, *flags]
     with log.open("wb") as file:
-        done = subprocess.run([sys.executable, "-c", code], stdout=file, stderr=subprocess.STDOUT, check=False)
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
     lines = log.read_text(errors="replace").splitlines()
     tried = next((line.split()[-1] for line in lines if line.startswith("stat::number_of_executed_units")), "0")
     kept = len(list((corpus if merge else own).iterdir()))

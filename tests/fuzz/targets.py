@@ -86,9 +86,9 @@ def load(data: bytes, name: str, spec: InputSpec) -> None:
 def records(data: bytes) -> None:
     for example in examples_of(Pipe("-", io.BytesIO(data)), RECORDS.inputs, LIMITS):
         for stored in example.sources.values():
-            assert isinstance(stored, Stored)
             with suppress(PerceiverError):
-                check(stored.array())
+                if isinstance(stored, Stored):  # bytes of other files come as they are
+                    check(stored.array())
 
 
 def unsealed(data: bytes) -> bytes:
