@@ -264,7 +264,7 @@ def concurrent(place: Place) -> Iterator[Verdict]:
             verdict = next(filter(None, [child.ended(0, 5) for child in children]), "")
             best = [child for child in children if child.status == 0]
             refused = [child for child in children if child.status == 5]
-            if not verdict and (not best or not all("in use by" in child.said() for child in refused)):
+            if not verdict and (not best or not refused or not all("in use by" in child.said() for child in refused)):
                 verdict = f"{len(best)} ended well, {len(refused)} were refused"
             verdict = verdict or litter(place, run)
             yield verdict or ("" if load_file(run / MODEL_FILE) and finite(run) else "a broken run")
