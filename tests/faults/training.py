@@ -24,14 +24,14 @@ from tests.faults.process import start
 from tests.faults.table import Place, Verdict, row
 from tests.runs import finite, poison, wrong_figures
 
-RECIPE = (*SMALL, "train.steps=12", "train.save_every=2 steps", "train.eval_every=5 steps", "train.ema_decay=0.9")
+RECIPE = (*SMALL, "train.steps=8", "train.save_every=2 steps", "train.eval_every=3 steps", "train.ema_decay=0.9")
 SETS = [word for change in RECIPE for word in ("--set", change)]
 ENDED = {signal.SIGINT: -2, signal.SIGTERM: -15, signal.SIGHUP: -1, signal.SIGKILL: -9}
 
 
 def small(place: Place) -> Path:
     """Return a folder of a few small pictures in three classes."""
-    return write_images(place.folder / "bars", {"left": 20, "middle": 20, "right": 20})
+    return write_images(place.folder / "bars", {"left": 12, "middle": 12, "right": 12})
 
 
 def slow(place: Place, rows: int = 1000) -> Path:
@@ -95,7 +95,7 @@ OPTIONS: list[tuple[str, list[list[str]]]] = [
     ("memory", [[], ["train.recompute=true"], ["data.cache_bytes=0"], ["train.freeze=trunk"]]),
 ]  # fmt: skip
 MIXES: list[list[str]] = [[], ["train.mixup=0.3"], ["train.cutmix=1.0"], ["train.mixup=0.2", "train.cutmix=1.0"]]
-STEPS, CUTS = 8, 6
+STEPS, CUTS = 6, 6
 
 
 @row("exact resume over a matrix of recipes", 270, 12)
