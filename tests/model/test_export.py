@@ -19,7 +19,7 @@ from perceiver_cli.data.loader import collate
 from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model import export as exporting
-from perceiver_cli.model.checkpoint import Calibration, ModelInfo, load_model, save_model, store_calibration
+from perceiver_cli.model.checkpoint import Calibration, ModelInfo, load_model, read_info, save_model, store_calibration
 from perceiver_cli.model.encoding import axis_features, grid_positions
 from perceiver_cli.model.export import export_model, exported, made_up, segments_of
 from perceiver_cli.model.perceiver import Perceiver
@@ -119,7 +119,7 @@ def test_imagenet_is_equal() -> None:
 def test_a_run_by_command(perceive: Perceive, trained: Path, bars: Path, tmp_path: Path) -> None:
     model = tmp_path / "model.safetensors"
     model.write_bytes((trained / "model.safetensors").read_bytes())
-    store_calibration(model, Calibration(1.7))
+    store_calibration(model, Calibration(1.7), read_info(model))
     output = tmp_path / "out.onnx"
     done = perceive("export", model, "-o", output, "--json")
     assert done.returncode == 0, done.stderr
