@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV   ?= $(if $(filter python3,$(PYTHON)),.venv,.venv-$(notdir $(PYTHON)))
 BIN    := $(VENV)/bin
+# One more than there are cores: some tests wait for others.
+PYTEST := -m pytest -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist worksteal
 
 .PHONY: help demo test faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
@@ -19,7 +21,7 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: $(BIN)/perceiver  ## install, then run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 faults: $(BIN)/perceiver  ## install, then inject faults by force for 15 minutes; with ARGS=--sample a few for two
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
@@ -32,7 +34,7 @@ lowest:  ## install the lowest versions of dependencies that pyproject.toml allo
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n auto --dist worksteal
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST)
 
 golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to compare before and after refactoring
 	$(BIN)/python tests/golden/record.py golden.json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -77,3 +78,18 @@ def test_a_loader_whose_worker_dies_says_so_where_it_is_read(bars: Path, sent: s
     else:
         with pytest.raises(ResourceError, match="one of 2 data workers was killed or stopped"):
             list(batches)
+
+
+def hook(kind: type[Exception]) -> None:
+    """Raise an error in a worker that nothing catches, as `multiprocessing`'s own threads do."""
+    sys.excepthook(kind, kind("lost"), None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "printed"), [(ConnectionResetError, ""), (EOFError, ""), (ValueError, "ValueError: lost\n")]
+)
+def test_a_worker_whose_parent_was_killed_says_nothing(
+    kind: type[Exception], printed: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    list(in_order(hook, [kind], 1))
+    assert capfd.readouterr().err == printed

@@ -14,6 +14,7 @@ from itertools import islice
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from queue import SimpleQueue
+from types import TracebackType
 from typing import Any, TypeVar
 
 from perceiver_cli.errors import ResourceError, counted
@@ -170,7 +171,14 @@ def begin_worker(number: int = 0) -> None:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in names])
+    sys.excepthook = _hook
     end_with_parent()
+
+
+def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print an error that nothing caught, but for a lost connection: Python's threads meet it when the parent ends."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def end_with_parent() -> None:
