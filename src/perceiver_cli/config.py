@@ -95,7 +95,7 @@ class DataConfig(Table):
     """The examples, and how they are read."""
 
     path: str | None = None  # folder, manifest or tar of the data
-    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train that validates, without a validation split
+    val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train for validation, if data has no val split
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     split: str | None = None  # file of an earlier run's split, which is reused
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
@@ -144,8 +144,8 @@ class TrainConfig(Table):
     accumulate: Size = 1  # batches per optimiser step
     optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
     lr: Positive = 0.004  # peak learning rate
-    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of the optimizer's averages
-    eps: Positive = 1e-6  # added to the optimizer's denominator
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of the optimiser's averages
+    eps: Positive = 1e-6  # added to the optimiser's denominator
     weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of matrices, not of biases and norms
     schedule: Literal["constant", "cosine", "step"] = "constant"  # learning rate over the run
     warmup: Duration = "0 steps"  # linear rise of the learning rate from 0
@@ -161,7 +161,7 @@ class TrainConfig(Table):
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
     save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # of weights, data order and augmentation
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # seed for weights, data order and augmentation
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 on a GPU, else fp32
     recompute: bool = False  # compute latent Transformers again in the backward pass: less memory, a third more time

@@ -39,7 +39,7 @@ class UsageError(PerceiverError):
 
 
 class DataError(PerceiverError):
-    """Input data that is missing, corrupt, too large or of the wrong kind."""
+    """Input data that is missing, damaged, too large or of the wrong kind."""
 
     exit_code = EXIT_DATA
 
@@ -87,7 +87,7 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error, or one that it was raised from, says that memory ran out on the CPU or on a GPU."""
+    """Return whether an error or one of its causes says that memory ran out on the CPU or a GPU."""
     chain: BaseException | None = error
     while chain is not None:
         named = isinstance(chain, MemoryError) or type(chain).__name__ == "OutOfMemoryError"  # torch's, without import

@@ -18,7 +18,7 @@ from perceiver_cli.errors import DataError, PerceiverError, ResourceError, Usage
 
 MAX_SHOWN = 200  # characters of a path in a message
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # names of files that `atomic_write` has not finished
-# Causes for which no input is to blame, and what helps against each.
+# Error numbers for which no input is to blame, and the hint for each.
 SHORTAGES = {
     errno.EMFILE: "allow more open files (ulimit -n), or pass a smaller --workers",
     errno.ENFILE: "allow the system more open files, or pass a smaller --workers",
@@ -30,9 +30,10 @@ BINARY, NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_BINARY", "O_NOF
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
-    """Return `path` in quotes as one safe line of at most 200 characters; control, bidi, non-UTF-8 bytes are C-escaped.
+    """Return `path` in quotes as one safe line of at most 200 characters, escaped as in C.
 
-    Every file name in a message goes through it: a file name is untrusted data.
+    Control and bidirectional characters and bytes that are not UTF-8 are escaped. Every file name in a message goes
+    through it: a file name is untrusted data.
     """
     return f"'{show_text(path)}'"
 
@@ -44,7 +45,7 @@ def show_text(text: str | os.PathLike[str]) -> str:
 
 
 def show_command(words: Iterable[str]) -> str:
-    """Return a command to show, copy and run: words quoted for a shell, those with escapes as bash's $'...'."""
+    """Return a command that can be copied and run: words are quoted for a shell, with escapes as bash's $'...'."""
     return " ".join(shlex.quote(word) if _escaped(word) == word else f"$'{_escaped(word)}'" for word in words)
 
 
@@ -78,9 +79,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", *, new: bool = 
     """Yield a temporary file beside `path`; on success it is synced and takes the name, on failure it is removed.
 
     The order write, fsync(file), rename, fsync(folder) leaves the old or the new content after a crash or a power cut,
-    never a part (ALICE, OSDI 2014). On systems with O_TMPFILE the file has no name before, so that a killed process
-    leaves none behind. What killed processes left in the folder is removed. Raises ResourceError if the folder cannot
-    be made or written, or the disk is full; with `new` also if the name is taken by then, which is never replaced.
+    never a part (ALICE, OSDI 2014). With O_TMPFILE the file has no name until it is complete, so a killed process
+    leaves nothing behind. Temporary files that killed processes left in the folder are removed. Raises ResourceError if
+    the folder cannot be made or written, or the disk is full. With `new` an existing file is never replaced: a file
+    that appears meanwhile is a ResourceError too.
     """
     target = Path(path)
     folder = target.parent
@@ -96,9 +98,9 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", *, new: bool = 
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if nameless:  # with a src_dir_fd, which is unused, Python follows the link to the file
+            if nameless:  # Python follows the link only with a src_dir_fd, which is unused
                 os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=file.fileno())
-            if os.name != "nt":  # while it is open, so that its lock tells other processes that this one lives
+            if os.name != "nt":  # while it is open: its lock tells other processes that this one is alive
                 _name(temporary, target, new)
         if os.name == "nt":  # Windows renames no open file
             _name(temporary, target, new)
@@ -114,7 +116,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb", *, new: bool = 
 
 
 def _name(temporary: Path, target: Path, new: bool) -> None:
-    """Give a finished file its name. Raises FileExistsError if `new` and another file has it."""
+    """Give a finished file its name. Raises FileExistsError if `new` is set and another file has that name."""
     if not new:
         os.replace(temporary, target)
     elif os.name == "nt":
@@ -133,7 +135,7 @@ def _name(temporary: Path, target: Path, new: bool) -> None:
 
 
 def _opened(folder: Path, temporary: Path) -> tuple[int, bool]:
-    """Return a handle of a new, locked file in a folder, and whether it has no name; a name is `temporary`."""
+    """Return a handle of a new, locked file in a folder, and whether it has no name; else its name is `temporary`."""
     if hasattr(os, "O_TMPFILE") and os.path.exists("/proc/self/fd"):
         with suppress(OSError):  # not every file system supports O_TMPFILE
             handle = os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
@@ -159,7 +161,7 @@ def _lock(handle: int, *, wait: bool = True) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of `atomic_write` in a folder whose processes have died: nothing locks them."""
+    """Remove temporary files that killed processes left in a folder: no process locks them."""
     with suppress(OSError), os.scandir(folder) as entries:
         for name in [entry.name for entry in entries if TEMPORARY.fullmatch(entry.name)]:
             with suppress(OSError):
@@ -172,7 +174,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, durably: a lost entry of a folder would lose all in it. Raises OSError."""
+    """Make a folder and its missing parents, durably: a lost folder would lose all files in it. Raises OSError."""
     missing = [each for each in (folder, *folder.parents) if not os.path.isdir(each)]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -180,9 +182,9 @@ def make_folder(folder: Path) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of JSON. Raises ValueError, also for a lone surrogate, "\\ud800", which no name can hold.
+    """Return the value of a JSON text. Raises ValueError, also for a lone surrogate such as "\\ud800".
 
-    Those that stand for a byte that is not UTF-8, "\\udc80" to "\\udcff", are in names of files.
+    "\\udc80" to "\\udcff" are allowed: in file names they stand for bytes that are not UTF-8.
     """
     value = json.loads(text)
     escapes = (b"\\ud", b"\\uD") if isinstance(text, bytes) else ("\\ud", "\\uD")
@@ -223,7 +225,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
-    """Return a regular file, open for reading: a FIFO could hang the reader for ever. Raises OSError or ValueError."""
+    """Return a regular file, open for reading; a FIFO could block its reader for ever. Raises OSError or ValueError."""
     handle = os.open(path, os.O_RDONLY | BINARY | NO_WAIT)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
@@ -232,9 +234,9 @@ def open_file(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
-    """Return the status of what a path leads to, or None if nothing is there.
+    """Return the status of the file or folder that a path leads to, or None if there is none.
 
-    Raises DataError or ResourceError with the cause (permission, a name too long, a loop of links) if that is unknown.
+    Raises DataError or ResourceError if that is unknown, with the cause: permission, a name too long, a loop of links.
     """
     try:
         return os.stat(path)
@@ -258,5 +260,5 @@ def cannot_read(path: str | os.PathLike[str], error: OSError | ValueError) -> Pe
 
 
 def cause(error: OSError | ValueError) -> str:
-    """Return the reason of an error of the system, for a message."""
+    """Return the reason of a system error, for a message."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

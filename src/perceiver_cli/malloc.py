@@ -18,9 +18,9 @@ LEAN_BYTES = 1 << 20
 def keep_freed() -> None:
     """Let malloc keep freed memory, up to KEPT_BYTES, instead of returning it and fetching new pages. Only with glibc.
 
-    A training step or a decoded file frees and takes the same tens of megabytes every time: half the time of a JPEG and
-    a fifth of a small model's training step went into new pages. Forked processes inherit the setting. The command line
-    calls this at its start; a program that uses the package may do the same.
+    A training step or a decoded file frees and takes the same tens of megabytes every time. New pages took half of
+    the time of decoding a JPEG, and a fifth of a small model's training step. Forked processes inherit the setting. The
+    command line calls this at its start; a program that uses the package may do the same.
     """
     _set(M_TRIM_THRESHOLD, KEPT_BYTES)
     any(_set(M_MMAP_THRESHOLD, size) for size in OWN_BYTES)
@@ -34,10 +34,10 @@ def give_back_freed() -> None:
 
 
 def check_room(num_bytes: int = 64 << 20) -> None:
-    """Raise MemoryError if this process cannot have `num_bytes` more of its address space; takes none of them.
+    """Raise MemoryError if this process cannot get `num_bytes` more of address space; allocate nothing.
 
-    Called before what does not survive a lack of memory: oneDNN crashes, and a pool of processes whose thread cannot
-    start waits for ever.
+    Called before code that does not survive a lack of memory: oneDNN crashes, and a process pool waits for ever if its
+    thread cannot start.
     """
     try:
         mmap.mmap(-1, num_bytes).close()

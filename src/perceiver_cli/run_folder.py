@@ -35,7 +35,7 @@ MANIFEST = "MANIFEST.json"  # in STATE_FOLDER, with the files of the committed s
 STATE_PATTERN = "step-*.safetensors"
 METRICS_FILE = "metrics.jsonl"
 LOCK_FILE = ".lock"
-NO_LINKS = (LOCK_FILE, STATE_FOLDER, "tensorboard")  # names in a run that are opened, where others are replaced
+NO_LINKS = (LOCK_FILE, STATE_FOLDER, "tensorboard")  # must not be links: they are opened, other files are replaced
 MAX_LOG_BYTES = 64 << 20
 MAX_LINK = 4096  # characters of a path in runs/latest
 
@@ -44,8 +44,8 @@ MAX_LINK = 4096  # characters of a path in runs/latest
 def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
     """Make a run folder and lock it for this process. Changes no other file in it.
 
-    Raises UsageError if it already holds a run, without `resume` or `replace`; ResourceError if it cannot be written or
-    another process holds its lock.
+    Without `resume` or `replace`, raises UsageError if the folder already holds a run. Raises ResourceError if it
+    cannot be written or another process holds its lock.
     """
     try:
         _check_own(run)
@@ -69,7 +69,7 @@ def claim_run(run: Path, *, resume: bool, replace: bool) -> Iterator[None]:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a training may write into a folder."""
+    """Return whether a folder is a run, into which a training may write."""
     return (folder / LOCK_FILE).exists() or (folder / STATE_FOLDER).exists()
 
 
@@ -77,7 +77,7 @@ def is_run(folder: Path) -> bool:
 def locked(run: Path) -> Iterator[None]:
     """Hold the lock of a run. Raises ResourceError if another process holds it or the folder cannot be written."""
     try:
-        # Neither followed nor cut, if it becomes a link.
+        # A link that replaces the file meanwhile is neither followed nor truncated.
         lock = os.fdopen(os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT | BINARY | NO_LINK | NO_WAIT, 0o666), "r+b")
     except OSError as error:
         raise cannot_write(run, error) from error
@@ -90,11 +90,11 @@ def _check_own(run: Path) -> None:
     """Raise UsageError for a link where a run writes: a folder from a stranger may point at any file."""
     for name in NO_LINKS:
         if (run / name).is_symlink():
-            raise UsageError(f"{show_path(run / name)}: a link, expected the run's own", "remove the link")
+            raise UsageError(f"{show_path(run / name)}: a link, expected no link in a run", "remove the link")
 
 
 def _lock(file: IO[bytes], run: Path) -> None:
-    """Lock an open file of a run. Raises ResourceError if another process holds the lock, or there are no locks."""
+    """Lock an open file of a run. Raises ResourceError if another process holds the lock, or none can be made."""
     try:
         try:
             import fcntl
@@ -114,7 +114,7 @@ def _lock(file: IO[bytes], run: Path) -> None:
 def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
     """Write a run's config.toml; with `fresh`, first remove the model, state and log of an earlier run."""
     if fresh:
-        # The manifest first: without it no state counts, whenever the rest is cut short.
+        # The manifest goes first: without it no state counts, even if the rest is interrupted.
         state = run / STATE_FOLDER
         for old in [state / MANIFEST, run / MODEL_FILE, *state.glob(STATE_PATTERN)]:
             _remove(old)
@@ -151,7 +151,7 @@ def _log_record(line: bytes) -> dict[str, Any]:
         raise ValueError("a step is not an integer")
     stated = record.pop("crc32", None)
     if stated is not None and stated != json.loads(_log_line(record))["crc32"]:
-        raise ValueError(f"the line of step {record['step']} is not as it was written")
+        raise ValueError(f"the line of step {record['step']} does not match its crc32")
     return record
 
 
@@ -192,7 +192,7 @@ def next_run(name: str) -> Path:
 
 
 def make_next_run(name: str) -> Path:
-    """Make the first free folder runs/<name>-<n>; return it. Of several processes at once each gets its own."""
+    """Make the first free folder runs/<name>-<n>; return it. Processes that run at once get different folders."""
     for path in _numbered(name):
         try:
             make_folder(path.parent)
@@ -229,10 +229,10 @@ def mark_latest(run: Path) -> None:
 def find_model(name: str | None) -> Path:
     """Return the model file of a run folder, or the file itself; the default is $PERCEIVER_MODEL, then runs/latest.
 
-    Raises a UsageError with the path if there is no such file, or as `status_of`.
+    Raises a UsageError with the path if there is no such file. Raises as `status_of` does.
     """
     if name == "":  # a variable that is not set
-        raise UsageError("no model given: found an empty name", "pass a run folder or a model file")
+        raise UsageError("no model given: the name is empty", "pass a run folder or a model file")
     wanted = name or os.environ.get("PERCEIVER_MODEL") or "runs/latest"
     path = Path(wanted)
     if path.name == "latest" and path.is_file():

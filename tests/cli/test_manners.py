@@ -196,7 +196,7 @@ def on_terminal(
 def test_stdin_that_is_a_terminal_gets_help(hostile: Path, command: list[str]) -> None:
     status, shown = on_terminal(*command, cwd=hostile, streams=("stdin", "stderr"))
     assert status == 2
-    assert b"stdin is a terminal; pipe something in: " in b" ".join(shown.split())
+    assert b"stdin is a terminal; pipe data in: " in b" ".join(shown.split())
 
 
 STYLE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
@@ -441,4 +441,4 @@ def test_help_ends_by_the_signal_when_its_reader_leaves(warm_bin: Path) -> None:
 def test_a_deleted_working_folder_is_named(tmp_path: Path) -> None:
     command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m perceiver_cli info tiny-image'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
-    one_line(done, 2, b"the working folder does not exist any more")
+    one_line(done, 2, b"the current folder was deleted")

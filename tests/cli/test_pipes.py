@@ -59,7 +59,7 @@ def test_the_issues_pipelines(here: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().split("\n") == ["60", "(12, 12, 1)", "mine.png", ""]
-    assert b"of records, spooled to '" in done.stderr
+    assert b"of records, copied to '" in done.stderr
     answers = [json.loads(line) for line in (here / "predictions.jsonl").read_text().splitlines()]
     assert len(answers) == 150
     assert all(Path(here / answer["path"]).exists() for answer in answers)
@@ -214,6 +214,6 @@ def test_terminals_get_help_instead_of_silence(here: Path) -> None:
     for command in ("train", "evaluate", "predict", "preprocess"):
         done = subprocess.run([PROGRAM, command, "-"], stdin=terminal, capture_output=True, cwd=here, check=False)
         assert done.returncode == 2, command
-        assert b"stdin is a terminal; pipe something in: " in done.stderr
+        assert b"stdin is a terminal; pipe data in: " in done.stderr
     os.close(terminal)
     os.close(main)

@@ -199,7 +199,7 @@ def test_groups_by_folder_and_by_column(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent"):
         scan(tmp_path / "in", group_by="speaker")
     write_images(tmp_path / "flat", {"a": 3, "b": 3})
-    with pytest.raises(DataError, match="no class has two groups by 'parent', so none can validate"):
+    with pytest.raises(DataError, match="no class has two groups by 'parent', so none is held out"):
         scan(tmp_path / "flat", group_by="parent").hold_out(0.3)
     (tmp_path / "n.csv").write_text("path,label,speaker,split\nin/a/s0/000.png,a,x,train\nin/b/s0/000.png,b,x,test\n")
     with pytest.raises(DataError, match="1 group by 'speaker' in both test and train, such as 'x'"):
@@ -218,7 +218,7 @@ def test_a_saved_split_outlives_new_files(tmp_path: Path) -> None:
     assert again.notes[-1].endswith("split.jsonl'; left out 10 examples that it does not name")
     fewer = saved.apply(made_up({"a": 20, "b": 30}))
     assert fewer is not None
-    assert fewer.notes[-1].endswith("; 10 examples that it names are gone")
+    assert fewer.notes[-1].endswith("; 10 examples that it names are missing")
     assert saved.apply(made_up({"a": 9, "b": 9})) is None
     assert saved.apply(made_up({})) is None
 
@@ -238,9 +238,9 @@ def test_a_saved_split_keeps_an_example_that_is_in_both(tmp_path: Path) -> None:
         ('{"format": 3, "classes": []}\n', "split of format 3, expected 2"),
         (
             '{"format": 2, "classes": []}\n',
-            "a damaged one: its sha256 is not that of its lines",
+            "a damaged one: its sha256 does not match its lines",
         ),
-        ('{"format": 2, "classes": []}\n5', "its sha256 is not that of its lines"),
+        ('{"format": 2, "classes": []}\n5', "its sha256 does not match its lines"),
         ('{"format": 1, "classes": ["a"]}\n{"path": 5, "split": "val"}\n', "split val of 5"),
         ('{"format": 1, "classes": ["a"]}\n{"path": "\\ud800", "split": "val"}\n', "surrogates not allowed"),
         ('{"format": 1, "classes": ["a"]}\n', "a split without examples"),

@@ -417,7 +417,7 @@ def test_tars_that_do_not_belong_together(bars: Path, pairs: Path, tmp_path: Pat
 def test_a_spooled_stream_leaves_nothing_behind(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     shards = spooled(io.BytesIO(written(plan([str(bars)]))[0]), "stdin")
-    assert "spooled to '" in shards.notes[0]
+    assert "copied to '" in shards.notes[0]
     assert str(tmp_path) in shards.notes[0]
     assert os.listdir(tmp_path) == []
     places = shards.stored(3, "x", ["image"])

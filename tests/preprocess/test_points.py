@@ -382,7 +382,7 @@ HOSTILE = {
         "declared at least 12000",
     ),
     "glb view size": (glb(glb_tree(bufferViews=[{"buffer": 0, "byteLength": 10**9}]), TRIANGLE), "declared at least"),
-    "glb negative": (glb(glb_tree(accessors=[{"count": -1, **VEC3}]), TRIANGLE), "no whole number"),
+    "glb negative": (glb(glb_tree(accessors=[{"count": -1, **VEC3}]), TRIANGLE), "not a whole number"),
     "glb views": (
         glb(glb_tree(bufferViews=[{"buffer": 0, "byteLength": 100_000}] * 12_000), bytes(100_000)),
         "decoded",

@@ -204,8 +204,8 @@ def test_an_input_that_could_not_be_read_has_a_member_in_its_place(tmp_path: Pat
     [
         (b"", DataError, "empty"),
         (b"\x89PNG\r\n" + bytes(600), DataError, "not a tar"),
-        (b"\x1f\x8b\x08" + bytes(600), DataError, "compressed; unpack it on the way: zcat FILE"),
-        (b"\x28\xb5\x2f\xfd" + bytes(600), DataError, "compressed; unpack it on the way: zstd -dc"),
+        (b"\x1f\x8b\x08" + bytes(600), DataError, "compressed; unpack it: zcat FILE"),
+        (b"\x28\xb5\x2f\xfd" + bytes(600), DataError, "compressed; unpack it: zstd -dc"),
         (member("photo.jpg", b"x"), DataError, "a tar that begins with 'photo.jpg'"),
         (member(HEADER, b"[]"), IntegrityError, "the header: not a JSON object"),
         (member(HEADER, b'{"format": 9}'), IntegrityError, "records of format 9, expected 1"),

@@ -37,7 +37,7 @@ def test_a_number_that_is_not_finite_is_never_saved(bars: Path, tmp_path: Path, 
     """Wherever it comes from, and if a signal ends the run in that very step."""
     trainer = Trainer(bars, tmp_path, overrides=[*SHORT, "train.ema_decay=0.9"])
     poison(trainer, 4, what, stop=stop)
-    with pytest.raises(DivergedError, match=r"training diverged: .* at step 4, learning rate .*state before is kept"):
+    with pytest.raises(DivergedError, match=r"training diverged: .* at step 4, learning rate .*saved state is kept"):
         list(trainer.fit())
     assert load_state(tmp_path).fields["step"] == 3
     assert finite(tmp_path)

@@ -46,12 +46,12 @@ def preprocess(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once and write them as a tar of records. Read by train, evaluate, predict and WebDataset.
+    """Decode files once and write them as a tar of records. It is read by train, evaluate, predict and WebDataset.
 
-    Records hold the decoded files, of which training still takes random crops. Without -m or --preset the tiny preset
-    for the data decides, its "auto" settled by the data as in training. FILE.npy and FILE.safetensors hold one input as
-    the paper's byte array with Fourier features (ImageNet: 50176 x 261). A bad input has a record with its error, and
-    status 3.
+    Records hold the decoded files; training still takes random crops of them. Without -m or --preset the tiny preset
+    for the data is the recipe, and the data settles its "auto" values as in training. FILE.npy and FILE.safetensors
+    hold one input as the paper's byte array with Fourier features (ImageNet: 50176 x 261). An unreadable input gets a
+    record with its error, and the exit status is 3.
     """
     named = options.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
@@ -60,7 +60,7 @@ def preprocess(
     from perceiver_cli.data import prepare
 
     if output == "-" and terminal.is_terminal():
-        raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them on")
+        raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
     job = prepare.plan(
         named, model=model, preset=preset, changes=changes or [], raised=options.raised_limits(limit),
         label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
@@ -94,8 +94,8 @@ def lint(
     """Decode all files once and report their faults.
 
     Report unreadable files; the same content twice, in one or several splits, with the same or different labels;
-    silent sound, pictures of one colour, clouds of few points; sizes of classes. Status 3 if files are unreadable or
-    content is in several splits.
+    silent sound, pictures of one colour, clouds of few points; sizes of classes. The exit status is 3 if files are
+    unreadable or content is in several splits.
     """
     options.check_data(data)
     from perceiver_cli.data.lint import lint as check

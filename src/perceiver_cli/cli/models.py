@@ -20,7 +20,7 @@ def import_weights(
     output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.safetensors"),
     variant: Annotated[Literal["dm", "hf"], typer.Option(help="Match official code (dm) or transformers (hf).")] = "dm",
 ) -> None:
-    """Convert a transformers image classifier into a model file. It is one of deepmind/vision-perceiver-*."""
+    """Convert a transformers image classifier into a model file. Expects one of deepmind/vision-perceiver-*."""
     from perceiver_cli.model.pretrained import import_model
 
     info = import_model(source, output, variant)
@@ -118,7 +118,7 @@ def show(
 
 def bench(
     preset: Annotated[str, typer.Argument(autocompletion=completion.presets, help="Preset, or growth.")] = "tiny-image",
-    mode: Annotated[Literal["forward", "train"], typer.Option(help="Calls that growth times.")] = "forward",
+    mode: Annotated[Literal["forward", "train"], typer.Option(help="Call that growth measures.")] = "forward",
     plot: Annotated[str | None, typer.Option(help="Plot growth to FILE.svg or FILE.png.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,

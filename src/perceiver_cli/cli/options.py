@@ -63,8 +63,8 @@ def check_data(data: str | None) -> None:
     """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
-    elif data == "":  # a variable that is not set, which Path takes for the working folder
-        raise UsageError("no data given: found an empty name", "pass a folder, a manifest or records")
+    elif data == "":  # a variable that is not set, which Path takes for the current folder
+        raise UsageError("no data given: the name is empty", "pass a folder, a manifest or records")
     elif data is not None and not glob.has_magic(data) and status_of(data) is None:
         raise DataError(
             f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"
@@ -127,7 +127,7 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
     """Return the file number of stdin; raise a UsageError with an example if it is a terminal."""
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("stdin is a terminal", f"pipe something in: {example}")
+        raise UsageError("stdin is a terminal", f"pipe data in: {example}")
     return sys.stdin.fileno()
 
 

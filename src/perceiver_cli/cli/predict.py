@@ -77,9 +77,9 @@ def predict(
     model: options.Model = None,
     use: options.Use = None,
     window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of this many seconds.")] = None,
-    hop: Annotated[float | None, typer.Option(help="Seconds from window to window [default: --window].")] = None,
+    hop: Annotated[float | None, typer.Option(help="Seconds between window starts [default: --window].")] = None,
     aggregate: Annotated[
-        options.Aggregate | None, typer.Option(help="Join the windows' probabilities [default: mean]; none keeps them.")
+        options.Aggregate | None, typer.Option(help="Combine windows' probabilities [default: mean]; none keeps each.")
     ] = None,
     style: Annotated[Format, typer.Option("--format", help="Format; auto: table on a terminal, else jsonl.")] = "auto",
     top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
@@ -97,11 +97,11 @@ def predict(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Classify files. Print one line per input, in input order; a bad input has a line with its error, and status 3.
+    """Classify files. Print one line per input, in input order.
 
-    For a model of several modalities, one input is a video with its sound, the files of one stem in a folder (017.png,
-    017.wav), or a row of a manifest (CSV, TSV, JSONL) with a column for each modality. An input may lack a modality;
-    "used" names those that it has.
+    An unreadable input gets a line with its error, and the exit status is 3. For a model of several modalities, one
+    input is a video with its sound, the files of one stem in a folder (017.png, 017.wav), or a row of a manifest (CSV,
+    TSV, JSONL) with a column for each modality. An input may lack a modality; "used" names those that it has.
     """
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
 
@@ -135,7 +135,7 @@ def explain(
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
-        check_suffix(output, (".png", ".ply"), "-o", "not a format of explain")
+        check_suffix(output, (".png", ".ply"), "-o", "not a format of explanations")
     named = list(options.inputs_to_predict(inputs, None, False, "-"))
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained

@@ -71,14 +71,14 @@ def guarded(app: Callable[[], None]) -> None:
             _check_folder()
             app()
         finally:
-            sys.stdout.flush()  # at exit a failure would be without a word
+            sys.stdout.flush()  # a failure at exit would print no message
     except PerceiverError as error:
         _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
     except Exception as error:
         if (known := _of_the_system(error)) is not None:
             _fail(str(known), known.exit_code)
         if is_out_of_memory(error):
-            traceback.clear_frames(error.__traceback__)  # frees the arrays in them, for the message needs memory too
+            traceback.clear_frames(error.__traceback__)  # frees their arrays: the message needs memory too
             _fail("out of memory; try a smaller --batch-size, or --recompute in training", EXIT_RESOURCE)
         bug = f"this is a bug: {type(error).__name__}: {error}"
         _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
@@ -87,15 +87,15 @@ def guarded(app: Callable[[], None]) -> None:
 
 
 def _check_folder() -> None:
-    """Raise UsageError if the working folder was deleted: MKL would end the process without a word."""
+    """Raise UsageError if the current folder was deleted: MKL would end the process without a message."""
     try:
         os.getcwd()
     except FileNotFoundError:
-        raise UsageError("the working folder does not exist any more", "change to another one") from None
+        raise UsageError("the current folder was deleted", "change to another folder") from None
 
 
 def _of_the_system(error: Exception) -> PerceiverError | None:
-    """Return an error of the system in our words: what it is about, and the cause; None for another error."""
+    """Return a system error as a PerceiverError that names the file and the cause, or None for another error."""
     if isinstance(error, RuntimeError) and "Too many open files" in str(error):  # torch's, about its workers
         error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     if not isinstance(error, OSError):
@@ -126,7 +126,7 @@ class _Escaped(io.TextIOWrapper):
 
 
 class _Stdout(io.RawIOBase):
-    """File 1. A reader that left ends the process by SIGPIPE; what else fails is a ResourceError, also in `--help`."""
+    """File 1. If its reader has left, the process ends by SIGPIPE. Any other failure is a ResourceError."""
 
     def __init__(self, is_open: bool) -> None:
         self.is_open = is_open
@@ -157,9 +157,9 @@ class _Stdout(io.RawIOBase):
 
 
 def _guard_streams() -> None:
-    """Keep files 0 to 2 for the streams, end well if stdout fails, and escape what Python writes to stderr.
+    """Keep files 0 to 2 for the streams, report a failure of stdout, and escape what Python writes to stderr.
 
-    Not escaped is what `talk` writes.
+    The console of `talk` writes to the same file without this escaping.
     """
     streams = (sys.stdin, sys.stdout, sys.stderr)
     for number, stream in enumerate(streams):
@@ -182,8 +182,8 @@ def _guard_streams() -> None:
 class _Libraries:
     """Lines that C libraries write to file 2, such as libtiff's warnings of a damaged file.
 
-    With -v each line is printed, escaped; otherwise the last lines are, if the program fails. The pipe never blocks:
-    it drops what exceeds its capacity, and no decoder waits.
+    With -v each line is printed, escaped. Without it the last lines are printed if the program fails. No decoder waits
+    for the pipe: it drops what exceeds its capacity.
     """
 
     def __init__(self) -> None:
@@ -191,7 +191,7 @@ class _Libraries:
         self.lines: deque[str] = deque(maxlen=LAST_WORDS)
 
     def listen(self) -> None:
-        """Put a pipe in place of file 2, where the system has pipes that never block: Windows from Python 3.12 on."""
+        """Replace file 2 by a pipe that never blocks, if the system has these: Windows from Python 3.12 on."""
         if not hasattr(os, "set_blocking"):
             return
         self.pipe, write_end = os.pipe()
@@ -240,7 +240,7 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 def complain(message: str) -> None:
-    """Print one line on stderr, with -q too: an error, or an unusable input."""
+    """Print one line on stderr, with -q too: an error, or an unreadable input."""
     _libraries.heard()
     _print(message)
 
@@ -275,7 +275,7 @@ def emit_bytes(data: bytes) -> None:
 
 
 def end_by_signal(number: int) -> None:
-    """End this process by a signal, for shells and schedulers to see; on Windows by its status."""
+    """End this process by a signal, which shells and schedulers see; on Windows by an exit status."""
     if not hasattr(signal, "SIGPIPE"):
         os._exit(128 + number)
     signal.signal(number, signal.SIG_DFL)
@@ -312,7 +312,7 @@ def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Seq
 
 
 def bar(*more: str) -> Progress:
-    """Return a progress bar on stderr with more text columns; it is hidden off a terminal and with -q."""
+    """Return a progress bar on stderr with more text columns; it is hidden without a terminal and with -q."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -111,7 +111,7 @@ def lr_find(
     config: options.ConfigFile = None,
     changes: options.Changes = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
-    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Most steps, from rate 1e-5 to 1.")] = 100,
+    steps: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum steps, from rate 1e-5 to 1.")] = 100,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
@@ -169,7 +169,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     ending = "stopped early and saved" if event.stopped_early else "done"
     say(f"{ending}: {best}{counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
     if received:
-        say(f"to go on: perceiver train --resume -o {show_path(event.model.parent)}")
+        say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
     emit(f"{event.model}\n")
 

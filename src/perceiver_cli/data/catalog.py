@@ -84,9 +84,11 @@ class Catalog:
     def hold_out(self, fraction: float) -> Catalog:
         """Return the catalog with a validation split: its own, or a share of train chosen by hash of id or group.
 
-        An example goes by its own hash alone, so new files never move old ones. Two exceptions keep every class in both
-        splits: a class that would leave train keeps its group with the largest hash; a class of two groups or more that
-        would stay whole gives the one with the smallest. Raises DataError if each class has only one group.
+        Only the hash of its id or group decides, so new files never move old ones. Two exceptions keep every class in
+        both splits: a class that train would lack keeps its group with the largest hash there; a class of two groups or
+        more that val would lack moves its group with the smallest hash.
+
+        Raises DataError if each class has only one group.
         """
         if "val" in self.splits or fraction == 0 or "train" not in self.splits:
             return self
@@ -95,8 +97,8 @@ class Catalog:
         held = np.isin(keys, _held_out(keys, firsts, fraction))
         if self.group_by is not None and not held.any():
             raise DataError(
-                f"{show_path(self.root)}: no class has two groups by {show_path(self.group_by)}, so none can validate",
-                "group by something else, or pass --set data.val_fraction=0 to train without validation",
+                f"{show_path(self.root)}: no class has two groups by {show_path(self.group_by)}, so none is held out",
+                "group by another column, or pass --set data.val_fraction=0 to train without validation",
             )
         return self.split(examples, held, np.ones(len(examples), bool))
 
@@ -121,7 +123,7 @@ class Catalog:
 
 
 def _held_out(keys: NDArray[np.uint64], classes: NDArray[np.int64], fraction: float) -> NDArray[np.uint64]:
-    """Return the keys, one per group, that validate; see `Catalog.hold_out`."""
+    """Return the keys, one per group, that are held out; see `Catalog.hold_out`."""
     limit = int(fraction * 2.0**64)
     order = np.lexsort((keys, classes))
     groups = [np.unique(own).tolist() for own in np.split(keys[order], np.flatnonzero(np.diff(classes[order])) + 1)]
@@ -150,7 +152,7 @@ def scan(
 ) -> Catalog:
     """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
-    A file's content tells its kind. Without `reads`, examples bring the commonest kind; each other kind if at least
+    A file's content tells its kind. Without `reads`, examples bring the most common kind; each other kind if at least
     half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos if at
     least half of a sample have any. With `reads`, the modalities of a recipe or model, they bring only these. With
     `classes`, a model's, examples of other classes get no label. `group_by`: "parent", the name of a file's folder, or

@@ -29,7 +29,7 @@ View = dict[str, ByteArray]  # one model input of an example, by modality, witho
 
 @dataclass(frozen=True)
 class Decoded:
-    """The part of an example that is the same at every visit, by modality.
+    """The data of an example that is the same at every visit, by modality.
 
     arrays: decoded. long: sound and video too long to keep: each visit decodes a span. seconds: lengths on the time
     axis. ready: prepared arrays of records.

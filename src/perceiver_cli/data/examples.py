@@ -1,4 +1,4 @@
-"""One example before it is read, and many: as a tuple, or as rows of records that take no memory until needed."""
+"""Examples before they are read: one, a tuple of many, or rows of records that take no memory until needed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Example:
 
 
 class Examples(Sequence[Example]):
-    """The examples of one split, in order. A subclass answers questions about all of them in its own way."""
+    """The examples of one split, in order. A subclass may answer for all of them without making each."""
 
     def __init__(self, examples: Iterable[Example] = ()) -> None:
         self._examples = tuple(examples)

@@ -110,7 +110,7 @@ def folders_in(parent: Path) -> list[Path]:
         try:
             return entry.is_dir()
         except OSError as error:
-            if error.errno == errno.ELOOP:  # a link to itself leads nowhere, as one to a missing file
+            if error.errno == errno.ELOOP:  # a link to itself leads nowhere, like a link to a missing file
                 return False
             raise
 
@@ -140,7 +140,7 @@ def suffix_of(path: str) -> str:
 
 
 def tally(counter: Counter[str]) -> str:
-    """Return the five commonest names with their counts, for a message."""
+    """Return the five most common names with their counts, for a message."""
     shown = ", ".join(f"{show_path(name)} {count}" for name, count in counter.most_common(5))
     return shown + (", ..." if len(counter) > 5 else "")
 
@@ -369,7 +369,7 @@ class Listing:
 
 
 def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: str | None = None) -> Listing:
-    """Return the listing of a folder, a manifest, tars of records, or one file. The one way to expand a path.
+    """Return the listing of a folder, a manifest, tars of records, or one file. Every path is expanded here.
 
     labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all files of a
     folder, no records; "ignored": every file of a folder, sorted by name. group_by: a column of the manifest. Raises

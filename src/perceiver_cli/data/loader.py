@@ -162,7 +162,7 @@ class Reader(Decoder, Dataset[Batch]):
 def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Iterator[Batch]:
     """Yield the batches of a loader with a timeout. Raises ConnectionError if one of its processes dies.
 
-    torch would raise it from a signal handler, wherever the main thread is: in a step, or where it is lost.
+    torch would raise the error from a signal handler, wherever the main thread is: in a step, or where it is lost.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGCHLD) if in_main_thread and hasattr(signal, "SIGCHLD") else None
@@ -189,9 +189,9 @@ def _whole(batch: Any) -> Any:
 
 
 class SharedMemory:
-    """Slots in shared memory, used in turn, through which a worker hands its batches over: one for each in progress.
+    """Slots in shared memory, used in turn, in which a worker returns its batches: one for each batch in progress.
 
-    Slots are reused: to get fresh shared pages for a batch of clips takes longer than to decode a clip.
+    Slots are reused, because fresh shared pages for a batch of clips take longer than decoding a clip.
     """
 
     def __init__(self) -> None:

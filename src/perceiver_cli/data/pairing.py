@@ -14,7 +14,7 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
 PROBES = 64  # files of a data set that are opened to learn about all
-MOST = 0.5  # minimum share of a kind's files with a partner to be read, and of videos with sound for sound to be read
+MOST = 0.5  # a kind is read if this share of its files has a partner; sound is read if this share of videos has it
 
 
 def stem(path: str) -> str:
@@ -30,7 +30,7 @@ def identity(paths: Iterable[str]) -> str:
 
 
 def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
-    """Return the commonest kind and, `by_stem`, each kind most of whose files share their stem with one of those."""
+    """Return the most common kind and, `by_stem`, each kind of which most files share their stem with one of those."""
     paths: dict[str, list[str]] = defaultdict(list)
     for file in files:
         if file.source.kinds:

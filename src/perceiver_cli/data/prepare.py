@@ -228,9 +228,9 @@ def write_records(
     """Write the records of a job to FILE.tar, to shards such as 'x-%06d.tar', or with "-" through `emit`.
 
     A file gets its name when it is complete. A shard ends before a record that would exceed `shard_bytes`. `resume`
-    keeps existing shards and skips their examples, but for those with an error, which are told again. Raises UsageError
-    for another output, and for existing shards without `resume` or of other data; ResourceError if the output cannot be
-    written, or another process writes the same shards.
+    keeps existing shards, skips their examples and reports their errors again. Raises UsageError for another output,
+    and for existing shards without `resume` or of other data; ResourceError if the output cannot be written, or another
+    process writes the same shards.
     """
     if output != "-" and Path(output).suffix.lower() != ".tar":
         raise UsageError(f"-o {show_path(output)}: not a format of records", "expected .tar, or - for stdout")
@@ -272,7 +272,7 @@ def _named(pattern: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """The existing shards of a job: their number, that of the job's examples in them, and of records; their errors."""
+    """The existing shards of a job: numbers of shards, of the job's examples in them and of records; their errors."""
 
     shards: int = 0
     examples: int = 0

@@ -1,6 +1,6 @@
 """The training and validation split of a run, saved in its folder, so that new files do not change it. No torch.
 
-A split file is JSON lines: a header, the id and the split, "train" or "val", of every example, the sha256 of all these.
+A split file is JSON lines: a header, the id and the split ("train" or "val") of each example, the sha256 of all lines.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SavedSplit:
     def apply(self, catalog: Catalog) -> Catalog | None:
         """Return the catalog with this training and validation split, or None if the split is of other data.
 
-        Notes count examples left out because the split does not name them, and named ones that are gone.
+        Notes count the examples that the split does not name, which are left out, and the named ones that are missing.
         """
         examples = catalog.merged(("train", "val"))
         keys = np.array([key_of(name) for name, _ in examples.named()], np.uint64)
@@ -59,7 +59,7 @@ class SavedSplit:
         if num_known < len(keys):
             notes.append(f"left out {counted(len(keys) - num_known, 'example')} that it does not name")
         if num_known < len(self.keys):
-            notes.append(f"{counted(len(self.keys) - num_known, 'example')} that it names are gone")
+            notes.append(f"{counted(len(self.keys) - num_known, 'example')} that it names are missing")
         split = catalog.split(examples, self.held[places], known)
         return replace(split, notes=(*catalog.notes, "; ".join(notes)))
 
@@ -103,7 +103,7 @@ def _rows(lines: Iterable[bytes]) -> Iterator[Any]:
 
 
 def _compared(lines: Iterable[bytes], first: bytes) -> Iterator[Any]:
-    """Yield the rows between the first line and the last, the sha256 of all others. Raises ValueError if it differs."""
+    """Yield the rows after the first line. Raises ValueError unless the last line is the sha256 of all others."""
     digest, line = hashlib.sha256(), first
     for following in lines:
         if line is not first:
@@ -111,7 +111,7 @@ def _compared(lines: Iterable[bytes], first: bytes) -> Iterator[Any]:
         digest.update(line)
         line = following
     if parse_json(line) != {"sha256": digest.hexdigest()}:
-        raise ValueError("its sha256 is not that of its lines")
+        raise ValueError("its sha256 does not match its lines")
 
 
 def _pair(row: Any) -> tuple[int, bool]:

@@ -23,18 +23,18 @@ from perceiver_cli.malloc import check_room
 
 CHUNK = 16  # inputs per message between processes
 AHEAD = 2  # chunks per process that may wait for earlier ones
-WATCH_S = 0.5  # between looks at workers, and of a worker at its parent
-STOPPED_LOOKS = 4  # in a row at which a worker is stopped before it counts as dead: Ctrl-Z stops the parent too
+WATCH_S = 0.5  # between checks of workers, and of a worker's parent
+STOPPED_LOOKS = 4  # checks in a row before a stopped worker counts as dead: Ctrl-Z stops the parent too
 GROUP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # sent to all processes of a job
 
-FILES_BESIDE, FILES_PER_WORKER = 16, 16  # descriptors that are free when workers start
+FILES_BESIDE, FILES_PER_WORKER = 16, 16  # descriptors that must be free: in all, and per worker
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def start_method() -> str:
-    """Return how workers start: "fork" shares what is in memory, "spawn" is for Windows and macOS."""
+    """Return how workers start: "fork" shares the memory of this process, "spawn" is for Windows and macOS."""
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"  # Apple's libraries crash
     return "fork" if can_fork else "spawn"
 
@@ -47,7 +47,7 @@ def in_progress(workers: int) -> int:
 def in_order(call: Callable[[Item], Result], items: Iterable[Item], workers: int) -> Iterator[Result]:
     """Yield `call(item)` in order, from `workers` processes (0: this one).
 
-    Raises ResourceError if a process dies, is stopped or cannot be started; an error of `call` as it is.
+    Raises ResourceError if a process dies, is stopped or cannot be started; an error of `call` is raised unchanged.
     """
     if workers == 0:
         yield from map(call, items)
@@ -83,8 +83,8 @@ def _results(link: Connection) -> list[Any]:
 def _pool(call: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]]:
     """Yield a connection to each of some new processes; afterwards kill them.
 
-    A worker's results come through a pipe of its own, and it holds the only other end. So its death ends what waits for
-    it, in the middle of a message too, and leaves no lock behind: `ProcessPoolExecutor` waits for ever then.
+    Each worker has its own pipe and holds the only other end. So its death ends a wait for it, even in the middle of a
+    message, and leaves no lock behind; `ProcessPoolExecutor` would wait for ever.
     """
     context: Any = multiprocessing.get_context(start_method())
     forked = start_method() == "fork"
@@ -108,7 +108,7 @@ def _pool(call: Callable[[Any], Any], workers: int) -> Iterator[list[Connection]
 
 
 def _work(link: Connection, others: Sequence[Connection], call: Callable[[Any], Any]) -> None:
-    """Answer chunks of items until the parent is gone. others: the parent's ends, open in a forked process too."""
+    """Send the results of chunks until the parent ends. others: the parent's ends of pipes, which a fork inherits."""
     begin_worker()
     for other in others:
         other.close()
@@ -134,7 +134,7 @@ def _work(link: Connection, others: Sequence[Connection], call: Callable[[Any], 
 
 
 def _send(link: Connection, outcome: object) -> None:
-    """Send an outcome, or the error if it cannot be sent."""
+    """Send results or their error; if these cannot be sent, send that error."""
     try:
         link.send(outcome)
     except OSError:
@@ -145,7 +145,7 @@ def _send(link: Connection, outcome: object) -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Start worker processes inside: `begin_worker` decides what they do with signals before any reaches them.
+    """Hold signals back from worker processes that start in the `with`, until each has called `begin_worker`.
 
     Raises ResourceError if the system starts no more processes.
     """
@@ -162,7 +162,7 @@ def starting_workers() -> Iterator[None]:
 
 
 def begin_worker(number: int = 0) -> None:
-    """Make this process a data worker: it ends when its parent ends, and for no signal to the whole job.
+    """Make this process a data worker: it ends with its parent, and ignores signals to the whole job.
 
     A run that a signal ends still reads its last batches, and saves.
     """
@@ -182,7 +182,7 @@ def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType 
 
 
 def end_with_parent() -> None:
-    """End a worker process when its parent ends for any reason: it would wait for work for ever."""
+    """End a worker process when its parent ends for any reason; else it would wait for work for ever."""
     number = os.getppid()
 
     def watch() -> None:
@@ -233,7 +233,7 @@ def _is_stopped(pid: int | None) -> bool:
 
 
 def check_files(workers: int) -> None:
-    """Raise ResourceError if this process may not open the files that its workers need: torch would hang, half begun.
+    """Raise ResourceError if this process may not open the files that its workers need: torch would hang.
 
     Each worker has pipes and semaphores, and sends each array of a batch as a file.
     """

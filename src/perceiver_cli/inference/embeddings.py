@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def check_embeddings(path: str | os.PathLike[str]) -> str:
-    """Return the suffix of an output. Raises UsageError if it is no format of embeddings."""
-    return check_suffix(path, (".npy", ".safetensors"), "--embeddings", "not a format written here")
+    """Return the suffix of an output. Raises UsageError if it is not a format of embeddings."""
+    return check_suffix(path, (".npy", ".safetensors"), "--embeddings", "not a format of embeddings")
 
 
 def keeping_embeddings(

@@ -12,7 +12,7 @@ From one input and one class:
   blank input has its mean in all places; a blank cloud has all points in its centre. An input's gain is the sum over
   its channels, averaged with neighbours within a few percent of a grid's side against noise; only positive gains count.
 - Heat: evidence times the square root of attention. In tests with known evidence, neither factor alone locates it in
-  pictures, sound and clouds alike.
+  all of pictures, sound and clouds.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class ScoreMap:
 class ExplainedInput:
     """One modality of an explained example.
 
-    Heat and attention sum to 1 over all modalities, or are 0. If a sound or film was repeated to fill a clip, they are
+    Heat and attention sum to 1 over all modalities, or are 0. If a sound or video was repeated to fill a clip, they are
     summed over its repetitions.
     """
 

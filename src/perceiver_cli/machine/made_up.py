@@ -51,7 +51,7 @@ def _mp4(rng: np.random.Generator, file: BinaryIO) -> None:
         track = container.add_stream("libx264", rate=25, options={"preset": "veryfast"})
         track.width, track.height, track.pix_fmt = 320, 240, "yuv420p"
         still = np.kron(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
-        for number in range(32):  # smooth and moving, to compress as a film does
+        for number in range(32):  # smooth and moving, to compress as a real video does
             picture = np.roll(still, 3 * number, axis=1)
             container.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(track.encode(None))

@@ -32,7 +32,7 @@ FORMAT = 1
 MAX_HEADER_BYTES = 8 << 20
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 DEFAULT_THRESHOLD = 0.5
-MAX_EXTRA = 10_000  # parameters of a small model beside those in its file
+MAX_EXTRA = 10_000  # parameters that a small model may have more than its file
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def _check_size(path: Path, cost: Cost, tensors: Mapping[str, Tensor]) -> None:
     Raises ResourceError if one example is too large for this machine: weights do not grow with a picture's size.
     """
     stored = sum(tensor.numel() for tensor in tensors.values())
-    if cost.parameters > 2 * stored + MAX_EXTRA:  # for fewer, the message that names the tensors is worth the build
+    if cost.parameters > 2 * stored + MAX_EXTRA:  # for fewer, the model is built: that message names tensors
         found = f"{stored:,} numbers do not fit the configuration, which has {cost.parameters:,} parameters"
         raise IntegrityError(f"{show_path(path)}: {found}")
     memory = memory_bytes()
@@ -182,7 +182,7 @@ def read_table(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """Yield a safetensors file of the library, opened once: another file may take its name at any moment.
+    """Yield an open safetensors file. It is opened once, because another file may take its name at any moment.
 
     The library checks that names, types, shapes, offsets and the size of the file agree. Raises UsageError if the file
     cannot be read, IntegrityError if it is cut short or damaged, or has other types than `DTYPES`.

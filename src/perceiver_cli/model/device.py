@@ -46,7 +46,7 @@ def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
     if chosen.type == "cuda" and (not torch.cuda.is_available() or (chosen.index or 0) >= torch.cuda.device_count()):
         raise UsageError(f"--device {device}: found {torch.cuda.device_count()} GPUs", "use --device cpu")
     if chosen.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError(f"--device {device}: no GPU of Apple's is here", "use --device cpu")
+        raise UsageError(f"--device {device}: no Apple GPU on this machine", "use --device cpu")
     if chosen.type not in ("cpu", "cuda", "mps"):
         raise UsageError(f"--device {device}: not supported", "expected auto, cpu, cuda or mps")
     if precision == "auto":

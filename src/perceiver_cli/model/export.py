@@ -143,7 +143,7 @@ def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[byte
 
 def check_output(output: str | os.PathLike[str]) -> str:
     """Return the suffix of an output. Raises UsageError if its format cannot be written here."""
-    suffix = check_suffix(output, tuple(FORMATS), "-o", "not a format written here")
+    suffix = check_suffix(output, tuple(FORMATS), "-o", "not a format of exported models")
     if missing := missing_packages(suffix):
         raise UsageError(f"{suffix} needs {', '.join(missing)}", "pip install 'perceiver-cli[onnx]', or export to .pt2")
     return suffix

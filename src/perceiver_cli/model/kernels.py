@@ -230,7 +230,8 @@ def _efficient_backward(q: Tensor, k: Tensor, grad: Tensor, lse: Tensor, delta: 
 def self_test(kernel: Kernel, device: torch.device, width: int = TESTED_WIDTH) -> float:
     """Return the largest error of a kernel beside the plain one, as a share of the largest number; NaN is an error too.
 
-    Both ways, on problems of odd sizes, small and large, with keys of `width` columns. Raises the kernel's own error.
+    Runs it forward and backward on problems of odd sizes, small and large, with keys of `width` columns. Raises the
+    kernel's own error.
     """
     sizes = [(3, 45, 70), (2, 400, 150 * torch.get_num_threads() if device.type == "cpu" else 150)]
     with torch.no_grad(), torch.inference_mode(False), torch.autocast(device.type, enabled=False):

@@ -25,7 +25,7 @@ def linears(x: Tensor, cheap: Callable[[Tensor], Tensor], layers: Sequence[nn.Li
     """Return layer(cheap(x)) for each layer; x is (..., C), every layer has a bias.
 
     cheap: a function of rows; if it is a module, its parameters get gradients.
-    Autocast and torch.compile save tensors in their own way, so with them the layers run as usual.
+    Autocast and torch.compile save tensors by themselves, so with them the layers run as usual.
     """
     if torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         y = cheap(x)

@@ -98,9 +98,9 @@ class Perceiver(nn.Module):
     def _first_queries(self) -> Tensor:
         """Return the folded queries of the first cross-attend, which depend on no input; computed once per model.
 
-        This is the only cache in the package that is keyed on tensors. A version alone would not do: fused optimisers
-        change weights and leave it. So queries are kept in evaluation mode only, until `train`, `eval` or a forward
-        that may be differentiated; loading and moving a model change a device, an address or a version.
+        This is the only cache in the package that is keyed on tensors. A version alone is not enough: fused optimisers
+        change weights but not their version. So queries are kept in evaluation mode only, until `train`, `eval` or a
+        forward with gradients. Loading or moving a model changes a device, an address or a version.
         """
         block = self.cross_attends[0]
         assert isinstance(block, CrossAttend)

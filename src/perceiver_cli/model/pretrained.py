@@ -1,8 +1,8 @@
 """From the image classifiers of transformers (`deepmind/vision-perceiver-*`) to a model file of this program.
 
 There is no second model class: their configuration becomes a `Config`, their tensors take our names (pretrained.toml).
-Nothing is trusted: `config.json` is parsed defensively, sizes are counted before anything is built, and every tensor's
-name and shape is checked both ways.
+Nothing is trusted: `config.json` is parsed defensively, sizes are counted before a model is built, and the names
+and shapes of all tensors must match.
 
 Source: modeling_perceiver.py of transformers; where it differs from the official JAX code, `variant` chooses.
 """

@@ -31,7 +31,7 @@ class AudioSpec(InputSpec):
 
     modality: Literal["audio"] = "audio"
     features: Literal["raw", "mel"] = "raw"  # raw samples, or a log-mel spectrogram
-    # "auto": the commonest rate of the training files, at most max_auto_rate_hz.
+    # "auto": the most common rate of the training files, at most max_auto_rate_hz.
     rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
     max_auto_rate_hz: int = 16_000  # see rate_hz
     clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28  # seconds of a clip
@@ -132,7 +132,7 @@ class AudioModality(TimedModality[AudioSpec]):
             yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
-        """Return `spec` with a rate: the commonest in the headers of `sources`, at most `max_auto_rate_hz`.
+        """Return `spec` with a rate: the most common in the headers of `sources`, at most `max_auto_rate_hz`.
 
         Without sources the rate is `max_auto_rate_hz`. Raises DataError if no source can be read.
         """

@@ -149,7 +149,7 @@ class Modality(ABC, Generic[S]):
         return 1
 
     def fault(self, raw: Array) -> str | None:
-        """Return the word by which `lint` reports a decoded array without content, "constant", or None."""
+        """Return the word for an array without content, such as "constant", with which `lint` reports it, else None."""
         rows = raw.reshape(-1, raw.shape[-1] if raw.ndim > 1 else 1)
         return "constant" if (rows.min(axis=0) == rows.max(axis=0)).all() else None
 

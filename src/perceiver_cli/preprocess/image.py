@@ -78,7 +78,7 @@ PIXELS_PER_BYTE = {"PNG": 8 * 1032, "GIF": 4096, "BMP": 1 << 14, "PPM": 8}
 PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
 WIDE_PIXEL_BYTES = 8  # the same for integers and floats, which become float64 on their way to 8 bits
 JPEG_SCAN, JPEG_END = 0xDA, b"\xff\xd9"
-JPEG_HEAD_BYTES = 1 << 20  # before the first scan: a longer head is not looked through
+JPEG_HEAD_BYTES = 1 << 20  # before the first scan: a longer head is not searched
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
 # By EXIF orientation, from 2 on.
 UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
@@ -139,7 +139,7 @@ def _check_claim(source: Source, image: Image.Image, file: BinaryIO) -> None:
 
 
 def _is_without_scan(data: bytes) -> bool:
-    """Return whether a JPEG ends where its first scan should begin: the decoder would answer grey."""
+    """Return whether a JPEG ends where its first scan should begin: the decoder would return grey pixels."""
     at = 2
     while data[at : at + 1] == b"\xff" and at + 4 <= len(data):
         marker, end = data[at + 1], at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")

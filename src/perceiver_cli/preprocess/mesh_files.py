@@ -83,7 +83,7 @@ def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
     elif re.match(ASCII_STL, data[:HEAD_BYTES]):
         check_counts(source, data.count(b"vertex"), data.count(b"endfacet"), limits)
         if b"endsolid" not in data or data.count(b"vertex") != 3 * data.count(b"endfacet"):
-            raise DataError(f"{source.shown}: ends inside a facet, or a facet is no triangle")
+            raise DataError(f"{source.shown}: ends inside a facet, or a facet is not a triangle")
         vertices = _numbers(re.findall(rb"vertex[ \t]+([^\r\n]+)", data))
     else:
         raise DataError(f"{source.shown}: declared {count} triangles in {84 + 50 * count} bytes, found {len(data)}")
@@ -278,7 +278,7 @@ def _check_gltf(source: Source, tree: dict[str, Any], binary_bytes: int, limits:
     view_bytes = [view["byteLength"] for view in tree.get("bufferViews", [])]
     counts = [accessor["count"] for accessor in accessors]
     if any(not isinstance(size, int) or size < 0 for size in view_bytes + counts):
-        raise DataError(f"{source.shown}: a size in the GLB is no whole number")
+        raise DataError(f"{source.shown}: a size in the GLB is not a whole number")
     _check_claim(source, max(view_bytes, default=0), binary_bytes)
     source.check_decoded(sum(view_bytes), 1, limits)  # trimesh copies each view
     total = 0
@@ -362,7 +362,7 @@ FORMATS = {
 
 
 def mesh_format(head: bytes, name: str) -> MeshFormat | None:
-    """Return the format of a file that begins with `head`, or None if it is no mesh and no point cloud."""
+    """Return the format of a file that begins with `head`, or None if it is neither a mesh nor a point cloud."""
     suffix = name.lower().rpartition(".")[2]
     return next((known for known in FORMATS.values() if known.matches(head, suffix)), None)
 

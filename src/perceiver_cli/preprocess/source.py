@@ -116,7 +116,7 @@ def as_data_errors(source: Source, noun: str) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error):  # not the file's fault
             raise ResourceError(
-                f"out of memory while decoding the {noun} {source.shown}", "try fewer --workers"
+                f"out of memory while decoding the {noun} {source.shown}", "pass a smaller --workers"
             ) from error
         reason = getattr(error, "strerror", None) or getattr(error, "error_string", None)
         reason = str(reason or f"{type(error).__name__}: {error}").removesuffix(": ").removeprefix("OSError: ")

@@ -19,7 +19,7 @@ from perceiver_cli.records.npy import npy_bytes, parse_npy
 
 
 def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> Stored:
-    """Return a file's byte array like a record's. Raises DataError if it is damaged or does not fit `spec`."""
+    """Return a file's byte array as the array of a record. Raises DataError if it is damaged or does not fit `spec`."""
     layout = modality(name).layout(spec)
     if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
         raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",

@@ -1,4 +1,4 @@
-"""Digests of arrays, fast enough to be compared at every reading."""
+"""Digests of arrays, fast enough to be checked at every read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-CHUNK = 1 << 16  # bytes with one digest: who reads a second of an hour's sound compares that second
+CHUNK = 1 << 16  # bytes per digest: a reader of one second of an hour's sound checks only that second
 PAGE = 1 << 12
 WORD, DIGEST = 8, 4  # bytes
 
@@ -16,10 +16,10 @@ Size = TypeVar("Size", int, NDArray[np.int64])
 
 
 def digests(data: bytes | memoryview) -> bytes:
-    """Return four bytes for each chunk of 64 KiB: crc32 of the sums of its whole pages, then of the rest.
+    """Return a digest of four bytes for each chunk of 64 KiB: crc32 of the sums of its whole pages, then of the rest.
 
-    A sum is that of a page's 64-bit words. It takes a tenth of the time of a crc32 of all bytes, and changes with any
-    error in a single word; crc32 adds the order of the pages.
+    The sum of a page adds its 64-bit words. It takes a tenth of the time of a crc32 of all bytes, and any error in a
+    single word changes it; crc32 adds the order of the pages.
     """
     view = memoryview(data)
     if len(view) < PAGE:
@@ -34,5 +34,5 @@ def digests(data: bytes | memoryview) -> bytes:
 
 
 def num_digests(size: Size) -> Size:
-    """Return the number of bytes of the digests of `size` bytes, a number or an array of them."""
+    """Return how many bytes the digests of `size` bytes take; `size` is a number or an array."""
     return -(-size // CHUNK) * DIGEST

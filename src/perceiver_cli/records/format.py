@@ -37,7 +37,7 @@ class Header:
     """How all records of a stream were prepared.
 
     inputs: options by modality, none of them "auto". classes: names, in the order of KEY.cls. content: "decoded" arrays
-    of files, from which training draws its crops; "prepared" inputs of the model, augmented or not; "fourier": such
+    of files, from which training draws its crops; "prepared" inputs of the model, augmented or not; "fourier": these
     inputs as rows (M, C) with Fourier features.
     """
 
@@ -202,8 +202,8 @@ class Stored:
     """One modality of a record: a decoded array, used like an encoded file (`Input` in data/inputs.py).
 
     name: the input's name. length_s: the input's length, of sound and video. read: returns the array in NPY format.
-    digests: of that, to be compared; empty in records of version 0.1.0. within: the stream or tar that holds it, to
-    print. mark: called when all of the array is as it was written.
+    digests: of that array, to be checked; empty in records of version 0.1.0. within: the stream or tar that holds it,
+    for messages. mark: called when the whole array matches its digests.
     """
 
     name: str
@@ -287,7 +287,7 @@ class Stored:
         return array
 
     def _compare(self, data: memoryview, begin: int, end: int) -> None:
-        """Raise DataError if a chunk of the array's file that holds any of these bytes is damaged."""
+        """Raise DataError if a chunk that holds any of the array's bytes `begin` to `end` is damaged."""
         if not self.digests:
             return
         low, high = begin // CHUNK, -(-end // CHUNK)
@@ -312,7 +312,7 @@ def header_check(shown: str, first: Header, second: Header) -> None:
     """Raise DataError unless the records of two streams can be read as one stream."""
     if first.content != second.content or first.inputs.keys() != second.inputs.keys():
         kinds = [f"{'+'.join(header.inputs)} {header.content}" for header in (first, second)]
-        raise DataError(f"{shown}: records of {kinds[0]}, then of {kinds[1]}", "prepare both alike")
+        raise DataError(f"{shown}: records of {kinds[0]}, then of {kinds[1]}", "prepare both with the same options")
     second.check(shown, first.inputs, "the previous stream")
     if first.multi_label != second.multi_label:
-        raise DataError(f"{shown}: records with several labels each, and records with one", "prepare both alike")
+        raise DataError(f"{shown}: records with several labels, and with one", "prepare both with the same options")

@@ -1,8 +1,8 @@
 """Random access to records on disk: each tar is indexed once and memory-mapped; a pipe is spooled first. No torch.
 
 The index holds NumPy columns, about sixty bytes a record. It lies beside the tar as TAR.index, or in the user's cache
-folder if the tar's folder is read-only, and is valid while the tar keeps its size and time of change. One digest is of
-all of it; a damaged index is made again.
+folder if the tar's folder is read-only, and is valid while the tar keeps its size and time of change. One digest
+covers it; a damaged index is made again.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ _open: WeakValueDictionary[int, Tar] = WeakValueDictionary()
 class Tar:
     """One tar of records, mapped into memory. Forked data workers find it by its token.
 
-    sound: for each block, whether it begins an array that this process has compared with its digests: once is enough,
-    and takes half as long as copying the array.
+    sound: for each block, whether it begins an array that this process has checked against its digests. One check is
+    enough: it takes half as long as copying the array.
     """
 
     def __init__(self, file: BinaryIO, path: str) -> None:
         self.path, self.shown, self.token = path, show_path(path), next(_tokens)
         self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._bytes = memoryview(self._map)
-        self.sound = np.zeros(len(self._map) // BLOCK + 1, bool)  # the system gives memory for what is set
+        self.sound = np.zeros(len(self._map) // BLOCK + 1, bool)  # only pages that are set take memory
         _open[self.token] = self
 
     def bytes_at(self, at: int, size: int) -> memoryview:
@@ -69,7 +69,7 @@ class Tar:
         return self._bytes[at : at + size]
 
     def mark(self, at: int) -> None:
-        """Note that the array at a place is sound."""
+        """Record that the array at an offset is intact."""
         self.sound[at // BLOCK] = True
 
     def __reduce__(self) -> tuple[Any, tuple[int]]:
@@ -113,7 +113,7 @@ class Shards:
 
     @cached_property
     def copies(self) -> dict[int, int]:
-        """How many earlier rows have the same id, for each row where any does."""
+        """The number of earlier rows with the same id, by row; rows without any are left out."""
         keys = self.columns["keys"]
         order = np.argsort(keys, kind="stable")
         same = np.flatnonzero(keys[order][1:] == keys[order][:-1]) + 1
@@ -184,7 +184,7 @@ def spooled(file: BinaryIO, name: str) -> Shards:
         fault = "not records" if head else "empty"
         raise DataError(f"{shown}: {fault}", "expected a stream from `perceiver preprocess`")
     try:
-        with tempfile.TemporaryFile() as copy:  # without a name, so that nothing stays of it when a signal ends this
+        with tempfile.TemporaryFile() as copy:  # without a name, so that nothing is left if a signal ends the process
             copied = copy.write(head)
             while data := file.read(READ_BYTES):
                 copied += copy.write(data)
@@ -192,7 +192,7 @@ def spooled(file: BinaryIO, name: str) -> Shards:
             copy.seek(0)
             shards = _joined([_scanned(Tar(copy, name), copy, shown)])
             place = show_path(tempfile.gettempdir())
-            note = f"{shown}: {copied / 1e6:,.1f} MB of records, spooled to {place} until this ends"
+            note = f"{shown}: {copied / 1e6:,.1f} MB of records, copied to {place} until this process ends"
     except OSError as error:
         raise cannot_write(Path(tempfile.gettempdir()), error) from error
     return replace(shards, notes=(note,))
@@ -219,7 +219,7 @@ def _indexed(file: BinaryIO, path: str) -> Shards:
 
 
 def _scanned(tar: Tar, file: BinaryIO, shown: str) -> Shards:
-    """Return the records of one tar, whose members are read and whose arrays are skipped."""
+    """Return the records of one tar; arrays are skipped, other members are read."""
     feed = Feed(file, shown)
     names: dict[str, int] = {}
     errors: dict[int, str] = {}

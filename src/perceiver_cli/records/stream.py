@@ -46,7 +46,7 @@ class Writer:
         self.packed(tar_members([(HEADER, header.to_json())]), records=0)
 
     def packed(self, members: bytes, records: int = 1, errors: int = 0) -> None:
-        """Write the members that `pack` returned; the caller keeps keys rising."""
+        """Write the members that `pack` returned; the caller passes rising keys."""
         self.num_records += records
         self.num_errors += errors
         self.num_bytes += len(members)
@@ -74,7 +74,7 @@ def pack(facts: Facts, arrays: Mapping[str, bytes | memoryview], number: int, he
 def tar_members(members: Sequence[tuple[str, bytes | memoryview]]) -> bytes:
     """Return POSIX ustar members without owner and time. Raises UsageError for a name or size that no tar can hold.
 
-    Each is sealed but arrays, whose digests KEY.json holds.
+    Each has a seal, except arrays: KEY.json holds their digests.
     """
     data: list[bytes | memoryview] = []
     for name, content in members:
@@ -96,7 +96,7 @@ _TAR_END_SUM = sum(_TAR_HEADER[156:SEAL_AT]) + 8 * ord(" ")  # the checksum coun
 def _tar_header(name: str, size: int, seal: bytes) -> bytes:
     """Return `TarInfo.tobuf(USTAR_FORMAT)` of a regular file, eight times faster: `tobuf` makes writing slow.
 
-    seal: eight bytes in the place of zeros.
+    seal: eight bytes that replace zeros.
     """
     encoded = name.encode("ascii")
     if len(encoded) > MAX_NAME or size >= 8**11:
@@ -165,7 +165,7 @@ def compression(head: bytes) -> str | None:
 
 
 def read_records(feed: Feed, limits: Limits, take: Callable[[int], T]) -> Iterator[tuple[Header, Record[T]]]:
-    """Yield the header and each record of one or several adjacent streams; `feed.records` leaves out errors.
+    """Yield the header and each record of one or several adjacent streams; `feed.records` does not count errors.
 
     take: called with the size of an array: `feed.take` gives its bytes, `feed.skip` its place. Raises DataError for
     another kind of file, LimitError for an array above `limits` before it is read, and IntegrityError, which counts the
@@ -252,7 +252,7 @@ def _next_header(feed: Feed, before: Header | None) -> Header | None:
     if before is None:
         command = compression(block)
         if command is not None:
-            raise DataError(f"{feed.shown}: compressed", f"unpack it on the way: {command} FILE | perceiver ... -")
+            raise DataError(f"{feed.shown}: compressed", f"unpack it: {command} FILE | perceiver ... -")
         if block[257:262] != b"ustar":
             raise DataError(f"{feed.shown}: {'not a tar' if block else 'empty'}", hint)
     if not block.startswith(HEADER.encode() + b"\0"):

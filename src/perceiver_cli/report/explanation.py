@@ -111,7 +111,7 @@ def _score_maps(name: str, shown: ExplainedInput, maps: Sequence[ScoreMap]) -> l
     """Return the rows of a modality's score maps: one row per cross-attend, one column per latent."""
     rows: list[Row] = [(LINE, partial(_write, text=f"{name}: scores before the softmax, one latent each"))]
     heads = any(score.head > 1 for score in maps)
-    height = (WIDTH - GAP * (MAPS - 1)) // MAPS // (3 if shown.start_s is not None else 1)  # a strip for sound and film
+    height = (WIDTH - GAP * (MAPS - 1)) // MAPS // (3 if shown.start_s is not None else 1)  # a strip: sound, video
     for number in sorted({score.cross_attend for score in maps}):
         panels = []
         for score in (score for score in maps if score.cross_attend == number):

@@ -51,7 +51,7 @@ def sample(
 
 
 def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
-    """Return width and height of a medium within side x side; sound and film are 2 side wide."""
+    """Return width and height of a medium within side x side; sound and video are 2 side wide."""
     match spec:
         case ImageSpec():
             tall, wide = raw.shape[:2]

@@ -59,7 +59,7 @@ class Run:
             self.class_weights = class_weights(counts, power).to(self.compute.device)
         self.step = 0
         self.lr = train.lr  # of the last step
-        self.learned = plan.saved is not None  # from an example
+        self.learned = plan.saved is not None  # from at least one example
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
@@ -212,11 +212,9 @@ class Run:
             raise self._diverged(f"{counted(len(broken), 'tensor')} not finite, such as {broken[0]},")
 
     def _diverged(self, found: str) -> DivergedError:
-        """Return the error of a run whose numbers are not finite, with what is left of it."""
+        """Return the error of a run whose numbers are not finite; it names the saved state."""
         folder = self.plan.output / STATE_FOLDER
-        kept = (
-            f"the state before is kept in {show_path(folder)}" if (folder / MANIFEST).exists() else "nothing is saved"
-        )
+        kept = f"the saved state is kept in {show_path(folder)}" if (folder / MANIFEST).exists() else "nothing is saved"
         return DivergedError(
             f"training diverged: {found} at step {self.step}, learning rate {self.lr:.3g}",
             f"{kept}; try a lower --lr, train.warmup or train.clip_norm",
@@ -316,7 +314,7 @@ class Run:
             self.total_steps = planned
         elif self.total_steps != planned:
             change = f"the plan changed from {planned} to {counted(self.total_steps, 'step')}"
-            self.plan.notes.append(f"{change}: the learning rate follows the new one")
+            self.plan.notes.append(f"{change}: the learning rate follows the new plan")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

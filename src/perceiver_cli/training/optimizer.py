@@ -96,7 +96,7 @@ class Average(AveragedModel):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights of a step. The parent's method copies the count to the GPU and back, and waits for it."""
+        """Add the weights of a step. The parent's method copies the count to the GPU and back, and waits for it."""
         n = float(self.n_averaged)
         mine: list[Tensor] = list(self.module.parameters())
         theirs: list[Tensor] = list(model.parameters())

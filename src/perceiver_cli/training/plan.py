@@ -25,7 +25,7 @@ from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
 
-FEW = 10  # unreadable files that say little before all files were looked at
+FEW = 10  # unreadable files that never stop a run before all files were decoded
 LIST_BAD = 20  # unreadable files named in an error
 
 
@@ -117,9 +117,9 @@ class Plan:
         }
 
     def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many of `looked_at` files are unreadable (`bad`: error by id); raise DataError if too many.
+        """Return how many of `looked_at` decoded files are unreadable; raise DataError if too many. bad: error by id.
 
-        Before all training files were looked at, up to FEW are never too many; if none is left, no share is allowed.
+        Up to FEW are never too many before all training files were decoded. At least one file must be readable.
         """
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
         errors = [error for identity, error in bad.items() if identity in ids]
@@ -133,7 +133,7 @@ class Plan:
                 raise DataError(f"no training file can be read:\n  {listed}")
             raise DataError(
                 f"{len(errors)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
-                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / looked_at) / 1000)} to go on without them:"
+                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / looked_at) / 1000)} to continue without them:"
                 f"\n  {listed}"
             )
         return len(errors)

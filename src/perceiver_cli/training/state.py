@@ -73,7 +73,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": states}, indent=1) + "\n")
     for old in folder.glob(STATE_PATTERN):
         if old.name not in {state["file"] for state in states}:
-            with suppress(OSError):  # no state counts that the manifest does not name
+            with suppress(OSError):  # a state that the manifest does not name does not count
                 old.unlink()
     return file
 
@@ -113,9 +113,9 @@ def _committed(folder: Path) -> list[str]:
 
 
 def _present(folder: Path) -> list[str]:
-    """Return the states in a folder with a manifest, which `begin_run` removes first; newest first.
+    """Return the states in a folder that has a manifest, newest first; `begin_run` removes the manifest first.
 
-    Each is whole and has its own checksum, so that a damaged manifest loses none.
+    Each state is whole and has its own checksum, so a damaged manifest loses none.
     """
     names = [path.name for path in folder.glob(STATE_PATTERN)] if (folder / MANIFEST).exists() else []
     return sorted(filter(re.compile(STATE_NAME).fullmatch, names), reverse=True)

@@ -96,7 +96,7 @@ class Trainer:
         Raises DataError for too many unreadable files; DivergedError if the loss is not finite; ResourceError if the
         run folder cannot be written, holds another run, or is in use.
         """
-        if self.plan.request.output is None:  # others may have begun a run of this number since
+        if self.plan.request.output is None:  # another process may have begun a run of this number since
             self.plan = replace(self.plan, output=make_next_run(self.plan.config.name))
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
         with claim_run(output, resume=resume, replace=self.replace):
