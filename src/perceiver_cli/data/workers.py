@@ -176,7 +176,7 @@ def begin_worker(number: int = 0) -> None:
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error that nothing caught, but for a lost connection: Python's threads meet it when the parent ends."""
+    """Print an uncaught error, except a lost connection, which threads of Python raise when the parent ends."""
     if not issubclass(kind, ConnectionError | EOFError):
         sys.__excepthook__(kind, error, trace)
 
