@@ -222,7 +222,7 @@ def signals(place: Place) -> Iterator[Verdict]:
             verdict = f"a traceback: {child.said()}"
         if made.exists() and not verdict:
             verdict = start(place, "lint", made).ended(0, 3)
-        if name in ("train", "read") and sent in (signal.SIGINT, signal.SIGTERM) and "to continue: perceiver" in child.said():
+        if name in ("train", "read") and sent in (signal.SIGINT, signal.SIGTERM) and "to continue:" in child.said():
             verdict = verdict or start(place, "train", "--resume", "-o", run, "--steps", "3", "--dry-run").ended(0)
         yield where + verdict if verdict else ""
         made.unlink(missing_ok=True)
@@ -240,7 +240,7 @@ def group(place: Place) -> Iterator[Verdict]:
         child.wait_for(lambda run=run: (run / STATE_FOLDER / MANIFEST).exists())
         os.killpg(child.pid, sent)
         verdict = child.ended(ENDED[sent], 0) or child.left()
-        if not verdict and child.status and "to continue: perceiver" not in child.said():
+        if not verdict and child.status and "to continue:" not in child.said():
             verdict = f"nothing said of going on: {child.said()}"
         verdict = verdict or finished(place, data, run)
         yield verdict or ("other bytes" if contents(run) != contents(whole) else litter(place, run))
