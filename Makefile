@@ -6,7 +6,9 @@ BIN    := $(VENV)/bin
 # One more than there are cores: some tests wait for others.
 PYTEST := -m pytest -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist worksteal
 
-.PHONY: help demo test faults fuzz lowest golden lint docs bench clean
+SLOW   := tests/test_pages.py tests/benchmarks
+
+.PHONY: help demo test slow faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -20,10 +22,13 @@ $(BIN)/perceiver: pyproject.toml constraints.txt
 demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-learn's handwritten digits
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
-test: $(BIN)/perceiver  ## install, then run the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+test: $(BIN)/perceiver  ## install, then run the test suite
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW:%=--ignore %)
 
-faults: $(BIN)/perceiver  ## install, then inject faults by force for 15 minutes; with ARGS=--sample a few for two
+slow: $(BIN)/perceiver  ## install, then run what the pages and the examples show, and the tests of benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW)
+
+faults: $(BIN)/perceiver  ## install, then inject faults by force for ten minutes; with ARGS=--sample a few
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)
 
 fuzz: $(BIN)/perceiver  ## install, then fuzz each parser for ten minutes; with ARGS='--seconds 60 ply off' two for one

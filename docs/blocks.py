@@ -3,7 +3,7 @@
 A comment stands before every block of sh, python and console: `<!-- run -->`, or `<!-- not run: REASON -->`. A console
 block holds commands after `$ ` and what they print, errors and progress included; a line `...` stands for any lines.
 The blocks of a page run in order in a folder of their own, which `prepare` fills: digits/ (labelled pictures), tones/
-(labelled sounds), runs/digits and runs/tones (models). tests/test_docs.py runs them all and compares what is printed,
+(labelled sounds), runs/digits and runs/tones (models). tests/test_pages.py runs them all and compares what is printed,
 with any number alike.
 """
 

@@ -35,7 +35,7 @@ SMALL = (
 )
 
 
-SLOW_FIRST = ("test_docs.py", "test_registry.py", "test_contest.py", "test_export.py", "test_pipes.py")
+SLOW_FIRST = ("test_pages.py", "test_registry.py", "test_contest.py", "test_export.py", "test_pipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
