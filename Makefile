@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # One more than there are cores: some tests wait for others.
 PYTEST := -m pytest -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist worksteal
 
-SLOW   := tests/test_pages.py tests/benchmarks
+SLOW   := tests/test_pages.py tests/benchmarks tests/model/test_export.py
 
 .PHONY: help demo test slow faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
@@ -25,7 +25,7 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 test: $(BIN)/perceiver  ## install, then run the test suite
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW:%=--ignore %)
 
-slow: $(BIN)/perceiver  ## install, then run what the pages and the examples show, and the tests of benchmarks
+slow: $(BIN)/perceiver  ## install, then run the slow tests: pages, examples, exports, benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW)
 
 faults: $(BIN)/perceiver  ## install, then inject faults by force for ten minutes; with ARGS=--sample a few
