@@ -84,7 +84,7 @@ def refused(data: bytes, name: str = "x", limits: Limits = LIMITS) -> DataError:
     try:
         with pytest.raises(DataError) as caught:
             load(data, name, limits=limits)
-        assert time.perf_counter() - start < 0.5
+        assert time.perf_counter() - start < 3
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
