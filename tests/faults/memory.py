@@ -6,8 +6,6 @@ import math
 import os
 import re
 import resource
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,16 +14,17 @@ import soundfile
 import trimesh
 from PIL import Image
 
-from tests import warm
 from tests.conftest import SMALL, SMALL_CLIPS, SMALL_PAIRS, write_clip, write_images, write_pairs
+from tests.faults.process import start
 from tests.faults.table import Place, Verdict, row
 
 ROOM_MIB = (0.25, 0.5, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 LIMIT_S = 60.0
 
 
-def commands(folder: Path) -> dict[str, list[str]]:
+def commands(place: Place) -> dict[str, list[str]]:
     """Return what is run, by name, after writing its files and its models."""
+    folder = place.folder
     write_images(folder / "images", {"a": 12, "b": 12})
     Image.fromarray(np.zeros((4000, 4000, 3), np.uint8)).save(folder / "large.png")  # 48 MB decoded
     soundfile.write(folder / "long.wav", np.zeros((1_500_000, 2), np.int16), 48_000)  # 12 MB as float32
@@ -44,8 +43,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "points": ["points", *short, "--set", "inputs.points.num_points=200"],
     }
     for name, words in of.items():
-        done = ended(folder, ["train", *words, "-o", f"of-{name}"], None)
-        assert done[0] == 0, (name, done)
+        assert not (fault := start(place, *["train", *words, "-o", f"of-{name}"]).ended(0)), fault
     tests = {
         "image": ["images/a/000.png", "large.png"],
         "audio": ["pairs/top-low/000.wav", "long.wav"],
@@ -68,31 +66,6 @@ def sets(options: tuple[str, ...], modality: str = "") -> list[str]:
     return [word for option in mine for word in ("--set", option)]
 
 
-def ended(folder: Path, words: list[str], room: float | None) -> tuple[int, str, str]:
-    """Return status, stdout and stderr of `perceiver WORDS` in a fork of this process with `room` MiB left."""
-    out, err = folder / "stdout", folder / "stderr"
-    child = os.fork()
-    if child == 0:
-        written = (os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) for path in (out, err))
-        files = [os.open(os.devnull, os.O_RDONLY), *written]
-        os.setsid()
-        if room is not None:
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            limit = used + int(room * 2**20)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-        environment = {**os.environ, "TMPDIR": str(folder)}
-        warm.become(files, "perceiver", words, str(folder), environment)
-    until = time.monotonic() + LIMIT_S
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status), out.read_text(), err.read_text()
-        time.sleep(0.02)
-    os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return -99, out.read_text(), err.read_text()
-
-
 def same(text: str, other: str) -> bool:
     """Return whether two outputs are the same text with the same numbers, up to the rounding of another kernel."""
     number = re.compile(r"\d+\.\d+(?:e-?\d+)?")
@@ -106,20 +79,22 @@ def same(text: str, other: str) -> bool:
 @row("low memory", tried=216, sample=12)
 def low_memory(place: Place) -> Iterator[Verdict]:
     """Each command with 18 sizes of room: it ends with 5 and one line, or with what it says with much memory."""
-    warm.preload()
-    todo = commands(place.folder)
-    right = {name: ended(place.folder, words, None) for name, words in todo.items()}
+    todo = commands(place)
+    right = {}
+    for name, words in todo.items():
+        child = start(place, *words)
+        assert not (fault := child.ended(0)), fault
+        right[name] = child.out.read_text()
     trials = [(name, room) for room in ROOM_MIB for name in todo]
     place.random.shuffle(trials)
     for name, room in trials[: place.count]:
-        status, out, err = ended(place.folder, todo[name], room)
-        where = f"{name} with {room:g} MiB"
-        if status == 0:
-            yield "" if same(out, right[name][1]) or "train" in name else f"{where}: another answer: {out[-200:]}"
-        elif status == 5 and "Traceback" not in err and "memory" in err:
-            yield ""
-        else:
-            yield f"{where}: status {status}: {err[-300:]}"
+        child = start(place, *todo[name], room_mib=room)
+        fault, answer = child.ended(0, 5), child.out.read_text()
+        if child.status == 0 and "train" not in name and not same(answer, right[name]):
+            fault = f"another answer: {answer[-200:]}"
+        elif child.status == 5 and "memory" not in child.said():
+            fault = f"status 5: {child.said()}"
+        yield f"{name} with {room:g} MiB: {fault}" if fault else ""
 
 
 STEADY_MIB = 12.0  # that a process may grow by between the first part of its work and the end
@@ -158,7 +133,7 @@ def growth(place: Place) -> Iterator[Verdict]:
         peaks = []
         for count in (300, 3000):
             write_images(place.folder / f"{count}", {"a": count})
-            ended(place.folder, ["preprocess", f"{count}", "-o", f"{count}.tar"], None)
+            start(place, "preprocess", f"{count}", "-o", f"{count}.tar").ended(0)
             peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10)
         grown = peaks[1] - peaks[0]
         yield "" if grown < STEADY_MIB else f"records: grew by {grown:.1f} MiB from 300 to 3,000"

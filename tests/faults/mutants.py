@@ -19,9 +19,7 @@ from typing import Any
 import numpy as np
 
 from perceiver_cli.errors import PerceiverError
-from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.image import ImageSpec
-from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.preprocess.video import VideoSpec
 from tests.faults.table import Place, Verdict, row
@@ -138,20 +136,14 @@ def media() -> dict[str, tuple[bytes, InputSpec]]:
     return files
 
 
-def load(data: bytes, name: str, spec: InputSpec) -> None:
-    array = modality(spec.modality).load(Source(name, data), spec, Limits())
-    assert array.size
-    assert np.isfinite(array).all()
-
-
 @row("mutants of every format that is read", 20_000, 600)
 def formats(place: Place) -> Iterator[Verdict]:
     """Pictures and films here, sounds, meshes, arrays, records and text by the targets of tests/fuzz."""
-    from tests.fuzz.targets import CORPUS, TARGETS
+    from tests.fuzz.targets import CORPUS, TARGETS, load
 
     seeds: list[tuple[str, bytes, Callable[[bytes], object]]] = []
     for name, (data, spec) in media().items():
-        seeds.append((name, data, partial(load, name=name, spec=spec)))
+        seeds.append((name, data, partial(load, name=name, spec=spec, limits=Limits())))
     for name, target in TARGETS.items():
         seeds += [(f"{name}/{path.name}", path.read_bytes(), target) for path in sorted((CORPUS / name).glob("seed*"))]
     trials = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -11,16 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.faults.table import Place, Verdict
-from tests.warm import become, preload
+from tests.warm import become
 
 LIMIT_S = 60.0
 
 
 class Child:
-    """A running command. pid: its process and group; status: its end, once `ended` was called."""
+    """A running command. pid: its process and group; out: its stdout; status: its end, once `ended` was called."""
 
-    def __init__(self, pid: int, talk: Path) -> None:
-        self.pid, self.talk, self.status = pid, talk, -1000
+    def __init__(self, pid: int, out: Path, talk: Path) -> None:
+        self.pid, self.out, self.talk, self.status = pid, out, talk, -1000
 
     def said(self) -> str:
         """Return the last words on stderr."""
@@ -82,24 +83,27 @@ class Child:
         return "workers are left"
 
 
-def start(place: Place, *arguments: str | Path, cwd: Path | None = None) -> Child:
-    """Return `perceiver ARGUMENTS`, started in the folder of the row."""
-    preload()  # once: what is imported before the fork is not imported in each child
+def start(place: Place, *arguments: str | Path, cwd: Path | None = None, room_mib: float | None = None) -> Child:
+    """Return `perceiver ARGUMENTS`, started in the folder of the row. room_mib: address space that it may add."""
     number = len(list(place.folder.glob("talk-*")))
-    talk, environment = place.folder / f"talk-{number}", place.environment
-    out = os.open(talk, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    paths, environment = [place.folder / f"{name}-{number}" for name in ("out", "talk")], place.environment
+    files = [os.open(os.devnull, os.O_RDWR)]
+    files += [os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644) for path in paths]
     pid = os.fork()
     if pid == 0:
         try:
             os.setpgid(0, 0)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `main` sets it, before its imports
+            if room_mib is not None:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                limit = used + int(room_mib * 2**20)
+                resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             words = [os.fspath(word) for word in arguments]
-            become([nothing, os.dup(nothing), out], "perceiver", words, os.fspath(cwd or place.folder), environment)
+            become(files, "perceiver", words, os.fspath(cwd or place.folder), environment)
         finally:
             os._exit(70)  # never back into the row
     with suppress(OSError):  # whoever of the two is first
         os.setpgid(pid, pid)
-    os.close(out)
-    os.close(nothing)
-    return Child(pid, talk)
+    for file in files:
+        os.close(file)
+    return Child(pid, *paths)

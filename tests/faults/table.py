@@ -72,15 +72,3 @@ def row(name: str, tried: int, sample: int) -> Callable[[Callable[[Place], Itera
         return ROWS[name]
 
     return add
-
-
-def bad_ending(done: subprocess.CompletedProcess[bytes], *statuses: int) -> Verdict:
-    """Return what is wrong with the end of a command: its status, a traceback, or an error of more than one line."""
-    text = done.stderr.decode("utf-8", "replace")
-    if done.returncode not in statuses:
-        return f"status {done.returncode}, expected {' or '.join(map(str, statuses))}: {text[-300:]}"
-    if "Traceback" in text or "this is a bug" in text:
-        return f"a traceback: {text[-300:]}"
-    if done.returncode > 0 and "error" not in text:
-        return f"status {done.returncode} without an error: {text[-300:]}"
-    return ""

@@ -78,8 +78,12 @@ def check(array: np.ndarray) -> None:
     assert np.isfinite(array).all()
 
 
-def load(data: bytes, name: str, spec: InputSpec) -> None:
-    check(modality(spec.modality).load(Source(name, data), spec, LIMITS))
+def load(data: bytes, name: str, spec: InputSpec, limits: Limits = LIMITS) -> None:
+    check(modality(spec.modality).load(Source(name, data), spec, limits))
+
+
+def load_points(data: bytes, suffix: str) -> None:
+    load(data, f"x.{suffix}", PointsSpec(pool_points=16))
 
 
 @target
@@ -137,32 +141,32 @@ def index(data: bytes) -> None:
 
 @target
 def ply(data: bytes) -> None:
-    load(data, "x.ply", PointsSpec(pool_points=16))
+    load_points(data, "ply")
 
 
 @target
 def stl(data: bytes) -> None:
-    load(data, "x.stl", PointsSpec(pool_points=16))
+    load_points(data, "stl")
 
 
 @target
 def off(data: bytes) -> None:
-    load(data, "x.off", PointsSpec(pool_points=16))
+    load_points(data, "off")
 
 
 @target
 def obj(data: bytes) -> None:
-    load(data, "x.obj", PointsSpec(pool_points=16))
+    load_points(data, "obj")
 
 
 @target
 def xyz(data: bytes) -> None:
-    load(data, "x.xyz", PointsSpec(pool_points=16))
+    load_points(data, "xyz")
 
 
 @target
 def npy_points(data: bytes) -> None:
-    load(data, "x.npy", PointsSpec(pool_points=16))
+    load_points(data, "npy")
 
 
 @target
@@ -173,12 +177,12 @@ def gltf(data: bytes) -> None:
     size = 12 + 8 + len(text) + 8 + len(binary)
     head = struct.pack("<4sII", b"glTF", 2, size)
     chunks = struct.pack("<I4s", len(text), b"JSON") + text + struct.pack("<I4s", len(binary), b"BIN\0") + binary
-    load(head + chunks, "x.glb", PointsSpec(pool_points=16))
+    load_points(head + chunks, "glb")
 
 
 @target
 def glb(data: bytes) -> None:
-    load(data, "x.glb", PointsSpec(pool_points=16))
+    load_points(data, "glb")
 
 
 @target
