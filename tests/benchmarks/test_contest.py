@@ -53,9 +53,9 @@ def test_transformers_is_the_same_model_for_one_cross_attend() -> None:
     assert count == sum(p.numel() for p in Perceiver(config, {"image": GRID}, NUM_CLASSES).parameters())
 
 
-def test_one_row_per_contender_with_ratios_and_memory() -> None:
-    """In training; the command below measures the forward pass."""
-    rows = list(contest.contest(Trial("tiny-points", "train", 0.05, "cpu", "fp32", batch=2), ["usual"], [], 1))
+@pytest.mark.parametrize("mode", contest.MODES)
+def test_one_row_per_contender_with_ratios_and_memory(mode: str) -> None:
+    rows = list(contest.contest(Trial("tiny-points", mode, 0.05, "cpu", "fp32", batch=2), ["usual"], [], 1))
     names = [row["name"] for row in rows]
     assert names == ["ours", *peers.FORMS]
     for row in rows:

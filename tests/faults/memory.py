@@ -44,9 +44,10 @@ def commands(place: Place) -> dict[str, list[str]]:
     }
     for name, words in of.items():
         assert not (fault := start(place, *["train", *words, "-o", f"of-{name}"]).ended(0)), fault
+    # Alone: beside a small file that is read, the forward pass would end the command before the blame is seen.
     tests = {
-        "image": ["images/a/000.png", "large.png"],
-        "audio": ["pairs/top-low/000.wav", "long.wav"],
+        "image": ["large.png"],
+        "audio": ["long.wav"],
         "video": ["clips/c/a.mp4"],
         "points": ["points/e/1.ply"],
     }
@@ -55,7 +56,7 @@ def commands(place: Place) -> dict[str, list[str]]:
         "train with workers": ["train", *of["image"], "-o", "run", "--replace", "--workers", "2"],
         **{f"predict {name}": ["predict", *files, "-m", f"of-{name}"] for name, files in tests.items()},
         "evaluate": ["evaluate", "images", "-m", "of-image", "--json"],
-        "preprocess": ["preprocess", "images", "-m", "of-image", "-o", "images.tar"],
+        "preprocess": ["preprocess", "images", "large.png", "-m", "of-image", "-o", "images.tar"],
         "preprocess with workers": ["preprocess", "points", "-m", "of-points", "-o", "points.tar", "--workers", "2"],
     }
 
