@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.listing import folders_in, read_manifest, walk_files
+from perceiver_cli.data.folders import folders_in, walk_files
+from perceiver_cli.data.manifest import read_manifest
 from perceiver_cli.errors import DataError
 from tests.conftest import write_images
 

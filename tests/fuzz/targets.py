@@ -16,7 +16,7 @@ import numpy as np
 
 from perceiver_cli.config import load_config
 from perceiver_cli.data.inputs import Pipe, examples_of
-from perceiver_cli.data.listing import read_manifest
+from perceiver_cli.data.manifest import read_manifest
 from perceiver_cli.data.splits import read_split
 from perceiver_cli.errors import PerceiverError
 from perceiver_cli.model.checkpoint import read_info, read_table

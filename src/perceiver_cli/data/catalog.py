@@ -19,12 +19,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.examples import Example, Examples, Records
-from perceiver_cli.data.listing import File, Listing, Row, contents_of, listed, looked_at, parent, suffix_of, tally
+from perceiver_cli.data.folders import contents_of, parent, suffix_of, tally
+from perceiver_cli.data.listing import Listing, listed
+from perceiver_cli.data.manifest import Row
 from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.detection import formats, other_kind
+from perceiver_cli.preprocess.detection import File, formats, looked_at, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows

@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.data.listing import parent
+from perceiver_cli.data.folders import parent
 from perceiver_cli.preprocess.source import Source, key_of
 from perceiver_cli.records.format import Stored
 from perceiver_cli.records.shards import Shards

@@ -15,13 +15,13 @@ from itertools import groupby
 from typing import BinaryIO, ClassVar
 
 from perceiver_cli.data.examples import Example
-from perceiver_cli.data.listing import File, Listing, listed, looked_at
+from perceiver_cli.data.listing import Listing, listed
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Span
-from perceiver_cli.preprocess.detection import detected, other_kind
+from perceiver_cli.preprocess.detection import File, detected, looked_at, other_kind
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import stored_rows

@@ -7,9 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-from perceiver_cli.data.listing import File
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import modality, with_time
+from perceiver_cli.preprocess.detection import File
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 

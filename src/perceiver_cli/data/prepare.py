@@ -20,15 +20,17 @@ from perceiver_cli.config import Config, load_preset, tiny_config
 from perceiver_cli.data.catalog import of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
+from perceiver_cli.data.folders import parent
 from perceiver_cli.data.inputs import opened
-from perceiver_cli.data.listing import File, Listing, Row, listed, parent
+from perceiver_cli.data.listing import Listing, listed
+from perceiver_cli.data.manifest import Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import detected
+from perceiver_cli.preprocess.detection import File, detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows

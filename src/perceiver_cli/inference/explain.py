@@ -33,7 +33,6 @@ from torch.nn import functional as F
 from perceiver_cli.data.decoder import Decoded
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Part, Pipe, source_of
-from perceiver_cli.data.listing import looked_at
 from perceiver_cli.data.loader import Reader, collate
 from perceiver_cli.data.pairing import assemble, sources_of
 from perceiver_cli.errors import UsageError
@@ -43,6 +42,7 @@ from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec
 

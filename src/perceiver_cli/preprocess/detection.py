@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from dataclasses import replace
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import modality, names
@@ -31,6 +32,28 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     if not kinds:
         raise DataError(f"{source.shown}: unknown format", f"expected {formats()}")
     return replace(source, kinds=kinds, holds_rows=bool(rows))
+
+
+@dataclass(frozen=True)
+class File:
+    """A file with known kinds. path: as named. error: why it cannot be read, if that is known."""
+
+    path: str
+    source: Source
+    error: DataError | None = None
+
+    def among(self, allowed: Container[str]) -> str | None:
+        """Return the nearest allowed kind: a video may also be read for its sound."""
+        return next((kind for kind in self.source.kinds if kind in allowed), None)
+
+
+def looked_at(source: Source, path: str | None = None) -> File:
+    """Return a source as a file with the kinds of its content; unknown content gives an error and no kinds."""
+    path = source.name if path is None else path
+    try:
+        return File(path, detected(source))
+    except DataError as error:
+        return File(path, source, error)
 
 
 def is_safetensors(head: bytes) -> bool:
