@@ -16,6 +16,7 @@ import soundfile
 import torch
 from hypothesis import given, settings, strategies as st
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import kept
 from perceiver_cli.data.examples import Example, Examples
@@ -190,20 +191,20 @@ def test_groups_by_folder_and_by_column(tmp_path: Path) -> None:
     files = sorted((tmp_path / "in").rglob("*.png"))
     rows = "".join(f"in/{p.relative_to(tmp_path / 'in')},{p.parts[-3]},{p.parent.name}\n" for p in files)
     (tmp_path / "m.csv").write_text("path,label,speaker\n" + rows)
-    by_folder = scan(tmp_path / "in", group_by="parent").hold_out(0.3)
-    by_column = scan(tmp_path / "m.csv", group_by="speaker").hold_out(0.3)
+    by_folder = scan(tmp_path / "in", options=DataConfig(group_by="parent")).hold_out(0.3)
+    by_column = scan(tmp_path / "m.csv", options=DataConfig(group_by="speaker")).hold_out(0.3)
     assert [{f"in/{name}" for name in names} for names in shares(by_folder).values()] == [*shares(by_column).values()]
     assert 0 < len({e.group for e in by_folder.splits["val"]}) < 8
     with pytest.raises(DataError, match="'speaker'; expected 'speakr' to group by; rename 'speaker' to 'speakr'"):
-        scan(tmp_path / "m.csv", group_by="speakr")
+        scan(tmp_path / "m.csv", options=DataConfig(group_by="speakr"))
     with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent"):
-        scan(tmp_path / "in", group_by="speaker")
+        scan(tmp_path / "in", options=DataConfig(group_by="speaker"))
     write_images(tmp_path / "flat", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no class has two groups by 'parent', so none is held out"):
-        scan(tmp_path / "flat", group_by="parent").hold_out(0.3)
+        scan(tmp_path / "flat", options=DataConfig(group_by="parent")).hold_out(0.3)
     (tmp_path / "n.csv").write_text("path,label,speaker,split\nin/a/s0/000.png,a,x,train\nin/b/s0/000.png,b,x,test\n")
     with pytest.raises(DataError, match="1 group by 'speaker' in both test and train, such as 'x'"):
-        scan(tmp_path / "n.csv", group_by="speaker").check_groups()
+        scan(tmp_path / "n.csv", options=DataConfig(group_by="speaker")).check_groups()
 
 
 def test_a_saved_split_outlives_new_files(tmp_path: Path) -> None:

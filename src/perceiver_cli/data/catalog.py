@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.folders import contents_of, parent, suffix_of, tally
 from perceiver_cli.data.listing import Listing, listed
-from perceiver_cli.data.manifest import Row
+from perceiver_cli.data.manifest import NO_OPTIONS, Row
 from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
@@ -150,23 +151,23 @@ def scan(
     data: str | os.PathLike[str],
     classes: Sequence[str] | None = None,
     reads: Iterable[str] | None = None,
-    group_by: str | None = None,
+    options: DataConfig = NO_OPTIONS,
 ) -> Catalog:
     """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
     A file's content tells its kind. Without `reads`, examples bring the most common kind; each other kind if at least
     half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos if at
     least half of a sample have any. With `reads`, the modalities of a recipe or model, they bring only these. With
-    `classes`, a model's, examples of other classes get no label. `group_by`: "parent", the name of a file's folder, or
-    a column of the manifest; no group is in two splits.
+    `classes`, a model's, examples of other classes get no label. options: columns of a manifest and its `root`; what
+    makes pairs; `group_by`, whose groups are each in one split.
 
     Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
-    name = os.fspath(data)
+    name, group_by = os.fspath(data), options.group_by
     if name == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
             return _records_catalog(spooled(stdin, "stdin"), "-", classes, reads, group_by)
-    listing = listed(name, group_by=None if group_by == PARENT else group_by)
+    listing = listed(name, options=options.model_copy(update={"group_by": None}) if group_by == PARENT else options)
     if listing.tars:
         return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:

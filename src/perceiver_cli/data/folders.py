@@ -9,22 +9,24 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from perceiver_cli.data.manifest import SPLIT_NAMES, ColumnError, Row, is_manifest, read_manifest, top_split
+from perceiver_cli.config import DataConfig
+from perceiver_cli.data.manifest import NO_OPTIONS, SPLIT_NAMES, ColumnError, Row, is_manifest, read_manifest, top_split
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import cannot_read, show_path
 
 
-def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[list[Row], bool]:
+def rows_in(top: Path, notes: list[str], options: DataConfig = NO_OPTIONS) -> tuple[list[Row], bool]:
     """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
 
     Rows come from the first of: metadata.csv or metadata.jsonl with labels and file_name, in the folder or in each
     split's (Hugging Face's imagefolder and audiofolder); class folders, `split/class/file`, `class/split/file`
-    (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `group_by` is a column. `notes`
+    (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `options` name columns. `notes`
     gets a line for ignored files. Raises DataError for an unreadable manifest or one without that column.
     """
     unlabelled: ColumnError | None = None
+    group_by = options.group_by
     try:
-        if described := _by_metadata(top, notes, group_by):
+        if described := _by_metadata(top, notes, options):
             return described
     except ColumnError as error:
         unlabelled = error
@@ -38,18 +40,18 @@ def rows_in(top: Path, notes: list[str], group_by: str | None = None) -> tuple[l
     if rows:
         return rows, False
     named = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
-    read = [read_manifest(path, group_by=group_by, split=split) for path, split in named if split and path.is_file()]
+    read = [read_manifest(path, options, split=split) for path, split in named if split and path.is_file()]
     return [row for rows, _ in read for row in rows], any(several for _, several in read)
 
 
-def _by_metadata(top: Path, notes: list[str], group_by: str | None) -> tuple[list[Row], bool] | None:
+def _by_metadata(top: Path, notes: list[str], options: DataConfig) -> tuple[list[Row], bool] | None:
     """Return the rows of the metadata in a data folder and its split folders, or None without metadata."""
     places = ["", *(folder.name for folder in folders_in(top) if top_split(folder.name))]
     paths = {Path(place, f"metadata{end}"): place for place in places for end in (".csv", ".jsonl")}
     paths = {path: place for path, place in paths.items() if (top / path).is_file()}
     if not paths:
         return None
-    read = [read_manifest(top / path, group_by=group_by, beside=place) for path, place in paths.items()]
+    read = [read_manifest(top / path, options, beside=place) for path, place in paths.items()]
     named = {path for rows, _ in read for row in rows for path in row.paths} | set(map(str, paths))
     cut = len(os.path.join(os.fspath(top), ""))
     rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)

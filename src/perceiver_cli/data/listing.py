@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.folders import rows_in, walk_files
-from perceiver_cli.data.manifest import MANIFESTS, Row, is_manifest, read_manifest
+from perceiver_cli.data.manifest import MANIFESTS, NO_OPTIONS, Row, is_manifest, read_manifest
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
@@ -35,12 +36,13 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: str | None = None) -> Listing:
+def listed(path: str | os.PathLike[str], labels: Labels = "needed", options: DataConfig = NO_OPTIONS) -> Listing:
     """Return the listing of a folder, a manifest, tars of records, or one file. Every path is expanded here.
 
     labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all files of a
-    folder, no records; "ignored": every file of a folder, sorted by name. group_by: a column of the manifest. Raises
-    DataError for a pattern without a match, an unreadable manifest, or, if labels are needed, another file.
+    folder, no records; "ignored": every file of a folder, sorted by name. options: columns of a manifest, its root, and
+    what makes pairs. Raises DataError for a pattern without a match, an unreadable manifest, or, if labels are needed,
+    another file.
     """
     name = os.fspath(path)
     file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
@@ -50,12 +52,12 @@ def listed(path: str | os.PathLike[str], labels: Labels = "needed", group_by: st
         return Listing(tars=tuple(tars))
     if os.path.isdir(name):
         notes: list[str] = []
-        rows, multi_label = rows_in(Path(name), notes, group_by) if labels != "ignored" else ([], False)
+        rows, multi_label = rows_in(Path(name), notes, options) if labels != "ignored" else ([], False)
         cut = len(os.path.join(name, ""))
         every = (Row(each[cut:]) for each in walk_files(name)) if labels != "needed" else ()
         return Listing(rows or every, folder=name, multi_label=multi_label, notes=tuple(notes))
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
-        rows, multi_label = read_manifest(name, labelled=labels == "needed", group_by=group_by)
+        rows, multi_label = read_manifest(name, options, labelled=labels == "needed")
         return Listing(rows, folder=os.path.dirname(name), by_stem=False, multi_label=multi_label)
     if file is not None:
         return Listing([Row(name, file=file)])

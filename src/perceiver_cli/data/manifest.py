@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_cli import preprocess
+from perceiver_cli.config import DataConfig
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess.detection import File, looked_at
@@ -34,6 +35,7 @@ LIKE_LABEL = ("label", "labels", "class", "category", "target")
 NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
 LINES = ".txt"  # lines of PATH LABEL, as in the lists of Kinetics
 MAX_MANIFEST_BYTES = 256 << 20
+NO_OPTIONS = DataConfig()
 
 
 class ColumnError(DataError):
@@ -79,9 +81,9 @@ def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
 
 def read_manifest(
     path: str | os.PathLike[str],
+    options: DataConfig = NO_OPTIONS,
     *,
     labelled: bool = True,
-    group_by: str | None = None,
     split: str = "train",
     beside: str | None = None,
 ) -> tuple[list[Row], bool]:
@@ -95,7 +97,7 @@ def read_manifest(
     file's path then gives the default. Raises DataError for a file that contradicts its suffix or a row without a
     label; ColumnError for missing columns, with the most similar ones.
     """
-    shown, rows = show_path(path), _cells_in(path)
+    shown, rows, group_by = show_path(path), _cells_in(path), options.group_by
     columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     path_columns = _path_columns(columns)

@@ -196,7 +196,7 @@ def _scan(
     before = None if split is None else read_split(split)
     classes = None if saved is None else saved.fields.get("classes")
     reads = None if config is None else config.inputs
-    catalog = scan(path, classes or (None if before is None else before.classes), reads, options.group_by)
+    catalog = scan(path, classes or (None if before is None else before.classes), reads, options)
     if before is None:
         return catalog
     divided = before.apply(catalog)
@@ -206,7 +206,7 @@ def _scan(
     if path == "-":
         raise UsageError(f"{shown}: the split of other data", "pass --set data.split=none")
     notes.append(f"{shown} is the split of other data: this data is split anew")
-    return scan(path, None, reads, options.group_by)
+    return scan(path, None, reads, options)
 
 
 def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
