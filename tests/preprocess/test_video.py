@@ -6,6 +6,7 @@ import builtins
 import gc
 import io
 import math
+import re
 import struct
 import time
 import tracemalloc
@@ -52,7 +53,8 @@ def encoded(
 ) -> bytes:
     """Return a video of grey frames, `levels`, each far from its neighbours."""
     path = io.BytesIO()
-    with av.open(path, "w", format=kind, options={"movflags": flags} if flags else {}) as file:
+    muxer = {"movflags": flags} if flags else {"mpegts_m2ts_mode": "1"} if kind == "m2ts" else {}
+    with av.open(path, "w", format={"m2ts": "mpegts"}.get(kind, kind), options=muxer) as file:
         stream = file.add_stream(codec, rate=RATE, options={"threads": "1", "b": "4000000", **options})
         stream.height, stream.width = size
         stream.pix_fmt = "yuv420p"
@@ -109,7 +111,14 @@ CONTAINERS = [
     ("avi", "mpeg4"),
     ("mpeg", "mpeg1video"),
     ("mpegts", "libx264"),
+    ("m2ts", "libx264"),  # AVCHD: packets of 192 bytes
+    ("mpeg1video", "mpeg1video"),  # without a container
+    ("asf", "wmv2"),
+    ("flv", "flv"),
+    ("ogg", "libvpx"),
+    ("mxf", "mpeg2video"),
 ]
+STREAMS = ("mpeg", "mpegts", "m2ts", "mpeg1video", "mxf")  # declare no size; what is there of them is read
 
 
 @pytest.mark.parametrize(("kind", "codec"), CONTAINERS)
@@ -125,7 +134,8 @@ def test_every_container_decodes_to_what_was_written(kind: str, codec: str) -> N
 
 @pytest.mark.parametrize(("kind", "codec"), CONTAINERS)
 def test_a_span_is_a_part_of_the_whole(kind: str, codec: str) -> None:
-    data = encoded(kind, codec, 60, g="12", bf="2") if "264" in codec else encoded(kind, codec, 60, g="12")
+    options = {"g": "12"} | ({"bf": "2"} if "264" in codec else {})
+    data = encoded(kind, codec, 60, **options)
     for rate in (25.0, 10.0):
         whole = load(data, frame_rate_hz=rate)
         for start in np.arange(0, 2.3, 0.17):
@@ -421,10 +431,44 @@ def test_recolouring_keeps_grey_grey() -> None:
 
 
 @pytest.mark.parametrize("share", [0.95, 0.6, 0.1])
-@pytest.mark.parametrize(("kind", "codec"), [c for c in CONTAINERS if not c[0].startswith("mpeg")])
+@pytest.mark.parametrize(("kind", "codec"), [c for c in CONTAINERS if c[0] not in STREAMS])
 def test_truncated_files_are_refused(kind: str, codec: str, share: float) -> None:
     data = encoded(kind, codec, 30)
     assert "truncated" in str(refused(data[: int(len(data) * share)]))
+
+
+@pytest.mark.parametrize("cut", [0, 77])
+@pytest.mark.parametrize("kind", ["mpegts", "m2ts"])
+def test_a_recording_that_begins_anywhere_is_a_film_by_its_suffix(kind: str, cut: int) -> None:
+    data = encoded(kind, "libx264", 60, g="12")[cut:]
+    assert detect(Source("00001.MTS", data)) == "video"
+    assert len(VIDEO.load(Source("00001.MTS", data), VideoSpec.model_validate(KEPT), LIMITS)) >= 47
+
+
+def test_an_mp4_without_an_index_says_so() -> None:
+    data = encoded()
+    at = data.index(b"moov")
+    assert "no index (moov)" in str(refused(data[: at - 4]))  # a camera lost power
+    assert "no index (moov)" in str(refused(data[:at] + b"free" + data[at + 4 :]))
+
+
+@pytest.mark.parametrize("kind", ["matroska", "flv", "asf", "ogg"])
+def test_a_film_that_declares_more_than_it_holds(kind: str) -> None:
+    data = encoded(kind, {"matroska": "libx264", "flv": "flv", "asf": "wmv2", "ogg": "libvpx"}[kind], 60)
+    if kind == "matroska":
+        at = data.index(b"\x44\x89") + 3
+        data = data[:at] + struct.pack(">d", 10_000.0) + data[at + 8 :]
+    elif kind == "flv":
+        at = data.index(b"\0\x08duration\0") + 11
+        data = data[:at] + struct.pack(">d", 10.0) + data[at + 8 :]
+    elif kind == "asf":
+        at = data.index(container.ASF_FILE) + 64  # play duration
+        data = data[:at] + struct.pack("<Q", 131_000_000) + data[at + 8 :]
+    else:
+        at = data.rindex(b"OggS")  # without its last page, but one that ends whole
+        assert len(load(data[:at])) < 60
+        return
+    assert re.search(r"found 2\.\d+ of 1\d(\.\d)? s: truncated or damaged", str(refused(data)))
 
 
 def test_fragmented_files_are_read_and_refused_when_cut() -> None:
@@ -466,7 +510,7 @@ def test_claimed_durations_cost_nothing() -> None:
         VIDEO.duration_s(Source("x", year), LIMITS)
     data = encoded()
     at = data.index(b"stts") + 16
-    assert "video_seconds" in str(refused(data[:at] + struct.pack(">I", 0x0FFFFFFF) + data[at + 4 :]))
+    refused(data[:at] + struct.pack(">I", 0x0FFFFFFF) + data[at + 4 :])  # its frames would last 145 hours
     long = encoded("matroska", "libx264", 3, (0, 1000, 4_000_000))  # true, but longer than allowed
     assert "--limit video_seconds=" in str(refused(long, frame_rate_hz=1.0))
     assert len(load(long, Limits(video_seconds=5000), frame_rate_hz=0.1)) == 401

@@ -8,7 +8,6 @@ imported with the first file.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,7 +20,7 @@ from pydantic import Field, model_validator
 from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import container, register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, check_contract, patchify
-from perceiver_cli.preprocess.sound_files import FORMATS, Samples, open_sound
+from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
 
@@ -71,7 +70,7 @@ class AudioModality(TimedModality[AudioSpec]):
     name = "audio"
     steps = "samples"
     precedence = 3
-    formats = f"{', '.join(FORMATS)}, and the sound of MP4, M4A, MOV, MKV, WebM, AVI, MPEG"
+    formats = f"{', '.join(FORMATS)}, AAC, AMR, WavPack, and the sound of films"
     decides = ("rate_hz", "channel")
     paper_preset = "audioset-audio"
     preparation = (
@@ -81,8 +80,7 @@ class AudioModality(TimedModality[AudioSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        is_sound = any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
-        return is_sound or container.format_of(head) is not None
+        return is_sound(head) or container.format_of(head, name) is not None
 
     def clip_s(self, spec: AudioSpec) -> float:
         return spec.clip_s

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -14,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import container
+from perceiver_cli.preprocess import container, sound_claims
 from perceiver_cli.preprocess.base import Array, check_contract
-from perceiver_cli.preprocess.source import Source, as_data_errors
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
 Samples = NDArray[np.float32]
@@ -27,22 +26,24 @@ MIN_RATE_HZ, MAX_RATE_HZ = 1_000, 768_000
 UNKNOWN_FRAMES = 1 << 62  # libsndfile reports 2^63 - 1 frames if a stream declares no length
 # Full scale is 1; floats that hold 32-bit integers reach 2^31. Above this limit, power would overflow float32.
 MAX_AMPLITUDE = 1e10
-MAX_CHUNKS = 10_000
 SETTLING_S = 0.2  # decoded and dropped before a span, for decoders whose output depends on earlier samples
 JITTER_S = 0.05  # the largest ignored difference between a container's times and its count of samples
-# MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
-# bits, would match UTF-16 text (0xFF 0xFE, which is layer I).
-_MPEG_RATES = re.escape(bytes(byte for byte in range(256) if byte >> 4 not in (0, 15) and byte >> 2 & 3 != 3))
 # The signature of each format, by its name in messages. A new format of libsndfile is one entry here.
 FORMATS = {
     "WAV": rb"(?:RIFF|RIFX|RF64)....WAVE",
     "FLAC": rb"fLaC",
     "OGG": rb"OggS",
-    "MP3": rb"ID3|\xff[\xe2-\xe5\xf2-\xf5\xfa-\xfd][" + _MPEG_RATES + rb"].",
+    "MP3": rb"ID3|" + container.MPEG_SOUND,
     "AIFF": rb"FORM....AIF[FC]",
     "AU": rb"\.snd",
     "CAF": rb"caff",
+    "W64": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0",
+    "NIST SPHERE": rb"NIST_1A\r?\n",
 }
+# FFmpeg's readers, by the first bytes of a file with an encoding that libsndfile does not know.
+SECOND = {b"RIFF": "wav", b"FORM": "aiff", b".snd": "au", b"caff": "caf", b"riff": "w64", b"OggS": "ogg"}
+MP3_PADDING = 3 * 1152  # samples: the frames of an MP3 hold a little more than its sound
+READ_AHEAD = 1 << 17  # bytes that may follow the end of a sound: tags
 
 
 class Sound(NamedTuple):
@@ -77,75 +78,81 @@ class _Reader:
         return 0
 
 
-def _checked_size(source: Source, file: BinaryIO) -> BinaryIO:
-    """Return `file`, rewound; for a WAV that was streamed with size 0, a copy that declares the largest size.
-
-    libsndfile reads no sample of a WAV with size 0, and reads truncated WAV, AIFF and AU files without an error. Raises
-    DataError for a truncated file.
-    """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    header = file.read(24)
-    magic, at, long_size = header[:4], 12, 0
-    if magic == b".snd" and len(header) == 24:
-        at, declared = struct.unpack_from(">2I", header, 4)
-        _check_sound_bytes(source, declared, size - at)
-    order = "<" if magic in (b"RIFF", b"RF64") else ">"
-    for _ in range(MAX_CHUNKS if magic in (b"RIFF", b"RIFX", b"RF64", b"FORM") else 0):
-        file.seek(at)
-        if len(header := file.read(24)) < 8:
-            break
-        at += 8
-        name, declared = struct.unpack_from(f"{order}4sI", header)
-        if name in (b"data", b"SSND"):
-            declared = long_size if declared == 0xFFFFFFFF and long_size else declared
-            _check_sound_bytes(source, declared, size - at)
-            if name == b"data" and declared == 0 and at < size and not _is_chunk(header[8:], size - at, order):
-                file.seek(0)
-                data = bytearray(file.read())
-                data[at - 4 : at] = b"\xff" * 4
-                return io.BytesIO(data)
-            break
-        if name == b"ds64" and magic == b"RF64" and len(header) == 24:  # the 64-bit sizes of the file and of its sound
-            long_size = int.from_bytes(header[16:24], "little")
-        at += declared + (declared & 1)
-    file.seek(0)
-    return file
-
-
-def _check_sound_bytes(source: Source, declared: int, available: int) -> None:
-    if declared > available and declared not in container.STREAMED_SIZES:
-        raise DataError(f"{source.shown}: declared {declared} bytes of sound, found {max(0, available)}")
-
-
-def _is_chunk(data: bytes, room: int, order: str) -> bool:
-    """Return whether `data` begins a RIFF chunk and not sound: a printable name, and a size within `room`."""
-    is_name = len(data) >= 8 and all(0x20 <= byte < 0x7F for byte in data[:4])
-    return is_name and bool(struct.unpack_from(f"{order}I", data, 4)[0] <= room - 8)
+def is_sound(head: bytes) -> bool:
+    """Return whether a file begins as one of FORMATS."""
+    return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
 
 
 @contextmanager
 def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
     """Yield the sound of a file, its rate, channels and length checked; no sample is decoded yet."""
-    if container.format_of(source.head()) is not None:
-        with container.open_track(source, limits, "audio") as track:
+    with ExitStack() as stack:
+        head = source.head()
+        reader, is_joined = container.format_of(head, "" if is_sound(head) else source.name), False
+        if reader is None:
+            file = stack.enter_context(source.open(limits))
+            stack.enter_context(as_data_errors(source, "sound"))
+            sound = _by_libsndfile(source, file, limits)
+            if isinstance(sound, str):
+                reader, is_joined = sound, sound == "ogg"
+        if reader is not None:
+            track = stack.enter_context(container.open_track(source, limits, "audio", reader, is_joined))
             codec = track.stream.codec_context
             rate_hz = _checked_header(source, codec.sample_rate, codec.layout.nb_channels, channel, limits)
-            source.check_limit(track.duration_s, "seconds", "audio_seconds", limits)
+            duration_s = track.duration_s
+            source.check_limit(duration_s, "seconds", "audio_seconds", limits)
             read = partial(_read_track, source, track, rate_hz, channel, limits)
-            yield Sound(rate_hz, round(track.duration_s * rate_hz), read)
-        return
+            yield Sound(rate_hz, round(duration_s * rate_hz), read)
+            return
+        sound = stack.enter_context(sound)
+        # soundfile would seek after every block: slow, and an error if a FLAC declares no length.
+        sound.seekable = lambda: False
+        rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
+        declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
+        source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
+        yield Sound(rate_hz, declared, partial(_read_file, source, sound, file, declared, channel, limits))
+
+
+def _by_libsndfile(source: Source, file: BinaryIO, limits: Limits) -> Any:
+    """Return a file open in soundfile, or the name of FFmpeg's reader if libsndfile would not read all of it.
+
+    Raises DataError for a file that declares more than it holds.
+    """
     import soundfile
 
-    with source.open(limits) as file, as_data_errors(source, "sound"):
-        reader = _Reader(_checked_size(source, file))
-        with soundfile.SoundFile(reader) as sound:
-            # soundfile would seek after every block: slow, and an error if a FLAC declares no length.
-            sound.seekable = lambda: False
-            rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
-            declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
-            source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
-            yield Sound(rate_hz, declared, partial(_read_file, source, sound, declared, channel, limits))
+    head = file.read(4)
+    if head[:3] == b"ID3" and (reader := _tagged_reader(file)) is not None:
+        return reader
+    if head == b"OggS" and sound_claims.is_chained(file):
+        return "ogg"
+    length = sound_claims.mp3_length(source, file) if _is_mp3(head) else "declared"
+    if length == "joined" and container.is_installed():
+        return "mp3"
+    try:
+        sound = soundfile.SoundFile(_Reader(sound_claims.checked(source, file)))
+    except soundfile.LibsndfileError:
+        if (reader := SECOND.get(head)) is None or not container.is_installed():
+            raise
+        return reader
+    reader = SECOND.get(head) if sound.subtype == "MPEG_LAYER_III" else None  # its length would be a guess
+    if length == "guessed" and container.is_installed():
+        with container.open_track(source, limits, "audio", "mp3") as track:
+            is_wrong = abs(track.duration_s * sound.samplerate - sound.frames) > MP3_PADDING
+        reader = "mp3" if is_wrong else None
+    if reader is not None:
+        sound.close()
+    return reader or sound
+
+
+def _tagged_reader(file: BinaryIO) -> str | None:
+    """Return FFmpeg's reader for what follows ID3 tags, or None if libsndfile reads that."""
+    file.seek(container.after_tags(file))
+    reader = container.format_of(file.read(HEAD_BYTES))
+    return reader if reader in container.SOUND_READERS else None
+
+
+def _is_mp3(head: bytes) -> bool:
+    return re.match(FORMATS["MP3"], head, re.DOTALL) is not None
 
 
 def _checked_header(source: Source, rate_hz: int, channels: int, channel: Channel, limits: Limits) -> int:
@@ -172,8 +179,9 @@ def _checked(source: Source, samples: Array, channel: Channel) -> Samples:
 
 
 def _read_file(
-    source: Source, sound: Any, declared: int | None, channel: Channel, limits: Limits, first: int, stop: float
-) -> Iterator[Samples]:
+    source: Source, sound: Any, file: BinaryIO, declared: int | None, channel: Channel, limits: Limits,
+    first: int, stop: float,
+) -> Iterator[Samples]:  # fmt: skip
     """Yield blocks of the samples first..stop - 1 at the file's own rate, by libsndfile."""
     at = 0
     if declared is not None and sound.format != "MP3":  # libmpg123 prints warnings to stderr if it seeks
@@ -188,8 +196,21 @@ def _read_file(
         if end > first:
             yield _checked(source, samples[max(0, first - at) :], channel)
         at = end
-    if declared is not None and at < min(stop, declared) and _declares_length(source, sound, limits):
-        raise DataError(f"{source.shown}: declared {declared} frames of sound, found {at}")
+    if at < stop:
+        _check_end(source, sound, file, declared, at, stop)
+
+
+def _check_end(source: Source, sound: Any, file: BinaryIO, declared: int | None, at: int, stop: float) -> None:
+    """Raise DataError if a file ended before the length that it declares, or libsndfile before the file."""
+    rate_hz, end = sound.samplerate, file.tell()
+    left = file.seek(0, io.SEEK_END) - end
+    if sound.format == "MP3" and sound_claims.mp3_length(source, file) != "declared":
+        if left > READ_AHEAD and not container.is_installed():
+            reason = f"read {at / rate_hz:.4g} s, with {left} bytes left: it declares no length"
+            raise DataError(f"{source.shown}: {reason}", "pip install 'perceiver-cli[video]', which reads it")
+    elif declared is not None and at < min(stop, declared):
+        read = f"{at / rate_hz:.4g} of {declared / rate_hz:.4g} s"
+        raise DataError(f"{source.shown}: found {read} of sound: truncated or damaged")
 
 
 def _read_track(
@@ -221,17 +242,3 @@ def _read_track(
             place = following
         if at >= stop:
             return
-
-
-def _declares_length(source: Source, sound: Any, limits: Limits) -> bool:
-    """Return whether the file states its frame count; for an MP3 without a Xing header libsndfile estimates it."""
-    if sound.format != "MP3":
-        return True
-    with source.open(limits) as file:
-        head = file.read(10)
-        tag = 0
-        if head[:3] == b"ID3" and len(head) == 10:  # the size is in four bytes of 7 bits
-            tag = 10 + sum(byte << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
-        file.seek(tag)
-        frame = file.read(256)
-    return any(name in frame for name in (b"Xing", b"Info", b"VBRI"))

@@ -72,7 +72,7 @@ class VideoModality(TimedModality[VideoSpec]):
     name = "video"
     steps = "frames"
     precedence = 1  # before image, which also reads animations, and before audio, which also reads containers
-    formats = "MP4, MOV, MKV, WebM, AVI, MPEG, animated GIF, WebP and PNG"
+    formats = "MP4, MOV, MKV, WebM, AVI, MPEG, WMV, FLV, OGV, MXF, DV, animated GIF, WebP, PNG and AVIF"
     decides = ("frame_rate_hz", "size", "eval_crop")
     contains = ("audio",)
     paper_preset = "audioset-video"
@@ -82,7 +82,7 @@ class VideoModality(TimedModality[VideoSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        if container.format_of(head) is not None:
+        if container.format_of(head, name) is not None:
             return not container.holds_sound_only(head, name)
         return _is_animated(head)
 
@@ -94,7 +94,7 @@ class VideoModality(TimedModality[VideoSpec]):
 
     def duration_s(self, source: Source, limits: Limits) -> float:
         """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited."""
-        if container.format_of(source.head()) is not None:
+        if container.format_of(source.head(), source.name) is not None:
             with container.open_track(source, limits, "video") as track:
                 duration_s = track.duration_s
         else:
@@ -204,7 +204,7 @@ def _clip(total: int, spec: VideoSpec, rng: Rng | None, start_s: float | None) -
 def _frames(source: Source, spec: VideoSpec, limits: Limits, start_s: float, held: float) -> Iterator[TimedFrame]:
     """Return the frames of a file, from the frame shown at `start_s` or an earlier one on."""
     head = source.head()
-    if container.format_of(head) is not None:
+    if container.format_of(head, source.name) is not None:
         return _video(source, spec, limits, start_s, held)
     if image.MODALITY.sniff(head, source.name):
         return _animation(source, spec, limits)
