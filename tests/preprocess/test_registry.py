@@ -122,7 +122,7 @@ def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:
         "from perceiver_cli.preprocess import names\nfrom perceiver_cli.preprocess.detection import detected\n"
         "from perceiver_cli.preprocess.source import Source\n"
         "print(detected(Source('x', b'# curve\\n1\\n')).kinds)\n"
-        "print(detected(Source('x.curve', b'# other\\n1 2 3\\n')).kinds)\n"
+        "print(detected(Source('x.xyz', b'# other\\n1 2 3\\n')).kinds)\n"
         "print(names())\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -151,7 +151,7 @@ def read_floats(source: Source, data: bytes, limits: Limits) -> mesh_files.Mesh:
     """Return the points of a made-up format: a signature, then coordinates in float32."""
     points = np.frombuffer(data[4:], "<f4").reshape(-1, 3).astype(np.float64)
     mesh_files.check_counts(source, len(points), 0, limits)
-    return points, mesh_files.NO_FACES
+    return mesh_files.Mesh(points)
 
 
 def test_a_mesh_format_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,9 +82,11 @@ def test_what_does_not_fit_is_refused_in_words(
         byte_array(Source(str(file)), spec, Limits())
 
 
-def test_a_table_of_few_columns_is_a_cloud(tmp_path: Path) -> None:
+def test_a_table_of_few_columns_is_a_cloud_if_asked_for(tmp_path: Path) -> None:
     np.save(tmp_path / "cloud.npy", np.zeros((50, 6), np.float32))
-    assert detected(Source(str(tmp_path / "cloud.npy"))).kinds == ("points",)
+    assert detected(Source(str(tmp_path / "cloud.npy")), "points").kinds == ("points",)
+    with pytest.raises(DataError, match=r"an array of float32 \(50, 6\), which could be anything; .* column points"):
+        detected(Source(str(tmp_path / "cloud.npy")))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -27,7 +27,7 @@ from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, eithe
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.detection import File, formats, looked_at, other_kind
+from perceiver_cli.preprocess.detection import File, formats, looked_at, only, other_kind
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows
@@ -254,6 +254,10 @@ def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, no
 def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
     """Return the examples of rows with one file each, the modalities in the data, and those they bring."""
     files = [row.looked_at(listing.folder) for row in rows]
+    if reads is None:
+        files = [_without_rows(file) for file in files]
+    elif not any(file.among(reads) for file in files):
+        files = [row.looked_at(listing.folder, only(reads)) for row in rows]
     holds = {file.source.kinds[0] for file in files if file.source.kinds}
     allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
@@ -292,6 +296,15 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
         name = identity(file.path for file in by_kind.values())
         examples.append((Example(name, sources_of(by_kind, brings), error=fault), group[0][1]))
     return examples, holds, brings
+
+
+def _without_rows(file: File) -> File:
+    """Return a file without the kinds of an .npy that is of any kind: nothing says that it is a byte array."""
+    source = file.source
+    if not (source.holds_rows and len(source.kinds) > 1):
+        return file
+    fault = DataError(f"{source.shown}: an array of any kind", "name its modality: pass --preset")
+    return File(file.path, replace(source, kinds=()), fault)
 
 
 def _records_catalog(

@@ -21,7 +21,7 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Span
-from perceiver_cli.preprocess.detection import File, detected, looked_at, other_kind
+from perceiver_cli.preprocess.detection import File, detected, looked_at, only, other_kind
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import stored_rows
@@ -122,11 +122,11 @@ def examples_of(
         if is_tar(head):
             yield from _stream_examples(Feed(named.file, show_path("stdin"), head), reads, limits)
         else:
-            yield _file_example(looked_at(Source(named.name, received(named.file, limits, head))), use)
+            yield _file_example(looked_at(Source(named.name, received(named.file, limits, head)), None, only(use)), use)
     elif isinstance(named, bytes | Source):
-        yield _file_example(looked_at(source_of(named)), use)
+        yield _file_example(looked_at(source_of(named), None, only(use)), use)
     else:
-        listing = listed(named, labels="ignored")
+        listing = listed(named, labels="ignored", wanted=only(use))
         for tar in listing.tars:
             with Source(tar).open(UNLIMITED) as file:
                 yield from _stream_examples(Feed(file, show_path(tar)), reads, limits)
@@ -151,7 +151,7 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
         groups: dict[str, list[File]] = defaultdict(list)
         for number, row in folder_rows:
             if row.path:
-                file = row.looked_at(listing.folder)
+                file = row.looked_at(listing.folder, only(use))
                 # A file of a folder has its whole path as its name, a file of a manifest the manifest's path.
                 file = replace(file, path=file.source.name) if listing.by_stem else file
                 groups[stem(file.path)].append(file)

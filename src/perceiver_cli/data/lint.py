@@ -181,7 +181,7 @@ def _examined(decoder: Decoder, example: Example) -> tuple[str, bytes, list[tupl
         inputs = decoder.inputs(example)
         for name, each in inputs.items():
             ready = each.prepared() if each.is_prepared else ByteArray(each.array())
-            array = ready.values if ready.positions is None else ready.positions
+            array = ready.array
             decoded.update(f"{name} {array.dtype} {array.shape} ".encode())
             decoded.update(np.ascontiguousarray(array).data)
             kind = None if each.is_prepared else modality(name).fault(array)

@@ -36,16 +36,21 @@ class Listing:
     notes: tuple[str, ...] = ()
 
 
-def listed(path: str | os.PathLike[str], labels: Labels = "needed", options: DataConfig = NO_OPTIONS) -> Listing:
+def listed(
+    path: str | os.PathLike[str],
+    labels: Labels = "needed",
+    options: DataConfig = NO_OPTIONS,
+    wanted: str | None = None,
+) -> Listing:
     """Return the listing of a folder, a manifest, tars of records, or one file. Every path is expanded here.
 
     labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all files of a
     folder, no records; "ignored": every file of a folder, sorted by name. options: columns of a manifest, its root, and
-    what makes pairs. Raises DataError for a pattern without a match, an unreadable manifest, or, if labels are needed,
-    another file.
+    what makes pairs. wanted: see `looked_at`. Raises DataError for a pattern without a match, an unreadable manifest,
+    or, if labels are needed, another file.
     """
     name = os.fspath(path)
-    file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name))
+    file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
         return Listing([Row(name, file=file)])
     if labels != "optional" and (tars := tar_files(name)) is not None:

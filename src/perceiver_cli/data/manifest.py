@@ -63,9 +63,11 @@ class Row:
         """The paths of all its files, as named."""
         return (self.path,) if self.path else tuple(self.columns.values())
 
-    def looked_at(self, folder: str) -> File:
-        """Return its one file, at a path below a folder, with the kinds of its content."""
-        return self.file or looked_at(Source(os.path.join(folder, self.path)), self.path)
+    def looked_at(self, folder: str, wanted: str | None = None) -> File:
+        """Return its one file, at a path below a folder, with the kinds of its content; see `looked_at`."""
+        if self.file is not None and (self.file.source.kinds or wanted is None):
+            return self.file
+        return looked_at(Source(os.path.join(folder, self.path)), self.path, wanted)
 
     def below(self, folder: str) -> Row:
         """Return the row with the folder before its paths."""

@@ -30,7 +30,7 @@ from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import File, detected
+from perceiver_cli.preprocess.detection import File, detected, only
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
@@ -81,8 +81,9 @@ def plan(
     contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
+    wanted = None if config is None else only(config.inputs)
     if isinstance(inputs, Source):
-        root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs)))])
+        root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs, wanted)))])
     else:
         listing, root = _listing_of(inputs, label_from_parent)
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
@@ -307,7 +308,7 @@ def input_recipe(
 ) -> tuple[InputSpec, Limits]:
     """Return the spec of a model, a preset or else the paper for a file. Raises DataError if none reads it."""
     config = _recipe(model, preset)
-    kind, *others = detected(source).kinds
+    kind, *others = detected(source, None if config is None else only(config.inputs)).kinds
     config = config or _recipe(None, modality(kind).paper_preset)
     if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
@@ -334,7 +335,7 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
     """
     from perceiver_cli.model.encoding import with_features  # imports torch
 
-    if detected(source).holds_rows:
+    if detected(source, spec.modality).holds_rows:
         raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
     array = opened(source, spec, limits).array()
     return with_features(modality(spec.modality).prepare(array, spec, None), spec)

@@ -85,7 +85,8 @@ class ExplainedInput:
         fields: dict[str, Any] = {"share": float(self.heat.sum()), "attention_share": float(self.attention.sum())}
         if self.spec.modality == "points":
             rows = np.column_stack([self.raw.astype(np.float64), self.heat, self.attention])
-            return fields | {"columns": ["x", "y", "z", "heat", "attention"], "points": rows.tolist()}
+            named = getattr(self.spec, "columns", ())
+            return fields | {"columns": ["x", "y", "z", *named, "heat", "attention"], "points": rows.tolist()}
         if self.start_s is not None:
             fields |= {"start_s": self.start_s, "end_s": self.end_s}
         for name, heat in (("heat", self.heat), ("attention", self.attention)):

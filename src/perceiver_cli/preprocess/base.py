@@ -38,6 +38,11 @@ class ByteArray:
     values: Array
     positions: NDArray[np.float32] | None = None
 
+    @property
+    def array(self) -> Array:
+        """All of it as one array, as records keep it: the values of a grid; of a point set positions, then values."""
+        return self.values if self.positions is None else np.hstack([self.positions, self.values])
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -120,6 +125,10 @@ class Modality(ABC, Generic[S]):
     @abstractmethod
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether a file that begins with `head` is of a known format; `name` counts if bytes do not decide."""
+
+    def may_read(self, head: bytes) -> bool:
+        """Return whether a file that could be of any kind, such as a table, is read if the user names this kind."""
+        return False
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits) -> Array:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import modality, names
+from perceiver_cli.preprocess.geometry import BOM
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.tables import described
 
 # A byte array in a file, the paper's M x C with Fourier features, is an .npy, or the .safetensors of `perceiver
 # preprocess`. Only the latter says how it was prepared; an .npy could be of any modality.
@@ -20,7 +22,8 @@ METADATA = "perceiver"  # the only entry in the metadata of a .safetensors: the 
 def detected(source: Source, wanted: str | None = None) -> Source:
     """Return the source with its kinds filled in. Raises DataError if no modality reads it.
 
-    wanted: the expected modality; if it reads the source, no other modality is asked.
+    wanted: the modality that the user names; if it reads the source, no other modality is asked. A table of numbers is
+    of a modality only if the user names it.
     """
     if source.kinds:
         return source
@@ -29,6 +32,10 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     if wanted is not None and not rows and modality(wanted).sniff(head, source.name):
         return replace(source, kinds=(wanted,))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
+    if not kinds and wanted is not None and modality(wanted).may_read(head):
+        kinds = (wanted,)
+    if not kinds and (table := described(head.removeprefix(BOM))) is not None:
+        raise DataError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
     if not kinds:
         raise DataError(f"{source.shown}: unknown format", f"expected {formats()}")
     return replace(source, kinds=kinds, holds_rows=bool(rows))
@@ -47,13 +54,31 @@ class File:
         return next((kind for kind in self.source.kinds if kind in allowed), None)
 
 
-def looked_at(source: Source, path: str | None = None) -> File:
-    """Return a source as a file with the kinds of its content; unknown content gives an error and no kinds."""
+def looked_at(source: Source, path: str | None = None, wanted: str | None = None) -> File:
+    """Return a source as a file with the kinds of its content; unknown content gives an error and no kinds.
+
+    wanted: the one modality that the user's model reads: a table of numbers is of it, if it may be.
+    """
     path = source.name if path is None else path
     try:
-        return File(path, detected(source))
+        return File(path, detected(source, wanted))
     except DataError as error:
         return File(path, source, error)
+
+
+def only(names: Iterable[str] | None) -> str | None:
+    """Return the one name, or None for several names or none."""
+    each = tuple(names or ())
+    return each[0] if len(each) == 1 else None
+
+
+def _how_to_take(head: bytes, every: tuple[str, ...]) -> str:
+    """Return a hint on how to read a table."""
+    readers = [name for name in every if modality(name).may_read(head)]
+    if not readers:
+        return f"expected {formats()}"
+    presets = " or ".join(f"--preset tiny-{name}" for name in readers)
+    return f"to read it as {' or '.join(readers)}, name it in a column {readers[0]} of a manifest, or pass {presets}"
 
 
 def is_safetensors(head: bytes) -> bool:

@@ -30,18 +30,25 @@ class Source:
     """One encoded input: a file, or bytes that arrived on a pipe. Only its methods read it.
 
     kinds: the modalities that read the content, the best match first; empty until `detection.detected` fills them in.
-    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features.
+    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. notes: what its decoder
+    left out.
     """
 
     name: str
     data: bytes | None = None
     kinds: tuple[str, ...] = field(default=(), compare=False)
     holds_rows: bool = field(default=False, compare=False)
+    notes: list[str] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def shown(self) -> str:
         """The name, safe to print."""
         return show_path(self.name)
+
+    def note(self, text: str) -> None:
+        """Keep a note for the user, once."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def state(self) -> tuple[str, int, int] | None:
         """Return (name, size in bytes, time of change in ns) of the file, or None if there is no such file."""

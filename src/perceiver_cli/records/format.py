@@ -81,9 +81,9 @@ class Header:
         """Raise DataError, which names the first option that differs, unless `specs` would give the same arrays."""
         for name in sorted(specs.keys() & self.inputs.keys()):
             theirs, ours = self.preparation[name], self._options(specs[name])
-            for key in theirs:
-                if theirs[key] != ours[key]:
-                    one, other = json.dumps(theirs[key]), json.dumps(ours[key])
+            for key in sorted({*theirs, *ours}):
+                if theirs.get(key) != ours.get(key):
+                    one, other = json.dumps(theirs.get(key, [])), json.dumps(ours.get(key, []))
                     fault = f"{shown}: prepared with inputs.{name}.{key} = {one}, but {whose} has {other}"
                     raise DataError(fault, "prepare it as the model does: perceiver preprocess -m MODEL")
 
@@ -263,8 +263,8 @@ class Stored:
             return _without_features(rows.astype(np.float32, copy=False), layout, dtype)
         if layout.is_grid:
             return ByteArray(self._checked((dtype.name,), layout.prepared_shape))
-        positions = self._checked(("float32",), (layout.num_inputs, layout.dims))
-        return ByteArray(np.empty((len(positions), 0), np.float32), positions)
+        rows = self._checked(("float32",), (layout.num_inputs, layout.dims + layout.channels))
+        return ByteArray(rows[:, layout.dims :], rows[:, : layout.dims])
 
     def _checked(self, dtypes: Sequence[str], shape: tuple[int | None, ...], span: Span | None = None) -> Array:
         """Return the array, or a span of it, if dtype and shape fit; only its chunks are read and checked."""
@@ -300,9 +300,9 @@ class Stored:
 
 def _without_features(rows: Array, layout: Layout, dtype: np.dtype[Any]) -> ByteArray:
     """Return the byte array of rows (M, C) without their Fourier features; values get `dtype`."""
-    if not layout.is_grid:
-        return ByteArray(rows[:, :0], rows[:, : layout.dims])
     values = rows[:, : layout.channels] * np.array(layout.std, np.float32) + np.array(layout.mean, np.float32)
+    if not layout.is_grid:
+        return ByteArray(values, rows[:, layout.channels : layout.channels + layout.dims])
     if dtype.kind in "ui":
         values = np.rint(values).clip(np.iinfo(dtype).min, np.iinfo(dtype).max)
     return ByteArray(values.astype(dtype).reshape(layout.prepared_shape))

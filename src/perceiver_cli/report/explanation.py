@@ -34,7 +34,7 @@ def to_ply(explanation: Explanation) -> bytes:
     properties = "".join(f"property {kind} {name}\n" for kind, name in [*names, ("float", "heat")])
     header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(shown.raw)}\n{properties}end_header\n"
     tints = (255 * pictures.colours(pictures.scaled(shown.heat), pictures.HEAT)).round().astype(int)
-    rows = zip(shown.raw.tolist(), tints.tolist(), shown.heat.tolist(), strict=True)
+    rows = zip(shown.raw[:, :3].tolist(), tints.tolist(), shown.heat.tolist(), strict=True)
     return header.encode() + b"".join(struct.pack("<3f3Bf", *point, *tint, heat) for point, tint, heat in rows)
 
 
@@ -124,7 +124,7 @@ def _score_maps(name: str, shown: ExplainedInput, maps: Sequence[ScoreMap]) -> l
 def _score_map(figure: Any, scores: Heat, shown: ExplainedInput) -> None:
     axes, values = pictures.bare_axes(figure), pictures.spanned(scores)
     if shown.spec.modality == "points":
-        pictures.cloud(axes, shown.raw, pictures.colours(values[: len(shown.raw)], pictures.SCORE))
+        pictures.cloud(axes, shown.raw[:, :3], pictures.colours(values[: len(shown.raw)], pictures.SCORE))
     elif shown.spec.modality == "audio":
         pictures.grid(axes, values.reshape(len(values), -1).T[::-1], pictures.SCORE)  # time to the right, low below
     else:

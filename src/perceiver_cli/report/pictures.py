@@ -100,7 +100,7 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
             if heat is not None:  # points without heat are a grey that is visible on white
                 share = np.sqrt(heat)[:, None]
                 tints = COLD * (1 - share) + colours(heat, HEAT) * share
-            cloud(bare_axes(figure), raw, tints)
+            cloud(bare_axes(figure), raw[:, :3], tints)
         case _:
             grid(bare_axes(figure), np.zeros((1, 1)) if heat is None else heat, HEAT)
 
