@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.folders import folders_in, walk_files
+from perceiver_cli.data.folders import walk
 from perceiver_cli.data.manifest import read_manifest
 from perceiver_cli.errors import DataError
 from tests.conftest import write_images
@@ -144,7 +145,7 @@ def test_metadata_beside_the_files(tmp_path: Path, suffix: str, where: str) -> N
     assert catalog.splits["test"][0].id == "test/000.png"
     assert catalog.notes == ()
     (tmp_path / "train" / "new.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
-    assert scan(tmp_path).notes == ("ignored 1 file that no metadata names: '.png' 1",)
+    assert scan(tmp_path).account.passed_over["named by no metadata"].first == [os.path.join("train", "new.png")]
 
 
 def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -> None:
@@ -189,6 +190,4 @@ def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "scandir", refusing)
     for closed in ("secret", "b"):
         with pytest.raises(DataError, match=f"{closed}': cannot read: Permission denied"):
-            list(walk_files(tmp_path))
-    with pytest.raises(DataError, match="cannot read: Permission denied"):
-        folders_in(tmp_path / "b")
+            list(walk(tmp_path, Account()))

@@ -77,7 +77,7 @@ def test_what_is_not_data_is_named(tmp_path: Path) -> None:
     catalog = scan(tmp_path)
     assert len(catalog.splits["train"]) == 6
     assert any("'licences'" in note for note in catalog.notes)
-    assert any("1 file besides image: '.txt' 1" in note for note in catalog.notes)
+    assert catalog.account.passed_over[".txt"].count == 1
 
 
 def test_a_damaged_file_of_the_right_suffix_is_bad_not_ignored(tmp_path: Path) -> None:
@@ -86,15 +86,16 @@ def test_a_damaged_file_of_the_right_suffix_is_bad_not_ignored(tmp_path: Path) -
     (tmp_path / "a" / "text.png").write_text("no picture at all\n")
     os.mkfifo(tmp_path / "b" / "pipe.png")
     catalog = scan(tmp_path)
-    assert set(catalog.bad) == {"a/empty.png", "a/text.png", "b/pipe.png"}
-    assert len(catalog.splits["train"]) == 9
+    assert set(catalog.bad) == {"a/empty.png", "a/text.png"}
+    assert catalog.account.passed_over["no regular file"].first == ["b/pipe.png"]
+    assert len(catalog.splits["train"]) == 8
 
 
 def test_folders_without_data_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("hello\n")
     with pytest.raises(
-        DataError, match=r"no usable files: found 1 folder and 1 file \('.txt' 1\); expected class/file"
+        DataError, match=r"no usable files: 0 of 1 file is used; passed over 1: 1 .txt; expected class/file"
     ):
         scan(tmp_path)
     with pytest.raises(DataError, match="no such folder"):

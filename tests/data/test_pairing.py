@@ -82,7 +82,7 @@ def test_a_second_kind_joins_in_where_most_of_it_has_a_partner(tmp_path: Path) -
     catalog = scan(tmp_path)
     assert catalog.modalities == ("image",)
     assert len(catalog.splits["train"]) == 12
-    assert catalog.notes == ("ignored 5 files besides image: '.wav' 5",)
+    assert catalog.account.passed_over[".wav (audio)"].count == 5
     assert scan(tmp_path, reads=["audio", "image"]).modalities == ("audio", "image")  # asked for, they are there
 
 
@@ -90,7 +90,7 @@ def test_a_recipe_of_one_modality_takes_its_part_of_pairs(pairs: Path) -> None:
     catalog = scan(pairs, reads=["audio"])
     assert (catalog.modalities, catalog.holds) == (("audio",), ("audio", "image"))
     assert catalog.splits["test"][0].id == "test/bottom-high/000.wav"
-    assert catalog.notes == ("ignored 128 files besides audio: '.png' 128",)
+    assert catalog.account.passed_over[".png (image)"].count == 128
 
 
 def test_two_files_of_a_kind_are_no_pair(pairs: Path, tmp_path: Path) -> None:
@@ -117,7 +117,8 @@ def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_o
     assert len(catalog.splits["train"]) == 3
     catalog = scan(tmp_path / "m.csv", reads=["audio"])
     assert [example.id for example in catalog.splits["train"]] == ["row 3", "top-low/000.wav"]
-    assert catalog.notes == ("ignored columns: image", "ignored 1 row without audio")
+    assert catalog.notes[:2] == ("ignored columns: image", "ignored 1 row without audio")
+    assert catalog.notes[2:] == ("no file of the class 'a' is used: '.png' 1",)
 
 
 def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -187,9 +188,9 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     both = one | {"audio": AudioSpec()}
     found = list(examples_of(str(root), both, Limits()))
     ids = [Path(example.id).name for example in found]
-    assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8)), "notes.txt"]
+    assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8))]
     assert list(found[0].sources) == ["audio", "image"]
-    assert len(list(examples_of(str(root), one, Limits()))) == 19  # a model of one modality: every file
+    assert len(list(examples_of(str(root), one, Limits()))) == 9  # a model of one modality: its files
     (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\nin/001.wav,\n,\n")
     rows = list(examples_of(str(tmp_path / "m.csv"), both, Limits()))
     assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from perceiver_cli.data.account import Account
 from perceiver_cli.errors import UsageError
 from perceiver_cli.training import tensorboard
 from perceiver_cli.training.events import Evaluated, Event, Started, StepDone
@@ -46,7 +47,7 @@ def test_by_command(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
     def events(first: int, last: int) -> Iterator[Event]:
-        yield Started({"output": str(tmp_path)}, ())
+        yield Started({"output": str(tmp_path)}, (), Account())
         for step in range(first, last):
             yield StepDone(step, 9, 0.0, 1.0 * first, 0.1, 5.0)
         yield Evaluated(last - 1, 0.0, nan, 0.5, nan, True, 1.0)
@@ -63,7 +64,7 @@ def test_a_resumed_run_goes_on_in_the_same_plot(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_an_evaluation_may_come_first(tmp_path: Path) -> None:
     """On a GPU the loss of a step is read every 16 steps only."""
-    started = Started({"output": str(tmp_path)}, ())
+    started = Started({"output": str(tmp_path)}, (), Account())
     list(logged(iter([started, Evaluated(3, 0.0, nan, 0.5, 0.25, True, 1.0)])))
     assert read(tmp_path)["val/loss"] == [(3, 0.25)]
 

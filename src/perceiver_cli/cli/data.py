@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_notes
+from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_lines, say_notes
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
@@ -67,8 +67,10 @@ def preprocess(
     )  # fmt: skip
     size = round(options.number(f"--shard-size {shard_size}", shard_size))
     done = prepare.write_records(job, output, terminal.emit_bytes, workers, size, resume=resume)
-    say_notes(job.notes)
-    raise typer.Exit(follow_preparing(done))
+    say_notes(job.catalog.notes)
+    bad = follow_preparing(done)
+    say_lines(job.catalog.accounted(bad).brief())
+    raise typer.Exit(EXIT_DATA if bad else 0)
 
 
 def _byte_array(named: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:
@@ -108,21 +110,21 @@ def lint(
         raise typer.Exit(EXIT_DATA)
 
 
-def follow_preparing(done: Iterator["Done"]) -> int:
-    """Print progress and errors while inputs are prepared; return the exit code, 3 if any input was bad."""
-    last, failed, said = None, 0, time.monotonic()
+def follow_preparing(done: Iterator["Done"]) -> set[str]:
+    """Print progress and errors while inputs are prepared; return the ids of bad ones."""
+    last, bad, said = None, set(), time.monotonic()
     with counting("preparing") as progress:
         for last in done:
             if last.error is not None:
-                failed += 1
+                bad.add(last.example)
                 complain(f"perceiver preprocess: {last.error}")
             progress(last.count, last.total)
             if not terminal.stderr_is_terminal() and time.monotonic() - said > PLAIN_EVERY_S:
                 said = time.monotonic()
                 say(f"prepared {last.count} of {last.total}")
-    bad = f", {failed} of them unreadable: their records hold the error" if failed else ""
-    say(f"prepared {counted(0 if last is None else last.total, 'input')}{bad}")
-    return EXIT_DATA if failed else 0
+    failed = f", {len(bad)} of them unreadable: their records hold the error" if bad else ""
+    say(f"prepared {counted(0 if last is None else last.total, 'input')}{failed}")
+    return bad
 
 
 def show_lint(report: "LintReport", as_json: bool) -> None:
@@ -150,6 +152,7 @@ def show_lint(report: "LintReport", as_json: bool) -> None:
         if findings:
             more = [f"... and {len(findings) - LISTED} more, all with --json"] if len(findings) > LISTED else []
             emit(f"{kind}: {len(findings)}\n" + "".join(f"  {line}\n" for line in [*findings[:LISTED], *more]))
+    emit("\n".join(report.files.lines()) + "\n")
     if not any(kinds.values()):
         emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")
 

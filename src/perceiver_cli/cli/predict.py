@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import options, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, figure, say, say_notes
+from perceiver_cli.cli.terminal import (
+    complain,
+    counting,
+    emit,
+    emit_json,
+    emit_table,
+    figure,
+    say,
+    say_lines,
+    say_notes,
+)
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import check_suffix, show_path, show_text, write_text
 
@@ -56,6 +66,7 @@ def evaluate(
     with counting("evaluating") as progress:
         report = evaluate_model(predictor, data, split, batch_size, workers, progress)
     say_notes(report.notes)
+    say_lines(report.files.brief())
     for _, error in report.bad[:20]:
         complain(f"perceiver evaluate: {error}")
     if output is not None:
@@ -103,6 +114,7 @@ def predict(
     input is a video with its sound, the files of one stem in a folder (017.png, 017.wav), or a row of a manifest (CSV,
     TSV, JSONL) with a column for each modality. An input may lack a modality; "used" names those that it has.
     """
+    from perceiver_cli.data.account import Account
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
 
     sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
@@ -110,15 +122,19 @@ def predict(
     if embeddings is not None:
         check_embeddings(embeddings)
     predictor = options.open_predictor(model, device, precision, limit, use)
+    account = Account()
     predictions = predictor.predict(
-        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None
+        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None, account=account
     )
     extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
     extra += ["labels"] if predictor.info.config.multi_label else []
     if embeddings is not None:
         predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
-    raise typer.Exit(show_predictions(predictions, style, top_k, all_probs, extra))
+    exit_code = show_predictions(predictions, style, top_k, all_probs, extra)
+    if account.folders:
+        say_lines(account.brief())
+    raise typer.Exit(exit_code)
 
 
 def explain(

@@ -233,6 +233,12 @@ def say(message: str) -> None:
         complain(message)
 
 
+def say_lines(lines: Iterable[str]) -> None:
+    """Print lines on stderr; nothing with -q."""
+    for line in lines:
+        say(line)
+
+
 def say_notes(notes: Iterable[str]) -> None:
     """Print a line for each note."""
     for note in notes:

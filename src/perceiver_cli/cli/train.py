@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import bar, counting, emit, emit_json, end_by_signal, is_terminal, say, say_notes
+from perceiver_cli.cli.terminal import (
+    bar,
+    counting,
+    emit,
+    emit_json,
+    end_by_signal,
+    is_terminal,
+    say,
+    say_lines,
+    say_notes,
+)
+from perceiver_cli.data.account import Account
 from perceiver_cli.errors import counted
 from perceiver_cli.files import check_plot, show_command, show_path
 from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
@@ -98,7 +109,7 @@ def train(
     )  # fmt: skip
     if dry_run:
         say_notes(trainer.plan.notes)
-        show_plan(trainer.dry_run())
+        show_plan(trainer.dry_run(), trainer.plan.account)
         return
     events = trainer.fit()
     follow_training(logged(events) if log == "tensorboard" else events, trainer.stop)
@@ -185,9 +196,8 @@ class _Display:
     def show(self, event: Event) -> None:
         """Print an event or update the bar."""
         match event:
-            case Started(summary, notes):
-                for line in plan_lines(summary):
-                    say(line)
+            case Started(summary, notes, account):
+                say_lines([*plan_lines(summary), *account.brief()])
                 say_notes(notes)
             case Note(message):
                 say_notes([message])
@@ -233,14 +243,14 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def show_plan(summary: Mapping[str, Any]) -> None:
+def show_plan(summary: Mapping[str, Any], account: Account) -> None:
     """Print a dry run: lines on a terminal, one JSON object otherwise."""
     if not is_terminal():
         emit_json(summary)
         return
     classes = [f"  {show_path(name)} {count}" for name, count in summary["classes"].items()]
     length = f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all"
-    emit("\n".join([*plan_lines(summary), *classes, length]) + "\n")
+    emit("\n".join([*plan_lines(summary), *classes, *account.lines(), length]) + "\n")
 
 
 def _figure(value: float) -> str:

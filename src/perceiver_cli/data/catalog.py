@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, combinations, islice
 from pathlib import Path
@@ -19,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import DataConfig
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.examples import Example, Examples, Records
-from perceiver_cli.data.folders import contents_of, parent, suffix_of, tally
+from perceiver_cli.data.folders import of_suffix, parent, suffix_of, tally
 from perceiver_cli.data.listing import Listing, listed
 from perceiver_cli.data.manifest import NO_OPTIONS, Row
 from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
@@ -44,7 +46,7 @@ class Catalog:
     """The examples of a data set by split, its class names in order, and notes on ignored files.
 
     modalities: sorted, those that the examples bring; holds: all in the data. prepared: the header of records.
-    group_by: column, or "parent", that groups the examples.
+    group_by: column, or "parent", that groups the examples. account: of the paths that no example has.
     """
 
     root: str
@@ -56,6 +58,7 @@ class Catalog:
     multi_label: bool = False  # each example may have several labels, or none
     prepared: Header | None = None
     group_by: str | None = None
+    account: Account = field(default_factory=Account)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,6 +82,21 @@ class Catalog:
         """Return the examples of several splits, sorted by id."""
         first, *others = [self.splits[split] for split in splits if split in self.splits] or [Examples()]
         return first.merged(others) if others else first
+
+    def accounted(self, bad: Collection[str] = (), split: str | None = None, *, scored: bool = False) -> Account:
+        """Return the account of every path; examples with an id in `bad` could not be decoded.
+
+        split: the only one that is used, others are passed over. scored: an example without a label is not used.
+        """
+        account = deepcopy(self.account)
+        bad = {*self.bad, *bad}
+        for name, examples in sorted(self.splits.items()):
+            other = None if split in (None, "all", name) else f"of the split {name}"
+            for identity_, labels, files in examples.filed():
+                unlabelled = scored and not labels and not self.multi_label
+                fault = "unreadable" if identity_ in bad else "unlabelled" if unlabelled else None
+                account.use(name, identity_, files, fault=other or fault)
+        return account
 
     def counts(self, split: str) -> dict[str, int]:
         """Return the number of examples of each class in a split."""
@@ -191,21 +209,33 @@ def of_listing(
         top = Path(root)
         if not top.is_dir():
             raise DataError(f"{show_path(top)}: no usable files in the manifest", f"expected {formats()}")
-        reason = f"{show_path(top)}: no usable files: found {contents_of(top)}"
+        reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
         raise DataError(reason, f"expected class/file or split/class/file with {formats()}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
             error = f"{show_path(root)}: row {number} names no file"
             examples.append((Example(f"row {number}", {}, error=error), row))
+            listing.account.paths += 1
     for name in sorted(brings) if len(brings) > 1 else ():
         missing = sum(name not in example.sources for example, _ in examples)
         if missing:
             notes.append(f"{missing} of {len(examples)} examples have no {name}")
     counts = Counter(name for _, row in examples for name in row.labels)
+    notes += _vanished(rows, counts)
     trained = {name for _, row in examples if row.split == "train" for name in row.labels}
     ordered = _class_names(counts, trained, classes, "file", notes)
     splits, multi_label = _in_splits(root, examples, ordered), listing.multi_label
-    return Catalog(root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), multi_label)
+    return Catalog(
+        root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), multi_label,
+        account=listing.account,
+    )  # fmt: skip
+
+
+def _vanished(rows: Sequence[Row], counts: Counter[str]) -> Iterator[str]:
+    """Yield a note for each class without an example, though rows have it: none of its files is of a usable kind."""
+    for label in sorted({name for row in rows for name in row.labels} - counts.keys()):
+        suffixes = Counter(suffix_of(path) for row in rows if label in row.labels for path in row.paths)
+        yield f"no file of the class {show_path(label)} is used: {tally(suffixes)}"
 
 
 def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
@@ -244,6 +274,8 @@ def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, no
         sources = {name: Source(os.path.join(listing.folder, row.columns[name])) for name in names}
         if sources:
             examples.append((Example(identity(row.paths), sources), row))
+        for name in sorted(row.columns.keys() - brings):
+            listing.account.pass_over(f"{name}, which is not read", row.columns[name])
     if brings and holds - brings:
         notes.append(f"ignored columns: {', '.join(sorted(holds - brings))}")
     if brings and len(examples) < len(rows):
@@ -271,22 +303,20 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
         if "audio" in shares.keys() - brings:
             notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
 
-    # A file of another kind with the suffix of a usable kind is damaged (an empty .png); other such files are ignored.
-    kind_of = {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
-    ignored: Counter[str] = Counter()
+    # A file of another kind with the suffix of a usable kind is damaged (an empty .png); others are passed over.
+    kind_of = {suffix: kind for kind in sorted(usable) for suffix in modality(kind).suffixes}
+    kind_of |= {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
     for number, (file, row) in enumerate(zip(files, rows, strict=True)):
         suffix = suffix_of(file.path)
         if suffix not in kind_of:
-            ignored[suffix] += 1
+            listing.account.pass_over(of_suffix(file), file.path)
             continue
         if file.among(usable) is None:
             expected = kind_of[suffix]
             error = file.error or other_kind(file.source, expected)
             file = File(file.path, replace(file.source, kinds=(expected,)), error)
         groups[stem(file.path) if listing.by_stem and len(usable) > 1 else number].append((file, row))
-    if ignored and usable:
-        notes.append(f"ignored {counted(ignored.total(), 'file')} besides {either(usable)}: {tally(ignored)}")
     examples: Labelled = []
     for group in groups.values():
         by_kind, spare = assemble([file for file, _ in group], usable)
@@ -294,7 +324,13 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
         if spare is not None and fault is None:
             fault = f"{spare.source.shown}: a second {spare.source.kinds[0]} file with the same stem, expected one"
         name = identity(file.path for file in by_kind.values())
-        examples.append((Example(name, sources_of(by_kind, brings), error=fault), group[0][1]))
+        example = Example(name, sources_of(by_kind, brings), error=fault)
+        examples.append((example, group[0][1]))
+        for file, _ in group if example.sources else group[1:]:
+            if file.source.name not in example.files:
+                kind = file.among(usable)
+                reason = f"a second {kind} of its stem" if kind in brings else f"{kind}, which is not read"
+                listing.account.pass_over(reason, file.path)
     return examples, holds, brings
 
 
@@ -332,7 +368,10 @@ def _records_catalog(
     rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
     records = {split: Records(shards, own, label_classes, brings) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
-    return Catalog(root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by)
+    account = Account(paths=len(shards))
+    return Catalog(
+        root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by, account
+    )
 
 
 def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limits) -> dict[str, InputSpec]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -32,6 +32,12 @@ class Example:
     group: str = ""
     error: str | None = field(default=None, compare=False)
 
+    @property
+    def files(self) -> set[str]:
+        """The names of its files; its id for a record, or without a file."""
+        names = {source.name for source in self.sources.values() if isinstance(source, Source)}
+        return names or {self.id}
+
     @cached_property
     def key(self) -> int:
         """A hash of the id, for seeds and splits."""
@@ -56,6 +62,10 @@ class Examples(Sequence[Example]):
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Yield id and labels of each example."""
         return ((example.id, example.labels) for example in self)
+
+    def filed(self) -> Iterator[tuple[str, tuple[int, ...], Collection[str]]]:
+        """Yield id, labels and files of each example."""
+        return ((example.id, example.labels, example.files) for example in self)
 
     def counts(self, num_classes: int) -> list[int]:
         """Return the number of examples of each class."""
@@ -109,6 +119,9 @@ class Records(Examples):
 
     def named(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         return ((self.shards.id(row), self._labels(row)) for row in self.rows.tolist())
+
+    def filed(self) -> Iterator[tuple[str, tuple[int, ...], Collection[str]]]:
+        return ((name, labels, (name,)) for name, labels in self.named())
 
     def counts(self, num_classes: int) -> list[int]:
         chosen = np.zeros(len(self.shards), bool)

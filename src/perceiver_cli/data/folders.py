@@ -2,122 +2,192 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import stat
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from perceiver_cli.config import DataConfig
+from perceiver_cli.data.account import Account
+from perceiver_cli.data.layout import by_folder
 from perceiver_cli.data.manifest import NO_OPTIONS, SPLIT_NAMES, ColumnError, Row, is_manifest, read_manifest, top_split
-from perceiver_cli.errors import DataError, counted
+from perceiver_cli.errors import DataError
 from perceiver_cli.files import cannot_read, show_path
+from perceiver_cli.preprocess.detection import File
+from perceiver_cli.run_folder import METRICS_FILE, MODEL_FILE
+
+# What file servers and systems put between the files of people, in lower case.
+SYSTEM = {
+    "@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx",
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
+}  # fmt: skip
+# The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
+OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {"metrics.json", "predictions.jsonl"})
+MAX_ENTERED = 16  # times that one folder is entered through links: links to each other would never end
 
 
-def rows_in(top: Path, notes: list[str], options: DataConfig = NO_OPTIONS) -> tuple[list[Row], bool]:
+def walk(top: str | os.PathLike[str], account: Account) -> Iterator[tuple[str, bool]]:
+    """Yield the path below a folder of every file and folder that may hold data, and whether it is a folder.
+
+    The order is by name, a folder's files before its folders. Links are followed, except to a folder that contains
+    them. Passed over are hidden paths, files of systems, what this program wrote, and what is no file. `account` counts
+    every path. Raises DataError for a folder that cannot be listed: its files would be missing in silence.
+    """
+    account.paths += 1
+    yield from _walk(os.fspath(top), "", account, (), Counter())
+
+
+Place = tuple[int, int]  # device and inode
+
+
+def _walk(
+    top: str, below: str, account: Account, above: tuple[Place, ...], entered: Counter[Place], *, linked: bool = False
+) -> Iterator[tuple[str, bool]]:
+    """Yield as `walk` for a folder `below` the top. above: the folders that contain it; entered: through links."""
+    folder = os.path.join(top, below) if below else top
+    entries = _entries(folder)
+    account.folders += 1
+    if below and _is_output(entries):
+        num_below = sum(map(_count, entries))
+        _found(account, num_below, linked=linked)
+        account.folders -= 1
+        account.pass_over("written by this program", below, num_below + 1)
+        return
+    if below:
+        yield below, True
+    folders = []
+    for entry in entries:
+        name = os.path.join(below, entry.name)
+        reason = "hidden" if entry.name.startswith(".") else "of the system" if entry.name.lower() in SYSTEM else None
+        count = 1 if reason is None else _count(entry)
+        _found(account, count, linked=linked)
+        status = _status(entry) if reason is None else None
+        if status is not None and stat.S_ISDIR(status.st_mode):
+            folders.append((name, status, entry.is_symlink()))
+        elif status is not None and stat.S_ISREG(status.st_mode):
+            yield name, False
+        else:
+            account.pass_over(reason or ("a link to nothing" if status is None else "no regular file"), name, count)
+    here = os.stat(folder)
+    above = (*above, (here.st_dev, here.st_ino))
+    for name, status, is_link in folders:
+        place = status.st_dev, status.st_ino
+        if is_link:
+            entered[place] += 1
+            if place in above or entered[place] > MAX_ENTERED:
+                account.pass_over("a link to a folder that contains it", name)
+                continue
+        yield from _walk(top, name, account, above, entered, linked=linked or is_link)
+
+
+def _is_output(entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Return whether a folder was written by this program, or is one of run folders, such as runs/."""
+    names = {entry.name for entry in entries}
+    if "latest" in names:
+        runs = [entry for entry in entries if entry.name != "latest" and entry.is_dir(follow_symlinks=False)]
+        return bool(runs) and all(_is_output(_entries(run.path)) for run in runs)
+    return any(output <= names for output in OUTPUTS)
+
+
+def _found(account: Account, count: int, *, linked: bool) -> None:
+    if linked:
+        account.linked += count
+    else:
+        account.paths += count
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """Return the entries of a folder by name. Raises DataError if it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        raise cannot_read(error.filename or folder, error) from error
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """Return the status of an entry behind all links, None if it is a link to nothing or to itself."""
+    try:
+        return os.stat(entry.path)
+    except OSError as error:
+        if entry.is_symlink():
+            return None
+        raise cannot_read(entry.path, error) from error
+
+
+def _count(entry: os.DirEntry[str]) -> int:
+    """Return the number of paths of an entry as `find` counts them: itself and all below it."""
+    if not entry.is_dir(follow_symlinks=False):
+        return 1
+    return 1 + sum(len(folders) + len(names) for _, folders, names in os.walk(entry.path))
+
+
+def rows_in(top: Path, account: Account, notes: list[str], options: DataConfig = NO_OPTIONS) -> tuple[list[Row], bool]:
     """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
 
     Rows come from the first of: metadata.csv or metadata.jsonl with labels and file_name, in the folder or in each
     split's (Hugging Face's imagefolder and audiofolder); class folders, `split/class/file`, `class/split/file`
-    (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `options` name columns. `notes`
-    gets a line for ignored files. Raises DataError for an unreadable manifest or one without that column.
+    (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `options` name columns. `account`
+    counts the paths without a row. Raises DataError for an unreadable manifest or one without that column.
     """
+    entries = list(walk(top, account))
+    files = [path for path, is_folder in entries if not is_folder]
     unlabelled: ColumnError | None = None
     group_by = options.group_by
     try:
-        if described := _by_metadata(top, notes, options):
+        if described := _by_metadata(top, files, account, options):
             return described
     except ColumnError as error:
         unlabelled = error
-    rows = _by_folder(top, notes)
+    rows, rest = by_folder(entries, notes)
     if unlabelled is not None:
         if not rows or group_by is not None:
             raise unlabelled
         notes.append(f"classes are folders: {unlabelled}")
     if rows and group_by is not None:
         raise DataError(f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent")
-    if rows:
+    lists = {} if rows else {path: split for path in files if (split := _list_of(path))}
+    if not lists:
+        for path, reason in rest.items():
+            account.leave(reason, path)
         return rows, False
-    named = ((path, SPLIT_NAMES.get(path.stem.lower())) for path in sorted(top.iterdir()) if is_manifest(path))
-    read = [read_manifest(path, options, split=split) for path, split in named if split and path.is_file()]
-    return [row for rows, _ in read for row in rows], any(several for _, several in read)
+    read = [read_manifest(top / path, options, split=split) for path, split in lists.items()]
+    rows = [row for each, _ in read for row in each]
+    _beside(files, lists, rows, account, "named by no list")
+    return rows, any(several for _, several in read)
 
 
-def _by_metadata(top: Path, notes: list[str], options: DataConfig) -> tuple[list[Row], bool] | None:
+def _list_of(path: str) -> str | None:
+    """Return the split of a manifest named after it at the top of a data folder, else None."""
+    return SPLIT_NAMES.get(Path(path).stem.lower()) if os.path.dirname(path) == "" and is_manifest(path) else None
+
+
+def _by_metadata(
+    top: Path, files: Sequence[str], account: Account, options: DataConfig
+) -> tuple[list[Row], bool] | None:
     """Return the rows of the metadata in a data folder and its split folders, or None without metadata."""
-    places = ["", *(folder.name for folder in folders_in(top) if top_split(folder.name))]
-    paths = {Path(place, f"metadata{end}"): place for place in places for end in (".csv", ".jsonl")}
-    paths = {path: place for path, place in paths.items() if (top / path).is_file()}
+    names = {"metadata.csv", "metadata.jsonl"}
+    paths = {path: os.path.dirname(path) for path in files if os.path.basename(path) in names}
+    paths = {path: place for path, place in paths.items() if not place or (os.sep not in place and top_split(place))}
     if not paths:
         return None
     read = [read_manifest(top / path, options, beside=place) for path, place in paths.items()]
-    named = {path for rows, _ in read for row in rows for path in row.paths} | set(map(str, paths))
-    cut = len(os.path.join(os.fspath(top), ""))
-    rest = Counter(suffix_of(path) for path in walk_files(top) if os.path.normpath(path[cut:]) not in named)
-    if rest:
-        notes.append(f"ignored {counted(rest.total(), 'file')} that no metadata names: {tally(rest)}")
-    return [row for rows, _ in read for row in rows], any(several for _, several in read)
+    rows = [row for each, _ in read for row in each]
+    _beside(files, paths, rows, account, "named by no metadata")
+    return rows, any(several for _, several in read)
 
 
-def _by_folder(top: Path, notes: list[str]) -> list[Row]:
-    """Return a row for every file below class folders."""
-    cut = len(os.fspath(top / "x")) - 1  # length of the prefix of paths in it: 0 if it is "."
-    folders = folders_in(top)
-    splits = {folder: split for folder in folders if (split := top_split(folder.name))}
-    places: list[tuple[Path, str, str]] = []  # folder, split, class
-    if splits:
-        places = [(label, split, label.name) for folder, split in splits.items() for label in folders_in(folder)]
-        if outside := [show_path(folder.name) for folder in folders if folder not in splits]:
-            notes.append(f"ignored folders beside the splits: {', '.join(outside)}")
-    else:
-        for label in folders:
-            inside = {folder: top_split(folder.name) or "" for folder in folders_in(label)}
-            inside = inside if inside and all(inside.values()) else {label: "train"}
-            places += [(folder, split, label.name) for folder, split in inside.items()]
-    return [
-        Row(path[cut:], split=split, labels=(name,)) for folder, split, name in places for path in walk_files(folder)
-    ]
-
-
-def walk_files(folder: str | os.PathLike[str]) -> Iterator[str]:
-    """Yield the paths of all files below a folder, sorted, without hidden files and without following links.
-
-    Raises DataError for a folder that cannot be listed: its files would be missing in silence.
-    """
-
-    def unlisted(error: OSError) -> None:
-        raise cannot_read(error.filename, error) from error
-
-    for parent, folders, names in os.walk(folder, onerror=unlisted):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (os.path.join(parent, name) for name in sorted(names) if not name.startswith("."))
-
-
-def folders_in(parent: Path) -> list[Path]:
-    """Return the folders in a folder, sorted, without hidden folders. Raises DataError if it cannot be listed."""
-
-    def is_folder(entry: os.DirEntry[str]) -> bool:
-        try:
-            return entry.is_dir()
-        except OSError as error:
-            if error.errno == errno.ELOOP:  # a link to itself leads nowhere, like a link to a missing file
-                return False
-            raise
-
-    try:
-        with os.scandir(parent) as entries:
-            names = [entry.name for entry in entries if not entry.name.startswith(".") and is_folder(entry)]
-    except OSError as error:
-        raise cannot_read(error.filename or parent, error) from error
-    return [parent / name for name in sorted(names)]
-
-
-def contents_of(folder: Path) -> str:
-    """Return the numbers of folders and files in a folder, for a message; the count of files ends at 10,001."""
-    suffixes = Counter(map(suffix_of, islice(walk_files(folder), 10_001)))
-    counts = f"{counted(len(folders_in(folder)), 'folder')} and {counted(suffixes.total(), 'file')}"
-    return counts + (f" ({tally(suffixes)})" if suffixes else "")
+def _beside(files: Sequence[str], lists: Collection[str], rows: Sequence[Row], account: Account, reason: str) -> None:
+    """Count the files of a folder that its lists do not name, and those that they name again or that are absent."""
+    each = [os.path.normpath(path) for row in rows for path in set(row.paths)]
+    named = set(each)
+    account.absent += len(each) - len(named.intersection(files))
+    for path in files:
+        if path in lists:
+            account.pass_over("a list of the others", path)
+        elif path not in named:
+            account.pass_over(reason, path)
 
 
 def parent(path: str) -> str:
@@ -128,6 +198,12 @@ def parent(path: str) -> str:
 def suffix_of(path: str) -> str:
     """Return the suffix of a path in lower case, or "no suffix"."""
     return os.path.splitext(path)[1].lower() or "no suffix"
+
+
+def of_suffix(file: File) -> str:
+    """Return a file's suffix and its modality, if any, to say why it is passed over."""
+    suffix = suffix_of(file.path)
+    return f"{suffix} ({file.source.kinds[0]})" if file.source.kinds else suffix
 
 
 def tally(counter: Counter[str]) -> str:

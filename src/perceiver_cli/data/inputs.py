@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import BinaryIO, ClassVar
 
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.examples import Example
+from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, listed
 from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
 from perceiver_cli.errors import DataError
@@ -102,16 +104,40 @@ def source_of(part: Part) -> Source:
 
 
 def examples_of(
-    named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str] | None = None
+    named: Named,
+    reads: Mapping[str, InputSpec],
+    limits: Limits,
+    use: Collection[str] | None = None,
+    account: Account | None = None,
 ) -> Iterator[Example]:
     """Yield the examples to predict, without labels; an unreadable input is an example with an error.
 
     named: a path or bytes, a mapping of these by modality, a pipe, or an example. A folder stands for the files below
     it (for a model of several modalities, files of one stem make one example), a manifest for its rows, tars for their
-    records. reads: the model's inputs. use: the inputs to answer from, all if unset. Raises DataError for an unreadable
-    manifest or records not prepared as in `reads`, IntegrityError for damaged records.
+    records. reads: the model's inputs. use: the inputs to answer from, all if unset. account: gets the paths that are
+    no examples. Raises DataError for an unreadable manifest, a folder without a usable file or records not prepared as
+    in `reads`, IntegrityError for damaged records.
     """
     use = [*reads] if use is None else use
+    account = Account() if account is None else account
+    listing = listed(named, labels="ignored", wanted=only(use)) if isinstance(named, str | os.PathLike) else Listing()
+    is_empty = listing.folder != ""
+    for example in _listing_examples(listing, [*reads], use):
+        is_empty = False
+        yield example
+    if is_empty:
+        found = "; ".join(listing.account.brief())
+        raise DataError(f"{show_path(listing.folder)}: nothing to predict: {found}", f"expected {either(reads)}")
+    account.add(listing.account)
+    for example in chain(_held_examples(named, reads, limits, use), _tar_examples(listing.tars, reads, limits)):
+        account.paths += len(example.files)
+        yield example
+
+
+def _held_examples(
+    named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str]
+) -> Iterator[Example]:
+    """Yield the examples of an input that is no path: one, but those of all records of a pipe."""
     if isinstance(named, Example):
         yield named
     elif isinstance(named, Mapping):
@@ -125,12 +151,13 @@ def examples_of(
             yield _file_example(looked_at(Source(named.name, received(named.file, limits, head)), None, only(use)), use)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
-    else:
-        listing = listed(named, labels="ignored", wanted=only(use))
-        for tar in listing.tars:
-            with Source(tar).open(UNLIMITED) as file:
-                yield from _stream_examples(Feed(file, show_path(tar)), reads, limits)
-        yield from _listing_examples(listing, [*reads], use)
+
+
+def _tar_examples(tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
+    """Yield the examples of tars of records."""
+    for tar in tars:
+        with Source(tar).open(UNLIMITED) as file:
+            yield from _stream_examples(Feed(file, show_path(tar)), reads, limits)
 
 
 def _file_example(file: File, use: Collection[str]) -> Example:
@@ -145,7 +172,9 @@ def _file_example(file: File, use: Collection[str]) -> Example:
 
 def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
     """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
-    by_stem = listing.by_stem and len(reads) > 1
+    is_folder = listing.by_stem and listing.folder != ""
+    by_stem = is_folder and len(reads) > 1
+    suffixes = frozenset[str]().union(*(modality(name).suffixes for name in reads))
     rows = enumerate(listing.rows, start=1)
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
         groups: dict[str, list[File]] = defaultdict(list)
@@ -154,7 +183,10 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
                 file = row.looked_at(listing.folder, only(use))
                 # A file of a folder has its whole path as its name, a file of a manifest the manifest's path.
                 file = replace(file, path=file.source.name) if listing.by_stem else file
-                groups[stem(file.path)].append(file)
+                if is_folder and file.among(reads) is None and suffix_of(file.path) not in suffixes:
+                    listing.account.pass_over(of_suffix(file), row.path)
+                else:
+                    groups[stem(file.path)].append(file)
             else:
                 sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
                 yield Example(identity(row.paths) if sources else f"row {number}", sources)
@@ -162,8 +194,8 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
             by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
             if len(by_kind) > 1 and spare is None:
                 yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
-            else:
-                yield from (_file_example(file, use) for file in files)
+                files = [file for file in files if file.among(reads) is None]
+            yield from (_file_example(file, use) for file in files)
 
 
 def _stream_examples(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:

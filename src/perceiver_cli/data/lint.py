@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import tiny_config
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
@@ -68,6 +69,7 @@ class LintReport:
     copies: tuple[Copies, ...] = ()
     faults: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    files: Account = field(default_factory=Account)  # what became of every path
 
     @property
     def imbalance(self) -> float | None:
@@ -102,6 +104,7 @@ class LintReport:
             "imbalance": self.imbalance,
             "missing_classes": self.missing,
             "notes": list(self.notes),
+            "files": self.files.to_dict(),
         }
 
 
@@ -145,7 +148,8 @@ def lint(
     sizes = {split: len(catalog.splits[split]) for split in splits}
     counts = {split: catalog.counts(split) for split in splits}
     bad, groups = tuple(unreadable.values()), tuple(copies)
-    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, catalog.notes)
+    files = catalog.accounted({identity for _, identity, _ in bad})
+    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, catalog.notes, files)
 
 
 def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:

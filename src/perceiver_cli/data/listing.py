@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from perceiver_cli.config import DataConfig
-from perceiver_cli.data.folders import rows_in, walk_files
+from perceiver_cli.data.account import Account
+from perceiver_cli.data.folders import rows_in, walk
 from perceiver_cli.data.manifest import MANIFESTS, NO_OPTIONS, Row, is_manifest, read_manifest
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, status_of
@@ -25,7 +26,8 @@ class Listing:
     """The contents of a path: rows of files, or tars of records.
 
     folder: the base of the rows' paths. by_stem: files of one stem may make one example. multi_label: an example may
-    have several labels. notes: messages about ignored files.
+    have several labels. notes: messages for the user. account: of the paths without a row; it grows while the rows are
+    taken.
     """
 
     rows: Iterable[Row] = ()
@@ -34,6 +36,7 @@ class Listing:
     by_stem: bool = True
     multi_label: bool = False
     notes: tuple[str, ...] = ()
+    account: Account = field(default_factory=Account)
 
 
 def listed(
@@ -52,19 +55,30 @@ def listed(
     name = os.fspath(path)
     file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
-        return Listing([Row(name, file=file)])
+        return Listing([Row(name, file=file)], account=Account(paths=1))
     if labels != "optional" and (tars := tar_files(name)) is not None:
         return Listing(tars=tuple(tars))
     if os.path.isdir(name):
-        notes: list[str] = []
-        rows, multi_label = rows_in(Path(name), notes, options) if labels != "ignored" else ([], False)
-        cut = len(os.path.join(name, ""))
-        every = (Row(each[cut:]) for each in walk_files(name)) if labels != "needed" else ()
-        return Listing(rows or every, folder=name, multi_label=multi_label, notes=tuple(notes))
+        return _of_folder(name, labels, options)
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
         rows, multi_label = read_manifest(name, options, labelled=labels == "needed")
-        return Listing(rows, folder=os.path.dirname(name), by_stem=False, multi_label=multi_label)
+        account = Account(paths=sum(len(set(row.paths)) for row in rows))
+        folder = os.path.dirname(name)
+        return Listing(rows, folder=folder, by_stem=False, multi_label=multi_label, account=account)
     if file is not None:
-        return Listing([Row(name, file=file)])
+        return Listing([Row(name, file=file)], account=Account(paths=1))
     fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+
+
+def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:
+    """Return the listing of a folder: its labelled files or, unless labels are needed, all of its files."""
+    notes: list[str] = []
+    account = Account()
+    if labels != "ignored":
+        rows, multi_label = rows_in(Path(name), account, notes, options)
+        if rows or labels == "needed":
+            return Listing(rows, folder=name, multi_label=multi_label, notes=tuple(notes), account=account)
+        account = Account()
+    every = (Row(path) for path, is_folder in walk(name, account) if not is_folder)
+    return Listing(every, folder=name, account=account)

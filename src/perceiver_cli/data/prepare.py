@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import Config, load_preset, tiny_config
-from perceiver_cli.data.catalog import of_listing, resolve_specs
+from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
@@ -49,15 +49,16 @@ Dtype = Literal["float32", "float16"]
 class Job:
     """The examples to prepare, and how.
 
-    header: the stream's. examples: in order, each with its split. folder: the base of their ids. augment: number of
-    variants of each training example; 0: the example itself. dtype: type of rows with Fourier features.
+    header: the stream's. examples: in order, each with its split. folder: the base of their ids. catalog: of the
+    inputs. augment: number of variants of each training example; 0: the example itself. dtype: type of rows with
+    Fourier features.
     """
 
     header: Header
     examples: Sequence[tuple[str, Example]]
     folder: str
     limits: Limits
-    notes: tuple[str, ...]
+    catalog: Catalog
     seed: int = 0
     augment: int = 0
     dtype: Dtype = "float32"
@@ -109,7 +110,7 @@ def plan(
     examples = [(split, example) for split in splits for example in splits[split]]
     examples.sort(key=lambda pair: min((order.get(s.name, 0) for s in pair[1].sources.values()), default=0))
     seed, dtype = config.train.seed, fourier or "float32"
-    return Job(header, examples, listing.folder, limits, catalog.notes, seed, augment, dtype)
+    return Job(header, examples, listing.folder, limits, catalog, seed, augment, dtype)
 
 
 def _recipe(model: str | None, preset: str | None) -> Config | None:
@@ -151,10 +152,14 @@ def _check_prepared(header: Header) -> None:
 
 @dataclass(frozen=True)
 class Done:
-    """Progress after one example: its records, or the error in their place, are written. count: examples so far."""
+    """Progress after one example: its records, or the error in their place, are written. count: examples so far.
+
+    example: the id of an unreadable one, with its error.
+    """
 
     count: int
     total: int
+    example: str = ""
     error: str | None = None
 
 
@@ -242,7 +247,7 @@ def write_records(
         raise UsageError("--resume needs shards", "pass -o 'NAME-%06d.tar'")
     kept = _kept(job, output, resume=resume) if sharded else Kept()
     shard, skipped, first = kept.shards, kept.examples, kept.records
-    yield from (Done(skipped, len(job.examples), error) for error in kept.errors)
+    yield from (Done(skipped, len(job.examples), name, error) for name, error in kept.errors.items())
     with ExitStack() as stack:
 
         def started() -> Writer:
@@ -264,7 +269,7 @@ def write_records(
                 writer, shard = None, shard + 1
             writer = writer or started()
             writer.packed(members, added, int(error is not None))
-            yield Done(count, len(job.examples), error)
+            yield Done(count, len(job.examples), outcome[0][0].id, error)
         if writer is not None:
             writer.close()
 
@@ -275,12 +280,15 @@ def _named(pattern: str, number: int) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """The existing shards of a job: numbers of shards, of the job's examples in them and of records; their errors."""
+    """The existing shards of a job: numbers of shards, of the job's examples in them and of records.
+
+    errors: of the unreadable ones, by id.
+    """
 
     shards: int = 0
     examples: int = 0
     records: int = 0
-    errors: tuple[str, ...] = ()
+    errors: Mapping[str, str] = field(default_factory=dict)
 
 
 def _kept(job: Job, output: str, *, resume: bool) -> Kept:
@@ -300,7 +308,8 @@ def _kept(job: Job, output: str, *, resume: bool) -> Kept:
         place = next((place for place, own in ids if own == name), -1)
         if place < 0:
             raise other
-    return Kept(len(paths), place + 1, len(shards) - len(shards.errors), tuple(shards.errors.values()))
+    errors = {shards.given_id(row): error for row, error in shards.errors.items()}
+    return Kept(len(paths), place + 1, len(shards) - len(shards.errors), errors)
 
 
 def input_recipe(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader, ordered_tasks
@@ -66,6 +67,7 @@ class Report:
     bins: tuple[Bin | None, ...] = ()  # bins of the ECE
     intervals_95: Mapping[str, Interval] = field(default_factory=dict)  # of the headline figures, by name
     examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
+    files: Account = field(default_factory=Account)  # what became of every path of the data
 
     @property
     def mean_average_precision(self) -> float | None:
@@ -111,6 +113,7 @@ class Report:
             "bad": [{"path": path, "error": error} for path, error in self.bad],
             "num_unknown_class": self.strangers,
             "notes": list(self.notes),
+            "files": self.files.to_dict(),
         }
         if self.confusion is not None:
             return facts | {"confusion": [list(row) for row in self.confusion]}
@@ -326,7 +329,8 @@ def evaluate(
     )  # fmt: skip
     if not isfinite(report.loss):
         raise predictor.broken()
-    return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes))
+    files = catalog.accounted(dict(report.bad), name, scored=True)
+    return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files)
 
 
 def calibrate(

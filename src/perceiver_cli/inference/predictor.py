@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
@@ -176,6 +177,7 @@ class Predictor:
         *,
         min_prob: float = 0.0,
         embeddings: bool = False,
+        account: Account | None = None,
     ) -> Iterator[Prediction]:
         """Yield one prediction per input, in order; an unreadable input has `error` set.
 
@@ -183,14 +185,15 @@ class Predictor:
         one stem are one input of a model of several modalities), a manifest for its rows, a tar for its records. With
         `windows` an input has several predictions, or one that aggregates them; memory holds one batch of windows.
         `batch_size` is `batch_that_fits` by default; for windows on a CPU it is 1, which is as fast. `workers` read
-        whole inputs only. `min_prob`, `embeddings`: see Prediction.
+        whole inputs only. `min_prob`, `embeddings`: see Prediction. `account` gets what became of every path.
 
         Raises DataError for an unreadable manifest or records prepared with other options; IntegrityError for damaged
         records, after the predictions of those before them; UsageError for windows without a time axis.
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
             inputs = [inputs]
-        examples = (example for named in inputs for example in self.examples(named))
+        account = Account() if account is None else account
+        examples = (example for named in inputs for example in self.examples(named, account))
         if batch_size is None:
             one = windows is not None and self.compute.device.type == "cpu"
             batch_size = 1 if one else self.batch_that_fits
@@ -199,20 +202,23 @@ class Predictor:
         if windows is not None:
             if not self.reader.timed:
                 raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
-            yield from self._in_windows(examples, windows, batch_size, blank, embeddings)
+            yield from self._in_windows(examples, windows, batch_size, blank, embeddings, account)
             return
         tasks = ordered_tasks(examples, batch_size)
         for batch, outputs in forward_batches(self.model, self.reader, tasks, self.compute, workers):
             fields = self._fields(outputs, [e.id for e in batch.examples], embeddings)
+            for fault, seen in ((None, batch.examples), ("unreadable", [example for _, example, _ in batch.bad])):
+                for example in seen:
+                    account.use("predict", example.id, example.files, fault=fault)
             rows = zip(batch.examples, batch.used, fields, strict=True)
             predictions = [replace(blank, path=e.id, used=self._choice(used), **more) for e, used, more in rows]
             for position, example, error in batch.bad:  # in ascending order
                 predictions.insert(position, replace(blank, path=example.id, error=error))
             yield from predictions
 
-    def examples(self, named: Named) -> Iterator[Example]:
-        """Yield the examples of an input of `predict`."""
-        return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs)
+    def examples(self, named: Named, account: Account | None = None) -> Iterator[Example]:
+        """Yield the examples of an input of `predict`; `account` gets the paths that are none."""
+        return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs, account)
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return the used modalities for a model of several, else none."""
@@ -243,10 +249,16 @@ class Predictor:
                 yield {"error": str(self.broken(path))}
 
     def _in_windows(
-        self, examples: Iterable[Example], windows: Windows, batch_size: int, blank: Prediction, embeddings: bool
+        self,
+        examples: Iterable[Example],
+        windows: Windows,
+        batch_size: int,
+        blank: Prediction,
+        embeddings: bool,
+        account: Account,
     ) -> Iterator[Prediction]:
         """Yield the predictions of examples cut into windows; `blank` holds their common fields."""
-        predicted = self._predicted(self._cut(examples, windows, blank), batch_size, embeddings)
+        predicted = self._predicted(self._cut(examples, windows, blank, account), batch_size, embeddings)
         for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
             predictions = (prediction for _, prediction in of_one)
             if windows.aggregate == "none":
@@ -255,10 +267,11 @@ class Predictor:
                 yield aggregated(predictions, windows.aggregate)
 
     def _cut(
-        self, examples: Iterable[Example], windows: Windows, blank: Prediction
+        self, examples: Iterable[Example], windows: Windows, blank: Prediction, account: Account
     ) -> Iterator[tuple[int, Prediction, list[View]]]:
         """Yield for each window the number of its example, its prediction without probabilities, and its views."""
         for number, example in enumerate(examples):
+            fault = None
             try:
                 for span, decoded in self.reader.windows(example, windows.window_s, windows.hop_s):
                     start_s, end_s = (None, None) if span is None else (round(span[0], 6), round(span[1], 6))
@@ -266,7 +279,9 @@ class Predictor:
                     window = replace(blank, path=example.id, used=used, start_s=start_s, end_s=end_s)
                     yield number, window, self.reader.views(decoded)
             except DataError as error:
+                fault = "unreadable"
                 yield number, replace(blank, path=example.id, error=str(error)), []
+            account.use("predict", example.id, example.files, fault=fault)
 
     def _predicted(
         self, cut: Iterator[tuple[int, Prediction, list[View]]], batch_size: int, embeddings: bool

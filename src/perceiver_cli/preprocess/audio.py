@@ -71,6 +71,10 @@ class AudioModality(TimedModality[AudioSpec]):
     steps = "samples"
     precedence = 3
     formats = f"{', '.join(FORMATS)}, AAC, AMR, WavPack, and the sound of films"
+    suffixes = frozenset({
+        ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
+        ".w64", ".rf64", ".m4a", ".aac", ".sph", ".wma", ".mka",
+    })  # fmt: skip
     decides = ("rate_hz", "channel")
     paper_preset = "audioset-audio"
     preparation = (

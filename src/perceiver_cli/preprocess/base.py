@@ -115,6 +115,7 @@ class Modality(ABC, Generic[S]):
 
     name: ClassVar[str]
     formats: ClassVar[str]  # the file formats that it reads, for messages
+    suffixes: ClassVar[frozenset[str]] = frozenset()  # of its files, in lower case: one that is unreadable is damaged
     decides: ClassVar[tuple[str, ...]]  # the options of its spec that change the arrays of `load`
     precedence: ClassVar[int] = 0  # detection asks the modality with the lowest number first
     contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack

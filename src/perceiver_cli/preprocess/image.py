@@ -173,6 +173,10 @@ class ImageModality(Modality[ImageSpec]):
     name = "image"
     precedence = 2
     formats = ", ".join(shown for _, shown in FORMATS.values())
+    suffixes = frozenset({
+        ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
+        ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".mpo", ".apng",
+    })  # fmt: skip
     decides = ("size", "color")
     paper_preset = "imagenet"
     can_mix = True

@@ -65,6 +65,9 @@ class PointsModality(Modality[PointsSpec]):
     name = "points"
     precedence = 4
     formats = ", ".join(FORMATS)
+    suffixes = frozenset({
+        ".ply", ".off", ".obj", ".stl", ".glb", ".gltf", ".xyz", ".pts", ".pcd", ".las", ".laz",
+    })  # fmt: skip
     decides = ("pool_points", "columns")
     paper_preset = "modelnet40"
     preparation = "num_points of the surface or cloud; centred on their mean, divided by the largest coordinate"

@@ -73,6 +73,10 @@ class VideoModality(TimedModality[VideoSpec]):
     steps = "frames"
     precedence = 1  # before image, which also reads animations, and before audio, which also reads containers
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, WMV, FLV, OGV, MXF, DV, animated GIF, WebP, PNG and AVIF"
+    suffixes = frozenset({
+        ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif", ".webp", ".apng", ".mts",
+        ".m2ts", ".ts", ".wmv", ".flv", ".ogv", ".3gp",
+    })  # fmt: skip
     decides = ("frame_rate_hz", "size", "eval_crop")
     contains = ("audio",)
     paper_preset = "audioset-video"

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perceiver_cli.data.account import Account
+
 
 @dataclass(frozen=True)
 class Started:
-    """The run is planned. summary: counts, shapes and sizes, as `--dry-run` prints them."""
+    """The run is planned. summary: counts, shapes and sizes, as `--dry-run` prints them. account: of all paths."""
 
     summary: Mapping[str, Any]
     notes: tuple[str, ...]
+    account: Account
 
 
 @dataclass(frozen=True)

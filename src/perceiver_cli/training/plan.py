@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from perceiver_cli.config import Config, tiny_config
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
@@ -92,6 +93,11 @@ class Plan:
         train = self.config.train
         return self.cost.training_bytes(train.batch_size, averaged=train.ema_decay > 0, recompute=train.recompute)
 
+    @property
+    def account(self) -> Account:
+        """What became of every path of the data, as far as it is known."""
+        return self.catalog.accounted(self.reader.bad)
+
     def summary(self) -> dict[str, Any]:
         """Return data, shapes, sizes, length and paths of the run as JSON types."""
         train = self.config.train
@@ -101,6 +107,7 @@ class Plan:
             "modalities": list(self.catalog.modalities),
             "splits": {name: len(examples) for name, examples in self.catalog.splits.items()},
             "classes": self.catalog.counts("train"),
+            "files": self.account.to_dict(),
             "inputs": {
                 name: {"shape": list(layout.grid), "channels": layout.num_channels}
                 for name, layout in self.reader.layouts.items()

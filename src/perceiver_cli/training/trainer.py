@@ -100,7 +100,7 @@ class Trainer:
             self.plan = replace(self.plan, output=make_next_run(self.plan.config.name))
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
         with claim_run(output, resume=resume, replace=self.replace):
-            yield Started(plan.summary(), tuple(plan.notes))
+            yield Started(plan.summary(), tuple(plan.notes), plan.account)
             num_told = len(plan.notes)
             yield from self._preload()
             if self.stopping:

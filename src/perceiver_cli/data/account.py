@@ -1,0 +1,143 @@
+"""The account of a data set: what became of every path. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from perceiver_cli.errors import counted
+from perceiver_cli.files import show_path
+
+NAMED = 3  # paths that are named of each reason
+REASONS = 5  # reasons on the line of a summary
+
+
+@dataclass
+class Paths:
+    """A number of paths, and the first of them."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, path: str, count: int = 1) -> None:
+        """Count a path; `count` is larger for a folder with all that lies in it."""
+        self.count += count
+        if len(self.first) < NAMED:
+            self.first.append(path)
+
+    def __str__(self) -> str:
+        return ", ".join(map(show_path, self.first)) + (", ..." if self.count > len(self.first) else "")
+
+
+@dataclass
+class Account:
+    """What became of every path of a data set: each is in one of the groups below.
+
+    paths: what `find` counts below a data folder, itself included; of a manifest the files that it names, of archives
+    their members. linked: paths behind links to folders, which `find -L` counts too. absent: files that metadata names
+    and that were not found below the folder, or names again.
+
+    folders: folders that were listed. used: files by split. passed_over: paths by reason. unreadable, unlabelled:
+    files.
+    """
+
+    paths: int = 0
+    linked: int = 0
+    absent: int = 0
+    folders: int = 0
+    used: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, Paths] = field(default_factory=dict)
+    unreadable: Paths = field(default_factory=Paths)
+    unlabelled: Paths = field(default_factory=Paths)
+
+    def pass_over(self, reason: str, path: str, count: int = 1) -> None:
+        """Count a path that is not read; `reason` completes the sentence "it is ..."."""
+        self.passed_over.setdefault(reason, Paths()).add(path, count)
+
+    def add(self, other: Account) -> None:
+        """Add the account of another input."""
+        self.paths += other.paths
+        self.linked += other.linked
+        self.absent += other.absent
+        self.folders += other.folders
+        for split, count in other.used.items():
+            self.used[split] = self.used.get(split, 0) + count
+        pairs = [(self.unreadable, other.unreadable), (self.unlabelled, other.unlabelled)]
+        pairs += [(self.passed_over.setdefault(name, Paths()), own) for name, own in other.passed_over.items()]
+        for mine, own in pairs:
+            mine.count += own.count
+            mine.first += own.first[: NAMED - len(mine.first)]
+
+    def leave(self, reason: str | None, path: str) -> None:
+        """Count a path without a row: passed over for a reason, or without a label if that is None."""
+        if reason is None:
+            self.unlabelled.add(path)
+        else:
+            self.pass_over(reason, path)
+
+    def use(self, split: str, example: str, files: Collection[str], *, fault: str | None = None) -> None:
+        """Count the files of an example of a split. fault: "unreadable", "unlabelled", or why it is passed over."""
+        for file in files:
+            shown = example if len(files) == 1 else file
+            if fault is None:
+                self.used[split] = self.used.get(split, 0) + 1
+            elif fault == "unreadable":
+                self.unreadable.add(shown)
+            else:
+                self.leave(None if fault == "unlabelled" else fault, shown)
+
+    @property
+    def num_used(self) -> int:
+        """The number of used files."""
+        return sum(self.used.values())
+
+    @property
+    def num_passed_over(self) -> int:
+        """The number of paths that were passed over."""
+        return sum(paths.count for paths in self.passed_over.values())
+
+    @property
+    def total(self) -> int:
+        """The sum of the groups; it is `paths` + `linked` + `absent`, unless a path was lost."""
+        groups = self.num_used + self.num_passed_over + self.unreadable.count + self.unlabelled.count
+        return self.folders + groups
+
+    def brief(self) -> list[str]:
+        """Return a summary of one to three lines."""
+        files = self.paths + self.linked + self.absent - self.folders
+        if self.num_used == files:
+            return [f"all {counted(files, 'file')} are used" if files > 1 else f"{counted(files, 'file')} is used"]
+        ranked = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
+        reasons = [f"{paths.count} {reason}" for reason, paths in ranked]
+        reasons = reasons[:REASONS] + (["..."] if len(reasons) > REASONS else [])
+        over = f"; passed over {self.num_passed_over}: {', '.join(reasons)}" if reasons else ""
+        lines = [f"{self.num_used} of {counted(files, 'file')} {'is' if files == 1 else 'are'} used{over}"]
+        for word, paths in (("unreadable", self.unreadable), ("without a label", self.unlabelled)):
+            lines += [f"{paths.count} {word}: {paths}"] if paths.count else []
+        return lines
+
+    def lines(self) -> list[str]:
+        """Return the whole account as lines, which add up to the first."""
+        found = f"{self.paths} paths"
+        found += f", {self.linked} behind links" if self.linked else ""
+        found += f", {self.absent} named again or not found" if self.absent else ""
+        rows = [(self.folders, "folders"), *((count, f"used in {split}") for split, count in sorted(self.used.items()))]
+        over = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
+        rows += [(paths.count, f"passed over, {reason}: {paths}") for reason, paths in over]
+        for word, paths in (("unreadable", self.unreadable), ("without a label", self.unlabelled)):
+            rows.append((paths.count, f"{word}: {paths}"))
+        return [found, *(f"{count:>10} {text}" for count, text in rows if count)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "paths": self.paths,
+            "linked": self.linked,
+            "absent": self.absent,
+            "folders": self.folders,
+            "used": dict(sorted(self.used.items())),
+            "passed_over": {reason: vars(paths) for reason, paths in sorted(self.passed_over.items())},
+            "unreadable": vars(self.unreadable),
+            "unlabelled": vars(self.unlabelled),
+        }
