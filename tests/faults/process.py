@@ -94,6 +94,7 @@ def start(place: Place, *arguments: str | Path, cwd: Path | None = None, room_mi
         try:
             os.setpgid(0, 0)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `main` sets it, before its imports
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
             if room_mib is not None:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 limit = used + int(room_mib * 2**20)

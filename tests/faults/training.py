@@ -222,7 +222,7 @@ def signals(place: Place) -> Iterator[Verdict]:
             verdict = f"a traceback: {child.said()}"
         if made.exists() and not verdict:
             verdict = start(place, "lint", made).ended(0, 3)
-        if name in ("train", "read") and sent in (signal.SIGINT, signal.SIGTERM) and "to continue:" in child.said():
+        if name in ("train", "read") and sent != signal.SIGKILL and "to continue:" in child.said():
             verdict = verdict or start(place, "train", "--resume", "-o", run, "--steps", "3", "--dry-run").ended(0)
         yield where + verdict if verdict else ""
         made.unlink(missing_ok=True)
@@ -234,7 +234,7 @@ def group(place: Place) -> Iterator[Verdict]:
     data, whole = small(place), place.folder / "whole"
     start(place, "train", data, "-o", whole, *SETS).ended(0)
     for number in range(place.count):
-        run, sent = place.folder / f"run-{number}", (signal.SIGTERM, signal.SIGINT)[number % 2]
+        run, sent = place.folder / f"run-{number}", (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)[number % 3]
         options = ["--set", "data.cache_bytes=0", "--workers", "2"]
         child = start(place, "train", data, "-o", run, *SETS, *options)
         child.wait_for(lambda run=run: (run / STATE_FOLDER / MANIFEST).exists())

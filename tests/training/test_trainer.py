@@ -406,7 +406,7 @@ def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert next_run("tiny-image") == Path("runs/tiny-image-2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_is_passed_on(bars: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [Path(sys.executable).parent / "perceiver", "train", bars, "-o", tmp_path / "run", "--steps", "100000"]
     command += ["--set", "train.save_every=5 steps"]

@@ -153,9 +153,11 @@ def lr_find(
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     """Print a run's events as they come; the last line on stdout is the path of the best model.
 
-    The first SIGINT or SIGTERM ends and saves the run after its step, then ends the process by the same signal; the
-    second ends it at once.
+    The first SIGINT, SIGTERM or SIGHUP (a lost connection) ends and saves the run after its step, then ends the process
+    by the same signal; the second ends it at once. Under nohup SIGHUP stays ignored.
     """
+    from perceiver_cli.data.workers import GROUP_SIGNALS
+
     received: list[int] = []
     event: Event | None = None
 
@@ -164,8 +166,10 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
         signal.signal(number, signal.SIG_DFL)
         stop()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handle)
+    for name in GROUP_SIGNALS:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, handle)
     display = _Display()
     with display.bar:
         for event in events:
