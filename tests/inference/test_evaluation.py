@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
+from perceiver_cli.cli.predict import show_report
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import Report, average_precision, evaluate
 from perceiver_cli.inference.predictor import Predictor
@@ -93,6 +94,24 @@ def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
     assert {"path", "label", "prediction", "prob", "correct", "loss"} == set(json.loads(lines[0]))
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert min(image.size) > 300
+
+
+def test_thousands_of_classes_stay_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """metrics.json had 54 MB for 3,000 classes, and the table a line for each."""
+    count = 3000
+    rows = [(0,) * at + (1,) + (0,) * (count - at - 1) for at in range(count)]
+    rows[7] = (1,) + (0,) * (count - 1)
+    names = tuple(f"class {number:04d}" for number in range(count))
+    report = Report(names, 0.5, 1.0, 0.1, tuple(rows), count)
+    metrics = report.to_dict()
+    assert "confusion" not in metrics
+    assert metrics["confusion_pairs"][7:9] == [[7, 0, 1], [8, 8, 1]]
+    assert len(json.dumps(metrics)) < 1e6
+    show_report(report, False)
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == 22
+    assert printed.out.splitlines()[2].startswith("class 0007")
+    assert "the 20 of 3,000 classes with the lowest accuracy" in printed.err
 
 
 def test_class_names_are_data_in_the_picture(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
 
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
+MANY_CLASSES, WORST = 100, 20  # classes up to which an evaluation prints all; beyond, those with the lowest figures
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
 Format = Literal["auto", "table", "jsonl", "csv", "tsv"]
 
@@ -256,8 +257,14 @@ def show_report(report: "Report", as_json: bool) -> None:
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
     columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
+    each = list(report.per_class.items())
+    if len(each) > MANY_CLASSES:
+        key = columns[1] if report.confusion else columns[0]
+        worst = sorted(each, key=lambda pair: (pair[1][key] is None, pair[1][key] or 0, pair[0]))
+        each = worst[:WORST]
+        say(f"the {WORST} of {counted(len(worst), 'class')} with the lowest {key}; all are in --json and -o DIR")
     rows = (
         [show_text(name), *(figure(row[column], "" if column == "count" else ".3f") for column in columns)]
-        for name, row in report.per_class.items()
+        for name, row in each
     )
     emit_table(["class", *columns], rows)

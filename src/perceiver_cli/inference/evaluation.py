@@ -40,6 +40,9 @@ from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import MODEL_FILE
 
 TOP = 5
+WHOLE_MATRIX = (
+    256  # classes up to which JSON has the whole confusion matrix; then it has [true, answer, count] of cells
+)
 MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities read for the mAP's interval, about 10 s
 
 
@@ -115,9 +118,13 @@ class Report:
             "notes": list(self.notes),
             "files": self.files.to_dict(),
         }
-        if self.confusion is not None:
+        if self.confusion is None:
+            return facts | {"mAP": self.mean_average_precision}
+        if len(self.classes) <= WHOLE_MATRIX:
             return facts | {"confusion": [list(row) for row in self.confusion]}
-        return facts | {"mAP": self.mean_average_precision}
+        table = np.array(self.confusion)
+        pairs = np.argwhere(table)
+        return facts | {"confusion_pairs": [[*pair, int(table[tuple(pair)])] for pair in pairs.tolist()]}
 
 
 def score(
