@@ -256,10 +256,10 @@ def show_report(report: "Report", as_json: bool) -> None:
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
-    columns = ("count", "accuracy", "precision", "f1") if report.confusion else ("average_precision",)
+    key = "accuracy" if report.confusion else "average_precision"
+    columns = ("count", key, "precision", "f1") if report.confusion else (key,)
     each = list(report.per_class.items())
     if len(each) > MANY_CLASSES:
-        key = columns[1] if report.confusion else columns[0]
         worst = sorted(each, key=lambda pair: (pair[1][key] is None, pair[1][key] or 0, pair[0]))
         each = worst[:WORST]
         say(f"the {WORST} of {counted(len(worst), 'class')} with the lowest {key}; all are in --json and -o DIR")
