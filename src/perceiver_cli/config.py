@@ -91,18 +91,41 @@ class ModelConfig(Table):
         return 1 + max((index for kind, index in self.steps if kind == "t"), default=-1)
 
 
+Pairs = Literal["media", "all", "none"]
+ANY = "path"  # key of `path_column` for files of any modality
+
+
 class DataConfig(Table):
     """The examples, and how they are read."""
 
     path: str | None = None  # folder, manifest or tar of the data
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train for validation, if data has no val split
+    root: str | None = None  # folder that a manifest's paths are relative to; unset: the manifest's own
+    path_column: dict[str, str] | None = None  # column of paths of each modality, or "path" for files of any
+    label_column: str | None = None  # column of labels; unset: label, labels or the like
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
+    # Files of one stem in a folder that make one example: media, also tables of numbers (all), or none.
+    pair: Annotated[Pairs, BeforeValidator(lambda value: value or "none")] = "media"
     split: str | None = None  # file of an earlier run's split, which is reused
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
     workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen by cores and device
     cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
     class_weight_power: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0 none, 0.5 square root, 1 inverse frequency
     limits: Limits = Limits()
+
+    @property
+    def of_manifest(self) -> list[str]:
+        """The options that only a manifest has, as flags."""
+        flags = {"--root": self.root, "--path-column": self.path_column, "--label-column": self.label_column}
+        return [flag for flag, value in flags.items() if value is not None]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        known = sorted(preprocess.names())
+        for name in self.path_column or ():
+            if name not in (ANY, *known):
+                raise ValueError(f"path_column.{name} is no modality, known are {', '.join(known)}, {ANY} for any")
+        return self
 
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(steps?|epochs?|%)")
@@ -241,7 +264,9 @@ class Config(Table):
             *parents, leaf = key.strip().split(".")
             table = tables
             for parent in parents:
-                table = table.setdefault(parent, {})
+                if table.get(parent) is None:
+                    table[parent] = {}
+                table = table[parent]
                 if not isinstance(table, dict):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
             try:

@@ -46,15 +46,18 @@ def test_a_column_of_labels_holds_several(tmp_path: Path) -> None:
 def test_a_column_for_each_modality(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image,audio,author,label\na.png,b.wav,me,x\na.png,,me,x\n,,me,y\n")
     (tmp_path / "m.jsonl").write_text('{"label": "x", "points": "c.off"}\n{"label": "y", "video": "d.mp4"}\n')
-    rows, several = read_manifest(tmp_path / "m.csv")
-    assert [row.columns for row in rows] == [{"image": "a.png", "audio": "b.wav"}, {"image": "a.png"}, {}]
-    assert not several
-    assert [row.columns for row in read_manifest(tmp_path / "m.jsonl")[0]] == [{"points": "c.off"}, {"video": "d.mp4"}]
+    read = read_manifest(tmp_path / "m.csv")
+    assert [row.columns for row in read.rows] == [{"image": "a.png", "audio": "b.wav"}, {"image": "a.png"}, {}]
+    assert not read.multi_label
+    assert [row.columns for row in read_manifest(tmp_path / "m.jsonl").rows] == [
+        {"points": "c.off"},
+        {"video": "d.mp4"},
+    ]
 
 
 def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("path\na.png\n")
-    assert read_manifest(tmp_path / "m.csv", labelled=False)[0][0].path == "a.png"
+    assert read_manifest(tmp_path / "m.csv", labels="ignored").rows[0].path == "a.png"
     with pytest.raises(DataError, match="columns are 'path'; expected path or some of"):
         read_manifest(tmp_path / "m.csv")
 
@@ -63,8 +66,8 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("m.csv", "source,class\nx.png,a\n", "columns are 'source', 'class'; expected path or some of"),
-        ("m.csv", "pth,lable\nx.png,a\n", "and perhaps split; rename 'pth' to 'path' and 'lable' to 'label'"),
-        ("m.csv", "id,path,category_name\n1,x.png,a\n", "and perhaps split; rename 'category_name' to 'label'"),
+        ("m.csv", "pth,lable\nx.png,a\n", "and perhaps split; perhaps --path-column 'pth' --label-column 'lable'"),
+        ("m.csv", "id,path,category_name\n1,x.png,a\n", "and perhaps split; perhaps --label-column 'category_name'"),
         ("m.txt", "x.png a\nalone.png\n", "not a .txt manifest: line 2 is 'alone.png', expected PATH LABEL"),
         (
             "m.csv",
@@ -78,7 +81,7 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
         ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "a line that is not an object"),
         ("m.jsonl", '{"image": ["x.png"], "label": "a"}\n', "row 1 has a path that is not text"),
         ("m.jsonl", "{", "not a .jsonl manifest"),
-        ("m.csv", "path,label\nnone.png,a\n", "no usable files in the manifest"),
+        ("m.csv", "path,label\nnone.png,a\n", "1 of 1 file do not exist, first 'none.png'"),
         ("m.csv", "", "the file is empty"),
     ],
 )
@@ -143,9 +146,10 @@ def test_metadata_beside_the_files(tmp_path: Path, suffix: str, where: str) -> N
     assert set(catalog.splits) == {"train", "test"}
     assert all(catalog.counts(split) == {"a": 2, "b": 2} for split in catalog.splits)
     assert catalog.splits["test"][0].id == "test/000.png"
-    assert catalog.notes == ()
+    unused = ("path from 'file_name', label from 'label'; 1 column not used: 'text'",) if suffix == "csv" else ()
+    assert catalog.notes == unused
     (tmp_path / "train" / "new.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
-    assert scan(tmp_path).account.passed_over["named by no metadata"].first == [os.path.join("train", "new.png")]
+    assert scan(tmp_path).account.passed_over["named by no list"].first == [os.path.join("train", "new.png")]
 
 
 def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -> None:
@@ -160,19 +164,19 @@ def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     (tmp_path / "metadata.csv").write_text("file_name,lable\n000.png,x\n")
-    with pytest.raises(DataError, match="rename 'lable' to 'label'"):
+    with pytest.raises(DataError, match="perhaps --label-column 'lable'"):
         scan(tmp_path)
 
 
 def test_metadata_of_several_modalities(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image_file_name,audio_file_name,label\na.png,b.wav,x\n")
-    assert read_manifest(tmp_path / "m.csv")[0][0].columns == {"image": "a.png", "audio": "b.wav"}
+    assert read_manifest(tmp_path / "m.csv").rows[0].columns == {"image": "a.png", "audio": "b.wav"}
 
 
 def test_json_lines_end_at_newlines_only(tmp_path: Path) -> None:
     row = json.dumps({"path": "a\u2028b.png", "label": "x"}, ensure_ascii=False)
     (tmp_path / "m.jsonl").write_text(row + "\n", encoding="utf-8")
-    assert read_manifest(tmp_path / "m.jsonl")[0][0].path == "a\u2028b.png"
+    assert read_manifest(tmp_path / "m.jsonl").rows[0].path == "a\u2028b.png"
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -196,7 +196,7 @@ def test_groups_by_folder_and_by_column(tmp_path: Path) -> None:
     by_column = scan(tmp_path / "m.csv", options=DataConfig(group_by="speaker")).hold_out(0.3)
     assert [{f"in/{name}" for name in names} for names in shares(by_folder).values()] == [*shares(by_column).values()]
     assert 0 < len({e.group for e in by_folder.splits["val"]}) < 8
-    with pytest.raises(DataError, match="'speaker'; expected 'speakr' to group by; rename 'speaker' to 'speakr'"):
+    with pytest.raises(DataError, match="'speaker'; expected 'speakr' for --group-by; perhaps --group-by 'speaker'"):
         scan(tmp_path / "m.csv", options=DataConfig(group_by="speakr"))
     with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent"):
         scan(tmp_path / "in", options=DataConfig(group_by="speaker"))

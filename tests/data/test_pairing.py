@@ -10,6 +10,7 @@ import pytest
 import soundfile
 from hypothesis import given, strategies as st
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import brought, examples_of
@@ -24,6 +25,8 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.video import VideoSpec
 from tests.conftest import RATE_HZ, write_clip, write_images, write_pairs
+
+BOTH = {"image": ImageSpec(), "points": PointsSpec()}
 
 
 def manifest_of(root: Path, columns: dict[str, str]) -> Path:
@@ -61,7 +64,7 @@ def test_a_manifest_of_the_same_pairs_gives_the_same_examples(pairs: Path, tmp_p
     assert by_stem.fingerprint == by_row.fingerprint
     assert by_stem.bad == {"train/top-low/005": f"'{root}/train/top-low/005.png': the file is empty"}
     assert (
-        set(by_stem.notes)
+        set(by_stem.notes) - {"audio + image by stem: 126 of 128 examples; --pair none turns it off in training"}
         == set(by_row.notes)
         == {
             "1 of 128 examples have no audio",
@@ -138,6 +141,66 @@ def test_identity_of_stems() -> None:
     assert identity(["x/1.png", "y/1.wav"]) == "x/1.png+y/1.wav"
 
 
+# ---------------------------------------------------------------- tables beside media
+
+
+def write_boxes(folder: Path, rows: str = "0.1 0.2 0.3 0.4\n0.5 0.6 0.7 0.8\n", suffix: str = ".txt") -> None:
+    """Write a table of numbers beside each picture and sound below a folder."""
+    for path in sorted(folder.rglob("*.png")):
+        path.with_suffix(suffix).write_text(rows)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xyz", ".pts", ".csv"])
+def test_a_table_of_numbers_beside_a_picture_is_no_input(tmp_path: Path, suffix: str) -> None:
+    """Boxes, landmarks, tracks of pitch: they look like clouds and tell the class (ultralytics#21224)."""
+    write_images(tmp_path, {"a": 4, "b": 4})
+    write_boxes(tmp_path, suffix=suffix)
+    catalog = scan(tmp_path)
+    assert catalog.modalities == ("image",)
+    assert len(catalog.splits["train"]) == 8
+    assert scan(tmp_path, reads=["image", "points"]).modalities == ("image",)
+    (plain,) = [example for example in examples_of(str(tmp_path / "a"), BOTH, Limits()) if "000" in example.id]
+    assert list(plain.sources) == ["image"]  # a prediction follows the same rule
+
+
+def test_the_user_may_join_tables_or_nothing(tmp_path: Path) -> None:
+    write_images(tmp_path / "train", {"a": 4, "b": 4})
+    write_boxes(tmp_path, suffix=".xyz")
+    every = DataConfig(pair="all")
+    joined = scan(tmp_path, options=every)
+    assert joined.modalities == ("image", "points")
+    assert "image + points by stem: 8 of 8 examples; --pair none turns it off in training" in joined.notes
+    assert scan(tmp_path, options=DataConfig(pair="none")).modalities == ("image",)
+    (pair,) = [e for e in examples_of(str(tmp_path / "train" / "a"), BOTH, Limits(), options=[every]) if "000" in e.id]
+    assert list(pair.sources) == ["image", "points"]
+    assert scan(manifest_of(tmp_path, {"image": ".png", "points": ".xyz"})).modalities == ("image", "points")
+    clouds = scan(tmp_path, reads=["points"])  # asked for alone, they are clouds
+    assert (clouds.modalities, len(clouds.splits["train"])) == (("points",), 8)
+
+
+def test_more_tables_than_pictures_do_not_come_first(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 4, "b": 4})
+    for path in sorted(tmp_path.rglob("*.png")):
+        for side in ("left", "right"):
+            path.with_name(f"{path.stem}_{side}.xyz").write_text("0 0 1\n0 1 0\n")
+    assert scan(tmp_path).modalities == ("image",)
+
+
+def test_media_of_one_stem_are_pairs_which_is_said(pairs: Path, tmp_path: Path) -> None:
+    note = "audio + image by stem: 128 of 128 examples; --pair none turns it off in training"
+    assert note in scan(pairs).notes
+    alone = scan(pairs, options=DataConfig(pair="none"))
+    assert (alone.modalities, len(alone.splits["train"])) == (("audio",), 96)
+    write_images(tmp_path, {"a": 3, "b": 3})
+    for path in sorted(tmp_path.rglob("*.png")):
+        path.with_suffix(".off").write_text("OFF\n3 1 0\n0 0 0\n0 0 1\n0 1 0\n3 0 1 2\n")
+    catalog = scan(tmp_path)
+    assert catalog.modalities == ("image", "points")  # a format that says that it is points
+    assert "image + points by stem: 6 of 6 examples; --pair none turns it off in training" in catalog.notes
+    found = examples_of(str(tmp_path / "a"), BOTH, Limits(), options=[DataConfig(pair="none")])
+    assert [list(example.sources) for example in found] == [["points"], ["image"]] * 3
+
+
 # ---------------------------------------------------------------- videos
 
 
@@ -191,9 +254,9 @@ def test_a_path_stands_for_files_pairs_or_rows(pairs: Path, tmp_path: Path) -> N
     assert ids == ["000", "001.jpeg", "001.png", "001.wav", *(f"{i:03d}" for i in range(2, 8))]
     assert list(found[0].sources) == ["audio", "image"]
     assert len(list(examples_of(str(root), one, Limits()))) == 9  # a model of one modality: its files
-    (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\nin/001.wav,\n,\n")
+    (tmp_path / "m.csv").write_text("audio,image\nin/000.wav,in/003.png\n,\nin/001.wav,\n")
     rows = list(examples_of(str(tmp_path / "m.csv"), both, Limits()))
-    assert [row.id for row in rows] == ["in/000.wav+in/003.png", "in/001.wav", "row 3"]
+    assert [row.id for row in rows] == ["in/000.wav+in/003.png", "row 2", "in/001.wav"]
     assert rows[0].sources["image"].name == str(root / "003.png")
     (tmp_path / "cloud.csv").write_text("0.1,0.2,0.3\n0.4,0.5,0.6\n")
     (root / "m.csv").write_text("path,label\n000.png,a\n,b\n001.png,c\n")

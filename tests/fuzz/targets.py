@@ -220,7 +220,7 @@ def manifest(data: bytes) -> None:
     """The first byte chooses the format."""
     suffixes = (".csv", ".tsv", ".jsonl", ".txt")
     with file_of(data[1:], f"m{suffixes[data[0] % 4] if data else '.csv'}") as path:
-        for row in read_manifest(path, labelled=bool(data and data[0] < 128))[0]:
+        for row in read_manifest(path, labels="needed" if data and data[0] < 128 else "ignored").rows:
             json.dumps([row.path, row.split, row.labels], ensure_ascii=False).encode("utf-8", "surrogateescape")
 
 

@@ -36,6 +36,10 @@ def preprocess(
     null: options.Null = False,
     label_from: Annotated[Literal["parent"] | None, typer.Option(help="Label files with their folder's name.")] = None,
     stdin_name: options.StdinName = "-",
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
+    label_column: options.LabelColumn = None,
+    pair: options.Pair = None,
     augment: Annotated[int, typer.Option(min=0, help="Number of random variants of each training example.")] = 0,
     fourier: Annotated[bool, typer.Option("--fourier", help="Write M x C rows with Fourier features.")] = False,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of --fourier rows.")] = "float32",
@@ -61,8 +65,10 @@ def preprocess(
 
     if output == "-" and terminal.is_terminal():
         raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
+    given = options.data_options(root, path_columns, label_column, pair)
+    changes = [*(changes or []), *options.data_changes(given)]
     job = prepare.plan(
-        named, model=model, preset=preset, changes=changes or [], raised=options.raised_limits(limit),
+        named, model=model, preset=preset, changes=changes, raised=options.raised_limits(limit),
         label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
     )  # fmt: skip
     size = round(options.number(f"--shard-size {shard_size}", shard_size))
@@ -87,6 +93,10 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
 
 def lint(
     data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
+    label_column: options.LabelColumn = None,
+    pair: options.Pair = None,
     json: options.Json = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,
     limit: options.Limit = None,
@@ -100,10 +110,12 @@ def lint(
     unreadable or content is in several splits.
     """
     options.check_data(data)
+    from perceiver_cli.config import DataConfig
     from perceiver_cli.data.lint import lint as check
 
+    read = DataConfig(**options.data_options(root, path_columns, label_column, pair))
     with counting("checking") as progress:
-        report = check(data, options.raised_limits(limit), workers, progress)
+        report = check(data, options.raised_limits(limit), workers, progress, read)
     say_notes(report.notes)
     show_lint(report, json)
     if report.failed:

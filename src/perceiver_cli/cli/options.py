@@ -4,7 +4,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path, status_of
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
-DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSONL, TXT), tar of records, or - for stdin."
+DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT), tar of records, or - for stdin."
 
 Aggregate = Literal["mean", "max", "none"]
 Floats = Literal["auto", "fp32", "bf16", "fp16"]
@@ -48,6 +48,16 @@ ConfigFile = Annotated[Path | None, typer.Option(help="Recipe in a TOML file, e.
 FilesFrom = Annotated[str | None, typer.Option(help="File that lists more paths, or - for stdin.")]
 Null = Annotated[bool, typer.Option("--null", "-0", help="Paths of --files-from end in NUL (find -print0).")]
 StdinName = Annotated[str, typer.Option(help="Name for the bytes on stdin.")]
+Root = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a manifest's paths [default: its own].")]
+PathColumns = Annotated[
+    list[str] | None,
+    typer.Option("--path-column", metavar="NAME", help="Manifest's column of paths, or image=NAME for one modality."),
+]
+LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Manifest's column of labels.")]
+Pair = Annotated[
+    Literal["media", "all", "none"] | None,
+    typer.Option(help="Join files of one stem: media, also tables of numbers (all), or none [default: media]."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -67,8 +77,46 @@ def check_data(data: str | None) -> None:
         raise UsageError("no data given: the name is empty", "pass a folder, a manifest or records")
     elif data is not None and not glob.has_magic(data) and status_of(data) is None:
         raise DataError(
-            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .jsonl, .txt or .tar"
+            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .json, .txt or .tar"
         )
+
+
+def data_options(
+    root: str | None, path_columns: list[str] | None, label_column: str | None, pair: str | None = None
+) -> dict[str, Any]:
+    """Return the options of how to read data that were given, by their names in `DataConfig`."""
+    from perceiver_cli.config import ANY
+    from perceiver_cli.preprocess import names
+
+    if root is not None and not os.path.isdir(root):
+        raise UsageError(f"--root {show_path(root)}: no such folder")
+    columns: dict[str, str] = {}
+    for text in path_columns or []:
+        kind, equals, name = text.partition("=")
+        columns |= {kind: name} if equals and kind in (ANY, *names()) else {ANY: text}
+    every = {"root": root, "path_column": columns or None, "label_column": label_column, "pair": pair}
+    return {name: value for name, value in every.items() if value is not None}
+
+
+def data_changes(options: Mapping[str, Any]) -> list[str]:
+    """Return `data_options` as assignments to a configuration."""
+    from perceiver_cli.config import Flag
+
+    changes: list[str] = []
+    for name, value in options.items():
+        keys = {f"data.{name}.{kind}": column for kind, column in value.items()} if isinstance(value, dict) else {}
+        for key, each in (keys or {f"data.{name}": value}).items():
+            changes.append(Flag(f"--{name.replace('_', '-')} {each}", key, each))
+    return changes
+
+
+def data_words(options: Mapping[str, Any]) -> list[str]:
+    """Return `data_options` as words of a command."""
+    words: list[str] = []
+    for name, value in options.items():
+        each = [f"{kind}={column}" for kind, column in value.items()] if isinstance(value, dict) else [str(value)]
+        words += [word for text in each for word in (f"--{name.replace('_', '-')}", text)]
+    return words
 
 
 def model_file(model: str | None) -> Path:
@@ -83,8 +131,15 @@ def model_file(model: str | None) -> Path:
     return path
 
 
-def open_predictor(model: str | None, device: str, precision: str, limit: list[str] | None, use: str | None) -> Any:
-    """Return the Predictor that the options ask for."""
+def open_predictor(
+    model: str | None,
+    device: str,
+    precision: str,
+    limit: list[str] | None,
+    use: str | None,
+    data: Mapping[str, Any] | None = None,
+) -> Any:
+    """Return the Predictor that the options ask for. data: see `data_options`."""
     from perceiver_cli.preprocess.spec import Limits
 
     path = model_file(model)
@@ -92,6 +147,7 @@ def open_predictor(model: str | None, device: str, precision: str, limit: list[s
 
     predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **raised_limits(limit)})
+    predictor.options = data or {}
     return predictor
 
 

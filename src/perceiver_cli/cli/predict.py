@@ -46,6 +46,9 @@ def evaluate(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
     ] = False,
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
+    label_column: options.LabelColumn = None,
     json: options.Json = False,
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
@@ -60,7 +63,8 @@ def evaluate(
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate as evaluate_model
     from perceiver_cli.report.html import save_report
 
-    predictor = options.open_predictor(model, device, precision, limit, use)
+    given = options.data_options(root, path_columns, label_column)
+    predictor = options.open_predictor(model, device, precision, limit, use, given)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
@@ -75,7 +79,7 @@ def evaluate(
 
         save_report(report, output)
         words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
-        words += ["--use", use] if use is not None else []
+        words += (["--use", use] if use is not None else []) + options.data_words(given)
         words += [word for raised in limit or [] for word in ("--limit", raised)]
         write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
@@ -99,6 +103,8 @@ def predict(
     files_from: options.FilesFrom = None,
     null: options.Null = False,
     stdin_name: options.StdinName = "-",
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
     min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,
@@ -122,7 +128,8 @@ def predict(
     windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
         check_embeddings(embeddings)
-    predictor = options.open_predictor(model, device, precision, limit, use)
+    given = options.data_options(root, path_columns, None)
+    predictor = options.open_predictor(model, device, precision, limit, use, given)
     account = Account()
     predictions = predictor.predict(
         sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None, account=account

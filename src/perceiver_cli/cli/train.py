@@ -51,6 +51,10 @@ def train(
     recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
+    label_column: options.LabelColumn = None,
+    pair: options.Pair = None,
     group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: options.Limit = None,
@@ -94,6 +98,7 @@ def train(
         lengths = {"max_steps": None, "steps": steps, "max_time_s": options.seconds(max_time)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
+    overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair))
     raised = options.raised_limits(limit).items()
     overrides += [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
     if resume and output is None:
@@ -116,12 +121,16 @@ def train(
 
 
 def lr_find(
-    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSONL).")],
+    data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSON).")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Plot: FILE.png or FILE.svg.")] = Path("lr-find.png"),
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    root: options.Root = None,
+    path_columns: options.PathColumns = None,
+    label_column: options.LabelColumn = None,
+    pair: options.Pair = None,
     steps: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum steps, from rate 1e-5 to 1.")] = 100,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -132,7 +141,9 @@ def lr_find(
     flags |= {} if device == "auto" else {"--device": device}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
-    overrides = [*(changes or []), f"train.device={device}"]
+    given = options.data_options(root, path_columns, label_column, pair)
+    words += options.data_words(given)
+    overrides = [*(changes or []), *options.data_changes(given), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
     from perceiver_cli.training import lr_find as finder
     from perceiver_cli.training.trainer import Trainer

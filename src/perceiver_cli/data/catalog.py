@@ -24,8 +24,21 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.folders import of_suffix, parent, suffix_of, tally
 from perceiver_cli.data.listing import Listing, listed
-from perceiver_cli.data.manifest import NO_OPTIONS, Row
-from perceiver_cli.data.pairing import MOST, PROBES, assemble, companions, either, identity, sources_of, stem, streams
+from perceiver_cli.data.manifest import NO_OPTIONS, Labels, Row, alike
+from perceiver_cli.data.pairing import (
+    MOST,
+    PROBES,
+    TABLE,
+    as_points,
+    assemble,
+    companions,
+    either,
+    identity,
+    sources_of,
+    stem,
+    streams,
+    tables_beside,
+)
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
@@ -170,6 +183,7 @@ def scan(
     classes: Sequence[str] | None = None,
     reads: Iterable[str] | None = None,
     options: DataConfig = NO_OPTIONS,
+    labels: Labels = "needed",
 ) -> Catalog:
     """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
@@ -177,7 +191,7 @@ def scan(
     half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos if at
     least half of a sample have any. With `reads`, the modalities of a recipe or model, they bring only these. With
     `classes`, a model's, examples of other classes get no label. options: columns of a manifest and its `root`; what
-    makes pairs; `group_by`, whose groups are each in one split.
+    makes pairs; `group_by`, whose groups are each in one split. labels: "scored" leaves out rows without a label.
 
     Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
@@ -185,7 +199,8 @@ def scan(
     if name == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
             return _records_catalog(spooled(stdin, "stdin"), "-", classes, reads, group_by)
-    listing = listed(name, options=options.model_copy(update={"group_by": None}) if group_by == PARENT else options)
+    own = options.model_copy(update={"group_by": None}) if group_by == PARENT else options
+    listing = listed(name, labels, own)
     if listing.tars:
         return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:
@@ -261,6 +276,7 @@ def _class_names(
     if strangers:
         whose = "the model's classes" if classes is not None else "the training classes"
         notes.append(f"{counted(strangers.total(), noun)} of classes not among {whose}: {tally(strangers)}")
+    notes += alike([*counts, *names])
     return names
 
 
@@ -283,15 +299,32 @@ def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, no
     return examples, holds, brings
 
 
-def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows with one file each, the modalities in the data, and those they bring."""
+def _looked_at(
+    listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
+) -> list[tuple[File, Row]]:
+    """Return the one file of each row, with the row, but tables of numbers that lie beside media."""
     files = [row.looked_at(listing.folder) for row in rows]
     if reads is None:
         files = [_without_rows(file) for file in files]
     elif not any(file.among(reads) for file in files):
         files = [row.looked_at(listing.folder, only(reads)) for row in rows]
+    if listing.by_stem and listing.pair == "all":
+        files = [as_points(file) for file in files]
+    tables = tables_beside(files, reads, listing.pair) if listing.by_stem else set()
+    if tables:
+        shown = f"{counted(len(tables), 'table')} of numbers beside {'files' if len(tables) > 1 else 'a file'}"
+        notes.append(f"{shown} of the same stem, passed over; --pair all takes them as points")
+    for path in sorted(tables):
+        listing.account.pass_over(TABLE, path)
+    return [(file, row) for file, row in zip(files, rows, strict=True) if file.path not in tables]
+
+
+def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
+    """Return the examples of rows with one file each, the modalities in the data, and those they bring."""
+    pairs = _looked_at(listing, rows, reads, notes)
+    files, by_stem = [file for file, _ in pairs], listing.by_stem and listing.pair != "none"
     holds = {file.source.kinds[0] for file in files if file.source.kinds}
-    allowed = companions(files, by_stem=listing.by_stem) if reads is None else reads
+    allowed = companions(files, by_stem=by_stem) if reads is None else reads
     usable = {kind for file in files if (kind := file.among(allowed)) is not None}
     brings = set(usable)
     if "video" in usable:
@@ -307,7 +340,7 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
     kind_of = {suffix: kind for kind in sorted(usable) for suffix in modality(kind).suffixes}
     kind_of |= {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
-    for number, (file, row) in enumerate(zip(files, rows, strict=True)):
+    for number, (file, row) in enumerate(pairs):
         suffix = suffix_of(file.path)
         if suffix not in kind_of:
             listing.account.pass_over(of_suffix(file), file.path)
@@ -316,22 +349,34 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
             expected = kind_of[suffix]
             error = file.error or other_kind(file.source, expected)
             file = File(file.path, replace(file.source, kinds=(expected,)), error)
-        groups[stem(file.path) if listing.by_stem and len(usable) > 1 else number].append((file, row))
+        groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
+    return _assembled(groups.values(), usable, brings, listing.account, notes), holds, brings
+
+
+def _assembled(
+    groups: Iterable[list[tuple[File, Row]]], usable: set[str], brings: set[str], account: Account, notes: list[str]
+) -> Labelled:
+    """Return the example of each group of files, and note how many their stem joins."""
     examples: Labelled = []
-    for group in groups.values():
+    joined: Counter[tuple[str, ...]] = Counter()
+    for group in groups:
         by_kind, spare = assemble([file for file, _ in group], usable)
         fault = next((file.error.message for file, _ in group if file.error is not None), None)
         if spare is not None and fault is None:
             fault = f"{spare.source.shown}: a second {spare.source.kinds[0]} file with the same stem, expected one"
         name = identity(file.path for file in by_kind.values())
+        joined[tuple(sorted(by_kind))] += len(by_kind) > 1
         example = Example(name, sources_of(by_kind, brings), error=fault)
         examples.append((example, group[0][1]))
         for file, _ in group if example.sources else group[1:]:
             if file.source.name not in example.files:
                 kind = file.among(usable)
                 reason = f"a second {kind} of its stem" if kind in brings else f"{kind}, which is not read"
-                listing.account.pass_over(reason, file.path)
-    return examples, holds, brings
+                account.pass_over(reason, file.path)
+    for kinds, count in sorted((+joined).items()):
+        how = "--pair none turns it off in training"
+        notes.append(f"{' + '.join(kinds)} by stem: {count} of {len(examples)} examples; {how}")
+    return examples
 
 
 def _without_rows(file: File) -> File:

@@ -11,7 +11,18 @@ from pathlib import Path
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.layout import by_folder
-from perceiver_cli.data.manifest import NO_OPTIONS, SPLIT_NAMES, ColumnError, Row, is_manifest, read_manifest, top_split
+from perceiver_cli.data.manifest import (
+    NO_OPTIONS,
+    SPLIT_NAMES,
+    ColumnError,
+    Labels,
+    Manifest,
+    Row,
+    is_manifest,
+    read_manifest,
+    top_split,
+)
+from perceiver_cli.data.paths import located
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import cannot_read, show_path
 from perceiver_cli.preprocess.detection import File
@@ -123,7 +134,9 @@ def _count(entry: os.DirEntry[str]) -> int:
     return 1 + sum(len(folders) + len(names) for _, folders, names in os.walk(entry.path))
 
 
-def rows_in(top: Path, account: Account, notes: list[str], options: DataConfig = NO_OPTIONS) -> tuple[list[Row], bool]:
+def rows_in(
+    top: Path, account: Account, notes: list[str], options: DataConfig = NO_OPTIONS, labels: Labels = "needed"
+) -> tuple[list[Row], bool]:
     """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
 
     Rows come from the first of: metadata.csv or metadata.jsonl with labels and file_name, in the folder or in each
@@ -134,28 +147,30 @@ def rows_in(top: Path, account: Account, notes: list[str], options: DataConfig =
     entries = list(walk(top, account))
     files = [path for path, is_folder in entries if not is_folder]
     unlabelled: ColumnError | None = None
-    group_by = options.group_by
     try:
-        if described := _by_metadata(top, files, account, options):
-            return described
+        if metadata := _metadata(files):
+            read = [read_manifest(top / path, options, labels, beside=place) for path, place in metadata.items()]
+            return _joined(read, top, files, metadata, account, notes, options, labels)
     except ColumnError as error:
         unlabelled = error
     rows, rest = by_folder(entries, notes)
     if unlabelled is not None:
-        if not rows or group_by is not None:
+        if not rows or options.group_by is not None or options.of_manifest:
             raise unlabelled
         notes.append(f"classes are folders: {unlabelled}")
-    if rows and group_by is not None:
-        raise DataError(f"{show_path(top)}: no column {show_path(group_by)}: classes are folders", "group by parent")
+    if rows and options.group_by is not None:
+        fault = f"{show_path(top)}: no column {show_path(options.group_by)}: classes are folders"
+        raise DataError(fault, "group by parent")
+    if rows and options.of_manifest:
+        fault = f"{show_path(top)}: classes are folders: no manifest to which {', '.join(options.of_manifest)} applies"
+        raise ColumnError(fault, "name the manifest")
     lists = {} if rows else {path: split for path in files if (split := _list_of(path))}
     if not lists:
         for path, reason in rest.items():
             account.leave(reason, path)
         return rows, False
-    read = [read_manifest(top / path, options, split=split) for path, split in lists.items()]
-    rows = [row for each, _ in read for row in each]
-    _beside(files, lists, rows, account, "named by no list")
-    return rows, any(several for _, several in read)
+    read = [read_manifest(top / path, options, labels, split=split) for path, split in lists.items()]
+    return _joined(read, top, files, lists, account, notes, options, labels)
 
 
 def _list_of(path: str) -> str | None:
@@ -163,31 +178,42 @@ def _list_of(path: str) -> str | None:
     return SPLIT_NAMES.get(Path(path).stem.lower()) if os.path.dirname(path) == "" and is_manifest(path) else None
 
 
-def _by_metadata(
-    top: Path, files: Sequence[str], account: Account, options: DataConfig
-) -> tuple[list[Row], bool] | None:
-    """Return the rows of the metadata in a data folder and its split folders, or None without metadata."""
+def _metadata(files: Sequence[str]) -> dict[str, str]:
+    """Return the metadata of a data folder and its split folders, each with its folder."""
     names = {"metadata.csv", "metadata.jsonl"}
     paths = {path: os.path.dirname(path) for path in files if os.path.basename(path) in names}
-    paths = {path: place for path, place in paths.items() if not place or (os.sep not in place and top_split(place))}
-    if not paths:
-        return None
-    read = [read_manifest(top / path, options, beside=place) for path, place in paths.items()]
-    rows = [row for each, _ in read for row in each]
-    _beside(files, paths, rows, account, "named by no metadata")
-    return rows, any(several for _, several in read)
+    return {path: place for path, place in paths.items() if not place or (os.sep not in place and top_split(place))}
 
 
-def _beside(files: Sequence[str], lists: Collection[str], rows: Sequence[Row], account: Account, reason: str) -> None:
-    """Count the files of a folder that its lists do not name, and those that they name again or that are absent."""
-    each = [os.path.normpath(path) for row in rows for path in set(row.paths)]
+def _joined(
+    read: Sequence[Manifest],
+    top: Path,
+    files: Sequence[str],
+    lists: Collection[str],
+    account: Account,
+    notes: list[str],
+    options: DataConfig,
+    labels: Labels,
+) -> tuple[list[Row], bool]:
+    """Return the rows of the manifests in a folder, and whether they are multi-label.
+
+    `account` counts the files that they do not name or leave out, and those that they name again or that are absent.
+    """
+    rows = [row for each in read for row in each.rows]
+    rows, paths = located(rows, options.root or os.fspath(top), show_path(top), labels)
+    notes += [*dict.fromkeys(note for each in read for note in each.notes), *paths]
+    unlabelled = [os.path.normpath(path) for each in read for path in each.unlabelled]
+    each = [*unlabelled, *(os.path.normpath(path) for row in rows for path in set(row.paths))]
     named = set(each)
     account.absent += len(each) - len(named.intersection(files))
+    for path in unlabelled:
+        account.unlabelled.add(path)
     for path in files:
         if path in lists:
             account.pass_over("a list of the others", path)
         elif path not in named:
-            account.pass_over(reason, path)
+            account.pass_over("named by no list", path)
+    return rows, any(each.multi_label for each in read)
 
 
 def parent(path: str) -> str:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
 from typing import BinaryIO, ClassVar
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.folders import of_suffix, suffix_of
-from perceiver_cli.data.listing import Listing, listed
-from perceiver_cli.data.pairing import assemble, either, identity, sources_of, stem
+from perceiver_cli.data.listing import Listing, fitting, listed
+from perceiver_cli.data.manifest import NO_OPTIONS
+from perceiver_cli.data.pairing import TABLE, as_points, assemble, either, identity, sources_of, stem, tables_beside
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, with_time
@@ -109,18 +111,22 @@ def examples_of(
     limits: Limits,
     use: Collection[str] | None = None,
     account: Account | None = None,
+    options: Sequence[DataConfig] = (NO_OPTIONS,),
 ) -> Iterator[Example]:
     """Yield the examples to predict, without labels; an unreadable input is an example with an error.
 
     named: a path or bytes, a mapping of these by modality, a pipe, or an example. A folder stands for the files below
     it (for a model of several modalities, files of one stem make one example), a manifest for its rows, tars for their
     records. reads: the model's inputs. use: the inputs to answer from, all if unset. account: gets the paths that are
-    no examples. Raises DataError for an unreadable manifest, a folder without a usable file or records not prepared as
-    in `reads`, IntegrityError for damaged records.
+    no examples. options: how to read a manifest or a folder, see `fitting`. Raises DataError for an unreadable
+    manifest, a folder without a usable file or records not prepared as in `reads`, IntegrityError for damaged records.
     """
     use = [*reads] if use is None else use
     account = Account() if account is None else account
-    listing = listed(named, labels="ignored", wanted=only(use)) if isinstance(named, str | os.PathLike) else Listing()
+    listing = Listing()
+    if isinstance(named, str | os.PathLike):
+        path = named
+        listing = fitting(lambda each: listed(path, "ignored", each, only(use)), options)
     is_empty = listing.folder != ""
     for example in _listing_examples(listing, [*reads], use):
         is_empty = False
@@ -173,7 +179,7 @@ def _file_example(file: File, use: Collection[str]) -> Example:
 def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
     """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
     is_folder = listing.by_stem and listing.folder != ""
-    by_stem = is_folder and len(reads) > 1
+    by_stem = is_folder and listing.pair != "none" and len(reads) > 1
     suffixes = frozenset[str]().union(*(modality(name).suffixes for name in reads))
     rows = enumerate(listing.rows, start=1)
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
@@ -181,6 +187,7 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
         for number, row in folder_rows:
             if row.path:
                 file = row.looked_at(listing.folder, only(use))
+                file = as_points(file) if by_stem and listing.pair == "all" else file
                 # A file of a folder has its whole path as its name, a file of a manifest the manifest's path.
                 file = replace(file, path=file.source.name) if listing.by_stem else file
                 if is_folder and file.among(reads) is None and suffix_of(file.path) not in suffixes:
@@ -190,7 +197,11 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
             else:
                 sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
                 yield Example(identity(row.paths) if sources else f"row {number}", sources)
-        for files in groups.values():
+        tables = tables_beside(chain.from_iterable(groups.values()), reads, listing.pair) if by_stem else set()
+        for path in sorted(tables):
+            listing.account.pass_over(TABLE, path)
+        for every in groups.values():
+            files = [file for file in every if file.path not in tables]
             by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
             if len(by_kind) > 1 and spare is None:
                 yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))

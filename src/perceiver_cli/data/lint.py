@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import tiny_config
+from perceiver_cli.config import DataConfig, tiny_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
+from perceiver_cli.data.manifest import NO_OPTIONS
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.hardware import cores
@@ -113,13 +114,14 @@ def lint(
     raised: Mapping[str, float] | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    options: DataConfig = NO_OPTIONS,
 ) -> LintReport:
     """Return the faults of a folder, a manifest or records; each example is decoded once, as in a tiny preset.
 
-    raised: limits per input. workers: processes; None is one per core. Memory: 32 bytes of hashes per example. Raises
-    DataError if nothing is usable.
+    raised: limits per input. workers: processes; None is one per core. options: how to read data. Memory: 32 bytes of
+    hashes per example. Raises DataError if nothing is usable.
     """
-    catalog = scan(data)
+    catalog = scan(data, options=options)
     splits = sorted(catalog.splits)
     ends = list(accumulate(len(catalog.splits[split]) for split in splits))
     examine = partial(_examined, _decoder(catalog, Limits.model_validate(raised or {})))

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
+from perceiver_cli.data.cells import MANIFESTS
 from perceiver_cli.data.folders import rows_in, walk
-from perceiver_cli.data.manifest import MANIFESTS, NO_OPTIONS, Row, is_manifest, read_manifest
+from perceiver_cli.data.manifest import NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
+from perceiver_cli.data.paths import located
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.records.shards import tar_files
 
-Labels = Literal["needed", "optional", "ignored"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Listing:
     """The contents of a path: rows of files, or tars of records.
 
-    folder: the base of the rows' paths. by_stem: files of one stem may make one example. multi_label: an example may
-    have several labels. notes: messages for the user. account: of the paths without a row; it grows while the rows are
-    taken.
+    folder: the base of the rows' paths. by_stem: files of one stem may make one example, as `pair` of the configuration
+    says. multi_label: an example may have several labels. notes: messages for the user. account: of the paths without a
+    row; it grows while the rows are taken.
     """
 
     rows: Iterable[Row] = ()
     tars: tuple[str, ...] = ()
     folder: str = ""
     by_stem: bool = True
+    pair: str = "media"
     multi_label: bool = False
     notes: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)
+
+
+def fitting(read: Callable[[DataConfig], T], options: Sequence[DataConfig]) -> T:
+    """Return `read` of the first of several options that name columns which the manifest has."""
+    for each in options[:-1]:
+        with suppress(ColumnError):
+            return read(each)
+    return read(options[-1])
 
 
 def listed(
@@ -47,13 +59,14 @@ def listed(
 ) -> Listing:
     """Return the listing of a folder, a manifest, tars of records, or one file. Every path is expanded here.
 
-    labels: "needed": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all files of a
-    folder, no records; "ignored": every file of a folder, sorted by name. options: columns of a manifest, its root, and
-    what makes pairs. wanted: see `looked_at`. Raises DataError for a pattern without a match, an unreadable manifest,
-    or, if labels are needed, another file.
+    labels: "needed", "scored": class folders (see `rows_in`) or a manifest with labels; "optional": the same, else all
+    files of a folder, no records; "ignored": every file of a folder, sorted by name. options: columns of a manifest,
+    its root, and what makes pairs. wanted: see `looked_at`. Raises DataError for a pattern without a match, an
+    unreadable manifest, or, if labels are needed, another file.
     """
     name = os.fspath(path)
-    file = None if labels == "needed" or os.path.isdir(name) else looked_at(Source(name), None, wanted)
+    is_data = labels in ("needed", "scored") or os.path.isdir(name)
+    file = None if is_data else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
         return Listing([Row(name, file=file)], account=Account(paths=1))
     if labels != "optional" and (tars := tar_files(name)) is not None:
@@ -61,10 +74,16 @@ def listed(
     if os.path.isdir(name):
         return _of_folder(name, labels, options)
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
-        rows, multi_label = read_manifest(name, options, labelled=labels == "needed")
-        account = Account(paths=sum(len(set(row.paths)) for row in rows))
-        folder = os.path.dirname(name)
-        return Listing(rows, folder=folder, by_stem=False, multi_label=multi_label, account=account)
+        read = read_manifest(name, options, labels)
+        folder = os.path.dirname(name) if options.root is None else options.root
+        rows, notes = located(read.rows, folder, show_path(name), labels)
+        account = Account(paths=sum(len(set(row.paths)) for row in rows) + len(read.unlabelled))
+        for path in read.unlabelled:
+            account.unlabelled.add(path)
+        return Listing(
+            rows, folder=folder, by_stem=False, multi_label=read.multi_label, notes=(*read.notes, *notes),
+            account=account,
+        )  # fmt: skip
     if file is not None:
         return Listing([Row(name, file=file)], account=Account(paths=1))
     fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
@@ -76,9 +95,12 @@ def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:
     notes: list[str] = []
     account = Account()
     if labels != "ignored":
-        rows, multi_label = rows_in(Path(name), account, notes, options)
-        if rows or labels == "needed":
-            return Listing(rows, folder=name, multi_label=multi_label, notes=tuple(notes), account=account)
+        rows, multi_label = rows_in(Path(name), account, notes, options, labels)
+        if rows or labels != "optional":
+            folder = options.root or name
+            return Listing(
+                rows, folder=folder, pair=options.pair, multi_label=multi_label, notes=tuple(notes), account=account
+            )
         account = Account()
     every = (Row(path) for path, is_folder in walk(name, account) if not is_folder)
-    return Listing(every, folder=name, account=account)
+    return Listing(every, folder=name, pair=options.pair, account=account)

@@ -1,41 +1,45 @@
-"""From a manifest to rows: CSV, TSV, JSONL, or lines of PATH LABEL. No torch."""
+"""From a manifest to rows: CSV, TSV, JSON, or lines of PATH LABEL. No torch."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
 import os
 import re
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from perceiver_cli import preprocess
-from perceiver_cli.config import DataConfig
-from perceiver_cli.errors import DataError
-from perceiver_cli.files import parse_json, show_path
+from perceiver_cli.config import ANY, DataConfig
+from perceiver_cli.data.cells import LINES, MANIFESTS, as_label, read_cells
+from perceiver_cli.errors import DataError, counted
+from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.detection import File, looked_at
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.spec import Limits
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
-PATH_COLUMNS = ("path", "file_name", "file", "filename")
+PATH_COLUMNS = ("path", "file_name", "file", "filename", "file_path", "filepath")
 LABEL_COLUMNS = ("labels", "label")
+# Other usual names of a column of labels: one is read if there is no other.
+LIKE_LABEL = ("class", "category", "target", "class_name", "label_name")
 BESIDE = "_file_name"  # image_file_name: Hugging Face's columns for files of several modalities
-# Other usual names of such columns: not read, but an error suggests renaming them.
-LIKE_PATH = (*PATH_COLUMNS, "file_path", "source", "uri")
-LIKE_LABEL = ("label", "labels", "class", "category", "target")
+# Other usual names of columns of paths, which could also hold something else: an error suggests naming them.
+LIKE_PATH = (*PATH_COLUMNS, "source", "uri", "image_path", "filename_path")
 NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
-LINES = ".txt"  # lines of PATH LABEL, as in the lists of Kinetics
-MAX_MANIFEST_BYTES = 256 << 20
+LIKE_NOTHING = ("nan", "null", "none", "n/a", "<na>")  # what programs write for a missing value
+NAMED = 5  # columns in a note
 NO_OPTIONS = DataConfig()
+# What labels a command wants of a manifest. needed: of every row for training and validation; scored: rows without one
+# are left out; optional: of rows that have one; ignored: none.
+Labels = Literal["needed", "scored", "optional", "ignored"]
 
 
 class ColumnError(DataError):
@@ -65,14 +69,56 @@ class Row:
 
     def looked_at(self, folder: str, wanted: str | None = None) -> File:
         """Return its one file, at a path below a folder, with the kinds of its content; see `looked_at`."""
-        if self.file is not None and (self.file.source.kinds or wanted is None):
+        if self.file is not None and (self.file.source.kinds or wanted is None or not self.file.source.is_table):
             return self.file
         return looked_at(Source(os.path.join(folder, self.path)), self.path, wanted)
 
     def below(self, folder: str) -> Row:
         """Return the row with the folder before its paths."""
-        columns = {name: os.path.join(folder, path) for name, path in self.columns.items()}
-        return replace(self, path=self.path and os.path.join(folder, self.path), columns=columns)
+        row = self.with_paths(partial(os.path.join, folder))
+        return row if row.file is None else replace(row, file=replace(row.file, path=row.path))
+
+    def with_paths(self, change: Callable[[str], str]) -> Row:
+        """Return the row with each path changed."""
+        columns = {name: change(path) for name, path in self.columns.items()}
+        return replace(self, path=self.path and change(self.path), columns=columns)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The rows of a manifest. multi_label: an example may have several labels. notes: the use of its columns.
+
+    unlabelled: the paths of rows that are left out because they have no label.
+    """
+
+    rows: list[Row]
+    multi_label: bool
+    notes: tuple[str, ...] = ()
+    unlabelled: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The columns that are read. paths: by modality, or under "" for files of any."""
+
+    paths: Mapping[str, str]
+    label: str | None
+    split: str | None
+    group: str | None
+
+    def note(self, columns: Sequence[str]) -> str | None:
+        """Return what each of the columns is used for, None if their names say it and all are used."""
+        used = [(name or ANY, column) for name, column in self.paths.items()]
+        used += [(role, str(getattr(self, role))) for role in ("label", "split", "group") if getattr(self, role)]
+        rest = [name for name in dict.fromkeys(columns) if name not in {column for _, column in used}]
+        plain = (ANY, "file_name", "labels", *(role for role, _ in used), *(role + BESIDE for role, _ in used))
+        if not rest and all(column in plain for _, column in used):
+            return None
+        note = ", ".join(f"{role} from {show_path(column)}" for role, column in used)
+        if not rest:
+            return note
+        named = ", ".join(map(show_path, rest[:NAMED])) + (", ..." if len(rest) > NAMED else "")
+        return f"{note}; {counted(len(rest), 'column')} not used: {named}"
 
 
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
@@ -84,66 +130,78 @@ def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
 def read_manifest(
     path: str | os.PathLike[str],
     options: DataConfig = NO_OPTIONS,
+    labels: Labels = "needed",
     *,
-    labelled: bool = True,
     split: str = "train",
     beside: str | None = None,
-) -> tuple[list[Row], bool]:
-    """Return the rows of a manifest, and whether the data is multi-label: it has a column `labels`.
+) -> Manifest:
+    """Return the rows of a manifest; it is multi-label if its labels are a column `labels`, or lists.
 
-    Columns: `path`, or one for each modality (`image`, `audio`, ...), where an empty cell is a missing modality;
-    `label`, or `labels` separated by ; , or | (in JSONL also a list), required if `labelled`; optionally `split` and
-    `group_by`. A text file has lines instead: a path, a blank and a label.
+    Columns, by `options` or by their usual names: `path`, or one for each modality (`image`, `audio`, ...), where an
+    empty cell is a missing modality; `label`, or `labels` separated by ; , or | (in JSON also a list); optionally
+    `split` and the option `group_by`. A text file has lines instead: a path, a blank and a label.
 
     split: default of rows without a split. beside: folder of the metadata below the data folder; a split folder of the
     file's path then gives the default. Raises DataError for a file that contradicts its suffix or a row without a
-    label; ColumnError for missing columns, with the most similar ones.
+    needed label; ColumnError for missing columns, with the most similar ones.
     """
-    shown, rows, group_by = show_path(path), _cells_in(path), options.group_by
-    columns = [str(name) for name in dict.fromkeys(name for row in rows for name in row)]
-    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    path_columns = _path_columns(columns)
-    missing: list[Sequence[str]] = [] if path_columns else [LIKE_PATH]
-    missing += [LIKE_LABEL] if labelled and label_column is None else []
-    if missing:
-        kinds = ", ".join(sorted(preprocess.names()))
-        expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if labelled else "")
-        raise _wrong_columns(shown, columns, missing, expected)
-    if group_by is not None and group_by not in columns:
-        raise _wrong_columns(shown, columns, [(group_by,)], f"{show_path(group_by)} to group by")
-    read = []
-    for number, cells in enumerate(rows, start=1):
-        paths: dict[str, str] = {name: cell for name, column in path_columns.items() if (cell := cells.get(column))}
-        label, group = cells.get(label_column or ""), cells.get(group_by or "")
-        if not all(isinstance(path, str) for path in paths.values()):
-            raise DataError(f"{shown}: row {number} has a path that is not text")
-        if labelled and label is None:
-            raise DataError(f"{shown}: row {number} has no {label_column}")
-        own = split
-        if beside is not None:
-            paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
-            own = next((folder for path in paths.values() if (folder := top_split(path))), split)
-        own = str(cells.get("split") or own).lower()
-        if own not in SPLIT_NAMES:
-            raise DataError(f"{shown}: row {number} has split {show_path(own)}, expected train, val or test")
-        several = label if isinstance(label, list) else re.split(r"[;,|]", str(label or ""))
-        labels = [str(each).strip() for each in several] if label_column == "labels" else [str(label or "")]
-        named, only = tuple(filter(None, labels)), paths.pop("", "")
-        read.append(Row(only, paths, SPLIT_NAMES[own], named, "" if group is None else str(group)))
-    return read, label_column == "labels"
+    shown = show_path(path)
+
+    def fits(columns: list[str]) -> bool:
+        paths = _path_columns(columns, options.path_column).values()
+        return bool(paths) and set(paths) <= set(columns)
+
+    cells = read_cells(path, fits)
+    roles = _roles(shown, cells.columns, options, labels)
+    is_several = roles.label is not None and (
+        _plain(roles.label) == "labels" or any(isinstance(row.get(roles.label), list) for row in cells.rows)
+    )
+    beside = beside if options.root is None else None
+    rows, unlabelled, left_out = [], 0, list[str]()
+    for number, of_row in enumerate(cells.rows, start=1):
+        try:
+            row = _row(of_row, roles, is_several, split, beside)
+        except ValueError as error:
+            raise DataError(f"{shown}: row {number} has {error}") from error
+        if roles.label is not None and not row.labels and not is_several:
+            if labels == "needed" and row.split != "test":
+                fault = f"{shown}: row {number} has no label: its column {show_path(roles.label)} is empty"
+                raise DataError(fault, "fill it in, or remove the row")
+            unlabelled += 1
+            if labels in ("needed", "scored"):
+                left_out += row.paths
+                continue
+        rows.append(row)
+    if unlabelled and not rows:
+        raise DataError(f"{shown}: no row has a label: column {show_path(roles.label or '')} is empty")
+    notes = [*cells.notes] if Path(path).suffix.lower() == LINES else [roles.note(cells.columns), *cells.notes]
+    if unlabelled:
+        left = ", left out" if labels in ("needed", "scored") else ""
+        where = show_path(roles.label or "")
+        notes.append(f"{unlabelled:,} of {counted(len(cells.rows), 'row')} without a label in {where}{left}")
+    return Manifest(rows, is_several, tuple(filter(None, notes)), tuple(left_out))
 
 
-def _cells_in(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the cells of each row of a manifest by column."""
-    shown, suffix = show_path(path), Path(path).suffix.lower()
-    with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
-        text = file.read().decode("utf-8-sig", "surrogateescape")
-    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        raise DataError(f"{shown}: UTF-16, expected UTF-8")
+def _row(cells: Mapping[str, Any], roles: Roles, is_several: bool, split: str, beside: str | None) -> Row:
+    """Return a row with its cells. Raises ValueError with the cell that is wrong."""
+    paths: dict[str, str] = {name: cell for name, column in roles.paths.items() if (cell := cells.get(column))}
+    if not all(isinstance(path, str) for path in paths.values()):
+        raise ValueError("a path that is not text")
+    paths = {name: path for name, path in paths.items() if path.strip()}
+    if beside is not None:
+        paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
+        split = next((folder for path in paths.values() if (folder := top_split(path))), split)
+    own = as_label(cells.get(roles.split)).lower() if roles.split is not None else ""
+    if own and own not in SPLIT_NAMES:
+        raise ValueError(f"split {show_path(own)}, expected train, val or test")
+    label = None if roles.label is None else cells.get(roles.label)
+    several = label if isinstance(label, list) else re.split(r"[;,|]", as_label(label)) if is_several else [label]
     try:
-        return MANIFESTS[suffix](text)
-    except (ValueError, csv.Error, RecursionError) as error:
-        raise DataError(f"{shown}: not a {suffix} manifest: {error}") from error
+        named = tuple(filter(None, map(as_label, several)))
+    except ValueError as error:
+        raise ValueError(f"a label that is {error}, expected text or a number") from error
+    group = "" if roles.group is None else as_label(cells.get(roles.group))
+    return Row(paths.pop("", ""), paths, SPLIT_NAMES[own or split], named, group)
 
 
 def top_split(path: str) -> str | None:
@@ -151,56 +209,86 @@ def top_split(path: str) -> str | None:
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
 
 
-def _path_columns(columns: list[str]) -> dict[str, str]:
+def alike(classes: Iterable[str]) -> list[str]:
+    """Return notes on classes that are hardly meant: two that differ in case or blanks alone, one called "nan"."""
+    looks: dict[str, dict[str, None]] = defaultdict(dict)
+    for name in classes:
+        look = "".join(unicodedata.normalize("NFKC", name).casefold().split())
+        looks[re.sub(r"^(-?\d+)\.0+$", r"\1", look)][name] = None
+    groups = [" and ".join(map(show_path, names)) for names in looks.values() if len(names) > 1]
+    notes = [f"classes that differ in case, blanks or the like: {', '.join(groups[:NAMED])}"] if groups else []
+    empty = [name for names in looks.values() for name in names if name.lower() in LIKE_NOTHING]
+    return notes + ([f"{', '.join(map(show_path, empty))} is a class like any other"] if empty else [])
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _roles(shown: str, columns: list[str], options: DataConfig, labels: Labels) -> Roles:
+    """Return the columns to read. Raises ColumnError for a missing one, DataError for one that stands twice."""
+    label = None
+    if labels != "ignored":
+        label = _column(columns, LABEL_COLUMNS, LIKE_LABEL) if options.label_column is None else options.label_column
+    paths = _path_columns(columns, options.path_column)
+    missing: list[tuple[str, Sequence[str]]] = [] if paths else [("--path-column", LIKE_PATH)]
+    is_needed = labels in ("needed", "scored")
+    missing += [("--label-column", (*LABEL_COLUMNS, *LIKE_LABEL))] if is_needed and label is None else []
+    if missing:
+        kinds = ", ".join(sorted(preprocess.names()))
+        expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if is_needed else "")
+        raise _wrong_columns(shown, columns, missing, expected)
+    split = None if labels == "ignored" else _column(columns, ("split",))
+    roles = Roles(paths, label, split, options.group_by)
+    named = [("--path-column", column) for column in (options.path_column or {}).values()]
+    named += [("--label-column", label or ""), ("--group-by", options.group_by or "")]
+    for option, name in named:
+        if name and name not in columns:
+            raise _wrong_columns(shown, columns, [(option, (name,))], f"{show_path(name)} for {option}")
+    for name in filter(None, (*paths.values(), roles.label, roles.split, roles.group)):
+        if columns.count(name) > 1:
+            raise DataError(f"{shown}: {columns.count(name)} columns {show_path(name)}", "rename all but one")
+    return roles
+
+
+def _path_columns(columns: Sequence[str], wanted: Mapping[str, str] | None) -> dict[str, str]:
     """Return the column of each modality, or the column of paths under ""; empty if the manifest has both."""
-    by_modality = {kind: name for name in columns if (kind := name.removesuffix(BESIDE)) in preprocess.names()}
-    paths = [name for name in PATH_COLUMNS if name in columns]
-    if paths and by_modality:
+    if wanted and ANY in wanted:
+        return {"": wanted[ANY]}
+    kinds = {name: _column(columns, (name, name + BESIDE)) for name in preprocess.names()}
+    by_modality = {name: column for name, column in kinds.items() if column} | dict(wanted or {})
+    path = None if wanted else _column(columns, PATH_COLUMNS)
+    if path and by_modality:
         return {}
-    return {"": paths[0]} if paths else by_modality
+    return {"": path} if path else by_modality
 
 
-def _wrong_columns(shown: str, columns: list[str], missing: Iterable[Sequence[str]], expected: str) -> ColumnError:
-    """Return the error of missing columns; each has its name and similar names."""
+def _column(columns: Iterable[str], names: Sequence[str], others: Sequence[str] = ()) -> str | None:
+    """Return the column of the first of `names`, else the only column of `others`, else None."""
+    columns = list(dict.fromkeys(columns))
+    for name in names:
+        own = [column for column in columns if _plain(column) == name]
+        if own:
+            return name if name in own else own[0]
+    found = [column for column in columns if _plain(column) in others]
+    return found[0] if len(found) == 1 else None
+
+
+def _plain(column: str) -> str:
+    """Return a column's name as programs write it: "File Name" is file_name."""
+    return re.sub(r"[\s_-]+", "_", column.strip().lower())
+
+
+def _wrong_columns(
+    shown: str, columns: list[str], missing: Iterable[tuple[str, Sequence[str]]], expected: str
+) -> ColumnError:
+    """Return the error of missing columns: each has the option that names it, its name and similar names."""
     near = []
-    for names in missing:
-        ranked = sorted((difflib.SequenceMatcher(None, c.lower(), n).ratio(), c) for c in columns for n in names)
-        if ranked and ranked[-1][0] >= NEAR:
-            near.append(f"{show_path(ranked[-1][1])} to {show_path(names[0])}")
+    for option, names in missing:
+        ratios = {c: max(difflib.SequenceMatcher(None, _plain(c), n).ratio() for n in names) for c in columns}
+        nearest = [column for column, ratio in ratios.items() if ratio == max(ratios.values()) >= NEAR]
+        near += [f"{option} {' or '.join(map(show_path, nearest))}"] if nearest else []
     present = ", ".join(map(show_path, columns)) or "none"
-    advice = f"; rename {' and '.join(near)}" if near else ""
+    advice = f"; perhaps {' '.join(near)}" if near else ""
+    if any(re.search(r"\w\.[a-z]\w{1,4}$", column.lower()) for column in columns):  # x.png
+        advice = "; is the first line a header? It must name the columns"
     return ColumnError(f"{shown}: columns are {present}", f"expected {expected}{advice}")
-
-
-def _json_lines(text: str) -> list[dict[str, Any]]:
-    rows = [parse_json(line) for line in text.split("\n") if line.strip()]  # splitlines also cuts at U+2028
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line that is not an object")
-    return rows
-
-
-def _table(text: str, delimiter: str = ",") -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
-    for number, row in enumerate(rows, start=1):
-        if None in row:  # DictReader's key for extra cells
-            raise ValueError(f"row {number} has more cells than columns")
-    return rows
-
-
-def _path_label_lines(text: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        words = line.strip().rsplit(maxsplit=1)
-        if len(words) == 1:
-            raise ValueError(f"line {number} is {show_path(words[0])}, expected PATH LABEL")
-        if words:
-            rows.append({"path": words[0], "label": words[1]})
-    return rows
-
-
-MANIFESTS: dict[str, Callable[[str], list[dict[str, Any]]]] = {
-    ".csv": _table,
-    ".tsv": partial(_table, delimiter="\t"),
-    ".jsonl": _json_lines,
-    LINES: _path_label_lines,
-}

@@ -6,14 +6,18 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import modality, with_time
-from perceiver_cli.preprocess.detection import File
+from perceiver_cli.preprocess.detection import File, looked_at
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
 PROBES = 64  # files of a data set that are opened to learn about all
+TABLE = "a table of numbers beside a file of the same stem"  # why one is passed over
+TABLES_OF = "points"  # the modality of tables beside media, if the user joins them
+FOR_TABLES = 10  # tables of numbers that weigh as much as a picture when a folder holds both
 MOST = 0.5  # a kind is read if this share of its files has a partner; sound is read if this share of videos has it
 
 
@@ -29,13 +33,40 @@ def identity(paths: Iterable[str]) -> str:
     return each[0] if len(each) == 1 else stems.pop() if len(stems) == 1 else "+".join(each)
 
 
+def tables_beside(files: Iterable[File], allowed: Container[str] | None, pair: str) -> set[str]:
+    """Return the paths of tables of numbers that lie beside media of the same stem, in the modalities `allowed`.
+
+    Boxes (a.txt beside a.jpg), landmarks and tracks of pitch look like point clouds, and tell the class: they are no
+    input unless `pair` is "all".
+    """
+    if pair == "all":
+        return set()
+    every = list(files)
+    known = [file for file in every if (file.source.kinds if allowed is None else file.among(allowed))]
+    media = {name for file in known if not file.source.is_table for name in (stem(file.path), file.path)}
+    tables = every if allowed is None or TABLES_OF in allowed else known
+    return {file.path for file in tables if file.source.is_table and stem(file.path) in media}
+
+
+def as_points(file: File) -> File:
+    """Return a table of numbers of no modality as points, another file as it is."""
+    if file.source.kinds or not file.source.is_table:
+        return file
+    return looked_at(replace(file.source, is_table=False), file.path, TABLES_OF)
+
+
 def companions(files: Iterable[File], *, by_stem: bool) -> set[str]:
-    """Return the most common kind and, `by_stem`, each kind of which most files share their stem with one of those."""
+    """Return the most common kind and, `by_stem`, each kind of which most files share their stem with one of those.
+
+    Tables of numbers, which may be something else than a cloud, must be ten times as many as media to come first.
+    """
     paths: dict[str, list[str]] = defaultdict(list)
+    weight: Counter[str] = Counter()
     for file in files:
         if file.source.kinds:
             paths[file.source.kinds[0]].append(file.path)
-    ranked = sorted(paths, key=lambda kind: (-len(paths[kind]), kind))
+            weight[file.source.kinds[0]] += 1 if file.source.is_table else FOR_TABLES
+    ranked = sorted(paths, key=lambda kind: (-weight[kind], kind))
     chosen = set(ranked[:1])
     stems = {stem(path) for kind in chosen for path in paths[kind]}
     for kind in ranked[1:] if by_stem else ():

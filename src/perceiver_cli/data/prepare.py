@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import Config, load_preset, tiny_config
+from perceiver_cli.config import Config, DataConfig, load_preset, tiny_config
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
@@ -86,7 +86,7 @@ def plan(
     if isinstance(inputs, Source):
         root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs, wanted)))])
     else:
-        listing, root = _listing_of(inputs, label_from_parent)
+        listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
     order = {os.path.join(listing.folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
     config = (config or tiny_config(catalog.modalities)).override(list(changes))
@@ -122,9 +122,19 @@ def _recipe(model: str | None, preset: str | None) -> Config | None:
     return None if preset is None else load_preset(preset)
 
 
-def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing, str]:
+def _options(config: Config | None, changes: Sequence[str]) -> DataConfig:
+    """Return how to read data: by the changes of the command line, in pairs as a model's own data."""
+    config = config or tiny_config(["image"])
+    config = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
+    changed = config.override([change for change in changes if change.startswith("data.")])
+    return changed.data.model_copy(update={"group_by": None})
+
+
+def _listing_of(paths: Sequence[str], label_from_parent: bool, options: DataConfig) -> tuple[Listing, str]:
     """Return the rows of files, folders and manifests together, and a name for them."""
-    listings = [listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional") for path in paths]
+    listings = [
+        listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional", options) for path in paths
+    ]
     for place, each in enumerate(listings if label_from_parent else ()):
         # Only the absolute path of "." or "a.png" has the name of its folder.
         wholes = ((row, os.path.abspath(os.path.join(each.folder, next(iter(row.paths), "")))) for row in each.rows)
@@ -135,7 +145,7 @@ def _listing_of(paths: Sequence[str], label_from_parent: bool) -> tuple[Listing,
     rows = [row.below(each.folder) for each in listings for row in each.rows]
     several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
     by_stem = all(each.by_stem for each in listings)
-    return Listing(rows, by_stem=by_stem, multi_label=several, notes=notes), f"{len(paths)} inputs"
+    return Listing(rows, by_stem=by_stem, pair=options.pair, multi_label=several, notes=notes), f"{len(paths)} inputs"
 
 
 def _check_prepared(header: Header) -> None:

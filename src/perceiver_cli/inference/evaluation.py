@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.examples import Example
+from perceiver_cli.data.listing import fitting
 from perceiver_cli.data.loader import Reader, ordered_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
 from perceiver_cli.errors import DataError, UsageError, counted
@@ -376,7 +377,8 @@ def _reader(predictor: Predictor, catalog: Catalog) -> Reader:
 
 def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
     """Return labelled data for the model and the modalities that both have. Raises DataError if there are none."""
-    catalog = scan(data, predictor.classes, predictor.modalities)
+    classes, reads = predictor.classes, predictor.modalities
+    catalog = fitting(lambda options: scan(data, classes, reads, options, "scored"), predictor.data_options(data))
     used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
     if not used:
         wanted = "+".join(predictor.reader.specs)

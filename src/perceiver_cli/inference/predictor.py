@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import Example
@@ -142,6 +143,7 @@ class Predictor:
             raise UsageError(f"cannot use {show_path(names)}: {show_path(self.path)} reads {reads}")
         specs = {name: spec for name, spec in config.inputs.items() if name in wanted}
         several = len(self.classes) if config.multi_label else 0
+        self.options: Mapping[str, Any] = {}  # those of `DataConfig` that go before the model's
         self.reader = Reader(specs, limits or config.data.limits, multi_label_classes=several)
 
     @property
@@ -218,7 +220,21 @@ class Predictor:
 
     def examples(self, named: Named, account: Account | None = None) -> Iterator[Example]:
         """Yield the examples of an input of `predict`; `account` gets the paths that are none."""
-        return examples_of(named, self.info.config.inputs, self.reader.limits, self.reader.specs, account)
+        reads, limits, use = self.info.config.inputs, self.reader.limits, self.reader.specs
+        path = named if isinstance(named, str | os.PathLike) else None
+        return examples_of(named, reads, limits, use, account, self.data_options(path))
+
+    def data_options(self, path: str | os.PathLike[str] | None) -> tuple[DataConfig, DataConfig]:
+        """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
+
+        The root of the manifest of training is for that manifest alone. `options` go before both.
+        """
+        trained = self.info.config.data
+        named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
+        if path is not None and os.path.abspath(path) == trained.path:
+            named["root"] = trained.root
+        usual = DataConfig(pair=trained.pair, **self.options)
+        return usual.model_copy(update={**named, **self.options}), usual
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return the used modalities for a model of several, else none."""

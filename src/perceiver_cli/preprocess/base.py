@@ -131,6 +131,10 @@ class Modality(ABC, Generic[S]):
         """Return whether a file that could be of any kind, such as a table, is read if the user names this kind."""
         return False
 
+    def is_table(self, head: bytes, name: str) -> bool:
+        """Return whether a file that this modality reads is numbers alone, which could be something else."""
+        return False
+
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits) -> Array:
         """Return the decoded array, the same every time; limits are checked before memory is allocated.

@@ -19,6 +19,10 @@ LEAST_COLUMNS = 16  # of an .npy with a byte array; a cloud of points has fewer,
 METADATA = "perceiver"  # the only entry in the metadata of a .safetensors: the header of a stream as JSON
 
 
+class TableError(DataError):
+    """A table of numbers, of no modality unless the user names one."""
+
+
 def detected(source: Source, wanted: str | None = None) -> Source:
     """Return the source with its kinds filled in. Raises DataError if no modality reads it.
 
@@ -30,15 +34,16 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     head, every = source.head(), names()
     rows = _kinds_of_rows(head, every)
     if wanted is not None and not rows and modality(wanted).sniff(head, source.name):
-        return replace(source, kinds=(wanted,))
+        return replace(source, kinds=(wanted,), is_table=modality(wanted).is_table(head, source.name))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
     if not kinds and wanted is not None and modality(wanted).may_read(head):
         kinds = (wanted,)
     if not kinds and (table := described(head.removeprefix(BOM))) is not None:
-        raise DataError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
+        raise TableError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
     if not kinds:
         raise DataError(f"{source.shown}: unknown format", f"expected {formats()}")
-    return replace(source, kinds=kinds, holds_rows=bool(rows))
+    is_table = not is_safetensors(head) if rows else modality(kinds[0]).is_table(head, source.name)
+    return replace(source, kinds=kinds, holds_rows=bool(rows), is_table=is_table)
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ def looked_at(source: Source, path: str | None = None, wanted: str | None = None
     try:
         return File(path, detected(source, wanted))
     except DataError as error:
-        return File(path, source, error)
+        return File(path, replace(source, is_table=isinstance(error, TableError)), error)
 
 
 def only(names: Iterable[str] | None) -> str | None:

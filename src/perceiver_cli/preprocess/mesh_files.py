@@ -291,6 +291,7 @@ class MeshFormat(NamedTuple):
 
     matches: Callable[[bytes, str], bool]
     read: Callable[[Source, bytes, Limits], Mesh]
+    is_table: bool = False  # numbers alone: a file of another meaning may look the same
 
 
 def _is_obj(head: bytes, suffix: str) -> bool:
@@ -333,8 +334,10 @@ FORMATS = {
     # A binary STL has no signature, only its suffix.
     "STL": MeshFormat(lambda head, suffix: suffix == "stl" or re.match(ASCII_STL, head) is not None, _read_stl),
     "OBJ": MeshFormat(_is_obj, _read_obj),
-    "NPY": MeshFormat(lambda head, suffix: head.startswith(b"\x93NUMPY") and are_points(head, suffix), read_array),
-    "XYZ": MeshFormat(are_points, read_table),
+    "NPY": MeshFormat(
+        lambda head, suffix: head.startswith(b"\x93NUMPY") and are_points(head, suffix), read_array, True
+    ),
+    "XYZ": MeshFormat(are_points, read_table, True),
 }
 
 

@@ -78,6 +78,10 @@ class PointsModality(Modality[PointsSpec]):
     def may_read(self, head: bytes) -> bool:
         return may_be_points(head)
 
+    def is_table(self, head: bytes, name: str) -> bool:
+        found = mesh_format(head, name, asked=True)
+        return found is not None and found.is_table
+
     def load(self, source: Source, spec: PointsSpec, limits: Limits) -> Array:
         """Return up to `spec.pool_points` points (P, 3 + columns) float32, the same every time.
 

@@ -30,8 +30,8 @@ class Source:
     """One encoded input: a file, or bytes that arrived on a pipe. Only its methods read it.
 
     kinds: the modalities that read the content, the best match first; empty until `detection.detected` fills them in.
-    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. notes: what its decoder
-    left out.
+    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. is_table: whether it is
+    numbers in text or an array, which nothing but their look makes an input. notes: what its decoder left out.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Source:
     kinds: tuple[str, ...] = field(default=(), compare=False)
     holds_rows: bool = field(default=False, compare=False)
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
+    is_table: bool = field(default=False, compare=False)
 
     @property
     def shown(self) -> str:

@@ -162,6 +162,8 @@ def make_plan(request: RunRequest) -> Plan:
     if not path:
         raise UsageError("no data given", "pass a folder of class folders: perceiver train DATA")
     if config is not None:
+        if config.data.root is not None and os.path.abspath(path) != config.data.path:  # the root of another manifest
+            config = config.model_copy(update={"data": config.data.model_copy(update={"root": None})})
         config = config.override(request.overrides)
     scanned = _scan(path, config, request, saved, notes)
     config = config or tiny_config(scanned.modalities).override(request.overrides)
@@ -176,6 +178,7 @@ def make_plan(request: RunRequest) -> Plan:
     notes += scanned.notes + _check_classes(scanned)
     specs = resolve_specs(config.inputs, catalog, config.data.limits)
     place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
+    place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
     config = config.model_copy(update=settled)
     compute = choose_compute(config.train.device, config.train.precision)

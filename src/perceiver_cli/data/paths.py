@@ -1,0 +1,164 @@
+"""From the paths that a manifest names to files: paths of Windows, file URLs, and what is missing. No torch."""
+
+from __future__ import annotations
+
+import glob
+import ntpath
+import os
+import posixpath
+import re
+import unicodedata
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from urllib.parse import unquote, urlsplit
+
+from perceiver_cli.data.cells import bytes_of
+from perceiver_cli.data.manifest import Labels, Row
+from perceiver_cli.errors import DataError, counted
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.detection import File
+from perceiver_cli.preprocess.source import Source
+
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: C:/ is a drive
+ROOTED = re.compile(r"[A-Za-z]:[\\/]|\\\\|/")  # an absolute path, here or on Windows
+
+
+def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tuple[list[Row], tuple[str, ...]]:
+    """Return the rows of a manifest with paths as this machine writes them, and notes on changed and missing ones.
+
+    Only where no file has the path as it stands are others tried: with slashes for backslashes, the path of a file
+    URL, without the blanks around it, in the other normal form of Unicode, an absolute path of another machine below
+    `folder`. A row whose file is missing gets an error. Raises DataError if labels are wanted and no file exists.
+    """
+    moved = _moved([path for row in rows for path in row.paths], folder)
+    changed: dict[str, str] = {}
+    missing: dict[str, None] = {}
+    every = 0
+
+    def local(path: str) -> str:
+        nonlocal every
+        every += 1
+        for candidate in _readings(path, moved):
+            if not _is_missing(folder, candidate):
+                if candidate != path:
+                    changed[path] = candidate
+                return candidate
+        missing[path] = None
+        return path
+
+    rows = [row.with_paths(local) for row in rows]
+    notes = []
+    if changed:
+        first, now = next(iter(changed.items()))
+        notes.append(
+            f"{counted(len(changed), 'path')} read in another form, such as {show_path(first)} as {show_path(now)}"
+        )
+    if not missing:
+        return rows, tuple(notes)
+    first = next(iter(missing))
+    place = f"paths are relative to {show_path(folder or '.')}"
+    fault = f"{len(missing):,} of {counted(every, 'file')} do not exist, first {show_path(first)}"
+    if every == len(missing) and labels != "ignored":
+        raise DataError(f"{shown}: {fault}", f"{place}; {_advice(first, folder)}")
+    notes.append(f"{fault}; {place}; {_advice(first, folder)}")
+    return [_without_file(row, folder, place) if row.path in missing else row for row in rows], tuple(notes)
+
+
+def _without_file(row: Row, folder: str, place: str) -> Row:
+    source = Source(os.path.join(folder, row.path))
+    error = DataError(f"{show_path(row.path)}: no such file", f"{place}; {_advice(row.path, folder)}")
+    return replace(row, file=File(row.path, source, error))
+
+
+def _readings(path: str, moved: str) -> Iterator[str]:
+    """Yield a path as it stands, then as other programs mean it. moved: start of absolute paths to leave out."""
+    yield path
+    plain = path.strip()
+    if plain.lower().startswith("file:"):
+        plain = _path_of_url(plain)
+    yield plain
+    yield bytes_of(path)
+    slashed = plain.replace("\\", "/")
+    yield slashed
+    if re.match(r"[A-Za-z]:/", slashed):
+        yield f"/mnt/{slashed[0].lower()}{slashed[2:]}"  # a drive of Windows, as its Linux (WSL) mounts it
+    if moved and slashed.startswith(moved):
+        yield slashed.removeprefix(moved)
+    for form in ("NFC", "NFD"):
+        yield unicodedata.normalize(form, slashed)
+
+
+def _path_of_url(url: str) -> str:
+    """Return the path in a file URL; the URL itself if it is of another machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return url
+    if parts.netloc not in ("", "localhost"):
+        return url
+    path = unquote(parts.path, errors="surrogateescape")
+    return path[1:] if re.match(r"/[A-Za-z]:/", path) else path
+
+
+def _moved(paths: Sequence[str], folder: str) -> str:
+    """Return the start of absolute paths of another machine without which they lie below `folder`, or "".
+
+    It is a part of the folder that all of them share, so that no two of them become one.
+    """
+    absolute = [_path_of_url(path) if path.lower().startswith("file:") else path for path in map(str.strip, paths)]
+    absolute = [path.replace("\\", "/") for path in absolute if ROOTED.match(path) and not os.path.exists(path)]
+    if not absolute:
+        return ""
+    first, last = (posixpath.dirname(path).split("/") for path in (min(absolute), max(absolute)))
+    shared = [one for one, other in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+    for count in range(1, len(shared) + 1):
+        start = "/".join(shared[:count]) + "/"
+        if not _is_missing(folder, absolute[0].removeprefix(start)):
+            return start
+    return ""
+
+
+def _is_missing(folder: str, path: str) -> bool:
+    """Return whether there is no file of this path; one that cannot be reached is not missing."""
+    try:
+        os.stat(os.path.join(folder, path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _advice(path: str, folder: str) -> str:
+    """Return what may be wrong with the path of a missing file."""
+    if URL.match(path):
+        return (
+            "nothing is downloaded: name local files" if not path.lower().startswith("file:") else "no such file here"
+        )
+    if ntpath.splitdrive(path)[0] or path.startswith("\\\\"):
+        return "this is a path of Windows: pass --root with the folder here that holds the files"
+    if "\\" in path:
+        return "backslashes are read as slashes too, but there is no such file"
+    whole = os.path.join(folder, path)
+    if (other := _other_case(whole)) is not None:
+        return f"upper and lower case differ: there is {show_path(other)}"
+    if beside := glob.glob(f"{glob.escape(whole)}.*"):
+        return f"the suffix is missing: there is {show_path(os.path.basename(beside[0]))}"
+    return "pass --root with the folder that holds them"
+
+
+def _other_case(path: str) -> str | None:
+    """Return the existing path that differs in upper and lower case alone, or None."""
+    if not path or os.path.exists(path) or len(path) > 4096:
+        return path or None
+    parent, name = os.path.split(path)
+    if parent == path:
+        return None
+    there = _other_case(parent) if parent else "."
+    try:
+        names = os.listdir(there) if there else []
+    except (OSError, ValueError):
+        return None
+    found = next((each for each in sorted(names) if each.casefold() == name.casefold()), None)
+    return None if found is None or there is None else os.path.join(there if parent else "", found)
