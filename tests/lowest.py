@@ -8,9 +8,12 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 
 def constraints() -> list[str]:
-    """Return "name==version" for each dependency of the package and of its extra for videos."""
+    """Return "name==version" for each dependency of the package and of its extras for media."""
     project = tomllib.loads(PROJECT.read_text())["project"]
-    declared = [*project["dependencies"], *project["optional-dependencies"]["video"]]
+    declared = [
+        *project["dependencies"],
+        *(each for extra in ("video", "heif") for each in project["optional-dependencies"][extra]),
+    ]
     return [re.sub(r">=([\w.]+).*", r"==\1", requirement) for requirement in declared]
 
 

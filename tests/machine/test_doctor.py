@@ -19,7 +19,9 @@ def test_by_command(perceive: Perceive) -> None:
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["packages"]["torch"] == torch.__version__
-    assert set(facts["optional"]) == {"av", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub"}
+    assert set(facts["optional"]) == {
+        "av", "pillow-heif", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
+    }  # fmt: skip
     assert facts["devices"]["cpu"]["kernel"] == kernels.choose(torch.device("cpu"), torch.float32).name
     assert facts["threads"]["torch"] == 1
     assert facts["threads"]["OMP_NUM_THREADS"] == "1"

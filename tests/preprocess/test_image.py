@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
-from perceiver_cli.preprocess import image as module
+from perceiver_cli.preprocess import pixels
 from perceiver_cli.preprocess.image import MODALITY, ImageSpec
 from perceiver_cli.preprocess.pixels import to_image
 from perceiver_cli.preprocess.randaugment import RANDAUGMENT
@@ -120,7 +120,7 @@ def test_modes_in_memory(mode: str) -> None:
     else:
         image = _rgb_case(mode)
     assert image.mode == mode
-    flat = module.flatten(image)
+    flat = pixels.flatten(image)
     assert flat.mode == "RGB"
     assert np.abs(np.asarray(flat).astype(int) - COLORS).max() <= (
         25 if mode == "LAB" else 6
@@ -167,7 +167,7 @@ def test_alpha_on_white(mode: str, pixel: Any, expected: Any) -> None:
 def test_alpha_of_premultiplied_and_palette_modes() -> None:
     for mode, start in (("RGBa", "RGBA"), ("La", "LA")):
         color = (200, 100, 0, 51) if start == "RGBA" else (0, 51)
-        flat = module.flatten(Image.new(start, (1, 1), color).convert(mode))
+        flat = pixels.flatten(Image.new(start, (1, 1), color).convert(mode))
         expected = (244, 224, 204) if start == "RGBA" else (204,)
         assert np.abs(np.asarray(flat).ravel().astype(int) - expected).max() <= 3
     palette = Image.fromarray(COLORS).quantize(16)
@@ -214,7 +214,7 @@ def test_floats_must_be_finite(bad: float) -> None:
         load(source(Image.fromarray(np.array([[0, bad]], np.float32)), "TIFF"))
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(kind: str, orientation: int) -> None:
     upright = np.zeros((16, 32), np.uint8)
@@ -587,12 +587,12 @@ def test_crop_box_is_inside(shape: tuple[int, int], size: tuple[int, int]) -> No
     spec = ImageSpec(size=size)
     rng = np.random.default_rng(0)
     for _ in range(300):
-        left, top, right, bottom = module.random_box(raw, spec, size, rng)
+        left, top, right, bottom = pixels.random_box(raw, spec, size, rng)
         assert 0 <= left < right <= shape[1]
         assert 0 <= top < bottom <= shape[0]
     for crop in (0.1, 0.875, 1.0):
         spec = ImageSpec(size=size, eval_crop=crop)
-        left, top, right, bottom = module.center_box(raw, spec, size)
+        left, top, right, bottom = pixels.center_box(raw, spec, size)
         assert 0 <= left < right <= shape[1]
         assert 0 <= top < bottom <= shape[0]
         width, height = min(shape[1], shape[0] * size[1] / size[0]), min(shape[0], shape[1] * size[0] / size[1])
@@ -604,7 +604,7 @@ def test_crop_box_is_inside(shape: tuple[int, int], size: tuple[int, int]) -> No
 def test_inception_crop_statistics() -> None:
     raw = np.zeros((200, 200, 1), np.uint8)
     rng = np.random.default_rng(0)
-    boxes = np.array([module.random_box(raw, ImageSpec(), (224, 224), rng) for _ in range(2000)])
+    boxes = np.array([pixels.random_box(raw, ImageSpec(), (224, 224), rng) for _ in range(2000)])
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     area, aspect = width * height / 40_000, np.log(width / height)
     assert 0.075 < area.min() < 0.1
@@ -616,7 +616,7 @@ def test_inception_crop_statistics() -> None:
     # Never fits: the whole of what the aspect ratio allows, centred.
     wide = np.zeros((10, 100, 1), np.uint8)
     spec = ImageSpec(crop_area=(1.0, 1.0))
-    assert module.random_box(wide, spec, (224, 224), rng) == (43, 0, 56, 10)
+    assert pixels.random_box(wide, spec, (224, 224), rng) == (43, 0, 56, 10)
 
 
 def test_flip() -> None:
@@ -667,10 +667,10 @@ def test_randaugment_operations(name: str, channels: int) -> None:
         before = raw.copy()
         image = to_image(raw)
         results = [RANDAUGMENT[name](image, level, np.random.default_rng(3)) for _ in range(2)]
-        values = module.to_array(results[0])
+        values = pixels.to_array(results[0])
         assert values.shape == raw.shape
         assert values.dtype == np.uint8
-        assert (values == module.to_array(results[1])).all()
+        assert (values == pixels.to_array(results[1])).all()
         assert (raw == before).all()  # the image may share its memory with a cached array
         if level == 0.5 and name in ("Color", "Contrast", "Brightness", "Sharpness"):
             assert (values == raw).all()  # their factor is 1 just there, as in the official code
@@ -683,7 +683,7 @@ def test_randaugment_values() -> None:
 
     def apply(name: str, level: float) -> list[int]:
         result = RANDAUGMENT[name](to_image(raw), level, np.random.default_rng(0))
-        return module.to_array(result).ravel().tolist()
+        return pixels.to_array(result).ravel().tolist()
 
     assert apply("Invert", 0.5) == [255, 155, 127, 5]
     assert apply("Solarize", 0.5) == [0, 100, 127, 5]  # threshold 128

@@ -30,6 +30,7 @@ CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh
 # Package: the ability that needs it, and the extra that installs it.
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
+    "pillow-heif": ("HEIC pictures", "heif"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),

@@ -135,6 +135,10 @@ class Modality(ABC, Generic[S]):
         """Return whether a file that this modality reads is numbers alone, which could be something else."""
         return False
 
+    def also_reads(self, head: bytes) -> bool:
+        """Return whether a file of another kind can be read as this one too: a still picture as a film."""
+        return False
+
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits) -> Array:
         """Return the decoded array, the same every time; limits are checked before memory is allocated.

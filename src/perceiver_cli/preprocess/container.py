@@ -19,7 +19,7 @@ from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
 NOUNS = {"video": "picture", "audio": "sound"}
-STILL_BRANDS = rb"hei[cxms]|mif1|msf1|avi[fs]|crx "  # of an MP4 that is a still image
+STILL_BRANDS = rb"he[iv][cxms]|mif1|msf1|avi[fs]|crx "  # of an MP4 that is a still image
 # MPEG audio, layer II or III: the bits of the sync, and no reserved version, layer, bitrate or rate. The sync alone, 11
 # bits, would match UTF-16 text (0xFF 0xFE, which is layer I).
 _MPEG_RATES = re.escape(bytes(byte for byte in range(256) if byte >> 4 not in (0, 15) and byte >> 2 & 3 != 3))

@@ -36,6 +36,7 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     if wanted is not None and not rows and modality(wanted).sniff(head, source.name):
         return replace(source, kinds=(wanted,), is_table=modality(wanted).is_table(head, source.name))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
+    kinds += tuple(name for name in every if name not in kinds and modality(name).also_reads(head))
     if not kinds and wanted is not None and modality(wanted).may_read(head):
         kinds = (wanted,)
     if not kinds and (table := described(head.removeprefix(BOM))) is not None:

@@ -18,16 +18,15 @@ from itertools import islice
 from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
-from PIL.Image import Transpose
+from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, patchify
-from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize, upright
 from perceiver_cli.preprocess.randaugment import randaugment
-from perceiver_cli.preprocess.source import Source, as_data_errors, probed
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
 
@@ -68,7 +67,10 @@ FORMATS = {
     "TIFF": (rb"II[*+]\0|MM\0[*+]", "TIFF (first page)"),
     # A text may begin with BM: a known header size must follow.
     "BMP": (rb"BM.{12}[\x0c\x28\x34\x38\x40\x6c\x7c]\0\0\0", "BMP"),
-    "PPM": (rb"P[1-6]\s(?:\s|#[^\n]*\n)*\d", "PPM and PGM"),
+    "PPM": (rb"P[1-6f]\s(?:\s|#[^\n]*\n)*\d", "PPM, PGM and PFM"),
+    "AVIF": (rb"....ftyp(?:avi[fs]|(?:mif1|msf1).{0,64}?avi[fs])", "AVIF"),
+    "HEIF": (rb"....ftyp(?:he[iv][cxms]|mif1|msf1)", "HEIC and HEIF"),
+    "JPEG2000": (rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51", "JPEG 2000"),
 }
 # Pillow keeps eight bytes for each row and allocates small blocks of rows: 1 x 89,478,485 pixels take 2.8 GB.
 MAX_SIDE = 65_535
@@ -76,18 +78,49 @@ MAX_SIDE = 65_535
 # useful bound.)
 PIXELS_PER_BYTE = {"PNG": 8 * 1032, "GIF": 4096, "BMP": 1 << 14, "PPM": 8}
 PIXEL_BYTES = 4  # memory of a pixel in Pillow, in every 8-bit mode
-WIDE_PIXEL_BYTES = 8  # the same for integers and floats, which become float64 on their way to 8 bits
+WIDE_PIXEL_BYTES = 12  # the same for integers and floats, with the copy whose range is measured
+# Decoders that hold whole pictures of their own, measured at 9 to 36 million pixels, with the array that is returned.
+DECODER_BYTES = {"WEBP": 19, "JPEG2000": 24, "AVIF": 12, "HEIF": 12}
 JPEG_SCAN, JPEG_END = 0xDA, b"\xff\xd9"
 JPEG_HEAD_BYTES = 1 << 20  # before the first scan: a longer head is not searched
+# By the tag SampleFormat of a TIFF.
+TIFF_NUMBERS = {1: "unsigned integer", 2: "signed integer", 3: "float", 5: "complex integer", 6: "complex float"}
+TIFF_HINT = "convert it: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale IN OUT.tif"
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
-# By EXIF orientation, from 2 on.
-UPRIGHT = [Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.FLIP_TOP_BOTTOM, Transpose.TRANSPOSE]
-UPRIGHT += [Transpose.ROTATE_270, Transpose.TRANSVERSE, Transpose.ROTATE_90]
 
 # Without a handler, Python prints Pillow's log records to stderr.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
-_pillow_limit = threading.Lock()
+_pillow_globals = threading.Lock()
+
+
+def format_of(head: bytes) -> str | None:
+    """Return Pillow's name of the format of a picture that begins with `head`, or None if it begins none."""
+    return next((name for name, (each, _) in FORMATS.items() if re.match(each, head, re.DOTALL)), None)
+
+
+def _register_heif() -> None:
+    """Make HEIF known to Pillow. Raises UsageError without pillow-heif."""
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UsageError("pillow-heif, which reads HEIC, is missing", "pip install 'perceiver-cli[heif]'") from error
+    pillow_heif.options.DECODE_THREADS = 1
+    pillow_heif.register_heif_opener()
+
+
+def _check_tiff(source: Source, tags: Any, is_read: bool) -> None:
+    """Raise DataError with the bands and numbers of a TIFF that Pillow does not read, or reads wrong."""
+    bits, bands = tags.get(TiffImagePlugin.BITSPERSAMPLE), int(tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    if not bits:
+        return
+    number = tags.get(TiffImagePlugin.SAMPLEFORMAT, (1,))[0]
+    is_apart = bands > 1 and tags.get(TiffImagePlugin.PLANAR_CONFIGURATION, 1) == 2
+    # Pillow takes signed bytes for unsigned ones, and the bytes of wide numbers in separate bands for pixels.
+    if not is_read or (bits[0] == 8 and number == 2) or (bits[0] > 8 and is_apart):
+        numbers = f"{counted(bands, 'band')} of {bits[0]}-bit {TIFF_NUMBERS.get(number, 'number')}s"
+        apart = ", stored one after another" if is_apart else ""
+        raise DataError(f"{source.shown}: a TIFF of {numbers}{apart}, which are not read", TIFF_HINT)
 
 
 @contextmanager
@@ -98,26 +131,39 @@ def open_image(source: Source, limits: Limits) -> Iterator[Image.Image]:
     """
     with source.open(limits) as file, warnings.catch_warnings(), as_data_errors(source, "image"):
         warnings.simplefilter("ignore")
+        kind = format_of(file.read(HEAD_BYTES))
+        if kind == "HEIF":
+            _register_heif()
+        pixel_bytes = DECODER_BYTES.get(kind or "", PIXEL_BYTES)
         try:
             # Some plugins allocate a frame while they read the header. Only Pillow's own check comes before that: a
             # global that refuses images above twice its value.
-            with _pillow_limit:
-                saved = Image.MAX_IMAGE_PIXELS
-                allowed = min(limits.image_pixels, limits.decoded_bytes // PIXEL_BYTES)
+            with _pillow_globals:
+                saved = Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS
+                allowed = min(limits.image_pixels, limits.decoded_bytes // pixel_bytes)
                 Image.MAX_IMAGE_PIXELS = (allowed + 1) // 2
+                AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # several files are decoded at once, one on each core
                 try:
-                    image = Image.open(file, formats=tuple(FORMATS))
+                    image = Image.open(file, formats=(kind,) if kind else ())
                 finally:
-                    Image.MAX_IMAGE_PIXELS = saved
-            pixel_bytes = WIDE_PIXEL_BYTES if image.mode[0] in "IF" else PIXEL_BYTES
+                    Image.MAX_IMAGE_PIXELS, AvifImagePlugin.DEFAULT_MAX_THREADS = saved
+            pixel_bytes = WIDE_PIXEL_BYTES if image.mode[0] in "IF" else pixel_bytes
             _check_size(source, image.width * image.height, pixel_bytes, limits)
             _check_claim(source, image, file)
             yield image
         except UnidentifiedImageError as error:  # its own message is the address of a file object
+            if kind == "TIFF":
+                file.seek(0)
+                head = file.read(8)
+                head += file.read(8) if 43 in head[2:4] else b""  # BigTIFF
+                tags = TiffImagePlugin.ImageFileDirectory_v2(head)
+                file.seek(tags.next)
+                tags.load(file)
+                _check_tiff(source, tags, is_read=False)
             raise DataError(f"{source.shown}: damaged or unsupported image: cannot be identified") from error
         except Image.DecompressionBombError as error:
             if pixels := re.search(r"\d+", str(error)):  # "Image size (N pixels) exceeds limit of ..."
-                _check_size(source, int(pixels[0]), PIXEL_BYTES, limits)
+                _check_size(source, int(pixels[0]), pixel_bytes, limits)
             raise
 
 
@@ -133,6 +179,8 @@ def _check_claim(source: Source, image: Image.Image, file: BinaryIO) -> None:
         raise DataError(f"{source.shown}: {size}, expected sides <= {MAX_SIDE}", "cut the picture into several")
     if image.width * image.height > num_bytes * PIXELS_PER_BYTE.get(image.format or "", MAX_SIDE**2):
         raise DataError(f"{source.shown}: declared {size}, found {num_bytes} bytes")
+    if image.format == "TIFF":
+        _check_tiff(source, image.tag_v2, is_read=True)  # type: ignore[attr-defined]
     file.seek(0)
     if image.format == "JPEG" and _is_without_scan(file.read(JPEG_HEAD_BYTES)):
         raise DataError(f"{source.shown}: no pixels in the file")
@@ -156,15 +204,13 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def _decoded(image: Image.Image, spec: ImageSpec) -> Image.Image:
-    """Return the decoded first frame, upright and opaque, in mode L if the file's mode is grey, else in RGB."""
+def _decoded(image: Image.Image, spec: ImageSpec, mode: Literal["L", "RGB"] | None = None) -> Array:
+    """Return the first frame (H, W, c), upright and opaque, in a mode, by default the nearer of the file's own."""
     if spec.size != "auto":
         side = 2 * max(spec.size)  # a JPEG decodes at 1/2, 1/4 or 1/8 of its size if both sides keep at least this
         image.draft(None, (side, side))
     image.load()
-    orientation = _orientation(image)  # after load: in a PNG, EXIF may follow the pixels
-    flat = flatten(image)
-    return flat.transpose(UPRIGHT[orientation - 2]) if 2 <= orientation <= 8 else flat
+    return upright(opaque(image, mode), _orientation(image))  # after load: in a PNG, EXIF may follow the pixels
 
 
 class ImageModality(Modality[ImageSpec]):
@@ -187,7 +233,7 @@ class ImageModality(Modality[ImageSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        return any(re.match(signature, head, re.DOTALL) for signature, _ in FORMATS.values())
+        return format_of(head) is not None
 
     def load(self, source: Source, spec: ImageSpec, limits: Limits) -> Array:
         """Return (H, W, c) uint8, upright, transparent pixels on white; c is 1 for grey and 3 for RGB.
@@ -195,7 +241,7 @@ class ImageModality(Modality[ImageSpec]):
         A JPEG far larger than `spec.size` is decoded at half, a quarter or an eighth of its size.
         """
         with open_image(source, limits) as image:
-            values = to_array(_decoded(image, spec).convert("L" if spec.color == "grey" else "RGB"))
+            values = _decoded(image, spec, "L" if spec.color == "grey" else "RGB")
         return check_contract(source, values, "pixels")
 
     def loaded(self, spec: ImageSpec) -> tuple[str, tuple[int | None, ...]]:
@@ -291,8 +337,8 @@ def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tu
 def _auto_color(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> str:
     def has_color(source: Source) -> bool:
         with open_image(source, limits) as image:
-            values = np.asarray(_decoded(image, spec))
-        return values.ndim == 3 and bool((values[..., :1] != values[..., 1:]).any())
+            values = _decoded(image, spec)
+        return bool((values[..., :1] != values[..., 1:]).any())
 
     # Probes are spread over the sources, which may be sorted by class; further sources replace unreadable ones.
     step = max(1, len(sources) // COLOR_PROBES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from PIL.Image import Resampling
 
@@ -13,6 +14,13 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess.base import Array, Rng
 
 CROP_TRIES = 10
+STRIP_PIXELS = 1 << 20  # converted at a time: a copy of each whole picture would double its memory
+GDAL_NODATA = 42113  # the tag of a TIFF with the number of pixels without data
+MAX_FILLERS = 4  # numbers of one picture that stand for missing ones
+FAR_ABOVE = 200.0
+LEAST_OF_16 = (
+    1 << 14
+) - 1  # the greatest of numbers that have a range of their own, not 0..65535: 14 bits would be black
 MAX_CHANNELS = 1 << 20  # of a patch
 
 
@@ -32,18 +40,12 @@ class ColorSpec(Protocol):
 def flatten(image: Image.Image) -> Image.Image:
     """Return an image of any mode in mode L or RGB: 8 bits a colour, transparent pixels on white.
 
-    16 bits are divided by 257. The range of 32-bit integers and floats is the first of 0..1, 0..255 and 0..65535 that
-    holds all values, else the image's own minimum..maximum.
+    16 bits are divided by 257. The range of 32-bit integers and floats is the first of 0..1, 0..255 and 0..65535 (above
+    14 bits) that holds all values, else the image's own; see `_own_range`. Pixels of GDAL_NODATA count as transparent.
     """
     mode, clear = image.mode, image.info.get("transparency")
     if mode[0] in "IF":
-        values = np.asarray(image)
-        # PNG and PPM have at most 16 bits, even if Pillow opens them in mode I.
-        sixteen = mode.startswith("I;16") or image.format in ("PNG", "PPM")
-        grey = _to_8_bits(values, 65535 if sixteen else None)
-        if isinstance(clear, int):
-            grey[values == clear] = 255
-        return Image.fromarray(grey)
+        return Image.fromarray(_to_8_bits(image, clear if isinstance(clear, int) else None))
     if mode in ("P", "PA", "RGBa") or (clear is not None and mode == "RGB"):
         image = image.convert("RGBA")
     elif mode == "La" or (clear is not None and mode in ("1", "L")):
@@ -56,14 +58,65 @@ def flatten(image: Image.Image) -> Image.Image:
     return white
 
 
-def _to_8_bits(values: Array, top: int | None) -> Array:
-    """Return uint8 from numbers in 0..top; without `top`, in the range that `flatten` describes."""
-    low, high = float(values.min()), float(values.max())
+def _to_8_bits(image: Image.Image, clear: int | None) -> Array:
+    """Return an image of wide numbers as (H, W) uint8 in the range that `flatten` describes; `clear` pixels are 255."""
+    values = np.asarray(image)
+    blank = None if clear is None else values == clear
+    # PNG and PNM have at most 16 bits, even if Pillow opens them in mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        start, span = 0.0, 65535.0
+    else:
+        blank = _no_data(image, values) if blank is None else blank
+        shown = None if blank is None else ~blank
+        low, high = _own_range(values, shown)
+        top = next((t for t in (1, 255, 65535) if low >= 0 and high <= t and (t < 65535 or high > LEAST_OF_16)), None)
+        start, span = (0.0, float(top)) if top is not None else (low, high - low or 1.0)
+    grey, rows = np.empty(values.shape, np.uint8), _strip_rows(image)
+    for top in range(0, image.height, rows):
+        with np.errstate(invalid="ignore", over="ignore"):  # of pixels without data
+            scaled = np.rint((values[top : top + rows].astype(np.float64) - start) * (255 / span))
+        grey[top : top + rows] = np.nan_to_num(scaled).clip(0, 255)
+    if blank is not None:
+        grey[blank] = 255
+    return grey
+
+
+def _no_data(image: Image.Image, values: Array) -> NDArray[np.bool_] | None:
+    """Return where the pixels of a TIFF are the number that its tag GDAL_NODATA names, or None if none are."""
+    text = getattr(image, "tag_v2", {}).get(GDAL_NODATA)
+    try:
+        number = float(str(text).strip("\0 "))
+    except ValueError:
+        return None
+    if values.dtype.kind == "f":
+        blank = np.isnan(values) if math.isnan(number) else values == values.dtype.type(number)
+    else:
+        blank = values == number
+    return blank if blank.any() and not blank.all() else None
+
+
+def _own_range(values: Array, shown: NDArray[np.bool_] | None) -> tuple[float, float]:
+    """Return the least and the greatest of `values`, but for numbers that stand for missing ones: -9999, 1e38.
+
+    Such a number lies farther from all others than these lie from each other: by its own distance below, by FAR_ABOVE
+    of it above, where a bright pixel may lie alone. Raises ValueError for values that are not finite.
+    """
+    where = True if shown is None else shown
+    is_float = values.dtype.kind == "f"
+    most, least = (math.inf, -math.inf) if is_float else (np.iinfo(values.dtype).max, np.iinfo(values.dtype).min)
+    low, high = float(values.min(where=where, initial=most)), float(values.max(where=where, initial=least))
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError("pixels that are not finite numbers")
-    top = top or next((t for t in (1, 255, 65535) if low >= 0 and high <= t), None)
-    start, span = (0.0, float(top)) if top is not None else (low, high - low or 1.0)
-    return np.rint((values.astype(np.float64) - start) * (255 / span)).clip(0, 255).astype(np.uint8)
+        raise ValueError("pixels that are not finite numbers, and no tag GDAL_NODATA that says so")
+    for _ in range(MAX_FILLERS):
+        second = float(values.min(where=where & (values > low), initial=most))
+        below = float(values.max(where=where & (values < high), initial=least))
+        if low < 0 and second < high and second - low > high - second:
+            low = second
+        elif below > low and high - below > FAR_ABOVE * (below - low):
+            high = below
+        else:
+            break
+    return low, high
 
 
 def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
@@ -83,6 +136,37 @@ def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str,
             raise UsageError(f"inputs.{spec.modality}.{key} needs 1 number or {colors}, found {len(numbers)}")
         statistics[key] = tuple(number * 255 for number in numbers) * (colors // len(numbers)) * patch_area
     return statistics
+
+
+def opaque(image: Image.Image, mode: Literal["L", "RGB"] | None = None) -> Array:
+    """Return a decoded image as (H, W, c) uint8 in a mode, by default that of `flatten`; c is 1 for L and 3 for RGB."""
+    if image.mode[0] in "IF":
+        image = flatten(image)  # whole: the range is that of all pixels
+    rows, values = _strip_rows(image), None
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        flat = flatten(image if rows >= image.height else image.crop(box))
+        strip = to_array(flat if mode in (None, flat.mode) else flat.convert(mode))
+        if len(strip) == image.height:
+            return strip
+        if values is None:
+            values = np.empty((image.height, *strip.shape[1:]), np.uint8)
+        values[top : top + len(strip)] = strip
+    assert values is not None
+    return values
+
+
+def _strip_rows(image: Image.Image) -> int:
+    return max(1, STRIP_PIXELS // image.width)
+
+
+def upright(values: Array, orientation: int) -> Array:
+    """Return (H, W, c) values as they should be seen, by their EXIF orientation: 1 to 8."""
+    if not 2 <= orientation <= 8:
+        return values
+    values = values.swapaxes(0, 1) if orientation >= 5 else values
+    upside_down, mirrored = orientation in (3, 4, 7, 8), orientation in (2, 3, 6, 7)
+    return np.ascontiguousarray(values[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels

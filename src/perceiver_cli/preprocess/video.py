@@ -21,7 +21,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.preprocess import container, image, register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, patchify
-from perceiver_cli.preprocess.pixels import center_box, color_statistics, flatten, random_box, resize, to_array
+from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -89,6 +89,9 @@ class VideoModality(TimedModality[VideoSpec]):
         if container.format_of(head, name) is not None:
             return not container.holds_sound_only(head, name)
         return _is_animated(head)
+
+    def also_reads(self, head: bytes) -> bool:
+        return image.format_of(head) in ("GIF", "WEBP")  # a still among animated ones
 
     def clip_s(self, spec: VideoSpec) -> float:
         return spec.num_frames / spec.frame_rate_hz
@@ -290,9 +293,11 @@ def _orientation(frame: Any) -> tuple[bool, bool, bool]:
 
 
 def _is_animated(head: bytes) -> bool:
-    """Return whether a GIF, WebP or PNG declares in its first bytes that it is an animation."""
+    """Return whether a GIF, WebP, AVIF or PNG declares in its first bytes that it is an animation."""
     if head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X":
         return len(head) > 20 and bool(head[20] & 2)
+    if head[4:12] == b"ftypavis":
+        return True
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         before, name, after = head.partition(b"acTL")  # the chunk that counts the frames
         return bool(name) and b"IDAT" not in before and int.from_bytes(after[:4], "big") > 1
@@ -335,7 +340,7 @@ def _animation(source: Source, spec: VideoSpec, limits: Limits) -> Iterator[Time
 
 
 def _picture(file: Image.Image, size: tuple[int, int]) -> Array:
-    values = to_array(flatten(file).convert("RGB"))
+    values = opaque(file, "RGB")
     return resize(values, (0, 0, file.width, file.height), size)
 
 
