@@ -375,6 +375,8 @@ def test_files_that_claim_too_much_are_refused_from_the_header(
         (["train", "--resume", "-o", "none"], 2, b"no training state to resume"),
         (["predict", "x.png"], 2, b"no model: there is no runs/latest here; pass -m RUN"),
         (["predict"], 2, b"nothing to predict"),
+        (["train", ".", "-o", ""], 2, b"-o: the name is empty"),
+        (["evaluate", ".", "-o", ""], 2, b"-o: the name is empty"),
         (["predict", "x.png", "--format", "xml"], 2, b"--format"),
         (["evaluate", ".", "-m", "nowhere"], 2, b"'nowhere': no model file"),
         (["predict", "x.png", "--limit", "pixels=3"], 2, b"no model"),

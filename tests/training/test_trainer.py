@@ -369,6 +369,26 @@ def test_a_bad_file_is_never_replaced_by_another_example(tmp_path: Path, cache: 
     assert set(trainer.plan.reader.bad) == {"a/007.png"}
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_batch_without_a_readable_file_has_no_loss(tmp_path: Path, accumulate: int) -> None:
+    """It counted as a loss of 0, and the logged loss was too low."""
+    write_images(tmp_path / "data", {"a": 8, "b": 8})
+    for number in range(6):
+        (tmp_path / "data" / "a" / f"{number:03d}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    overrides = [*SMALL, "train.batch_size=1", f"train.accumulate={accumulate}", f"train.steps={16 // accumulate}"]
+    overrides += ["data.max_bad=0.9", "data.cache_bytes=0", "data.val_fraction=0", "train.lr=1e-9"]
+    overrides += ["train.eval_every=99 steps"]
+    events = list(Trainer(tmp_path / "data", tmp_path / "run", overrides=overrides).fit())
+    (evaluated,) = (event for event in events if isinstance(event, Evaluated))
+    losses = [event.loss for event in events if isinstance(event, StepDone)]
+    if accumulate == 1:
+        losses = [loss for loss in losses if loss]
+        assert len(losses) == 10
+        assert evaluated.train_loss == pytest.approx(sum(losses) / 10)
+    else:
+        assert 0.5 < evaluated.train_loss < 0.9  # log 2, with fresh weights; with zeros it was below 0.45
+
+
 def test_a_run_folder_is_not_overwritten_or_shared(trained: Path, bars: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="already holds a run; pass --resume"):
         list(Trainer(bars, trained, overrides=SMALL).fit())

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 def import_weights(
     source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model file to write.")] = Path("model.safetensors"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Model file to write.")
+    ] = Path("model.safetensors"),
     variant: Annotated[Literal["dm", "hf"], typer.Option(help="Match official code (dm) or transformers (hf).")] = "dm",
 ) -> None:
     """Convert a transformers image classifier into a model file. Expects one of deepmind/vision-perceiver-*."""
@@ -29,7 +31,9 @@ def import_weights(
 
 def export(
     model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as for predict].")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="FILE.onnx or FILE.pt2.")
+    ] = Path("model.onnx"),
     json: options.Json = False,
 ) -> None:
     """Write a model as ONNX or torch.export for other programs. Its metadata holds the classes and the preparation.
@@ -65,7 +69,10 @@ def compare(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", autocompletion=completion.models, help="Run folders, two or more.")
     ],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also plot to FILE.png or FILE.svg.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Also plot to FILE.png or FILE.svg."),
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Put runs side by side. Print validation accuracy with its interval, time, parameters, and options that differ."""

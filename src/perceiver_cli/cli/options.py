@@ -69,6 +69,13 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set_talk, help="
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, help="Print library messages too.")]
 
 
+def named(text: str | Path) -> Path:
+    """Return the path of an output. Raises UsageError for an empty name: Path takes it for the current folder."""
+    if not os.fspath(text):
+        raise UsageError("-o: the name is empty", "pass a name")
+    return Path(text)
+
+
 def check_data(data: str | None) -> None:
     """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":

@@ -41,7 +41,13 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split to measure [default: test, else val, else all].")] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=options.named,
+            metavar="PATH",
+            help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png.",
+        ),
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
@@ -147,7 +153,12 @@ def predict(
 
 def explain(
     inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="A file, or one per modality; - for stdin.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="FILE.png, or FILE.ply with colours.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", parser=options.named, metavar="PATH", help="FILE.png, or FILE.ply with colours."
+        ),
+    ] = None,
     model: options.Model = None,
     use: options.Use = None,
     label: Annotated[str | None, typer.Option("--class", help="Class to explain [default: the most probable].")] = None,

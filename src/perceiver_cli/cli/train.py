@@ -35,7 +35,14 @@ def train(
     data: Annotated[str | None, typer.Argument(help=options.DATA_HELP)] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", autocompletion=completion.runs, help="Run folder [default: runs/PRESET-N]."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=options.named,
+            metavar="PATH",
+            autocompletion=completion.runs,
+            help="Run folder [default: runs/PRESET-N].",
+        ),
     ] = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
@@ -122,7 +129,9 @@ def train(
 
 def lr_find(
     data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSON).")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Plot: FILE.png or FILE.svg.")] = Path("lr-find.png"),
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Plot: FILE.png or FILE.svg.")
+    ] = Path("lr-find.png"),
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,

@@ -118,7 +118,7 @@ class Run:
                 read_s, read_step = now, self.step
                 yield StepDone(self.step, self.total_steps, self.epoch, step_loss, self.lr, rate)
             evaluate = timing.evaluation_due(self.progress)
-            if evaluate or timing.save_due(self.progress):
+            if evaluate or (self.learned and timing.save_due(self.progress)):
                 self._check_loss(float(self.loss_sum))
                 if evaluate:
                     evaluated = self._evaluate()
@@ -144,11 +144,13 @@ class Run:
         """Do one optimiser step; return its mean loss, on the device."""
         train = self.config.train
         loss = torch.zeros((), device=self.compute.device)
+        read = 0  # batches with a readable file
         for micro in range(train.accumulate):
             batch = next(batches)
             self._note_bad(batch)
             if batch.examples:
                 self.learned = True
+                read += 1
                 loss += self.backward(batch, train.accumulate, micro)
         self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
@@ -158,8 +160,9 @@ class Run:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        self.loss_sum += loss
-        self.loss_count += 1
+        if read:  # a batch without a readable file has no loss
+            self.loss_sum += loss if read == train.accumulate else loss * (train.accumulate / read)
+            self.loss_count += 1
         return loss
 
     def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
