@@ -25,6 +25,16 @@ SHORTAGES = {
     errno.ENOMEM: "free memory",
     errno.EAGAIN: "allow more processes (ulimit -u), or pass a smaller --workers",
 }
+# Error numbers of an output that needs another name, and the hint for each.
+NOT_WRITTEN = {
+    errno.EEXIST: "a file has the name of a folder that the output needs: choose another output",
+    errno.ENOTDIR: "a file has the name of a folder that the output needs: choose another output",
+    errno.EISDIR: "a folder has this name: choose another output",
+    errno.EACCES: "allow writing there, or choose another output",
+    errno.EPERM: "allow writing there, or choose another output",
+    errno.EROFS: "choose an output on a disk that can be written",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 # For os.open, where the system has them. Without O_BINARY Windows changes line ends.
 BINARY, NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
 
@@ -248,7 +258,8 @@ def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:
     """Return the error for an output that cannot be written."""
-    hint = SHORTAGES.get(error.errno or 0, "free space or choose another output")
+    number = error.errno or 0
+    hint = SHORTAGES.get(number, NOT_WRITTEN.get(number, "free space or choose another output"))
     return ResourceError(f"{show_path(path)}: cannot write: {cause(error)}", hint)
 
 

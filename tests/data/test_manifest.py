@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -12,12 +13,13 @@ import pytest
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import Catalog, scan
-from perceiver_cli.data.inputs import examples_of
+from perceiver_cli.data.inputs import Pipe, examples_of
 from perceiver_cli.data.manifest import read_manifest
 from perceiver_cli.errors import DataError
+from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import Limits
-from tests.conftest import write_images
+from tests.conftest import write_images, write_pairs
 
 ROWS = [(f"{name}/{number:03d}.png", name) for name in ("cat", "hen") for number in range(2)]
 IMAGE = {"image": ImageSpec()}
@@ -333,3 +335,31 @@ def test_missing_files_are_counted_with_a_hint(data: Path, path: str, hint: str)
     predicted = list(examples_of(str(data / "m.csv"), IMAGE, Limits()))
     assert len(predicted) == 5
     assert hint in str(predicted[-1].error)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_metadata_pairs_files_in_prediction_as_in_training(tmp_path: Path, suffix: str) -> None:
+    """It was taken for a broken file; now its rows say which files belong together."""
+    write_pairs(tmp_path, 2)
+    folder = tmp_path / "top-low"
+    (folder / "001.wav").rename(folder / "sound.wav")
+    row = {"image_file_name": "001.png", "audio_file_name": "sound.wav", "label": "x"}
+    text = json.dumps(row) + "\n" if suffix == "jsonl" else table([[*row], [*row.values()]], ";", "\r\n")
+    write(folder, text, f"metadata.{suffix}")
+    both = IMAGE | {"audio": AudioSpec()}
+    found = list(examples_of(str(folder), both, Limits()))
+    assert [(example.error, sorted(example.sources)) for example in found] == [(None, ["audio", "image"])] * 2
+    assert found[0].id == f"{folder}/001.png+{folder}/sound.wav"
+    write(folder, "id,speaker\n1,x\n" if suffix == "csv" else '{"id": 1}\n', f"metadata.{suffix}")
+    assert len(list(examples_of(str(folder), both, Limits()))) == 3  # it is about something else
+
+
+def test_a_list_of_paths_on_stdin_is_told(data: Path) -> None:
+    for content, option in (
+        (f"{data}/cat/000.png\r\n", "--files-from -"),
+        (f"{data}/cat/000.png\0", "--files-from - -0"),
+    ):
+        (example,) = examples_of(Pipe("-", io.BytesIO(content.encode())), IMAGE, Limits())
+        assert example.error is not None
+        assert "a list of paths, such as '" in example.error
+        assert example.error.endswith(f"pass {option}")

@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score
 
 from perceiver_cli.cli.predict import show_report
+from perceiver_cli.config import load_config
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import Report, average_precision, evaluate
 from perceiver_cli.inference.predictor import Predictor
@@ -230,3 +231,34 @@ def test_training_with_several_labels(tmp_path: Path) -> None:
         "low",
         "top",
     }
+
+
+def test_the_columns_of_training_hold_for_the_same_manifest_and_are_no_condition_for_others(tmp_path: Path) -> None:
+    write_images(tmp_path / "pictures", {"a": 8, "b": 8})
+    (tmp_path / "lists").mkdir()
+    rows = [(f"{name}/{number:03d}.png", name) for name in "ab" for number in range(8)]
+    text = "photo;kind;label\n" + "".join(f"{path.replace('/', chr(92))};{name};x\n" for path, name in rows)
+    manifest = tmp_path / "lists" / "m.csv"
+    manifest.write_text(text)
+    how = [f"data.root={tmp_path / 'pictures'}", "data.label_column=kind", "data.path_column.path=photo"]
+    list(Trainer(manifest, tmp_path / "run", overrides=[*SMALL, *how, "train.steps=2", "data.workers=0"]).fit())
+    predictor = Predictor(tmp_path / "run")
+    assert predictor.info.config.data.root is None  # a model file may be shared
+    assert evaluate(predictor, manifest, "all").num_examples == 16
+    assert len([p for p in predictor.predict(str(manifest)) if p.error is None]) == 16
+    plain = "path,label\n" + "".join(
+        f"{path},{name if number % 3 else ''}\n" for number, (path, name) in enumerate(rows)
+    )
+    (tmp_path / "pictures" / "other.csv").write_text(plain)
+    report = evaluate(predictor, tmp_path / "pictures" / "other.csv", "all")
+    assert report.num_examples == 10
+    assert "6 of 16 rows without a label in 'label', left out" in report.notes
+    assert report.files.unlabelled.count == 6
+    assert len(list(predictor.predict(str(tmp_path / "pictures" / "other.csv")))) == 16
+    shutil.copytree(tmp_path / "pictures", tmp_path / "moved")
+    predictor.options = {"root": str(tmp_path / "moved")}
+    assert evaluate(predictor, manifest, "all").num_examples == 16
+    resumed = Trainer(manifest, tmp_path / "run", overrides=["train.steps=3"], resume=True)
+    assert resumed.plan.config.data.label_column == "kind"
+    again = Trainer(None, tmp_path / "again", load_config(tmp_path / "run" / "config.toml"))
+    assert len(again.plan.train_examples) + len(again.plan.val_examples) == 16

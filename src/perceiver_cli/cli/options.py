@@ -1,10 +1,13 @@
 """Options and parsers that several commands share."""
 
+import codecs
 import glob
+import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -202,12 +205,35 @@ def _listed(path: str | None, null: bool) -> Iterator[str]:
         stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
-    rest = b""
-    while chunk := stream.read1(1 << 16):
-        *names, rest = (rest + chunk).split(b"\0" if null else b"\n")
-        yield from (os.fsdecode(name) for name in names if name)
-    if rest:
-        yield os.fsdecode(rest)
+    rest, end = b"", b"\0" if null else b"\n"
+    with stream:
+        for chunk in _chunks(stream):
+            *names, rest = (rest + chunk).split(end)
+            yield from filter(None, (_path_in_list(name, path, null) for name in names))
+    yield from filter(None, [_path_in_list(rest, path, null)])
+
+
+def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
+    """Yield the bytes of a list as they arrive, without a byte order mark, and as UTF-8 if they are UTF-16."""
+    decoder = None
+    for number, chunk in enumerate(iter(partial(stream.read1, 1 << 16), b"")):
+        if number == 0:
+            chunk = chunk.removeprefix(codecs.BOM_UTF8)
+            is_wide = chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's > writes it
+            decoder = codecs.getincrementaldecoder("utf-16")("replace") if is_wide else None
+        yield chunk if decoder is None else decoder.decode(chunk).encode()
+
+
+def _path_in_list(name: bytes, shown: str, null: bool) -> str:
+    """Return a path of a list, without the \\r of a line end; "" for a blank line. Raises UsageError for a wrong -0."""
+    option = f"--files-from {show_path(shown)}"
+    if not null and b"\0" in name:
+        raise UsageError(f"{option}: paths end in NUL, not in line ends", "pass -0")
+    if null and b"\n" in name.rstrip(b"\r\n") and not os.path.lexists(name):
+        raise UsageError(f"{option}: paths end in line ends, not in NUL", "leave out -0")
+    if not null and name.endswith(b"\r") and not os.path.lexists(name):
+        name = name.removesuffix(b"\r")
+    return os.fsdecode(name) if name.strip() else ""
 
 
 def inputs_to_prepare(

@@ -35,6 +35,7 @@ SYSTEM = {
 }  # fmt: skip
 # The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
 OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {"metrics.json", "predictions.jsonl"})
+METADATA = ("metadata.csv", "metadata.jsonl")
 MAX_ENTERED = 16  # times that one folder is entered through links: links to each other would never end
 
 
@@ -178,10 +179,33 @@ def _list_of(path: str) -> str | None:
     return SPLIT_NAMES.get(Path(path).stem.lower()) if os.path.dirname(path) == "" and is_manifest(path) else None
 
 
+def has_metadata(top: str) -> bool:
+    """Return whether a data folder or one of its split folders has metadata."""
+    places = ["", *(name for name in os.listdir(top) if top_split(name))]
+    return any(os.path.isfile(os.path.join(top, place, name)) for place in places for name in METADATA)
+
+
+def rows_with_metadata(top: Path, files: Sequence[str], account: Account, options: DataConfig) -> list[Row]:
+    """Return a row for every file of a folder to predict: as its metadata names them, then the others."""
+    metadata = _metadata(files)
+    try:
+        read = [read_manifest(top / path, options, "ignored", beside=place) for path, place in metadata.items()]
+    except ColumnError:
+        if options.of_manifest:
+            raise
+        return list(map(Row, files))  # about something else
+    folder = os.path.abspath(options.root) if options.root is not None else os.fspath(top)
+    rows, _ = located([row for each in read for row in each.rows], folder, show_path(top), "ignored")
+    named = {os.path.normpath(path) for row in rows for path in row.paths}
+    for path in metadata:
+        account.pass_over("a list of the others", path)
+    rows = rows if options.root is None else [row.below(folder) for row in rows]
+    return rows + [Row(path) for path in files if path not in named and path not in metadata]
+
+
 def _metadata(files: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a data folder and its split folders, each with its folder."""
-    names = {"metadata.csv", "metadata.jsonl"}
-    paths = {path: os.path.dirname(path) for path in files if os.path.basename(path) in names}
+    paths = {path: os.path.dirname(path) for path in files if os.path.basename(path) in METADATA}
     return {path: place for path, place in paths.items() if not place or (os.sep not in place and top_split(place))}
 
 

@@ -6,7 +6,9 @@ have the same few methods, so that no caller distinguishes them.
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -154,9 +156,20 @@ def _held_examples(
         if is_tar(head):
             yield from _stream_examples(Feed(named.file, show_path("stdin"), head), reads, limits)
         else:
-            yield _file_example(looked_at(Source(named.name, received(named.file, limits, head)), None, only(use)), use)
+            yield _file_example(piped(Source(named.name, received(named.file, limits, head)), only(use)), use)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
+
+
+def piped(source: Source, wanted: str | None = None) -> File:
+    """Return the bytes of a pipe as a file, see `looked_at`; the error of a list of paths says how to pass it."""
+    file = looked_at(source, None, wanted)
+    first = re.split(rb"[\0\r\n]", (source.data or b"").removeprefix(codecs.BOM_UTF8)[:HEAD_BYTES], maxsplit=1)[0]
+    if file.error is None or not first.strip() or not os.path.exists(first):
+        return file
+    fault = f"{source.shown}: a list of paths, such as {show_path(os.fsdecode(first))}, expected the bytes of one file"
+    option = "--files-from - -0" if b"\0" in (source.data or b"") else "--files-from -"
+    return replace(file, error=DataError(fault, f"pass {option}"))
 
 
 def _tar_examples(tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
@@ -195,8 +208,10 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
                 else:
                     groups[stem(file.path)].append(file)
             else:
-                sources = {name: Source(os.path.join(listing.folder, path)) for name, path in row.columns.items()}
-                yield Example(identity(row.paths) if sources else f"row {number}", sources)
+                whole = row.below(listing.folder)
+                sources = {name: Source(path) for name, path in whole.columns.items()}
+                paths = whole.paths if is_folder else row.paths
+                yield Example(identity(paths) if sources else f"row {number}", sources)
         tables = tables_beside(chain.from_iterable(groups.values()), reads, listing.pair) if by_stem else set()
         for path in sorted(tables):
             listing.account.pass_over(TABLE, path)

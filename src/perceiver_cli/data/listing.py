@@ -12,7 +12,7 @@ from typing import TypeVar
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.cells import MANIFESTS
-from perceiver_cli.data.folders import rows_in, walk
+from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
 from perceiver_cli.data.manifest import NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
 from perceiver_cli.data.paths import located
 from perceiver_cli.errors import DataError
@@ -102,5 +102,8 @@ def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:
                 rows, folder=folder, pair=options.pair, multi_label=multi_label, notes=tuple(notes), account=account
             )
         account = Account()
-    every = (Row(path) for path, is_folder in walk(name, account) if not is_folder)
+    files = (path for path, is_folder in walk(name, account) if not is_folder)
+    if labels == "ignored" and has_metadata(name):
+        return Listing(rows_with_metadata(Path(name), list(files), account, options), folder=name, account=account)
+    every = map(Row, files)
     return Listing(every, folder=name, pair=options.pair, account=account)

@@ -139,7 +139,7 @@ def _advice(path: str, folder: str) -> str:
     if ntpath.splitdrive(path)[0] or path.startswith("\\\\"):
         return "this is a path of Windows: pass --root with the folder here that holds the files"
     if "\\" in path:
-        return "backslashes are read as slashes too, but there is no such file"
+        return "backslashes are read as slashes too: pass --root with the folder here that holds the files"
     whole = os.path.join(folder, path)
     if (other := _other_case(whole)) is not None:
         return f"upper and lower case differ: there is {show_path(other)}"

@@ -21,7 +21,7 @@ from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
-from perceiver_cli.data.inputs import opened
+from perceiver_cli.data.inputs import opened, piped
 from perceiver_cli.data.listing import Listing, listed
 from perceiver_cli.data.manifest import Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
@@ -30,7 +30,7 @@ from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import File, detected, only
+from perceiver_cli.preprocess.detection import detected, only
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
@@ -84,7 +84,10 @@ def plan(
     config = _recipe(model, preset)
     wanted = None if config is None else only(config.inputs)
     if isinstance(inputs, Source):
-        root, listing = inputs.name, Listing([Row(inputs.name, file=File(inputs.name, detected(inputs, wanted)))])
+        file = piped(inputs, wanted)
+        if file.error is not None:
+            raise file.error
+        root, listing = inputs.name, Listing([Row(inputs.name, file=file)])
     else:
         listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)

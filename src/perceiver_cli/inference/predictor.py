@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from math import inf, log
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perceiver_cli.config import DataConfig
+from perceiver_cli.config import DataConfig, load_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import Example
@@ -227,12 +228,14 @@ class Predictor:
     def data_options(self, path: str | os.PathLike[str] | None) -> tuple[DataConfig, DataConfig]:
         """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
 
-        The root of the manifest of training is for that manifest alone. `options` go before both.
+        The root of the manifest of training, in the run's folder, is for that manifest alone. `options` go before both.
         """
         trained = self.info.config.data
         named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
-        if path is not None and os.path.abspath(path) == trained.path:
-            named["root"] = trained.root
+        if path is not None:
+            with suppress(UsageError):  # a model file without its run
+                own = load_config(self.path.parent / "config.toml").data
+                named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
         usual = DataConfig(pair=trained.pair, **self.options)
         return usual.model_copy(update={**named, **self.options}), usual
 

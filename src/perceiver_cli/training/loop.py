@@ -259,7 +259,7 @@ class Run:
         """Write the model file without the paths of the data, because it may be shared, and how this machine reads."""
         weights = self.judged.state_dict()
         self._check_tensors(weights)
-        fixed = {"path": None, "split": None, "workers": None, "cache_bytes": DataConfig().cache_bytes}
+        fixed = {"path": None, "root": None, "split": None, "workers": None, "cache_bytes": DataConfig().cache_bytes}
         data = self.config.data.model_copy(update=fixed)
         config = self.config.model_copy(update={"data": data})
         info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
