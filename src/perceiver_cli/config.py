@@ -307,7 +307,7 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
         key, known = problem["ctx"]["key"], problem["ctx"]["known"]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         advice = f"did you mean {'.'.join([*names, *near])}" if near else f"known are {', '.join(known)}"
-        return "", f"unknown key {'.'.join([*names, key])}, {advice}"
+        return "", f"unknown key {'.'.join([*names, key])}, {advice}; perceiver options explains all"
     message, value = problem["msg"].removeprefix("Value error, "), problem.get("input")
     shown = "" if isinstance(value, dict | Table) or problem["type"] == "value_error" else f", found {value!r:.80}"
     return ".".join(names), f"{message}{shown}"

@@ -399,7 +399,8 @@ def test_refusals_are_one_line_with_their_status(
 def test_unknown_keys_name_the_nearest(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
     done = perceive("train", bars, "--set", "train.lrr=1", cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == b"perceiver: options: unknown key train.lrr, did you mean train.lr\n"
+    advice = b"did you mean train.lr; perceiver options explains all\n"
+    assert done.stderr == b"perceiver: options: unknown key train.lrr, " + advice
 
 
 def test_a_model_of_another_modality_names_both(perceive: Perceive, here: Path) -> None:

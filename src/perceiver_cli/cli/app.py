@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from perceiver_cli.cli import data, models, predict, terminal, train
+from perceiver_cli.cli import configuration, data, models, predict, terminal, train
 
 app = typer.Typer(
     name="perceiver",
@@ -51,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": models.info,
     "compare": models.compare,
     "lr-find": train.lr_find,
+    "options": configuration.show_options,
     "doctor": models.doctor,
     "bench": models.bench,
 }
