@@ -170,6 +170,35 @@ def npy_points(data: bytes) -> None:
 
 
 @target
+def table(data: bytes) -> None:
+    """Texts and arrays that the user names, with every column."""
+    with suppress(PerceiverError):
+        load(data, "x.txt", PointsSpec(pool_points=16, columns=("intensity", "4")))
+    load_points(data, "npy")
+
+
+@target
+def pcd(data: bytes) -> None:
+    for columns in ((), ("intensity",), ("red", "green", "blue")):
+        with suppress(PerceiverError):
+            load(data, "x.pcd", PointsSpec(pool_points=16, columns=columns))
+
+
+@target
+def las(data: bytes) -> None:
+    """LAS and LAZ; without the extra a line says so."""
+    load(data, "x.las", PointsSpec(pool_points=16, columns=("intensity",)))
+
+
+@target
+def raw(data: bytes) -> None:
+    """KITTI's and nuScenes' floats."""
+    with suppress(PerceiverError):
+        load_points(data, "bin")
+    load(data, "x.pcd.bin", PointsSpec(pool_points=16, columns=("ring",)))
+
+
+@target
 def gltf(data: bytes) -> None:
     """The JSON of a GLB, with 64 bytes of binary data."""
     text = data + b" " * (-len(data) % 4)

@@ -234,7 +234,7 @@ def _prepared(job: Job, name: str, prepared: ByteArray) -> bytes:
         from perceiver_cli.model.encoding import with_features  # imports torch, which nothing else here needs
 
         return npy_bytes(with_features(prepared, job.header.inputs[name]).astype(job.dtype))
-    return npy_bytes(prepared.values if prepared.positions is None else prepared.positions)
+    return npy_bytes(prepared.array)
 
 
 def write_records(

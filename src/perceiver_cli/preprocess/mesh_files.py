@@ -31,6 +31,7 @@ from perceiver_cli.preprocess.geometry import (
     unix_lines,
 )  # fmt: skip
 from perceiver_cli.preprocess.glb_files import read_glb
+from perceiver_cli.preprocess.lidar_files import is_pcd, is_raw, read_las, read_pcd, read_raw, suffix_of
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.tables import are_points, may_be_points, read_array, read_table
@@ -272,6 +273,7 @@ def _read_off(source: Source, data: bytes, limits: Limits) -> Mesh:
     lines = [words for line in text.splitlines() if (words := line.split())]
     if lines and len(lines[0]) == 1 and faces + vertices:
         lines.pop(0)  # the number of edges, in a line of its own
+        text = text.lstrip().partition(b"\n")[2]
     if len(lines) != vertices + faces:
         found = f"found {len(lines)} lines for them"
         raise DataError(f"{source.shown}: declared {vertices} vertices and {faces} faces, {found}")
@@ -330,6 +332,8 @@ def _text_lines(head: bytes) -> list[list[str]]:
 FORMATS = {
     "PLY": MeshFormat(lambda head, suffix: head.startswith((b"ply\n", b"ply\r")), _read_ply),
     "GLB": MeshFormat(lambda head, suffix: head.startswith(b"glTF"), read_glb),
+    "PCD": MeshFormat(is_pcd, read_pcd),
+    "LAS, LAZ": MeshFormat(lambda head, suffix: head.startswith(b"LASF"), read_las),
     "OFF": MeshFormat(_is_off, _read_off),
     # A binary STL has no signature, only its suffix.
     "STL": MeshFormat(lambda head, suffix: suffix == "stl" or re.match(ASCII_STL, head) is not None, _read_stl),
@@ -338,6 +342,7 @@ FORMATS = {
         lambda head, suffix: head.startswith(b"\x93NUMPY") and are_points(head, suffix), read_array, True
     ),
     "XYZ": MeshFormat(are_points, read_table, True),
+    "KITTI's BIN": MeshFormat(is_raw, read_raw),
 }
 
 
@@ -346,7 +351,7 @@ def mesh_format(head: bytes, name: str, *, asked: bool = False) -> MeshFormat | 
 
     asked: the user says that it is one, so that a table of any name will do.
     """
-    suffix, head = name.lower().rpartition(".")[2], head.removeprefix(BOM)
+    suffix, head = suffix_of(name), head.removeprefix(BOM)
     known = next((known for known in FORMATS.values() if known.matches(head, suffix)), None)
     if known is None and asked and head.startswith(b"\x93NUMPY"):
         return FORMATS["NPY"]
