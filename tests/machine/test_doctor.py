@@ -21,6 +21,7 @@ def test_by_command(perceive: Perceive) -> None:
     assert facts["packages"]["torch"] == torch.__version__
     assert set(facts["optional"]) == {
         "av", "pillow-heif", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
+        "laspy", "lazrs",
     }  # fmt: skip
     assert facts["devices"]["cpu"]["kernel"] == kernels.choose(torch.device("cpu"), torch.float32).name
     assert facts["threads"]["torch"] == 1

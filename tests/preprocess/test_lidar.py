@@ -338,3 +338,23 @@ def after_training(perceive: Perceive, place: Path) -> None:
     assert facts["columns"] == ["x", "y", "z", "intensity", "heat", "attention"]
     assert {len(row) for row in facts["points"]} == {6}
     run("export", "intensity", "-o", "x.pt2")
+
+
+def test_points_that_are_left_out_are_told(perceive: Perceive, tmp_path: Path) -> None:
+    write_materials(tmp_path / "d", ".pcd", 4, 0)
+    path = tmp_path / "d" / "grass" / "0.pcd"
+    xyz = RNG.uniform(-10, 10, (128, 3)).astype(np.float32)
+    xyz[:3] = np.nan
+    path.write_bytes(pcd("binary", xyz, np.zeros(128, np.uint16), np.zeros((128, 3), np.uint8)))
+    told = b"left out 3 of 128 points that are not finite numbers"
+    done = perceive("train", "d", *SMALL, "--steps", "2", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert b"1 file read in part, the first 'grass/0.pcd': " + told in done.stderr
+    done = perceive("lint", "d", cwd=tmp_path)
+    assert b"1 file read in part, the first 'grass/0.pcd': " + told in done.stderr
+    done = perceive("predict", "d/grass/0.pcd", "d/grass/1.pcd", "-m", "run", "--device", "cpu", cwd=tmp_path)
+    one, other = map(json.loads, done.stdout.splitlines())
+    assert one["notes"] == [told.decode()]
+    assert "notes" not in other
+    done = perceive("explain", "d/grass/0.pcd", "-m", "run", "--device", "cpu", "--json", cwd=tmp_path)
+    assert told.decode() in json.loads(done.stdout)["notes"]

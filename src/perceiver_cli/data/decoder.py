@@ -12,7 +12,7 @@ import numpy as np
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.inputs import Encoded, Input, brought, opened
 from perceiver_cli.data.workers import in_order
-from perceiver_cli.errors import AbsentError, DataError, PerceiverError
+from perceiver_cli.errors import AbsentError, DataError, PerceiverError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout
@@ -32,13 +32,14 @@ class Decoded:
     """The data of an example that is the same at every visit, by modality.
 
     arrays: decoded. long: sound and video too long to keep: each visit decodes a span. seconds: lengths on the time
-    axis. ready: prepared arrays of records.
+    axis. ready: prepared arrays of records. notes: what decoders left out.
     """
 
     arrays: Mapping[str, Array]
     long: Mapping[str, Input]
     seconds: Mapping[str, float]
     ready: Mapping[str, ByteArray] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -58,6 +59,7 @@ class Decoder:
         self.specs = dict(sorted(specs.items()))
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
+        self.notes: dict[str, str] = {}  # example id -> what was left out of it, of those that `preload` decoded
         self._decoded: dict[str, Decoded] = {}
         self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
         self.timed = {name: timed for name in self.specs if (timed := timed_modality(name)) is not None}
@@ -91,7 +93,7 @@ class Decoder:
                 long[name] = each
             else:
                 arrays[name] = each.array()
-        return Decoded(arrays, long, seconds_of(inputs), ready)
+        return Decoded(arrays, long, seconds_of(inputs), ready, notes_of(inputs))
 
     def windows(
         self, example: Example, window_s: float, hop_s: float
@@ -155,6 +157,8 @@ class Decoder:
                 self.bad[example.id] = outcome
             else:
                 self._decoded[example.id] = outcome
+                if outcome.notes:
+                    self.notes[example.id] = "; ".join(outcome.notes)
                 used += outcome.nbytes
             yield done
             if used >= budget_bytes:
@@ -223,3 +227,16 @@ def kept(dropout: Mapping[str, float], rng: np.random.Generator) -> tuple[str, .
 def seconds_of(inputs: Mapping[str, Input]) -> dict[str, float]:
     """Return the length of each input that has a time axis."""
     return {name: each.seconds for name, each in inputs.items() if each.seconds is not None}
+
+
+def notes_of(inputs: Mapping[str, Input]) -> tuple[str, ...]:
+    """Return what the decoders of inputs left out, after they have decoded."""
+    return tuple(note for each in inputs.values() if isinstance(each, Encoded) for note in each.source.notes)
+
+
+def told_once(notes: Mapping[str, str]) -> tuple[str, ...]:
+    """Return one line on the notes of many examples by their ids; none without notes."""
+    if not notes:
+        return ()
+    name, note = next(iter(notes.items()))
+    return (f"{counted(len(notes), 'file')} read in part, the first {show_path(name)}: {note}",)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from perceiver_cli.config import DataConfig, tiny_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
-from perceiver_cli.data.decoder import Decoder
+from perceiver_cli.data.decoder import Decoder, notes_of, told_once
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.manifest import NO_OPTIONS
 from perceiver_cli.data.workers import in_order
@@ -130,13 +130,16 @@ def lint(
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
     unreadable: dict[int, tuple[str, str, str]] = {}
     faults: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in FAULTS}
-    for number, (identity, hashes, own_faults, error) in enumerate(in_order(examine, examples, workers)):
+    partly: dict[str, str] = {}
+    for number, (identity, hashes, own_faults, own_notes, error) in enumerate(in_order(examine, examples, workers)):
         split = splits[bisect(ends, number)]
         if error is not None:
             unreadable[number] = (split, identity, error)
         digests[number] = np.frombuffer(hashes, np.uint8).reshape(2, DIGEST_BYTES)
         for kind, name in own_faults:
             faults[kind].append((split, identity, name))
+        if own_notes:
+            partly[identity] = "; ".join(own_notes)
         if progress is not None:
             progress(number + 1, ends[-1])
     copies = []
@@ -151,7 +154,8 @@ def lint(
     counts = {split: catalog.counts(split) for split in splits}
     bad, groups = tuple(unreadable.values()), tuple(copies)
     files = catalog.accounted({identity for _, identity, _ in bad})
-    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, catalog.notes, files)
+    notes = (*catalog.notes, *told_once(partly))
+    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, notes, files)
 
 
 def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:
@@ -179,8 +183,10 @@ def _decoder(catalog: Catalog, limits: Limits) -> Decoder:
     return Decoder({name: specs[name] for name in catalog.modalities}, limits, catalog.bad)
 
 
-def _examined(decoder: Decoder, example: Example) -> tuple[str, bytes, list[tuple[str, str]], str | None]:
-    """Return its id, hashes of its arrays and its files, faults as (kind, modality), and its error, if any."""
+def _examined(
+    decoder: Decoder, example: Example
+) -> tuple[str, bytes, list[tuple[str, str]], tuple[str, ...], str | None]:
+    """Return its id, hashes of its arrays and its files, faults as (kind, modality), notes, and its error, if any."""
     decoded, files = (hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in range(2))
     faults: list[tuple[str, str]] = []
     try:
@@ -196,5 +202,5 @@ def _examined(decoder: Decoder, example: Example) -> tuple[str, bytes, list[tupl
             for block in each.content():
                 files.update(block)
     except PerceiverError as error:
-        return example.id, bytes(2 * DIGEST_BYTES), [], str(error)
-    return example.id, decoded.digest() + files.digest(), faults, None
+        return example.id, bytes(2 * DIGEST_BYTES), [], (), str(error)
+    return example.id, decoded.digest() + files.digest(), faults, notes_of(inputs), None

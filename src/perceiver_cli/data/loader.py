@@ -51,7 +51,8 @@ class Batch:
 
     segments: by modality; each example has `num_views` adjacent rows. labels: (B,) class indices, -1 for none, or
     (B, classes) of 0 and 1 for multi-label data. examples: in the same order. bad: (position in the task, example,
-    error) of unreadable examples, which have no rows. used: the modalities of each example, sorted.
+    error) of unreadable examples, which have no rows. used: the modalities of each example, sorted. notes: what was
+    left out of each example.
     """
 
     segments: Mapping[str, Segment]
@@ -60,6 +61,7 @@ class Batch:
     bad: tuple[tuple[int, Example, str], ...] = ()
     used: tuple[tuple[str, ...], ...] = ()
     num_views: int = 1
+    notes: tuple[tuple[str, ...], ...] = ()
 
     def pin_memory(self) -> Batch:
         """Return the batch in page-locked memory (called by the data loader when training on a GPU)."""
@@ -97,20 +99,23 @@ class Reader(Decoder, Dataset[Batch]):
         """Return the batch of a task, with its unreadable examples in `bad`."""
         rows: list[View] = []
         good: list[Example] = []
+        notes: list[tuple[str, ...]] = []
         bad: list[tuple[int, Example, str]] = []
         for position, example in enumerate(task.examples):
             seeds = None if task.seeds is None else (*task.seeds[position], example.key)
             try:
-                views = self.views(self.decode(example), seeds)
+                decoded = self.decode(example)
+                views = self.views(decoded, seeds)
             except DataError as error:
                 bad.append((position, example, str(error)))
                 continue
             good.append(example)
+            notes.append(decoded.notes)
             rows += views
         views_each = len(rows) // len(good) if good else 1
         used = tuple(tuple(row) for row in rows[::views_each])
         shared = None if get_worker_info() is None else self._shared.next()
-        return Batch(collate(rows, shared), self._labels(good), tuple(good), tuple(bad), used, views_each)
+        return Batch(collate(rows, shared), self._labels(good), tuple(good), tuple(bad), used, views_each, tuple(notes))
 
     def _labels(self, examples: Sequence[Example]) -> Tensor:
         if not self.multi_label_classes:

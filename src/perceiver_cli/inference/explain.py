@@ -154,7 +154,7 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
     segments = windows[best]
     attention, maps = look(model, segments)
     heat = weighed(evidence(model, segments, target, several), attention)
-    notes = []
+    notes = list(decoded.notes)
     if len(views) > 1:
         notes.append(f"this window of {len(views)} speaks most for {show_path(label)}")
     if not any(grid.any() for grid in heat.values()):

@@ -68,6 +68,7 @@ class Prediction:
     probs: tuple[float, ...] = ()  # by class; with several labels, or as maxima of windows, they do not sum to 1
     error: str | None = None
     used: tuple[str, ...] = ()  # modalities of the input, for a model of several
+    notes: tuple[str, ...] = ()  # what was left out of the input
     start_s: float | None = None  # of the window
     end_s: float | None = None
     thresholds: tuple[float, ...] = ()  # by class, with several labels an example
@@ -110,6 +111,8 @@ class Prediction:
             line["probs"] = dict(zip(self.classes, self.probs, strict=True))
         if self.used:
             line["used"] = list(self.used)
+        if self.notes:
+            line["notes"] = list(self.notes)
         return line
 
 
@@ -213,8 +216,10 @@ class Predictor:
             for fault, seen in ((None, batch.examples), ("unreadable", [example for _, example, _ in batch.bad])):
                 for example in seen:
                     account.use("predict", example.id, example.files, fault=fault)
-            rows = zip(batch.examples, batch.used, fields, strict=True)
-            predictions = [replace(blank, path=e.id, used=self._choice(used), **more) for e, used, more in rows]
+            rows = zip(batch.examples, batch.used, batch.notes, fields, strict=True)
+            predictions = [
+                replace(blank, path=e.id, used=self._choice(used), notes=notes, **more) for e, used, notes, more in rows
+            ]
             for position, example, error in batch.bad:  # in ascending order
                 predictions.insert(position, replace(blank, path=example.id, error=error))
             yield from predictions

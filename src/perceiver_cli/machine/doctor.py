@@ -31,6 +31,7 @@ CORE = ("torch", "numpy", "safetensors", "pillow", "soundfile", "soxr", "trimesh
 OPTIONAL = {
     "av": ("videos and their sound", "video"),
     "pillow-heif": ("HEIC pictures", "heif"),
+    **dict.fromkeys(("laspy", "lazrs"), ("LAS and LAZ of lidar", "lidar")),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),

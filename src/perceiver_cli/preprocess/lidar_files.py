@@ -6,9 +6,12 @@ NumPy reads PCD and raw floats; laspy reads LAS, with lazrs for LAZ (extra `[lid
 from __future__ import annotations
 
 import io
+import os
 import re
 import struct
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -210,7 +213,7 @@ def read_las(source: Source, data: bytes, limits: Limits) -> Mesh:
     if data[104] & LAZ_FLAGS and not backend.is_available():
         raise UsageError("lazrs, which reads LAZ, is missing", "pip install 'perceiver-cli[lidar]'")
     try:
-        with laspy.open(io.BytesIO(data), laz_backend=backend, read_evlrs=False) as file:
+        with _without_stderr(), laspy.open(io.BytesIO(data), laz_backend=backend, read_evlrs=False) as file:
             points = file.read_points(count)
         if len(points) != count:
             raise DataError(f"{source.shown}: declared {count} points, found {len(points)}")
@@ -220,6 +223,22 @@ def read_las(source: Source, data: bytes, limits: Limits) -> Mesh:
             raise
         raise DataError(f"{source.shown}: cannot decode the points: damaged LAZ") from None
     return Mesh(table, columns=partial(_las_columns, points))
+
+
+LOCK = threading.Lock()
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Silence stderr in the body: a panic of Rust prints there before it is an exception."""
+    with LOCK, open(os.devnull, "wb") as null:
+        kept = os.dup(2)
+        try:
+            os.dup2(null.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _las_columns(points: Any) -> dict[str, Array]:

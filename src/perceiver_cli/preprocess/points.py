@@ -65,6 +65,9 @@ class PointsModality(Modality[PointsSpec]):
     name = "points"
     precedence = 4
     formats = ", ".join(FORMATS)
+    suffixes = frozenset(
+        {".ply", ".glb", ".off", ".stl", ".obj", ".pcd", ".las", ".laz", ".xyz", ".xyzi", ".xyzn", ".xyzrgb"}
+    )
     suffixes = frozenset({
         ".ply", ".off", ".obj", ".stl", ".glb", ".gltf", ".xyz", ".pts", ".pcd", ".las", ".laz",
     })  # fmt: skip

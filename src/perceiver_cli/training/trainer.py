@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from perceiver_cli.config import Config
+from perceiver_cli.data.decoder import told_once
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
 from perceiver_cli.errors import counted
 from perceiver_cli.files import write_text
@@ -129,5 +130,6 @@ class Trainer:
                 if self.stopping:
                     return
         self.looked_at = done or total
+        self.plan.notes.extend(told_once(reader.notes))
         if unreadable := self.plan.check_bad(reader.bad, self.looked_at):
             self.plan.notes.append(f"left out {counted(unreadable, 'unreadable file')}")
