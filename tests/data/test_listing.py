@@ -76,7 +76,7 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
         ),
         ("m.csv", "path,label,split\nx.png,a,later\n", "row 1 has split 'later', expected train, val or test"),
         ("m.csv", "path,label\nx.png,a\ny.png,b,c\n", "row 2 has more cells than columns"),
-        ("m.csv", "path,label\n,a\n", "no usable files in the manifest"),
+        ("m.csv", "path,label\n,a\n", "the manifest names no file"),
         ("m.jsonl", '{"path": "x.png", "label": "a"}\n{"path": "y.png"}\n', "row 2 has no label"),
         ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "a line that is not an object"),
         ("m.jsonl", '{"image": ["x.png"], "label": "a"}\n', "row 1 has a path that is not text"),

@@ -115,6 +115,11 @@ def test_text_of_windows_is_read_as_such_and_paths_keep_their_bytes(data: Path) 
         ("m.json", '{\n "path": {"0": "a.png"},\n "label": {"0": "x"}\n}\n', "one object of objects"),
         ("m.csv", "class,category,path\nx,y,a.png\n", "perhaps --label-column 'class' or 'category'"),
         ("m.jsonl", '{"path": "a.png", "label": {"a": 1}}\n{"path": "b.png", "label": 1}', "a label that is an object"),
+        ("m.csv", "path,label\n", "the manifest names no file; add rows to it"),
+        ("m.json", "[]", "columns are none"),
+        ("m.csv", "path,label\ncat,x\nhen,y\n", "no usable files in the manifest, the first: "),
+        ("m.csv", "PK\x03\x04", "a spreadsheet or another zip, not a .csv manifest; save it as CSV"),
+        ("m.csv", "id,species\na.png,x\n", "perhaps --path-column NAME --label-column NAME"),
         ("m.jsonl", '{"path": "a.png", "labels": [["a"]]}', "row 1 has a label that is a list"),
     ],
 )

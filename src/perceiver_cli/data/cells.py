@@ -28,6 +28,7 @@ SEPARATOR_LINE = re.compile(r'\ufeff?"?sep=(.)"?[ ,;\t]*(?:\r\n|\r|\n)', re.IGNO
 # How programs quote cells, in the order of trying: as RFC 4180; with backslashes (Spark, MySQL); in TSV not at all.
 QUOTING: tuple[dict[str, Any], ...] = ({}, {"escapechar": "\\", "doublequote": False})
 UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
+SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # XLSX and ODS, which are zips; XLS
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte of a text that is not UTF-8
 BLANKS = r"[\s\ufeff\u200b\u2060]"  # no-break spaces too; the last three have no width
 
@@ -56,6 +57,8 @@ def read_cells(path: str | os.PathLike[str], fits: Fits) -> Cells:
     shown, suffix = show_path(path), Path(path).suffix.lower()
     with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         data = file.read()
+    if data.startswith(SPREADSHEETS):
+        raise DataError(f"{shown}: a spreadsheet or another zip, not a {suffix} manifest", "save it as CSV")
     try:
         return MANIFESTS[suffix](as_text(data), fits)
     except (ValueError, csv.Error, RecursionError) as error:

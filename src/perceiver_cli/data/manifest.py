@@ -286,9 +286,9 @@ def _wrong_columns(
     for option, names in missing:
         ratios = {c: max(difflib.SequenceMatcher(None, _plain(c), n).ratio() for n in names) for c in columns}
         nearest = [column for column, ratio in ratios.items() if ratio == max(ratios.values()) >= NEAR]
-        near += [f"{option} {' or '.join(map(show_path, nearest))}"] if nearest else []
+        near.append(f"{option} {' or '.join(map(show_path, nearest)) or 'NAME'}")
     present = ", ".join(map(show_path, columns)) or "none"
-    advice = f"; perhaps {' '.join(near)}" if near else ""
+    advice = f"; perhaps {' '.join(near)}"
     if any(re.search(r"\w\.[a-z]\w{1,4}$", column.lower()) for column in columns):  # x.png
         advice = "; is the first line a header? It must name the columns"
     return ColumnError(f"{shown}: columns are {present}", f"expected {expected}{advice}")
