@@ -40,5 +40,5 @@ def test_a_run_says_who_chose_each_value(perceive: Perceive, bars: Path, tmp_pat
     assert chosen["model.num_latents"] == (8, "user")
     assert chosen["inputs.image.size"][1] == "data"
     assert chosen["train.optimizer"] == ("adamw", "preset tiny-image")
-    assert chosen["train.betas"] == ([0.9, 0.999], "default")
+    assert chosen["train.accumulate"] == (1, "default")
     assert not any(key.startswith("inputs.audio") for key in chosen)

@@ -18,7 +18,9 @@ def test_by_command(perceive: Perceive) -> None:
     done = perceive("doctor", "--json", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts["packages"]["torch"] == torch.__version__
+    assert (
+        facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
+    )  # a wheel may leave it out
     assert set(facts["optional"]) == {
         "av", "pillow-heif", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
         "laspy", "lazrs",

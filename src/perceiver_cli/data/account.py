@@ -106,6 +106,8 @@ class Account:
     def brief(self) -> list[str]:
         """Return a summary of one to three lines."""
         files = self.paths + self.linked + self.absent - self.folders
+        if not files:
+            return ["there is no file"]
         if self.num_used == files:
             return [f"all {counted(files, 'file')} are used" if files > 1 else f"{counted(files, 'file')} is used"]
         ranked = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
