@@ -145,7 +145,7 @@ def predict(
     extra += ["labels"] if predictor.info.config.multi_label else []
     if embeddings is not None:
         predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
-    exit_code = show_predictions(predictions, style, top_k, all_probs, extra)
+    exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)
     if account.folders:
         say_lines(account.brief())
     raise typer.Exit(exit_code)
@@ -193,17 +193,28 @@ def explain(
 
 
 def show_predictions(
-    predictions: Iterable["Prediction"], style: str, top_k: int, all_probs: bool, extra: Sequence[str] = ()
+    predictions: Iterable["Prediction"],
+    style: str,
+    top_k: int,
+    all_probs: bool,
+    extra: Sequence[str] = (),
+    reads: Sequence[str] = (),
 ) -> int:
-    """Print predictions as they come; return the exit code, 3 if any input was bad. extra: columns of EXTRA_WIDTH."""
+    """Print predictions as they come; return the exit code, 3 if any input was bad.
+
+    extra: columns of EXTRA_WIDTH. reads: the modalities whose formats are listed after files of an unknown format.
+    """
+    from perceiver_cli.preprocess.detection import UNKNOWN, formats
+
     if style == "auto":
         style = "table" if terminal.is_terminal() else "jsonl"
     if style == "table":
         emit(f"{'file':<40} {_padded({name: name for name in extra})}{'label':<16} {'prob':>6}  others\n")
-    exit_code, header = 0, True
+    exit_code, header, is_unknown = 0, True, False
     for prediction in predictions:
         if prediction.error is not None:
             exit_code = EXIT_DATA
+            is_unknown |= prediction.error.endswith(UNKNOWN)
             complain(f"perceiver predict: {prediction.error}")
         if style == "table":
             emit(_table_row(prediction, top_k, all_probs, extra))
@@ -213,6 +224,8 @@ def show_predictions(
             cells = _cells(prediction, top_k, all_probs, extra)
             emit((_csv_row(cells.keys(), style) if header else "") + _csv_row(cells.values(), style))
             header = False
+    if is_unknown:
+        say(f"formats: {formats(reads)}")
     return exit_code
 
 

@@ -42,7 +42,7 @@ from perceiver_cli.data.pairing import (
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.detection import File, formats, looked_at, only, other_kind
+from perceiver_cli.preprocess.detection import File, formats, looked_at, only, other_kind, with_formats
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows
@@ -220,15 +220,15 @@ def of_listing(
     examples, holds, brings = by_modality(listing, full, wanted, notes)
     if not holds:
         if len(rows) == 1 and (only := rows[0].file) is not None and only.error is not None:
-            raise only.error
+            raise with_formats(only.error, wanted)
         top = Path(root)
         if not top.is_dir():
             first = full[0].looked_at(listing.folder).error if full and full[0].path else None
             cause = "" if first is None else f", the first: {first.message}"
             what = "no usable files in the manifest" if full else "the manifest names no file"
-            raise DataError(f"{show_path(top)}: {what}{cause}", f"expected {formats()}" if full else "add rows to it")
+            raise DataError(f"{show_path(top)}: {what}{cause}", f"expected {formats(wanted)}" if full else "add rows to it")
         reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
-        raise DataError(reason, f"expected class/file or split/class/file with {formats()}")
+        raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
             error = f"{show_path(root)}: row {number} names no file"
@@ -364,7 +364,7 @@ def _assembled(
     joined: Counter[tuple[str, ...]] = Counter()
     for group in groups:
         by_kind, spare = assemble([file for file, _ in group], usable)
-        fault = next((file.error.message for file, _ in group if file.error is not None), None)
+        fault = next((str(file.error) for file, _ in group if file.error is not None), None)
         if spare is not None and fault is None:
             fault = f"{spare.source.shown}: a second {spare.source.kinds[0]} file with the same stem, expected one"
         name = identity(file.path for file in by_kind.values())

@@ -30,7 +30,7 @@ from perceiver_cli.files import atomic_write, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
-from perceiver_cli.preprocess.detection import detected, only
+from perceiver_cli.preprocess.detection import detected, identified, only, with_formats
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
@@ -86,7 +86,7 @@ def plan(
     if isinstance(inputs, Source):
         file = piped(inputs, wanted)
         if file.error is not None:
-            raise file.error
+            raise with_formats(file.error, None if config is None else config.inputs)
         root, listing = inputs.name, Listing([Row(inputs.name, file=file)])
     else:
         listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
@@ -330,7 +330,7 @@ def input_recipe(
 ) -> tuple[InputSpec, Limits]:
     """Return the spec of a model, a preset or else the paper for a file. Raises DataError if none reads it."""
     config = _recipe(model, preset)
-    kind, *others = detected(source, None if config is None else only(config.inputs)).kinds
+    kind, *others = identified(source, None if config is None else only(config.inputs)).kinds
     config = config or _recipe(None, modality(kind).paper_preset)
     if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess import modality, names
+from perceiver_cli.preprocess import foreign, modality, names
 from perceiver_cli.preprocess.geometry import BOM
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.tables import described
@@ -16,6 +16,7 @@ from perceiver_cli.preprocess.tables import described
 # A byte array in a file, the paper's M x C with Fourier features, is an .npy, or the .safetensors of `perceiver
 # preprocess`. Only the latter says how it was prepared; an .npy could be of any modality.
 LEAST_COLUMNS = 16  # of an .npy with a byte array; a cloud of points has fewer, even with colours and normals
+UNKNOWN = "unknown format"  # in the error of a file; a command lists the known formats once, not with each file
 METADATA = "perceiver"  # the only entry in the metadata of a .safetensors: the header of a stream as JSON
 
 
@@ -39,12 +40,19 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     kinds += tuple(name for name in every if name not in kinds and modality(name).also_reads(head))
     if not kinds and wanted is not None and modality(wanted).may_read(head):
         kinds = (wanted,)
-    if not kinds and (table := described(head.removeprefix(BOM))) is not None:
-        raise TableError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
     if not kinds:
-        raise DataError(f"{source.shown}: unknown format", f"expected {formats()}")
+        raise _refusal(source, head, every)
     is_table = not is_safetensors(head) if rows else modality(kinds[0]).is_table(head, source.name)
     return replace(source, kinds=kinds, holds_rows=bool(rows), is_table=is_table)
+
+
+def _refusal(source: Source, head: bytes, every: tuple[str, ...]) -> DataError:
+    """Return the error of a file that no modality reads; it says what the file is."""
+    if (known := foreign.described(head, source.name)) is not None:
+        return DataError(f"{source.shown}: {known[0]}", known[1])
+    if (table := described(head.removeprefix(BOM))) is not None:
+        return TableError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
+    return DataError(f"{source.shown}: {UNKNOWN}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def _how_to_take(head: bytes, every: tuple[str, ...]) -> str:
     """Return a hint on how to read a table."""
     readers = [name for name in every if modality(name).may_read(head)]
     if not readers:
-        return f"expected {formats()}"
+        return "expected a picture, a sound, a film or a mesh"
     presets = " or ".join(f"--preset tiny-{name}" for name in readers)
     return f"to read it as {' or '.join(readers)}, name it in a column {readers[0]} of a manifest, or pass {presets}"
 
@@ -113,6 +121,19 @@ def other_kind(source: Source, expected: str) -> DataError:
     return DataError(f"{source.shown}: {source.kinds[0]} by its content, expected {expected}")
 
 
-def formats() -> str:
-    """Return the formats of every modality, for messages."""
-    return "; ".join(f"{name}: {modality(name).formats}" for name in names())
+def formats(wanted: Iterable[str] | None = None) -> str:
+    """Return the formats of some modalities, by default of all, for messages."""
+    return "; ".join(f"{name}: {modality(name).formats}" for name in names() if wanted is None or name in {*wanted})
+
+
+def with_formats(error: DataError, wanted: Iterable[str] | None = None) -> DataError:
+    """Return the error of the only file of a run: of an unknown format, it lists those of the wanted modalities."""
+    return DataError(error.message, f"expected {formats(wanted)}") if error.message.endswith(UNKNOWN) else error
+
+
+def identified(source: Source, wanted: str | None = None) -> Source:
+    """Return the only source of a run with its kinds filled in, as `detected`."""
+    try:
+        return detected(source, wanted)
+    except DataError as error:
+        raise with_formats(error, wanted and [wanted]) from error
