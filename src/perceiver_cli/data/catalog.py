@@ -226,7 +226,8 @@ def of_listing(
             first = full[0].looked_at(listing.folder).error if full and full[0].path else None
             cause = "" if first is None else f", the first: {first.message}"
             what = "no usable files in the manifest" if full else "the manifest names no file"
-            raise DataError(f"{show_path(top)}: {what}{cause}", f"expected {formats(wanted)}" if full else "add rows to it")
+            hint = f"expected {formats(wanted)}" if full else "add rows to it"
+            raise DataError(f"{show_path(top)}: {what}{cause}", hint)
         reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
         raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
