@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.inputs import Pipe, examples_of
-from perceiver_cli.data.manifest import read_manifest
+from perceiver_cli.data.listing import listed
+from perceiver_cli.data.manifest import Labels, read_manifest
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
@@ -368,3 +369,17 @@ def test_a_list_of_paths_on_stdin_is_told(data: Path) -> None:
         assert example.error is not None
         assert "a list of paths, such as '" in example.error
         assert example.error.endswith(f"pass {option}")
+
+
+def test_a_pattern_that_no_shell_expanded(data: Path) -> None:
+    """The error of an unmatched *.jpg expected tars of records."""
+    for labels in get_args(Labels):
+        with pytest.raises(DataError, match="no file matches this pattern; expected files, a folder, a manifest or"):
+            listed(str(data / "*.jpg"), labels=labels)
+    with pytest.raises(
+        DataError, match=r"2 files without labels, such as '.*/cat/000\.png'; expected a folder of class"
+    ):
+        scan(data / "cat" / "*.png")
+    found = list(examples_of(str(data / "cat" / "*.png"), IMAGE, Limits()))
+    assert [Path(example.id).name for example in found] == ["000.png", "001.png"]
+    assert [sorted(example.sources) for example in found] == [["image"]] * 2

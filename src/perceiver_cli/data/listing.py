@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ from perceiver_cli.data.cells import MANIFESTS
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
 from perceiver_cli.data.manifest import NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
 from perceiver_cli.data.paths import located
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
@@ -65,6 +66,9 @@ def listed(
     unreadable manifest, or, if labels are needed, another file.
     """
     name = os.fspath(path)
+    is_pattern = glob.has_magic(name) and "{" not in name and not os.path.lexists(name)
+    if is_pattern and (files := _matched(name, labels, wanted)) is not None:
+        return files
     is_data = labels in ("needed", "scored") or os.path.isdir(name)
     file = None if is_data else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
@@ -88,6 +92,24 @@ def listed(
         return Listing([Row(name, file=file)], account=Account(paths=1))
     fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+
+
+def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None:
+    """Return the files that a pattern stands for, which no shell has expanded, or None if they are no media.
+
+    Raises DataError if there are none, or if labels are needed: a pattern gives none.
+    """
+    matches = sorted(glob.glob(pattern))
+    if not matches:
+        fault = f"{show_path(pattern)}: no file matches this pattern"
+        raise DataError(fault, "expected files, a folder, a manifest or tars of records")
+    if not looked_at(Source(matches[0]), None, wanted).source.kinds:
+        return None
+    if labels in ("needed", "scored"):
+        fault = f"{show_path(pattern)}: {counted(len(matches), 'file')} without labels, such as {show_path(matches[0])}"
+        raise DataError(fault, "expected a folder of class folders, a manifest or tars of records")
+    rows = [Row(name, file=looked_at(Source(name), None, wanted)) for name in matches]
+    return Listing(rows, account=Account(paths=len(rows)))
 
 
 def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:
