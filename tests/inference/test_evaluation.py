@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score
 
 from perceiver_cli.cli.predict import show_report
 from perceiver_cli.config import load_config
@@ -97,6 +97,17 @@ def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
         assert min(image.size) > 300
 
 
+def test_figures_with_each_class_alike_are_those_of_scikit_learn(predictor: Predictor, bars: Path) -> None:
+    report = evaluate(predictor, bars)
+    truth = [record["label"] for record in report.records]
+    answers = [record["prediction"] for record in report.records]
+    assert report.balanced_accuracy == pytest.approx(balanced_accuracy_score(truth, answers))
+    assert report.macro_f1 == pytest.approx(f1_score(truth, answers, average="macro"))
+    uneven = Report(("a", "b", "c"), 0.9, 1.0, 0.1, ((18, 0, 0), (1, 1, 0), (0, 0, 0)), 20)
+    assert uneven.balanced_accuracy == 0.75  # c has no example
+    assert uneven.macro_f1 == pytest.approx((36 / 37 + 2 / 3) / 2)
+
+
 def test_thousands_of_classes_stay_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """metrics.json had 54 MB for 3,000 classes, and the table a line for each."""
     count = 3000
@@ -110,8 +121,8 @@ def test_thousands_of_classes_stay_short(tmp_path: Path, capsys: pytest.CaptureF
     assert len(json.dumps(metrics)) < 1e6
     show_report(report, False)
     printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 22
-    assert printed.out.splitlines()[2].startswith("class 0007")
+    assert len(printed.out.splitlines()) == 23
+    assert printed.out.splitlines()[3].startswith("class 0007")
     assert "the 20 of 3,000 classes with the lowest accuracy" in printed.err
 
 

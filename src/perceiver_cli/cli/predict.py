@@ -287,6 +287,8 @@ def show_report(report: "Report", as_json: bool) -> None:
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
     )
+    if report.balanced_accuracy is not None and report.macro_f1 is not None:
+        emit(f"each class alike: balanced accuracy {report.balanced_accuracy:.4f}  macro F1 {report.macro_f1:.4f}\n")
     key = "accuracy" if report.confusion else "average_precision"
     columns = ("count", key, "precision", "f1") if report.confusion else (key,)
     each = list(report.per_class.items())

@@ -80,6 +80,21 @@ class Report:
         return float(np.mean(averages)) if averages else None
 
     @property
+    def balanced_accuracy(self) -> float | None:
+        """Mean accuracy of the classes with examples, each of one weight; None with several labels an example."""
+        return self._mean_over_classes("accuracy")
+
+    @property
+    def macro_f1(self) -> float | None:
+        """Mean F1 over the classes with examples or answers; None with several labels an example."""
+        return self._mean_over_classes("f1")
+
+    def _mean_over_classes(self, figure: str) -> float | None:
+        rows = self.per_class.values() if self.confusion is not None else ()
+        known = [value for row in rows if (value := row[figure]) is not None]
+        return float(np.mean(known)) if known else None
+
+    @property
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
         """By class name: count, recall, precision, F1, or average precision; None for 0 / 0."""
         if self.confusion is None:
@@ -102,6 +117,8 @@ class Report:
         """Return the JSON object of `evaluate --json`."""
         facts: dict[str, Any] = {
             "accuracy": self.accuracy,
+            "balanced_accuracy": self.balanced_accuracy,
+            "macro_f1": self.macro_f1,
             "top5": self.top5,
             "loss": self.loss,
             "ece": self.ece,
