@@ -198,15 +198,26 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
         say("stopped before the first step")
         end_by_signal(received[0])
         return
-    best, metrics = "", event.metrics
-    if "val_accuracy" in metrics:
-        best = f"best validation accuracy {metrics['val_accuracy']:.4f} at step {metrics['step']}, "
     ending = "stopped early and saved" if event.stopped_early else "done"
-    say(f"{ending}: {best}{counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
+    say(f"{ending}: {counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
+    if "val_accuracy" in event.metrics:
+        say(kept(event.metrics, display.highest))
     if received:
         say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
     emit(f"{event.model}\n")
+
+
+def kept(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
+    """Return a line about the kept model, which may be a later one than that of the highest validation accuracy."""
+    accuracy = metrics["val_accuracy"]
+    several = f", mAP {metrics['val_mAP']:.4f}" if "val_mAP" in metrics else ""  # which decides then
+    line = (
+        f"kept: the model of step {metrics['step']}, the last row with *: validation accuracy {accuracy:.4f}{several}"
+    )
+    if several or highest is None or not highest.accuracy > accuracy:
+        return line
+    return f"{line}; step {highest.step} had {highest.accuracy:.4f}, no more than chance apart"
 
 
 class _Display:
@@ -215,6 +226,7 @@ class _Display:
     def __init__(self) -> None:
         self.bar = bar("{task.fields[facts]}")
         self.task = self.bar.add_task("reading", total=None, facts="")
+        self.highest: Evaluated | None = None  # the evaluation of the highest accuracy
         self.live, self.header_shown, self.last_line = not self.bar.disable, False, time.monotonic()
 
     def show(self, event: Event) -> None:
@@ -237,6 +249,8 @@ class _Display:
                     self.last_line = time.monotonic()
                     say(f"step {step} of {total}  {facts}")
             case Evaluated():
+                if self.highest is None or event.accuracy > self.highest.accuracy:
+                    self.highest = event
                 if not self.header_shown:
                     self.header_shown = True
                     say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
