@@ -442,3 +442,26 @@ def test_a_deleted_working_folder_is_named(tmp_path: Path) -> None:
     command = f'mkdir gone; cd gone; rmdir ../gone; exec "{sys.executable}" -m perceiver_cli info tiny-image'
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, check=False)
     one_line(done, 2, b"the current folder was deleted")
+
+
+def test_matplotlib_is_quiet_where_home_cannot_be_written(trained: Path, bars: Path, tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "perceiver_cli",
+        "evaluate",
+        str(bars),
+        "-m",
+        str(trained),
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    names = {"MPLCONFIGDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"}
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    (tmp_path / "tmp").mkdir()
+    for own in ({"HOME": "/dev/null"}, {"MPLCONFIGDIR": "/dev/null/none"}):
+        own["TMPDIR"] = str(tmp_path / "tmp")
+        done = subprocess.run([*words, "-q", "--device", "cpu"], env=environment | own, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == b""
+        assert not list((tmp_path / "tmp").iterdir())  # no folder stays behind
