@@ -88,13 +88,11 @@ def _read_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
 
 def _ascii_stl(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the mesh of a text; names of solids may hold any word, and keywords may be in capitals."""
-    ended = re.search(rb"(?i)\bendsolid\b", data) is not None
-    data = re.sub(rb"(?im)^[ \t]*(end)?solid\b[^\r\n]*", b"", unix_lines(data))
-    facets = len(re.findall(rb"(?i)endfacet", data))
-    vertices = re.findall(rb"(?i)\bvertex[ \t]+(\S+[ \t]+\S+[ \t]+\S+)", data)
+    lower = unix_lines(data).lower()  # half the time of patterns that ignore case
+    data = re.sub(rb"solid[^\r\n]*", b"", lower)
+    facets, vertices = data.count(b"endfacet"), re.findall(rb"vertex[ \t]+([^\r\n]+)", data)
     check_counts(source, len(vertices), facets, limits)
-    begun = len(re.findall(rb"(?i)\bfacet\b", data))
-    if not ended or len(vertices) != 3 * facets or begun != facets:
+    if b"endsolid" not in lower or len(vertices) != 3 * facets or data.count(b"facet") != 2 * facets:
         raise DataError(f"{source.shown}: ends inside a facet, or a facet is not a triangle")
     return _soup(_numbers(vertices))
 
