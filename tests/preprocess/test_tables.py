@@ -245,3 +245,30 @@ def test_points_that_are_not_finite_are_left_out_and_counted(bad: str) -> None:
 def test_pictures_are_still_pictures(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.xyz", "PNG")
     assert detected(Source(str(tmp_path / "a.xyz"))).kinds == ("image",)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("picture.npy", b"an array of float64 (64, 64), which could be anything; expected a picture, a sound, "),
+        ("spectrogram.npy", b"an array of float32 (128, 431), which could be anything; to read it as a byte array"),
+        (
+            "eeg.npy",
+            b"an array of float32 (128, 14), which could be anything; to read it as points, name it in a column",
+        ),
+        ("acceleration.csv", b"a table of 4 numbers a line, which could be anything; to read it as points"),
+    ],
+)
+def test_a_folder_of_tables_is_refused_by_name(perceive: Perceive, tmp_path: Path, name: str, words: bytes) -> None:
+    for place in ("a", "b"):
+        (tmp_path / "d" / place).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "d" / place / f"{i}{Path(name).suffix}").write_bytes(TABLES[name])
+    done = perceive("train", "d", "-o", "run", cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.count(b"\n") == 1
+    assert words in done.stderr
+    if name == "spectrogram.npy":
+        done = perceive("train", "d", "--preset", "tiny-image", "--dry-run", cwd=tmp_path)
+        assert done.returncode == 3
+        assert b"a byte array of 128 x 431, expected" in done.stderr

@@ -42,9 +42,10 @@ from perceiver_cli.data.pairing import (
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.detection import File, formats, looked_at, only, other_kind, with_formats
+from perceiver_cli.preprocess.detection import File, TableError, formats, looked_at, only, other_kind, with_formats
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.tables import described
 from perceiver_cli.records.byte_arrays import settled_by_rows
 from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled
@@ -229,6 +230,9 @@ def of_listing(
             hint = f"expected {formats(wanted)}" if full else "add rows to it"
             raise DataError(f"{show_path(top)}: {what}{cause}", hint)
         reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
+        looked = (_without_rows(row.looked_at(listing.folder)).error for row in full[:PROBES] if row.path)
+        if (table := next((error for error in looked if isinstance(error, TableError)), None)) is not None:
+            raise DataError(f"{reason}, the first: {table.message}", table.hint)
         raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
@@ -388,7 +392,8 @@ def _without_rows(file: File) -> File:
     source = file.source
     if not (source.holds_rows and len(source.kinds) > 1):
         return file
-    fault = DataError(f"{source.shown}: an array of any kind", "name its modality: pass --preset")
+    what = f"{source.shown}: {described(source.head())}, which could be anything"
+    fault = TableError(what, "to read it as a byte array, pass a preset of its modality: --preset tiny-image")
     return File(file.path, replace(source, kinds=()), fault)
 
 

@@ -19,7 +19,7 @@ import torch
 from perceiver_cli.config import Config
 from perceiver_cli.data.decoder import told_once
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
-from perceiver_cli.errors import counted
+from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
@@ -78,6 +78,8 @@ class Trainer:
         run, train = self.new_run(), self.plan.config.train
         times = []
         for batch in self.plan.reader.batches(run.tasks(TIMED_STEPS)):
+            if not batch.examples:
+                raise DataError(f"no file of a batch can be read, the first: {batch.bad[0][2]}")
             before = time.perf_counter()
             run.backward(batch, 1)
             run.optimizer.step()
