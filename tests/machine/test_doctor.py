@@ -22,7 +22,7 @@ def test_by_command(perceive: Perceive) -> None:
         facts["packages"]["torch"].partition("+")[0] == torch.__version__.partition("+")[0]
     )  # a wheel may leave it out
     assert set(facts["optional"]) == {
-        "av", "pillow-heif", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
+        "av", "pillow-heif", "pyarrow", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
         "laspy", "lazrs",
     }  # fmt: skip
     assert facts["devices"]["cpu"]["kernel"] == kernels.choose(torch.device("cpu"), torch.float32).name

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
+from perceiver_cli.data.archives import unpacked
+from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.folders import of_suffix, parent, suffix_of, tally
-from perceiver_cli.data.listing import Listing, listed
+from perceiver_cli.data.listing import Listing, listed, listed_stream
 from perceiver_cli.data.manifest import NO_OPTIONS, Labels, Row, alike
 from perceiver_cli.data.pairing import (
     MOST,
@@ -197,11 +199,15 @@ def scan(
     Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
     name, group_by = os.fspath(data), options.group_by
+    options = options.model_copy(update={"group_by": None}) if group_by == PARENT else options
     if name == "-":
         with os.fdopen(0, "rb", closefd=False) as stdin:
-            return _records_catalog(spooled(stdin, "stdin"), "-", classes, reads, group_by)
-    own = options.model_copy(update={"group_by": None}) if group_by == PARENT else options
-    listing = listed(name, labels, own)
+            head, stream = unpacked(stdin, "stdin")
+            if kind_of_stream(head) != "archives":
+                return _records_catalog(spooled(stream, "stdin"), "-", classes, reads, group_by)
+            listing = listed_stream(stream, "stdin", labels, options)
+    else:
+        listing = listed(name, labels, options)
     if listing.tars:
         return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
     if group_by == PARENT:
@@ -223,7 +229,7 @@ def of_listing(
         if len(rows) == 1 and (only := rows[0].file) is not None and only.error is not None:
             raise with_formats(only.error, wanted)
         top = Path(root)
-        if not top.is_dir():
+        if not listing.by_stem:
             first = full[0].looked_at(listing.folder).error if full and full[0].path else None
             cause = "" if first is None else f", the first: {first.message}"
             what = "no usable files in the manifest" if full else "the manifest names no file"

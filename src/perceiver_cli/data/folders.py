@@ -71,7 +71,7 @@ def _walk(
     folders = []
     for entry in entries:
         name = os.path.join(below, entry.name)
-        reason = "hidden" if entry.name.startswith(".") else "of the system" if entry.name.lower() in SYSTEM else None
+        reason = reason_of(entry.name)
         count = 1 if reason is None else _count(entry)
         _found(account, count, linked=linked)
         status = _status(entry) if reason is None else None
@@ -91,6 +91,11 @@ def _walk(
                 account.pass_over("a link to a folder that contains it", name)
                 continue
         yield from _walk(top, name, account, above, entered, linked=linked or is_link)
+
+
+def reason_of(name: str) -> str | None:
+    """Return why a path with this last name is passed over, None if it may hold data."""
+    return "hidden" if name.startswith(".") else "of the system" if name.lower() in SYSTEM else None
 
 
 def _is_output(entries: Sequence[os.DirEntry[str]]) -> bool:

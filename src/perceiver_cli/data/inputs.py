@@ -18,9 +18,11 @@ from typing import BinaryIO, ClassVar
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
+from perceiver_cli.data.archives import unpacked
+from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.folders import of_suffix, suffix_of
-from perceiver_cli.data.listing import Listing, fitting, listed
+from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
 from perceiver_cli.data.manifest import NO_OPTIONS
 from perceiver_cli.data.pairing import TABLE, as_points, assemble, either, identity, sources_of, stem, tables_beside
 from perceiver_cli.errors import DataError
@@ -152,11 +154,14 @@ def _held_examples(
         sources = {name: source_of(part) for name, part in named.items()}
         yield Example(identity(source.name for source in sources.values()), sources)
     elif isinstance(named, Pipe):
-        head = named.file.read(HEAD_BYTES)
-        if is_tar(head):
-            yield from _stream_examples(Feed(named.file, show_path("stdin"), head), reads, limits)
+        head, stream = unpacked(named.file, named.name)
+        kind = kind_of_stream(head)
+        if kind == "records" or (kind is None and is_tar(head)):  # damaged ones too
+            yield from _stream_examples(Feed(stream, show_path("stdin")), reads, limits)
+        elif kind == "archives":
+            yield from _listing_examples(listed_stream(stream, named.name, "ignored"), [*reads], use)
         else:
-            yield _file_example(piped(Source(named.name, received(named.file, limits, head)), only(use)), use)
+            yield _file_example(piped(Source(named.name, received(stream, limits)), only(use)), use)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
 
@@ -164,11 +169,12 @@ def _held_examples(
 def piped(source: Source, wanted: str | None = None) -> File:
     """Return the bytes of a pipe as a file, see `looked_at`; the error of a list of paths says how to pass it."""
     file = looked_at(source, None, wanted)
-    first = re.split(rb"[\0\r\n]", (source.data or b"").removeprefix(codecs.BOM_UTF8)[:HEAD_BYTES], maxsplit=1)[0]
+    data = source.data if isinstance(source.data, bytes) else b""
+    first = re.split(rb"[\0\r\n]", data.removeprefix(codecs.BOM_UTF8)[:HEAD_BYTES], maxsplit=1)[0]
     if file.error is None or not first.strip() or not os.path.exists(first):
         return file
     fault = f"{source.shown}: a list of paths, such as {show_path(os.fsdecode(first))}, expected the bytes of one file"
-    option = "--files-from - -0" if b"\0" in (source.data or b"") else "--files-from -"
+    option = "--files-from - -0" if b"\0" in data else "--files-from -"
     return replace(file, error=DataError(fault, f"pass {option}"))
 
 

@@ -8,19 +8,22 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
+from perceiver_cli.data.archives import Contents, opened, received
 from perceiver_cli.data.cells import MANIFESTS
+from perceiver_cli.data.containers import beside, check_foreign, containers, splits_of
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
-from perceiver_cli.data.manifest import NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
+from perceiver_cli.data.manifest import NEEDED, NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
+from perceiver_cli.data.parquet import rows_of_tables
 from perceiver_cli.data.paths import located
+from perceiver_cli.data.webdataset import rows_of
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.records.shards import tar_files
 
 T = TypeVar("T")
 
@@ -69,13 +72,14 @@ def listed(
     is_pattern = glob.has_magic(name) and "{" not in name and not os.path.lexists(name)
     if is_pattern and (files := _matched(name, labels, wanted)) is not None:
         return files
-    is_data = labels in ("needed", "scored") or os.path.isdir(name)
+    is_data = labels in NEEDED or os.path.isdir(name)
     file = None if is_data else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
         return Listing([Row(name, file=file)], account=Account(paths=1))
-    if labels != "optional" and (tars := tar_files(name)) is not None:
-        return Listing(tars=tuple(tars))
+    if (found := containers(name)) is not None and (labels != "optional" or found[0] != "records"):
+        return _of_containers(name, *found, labels, options)
     if os.path.isdir(name):
+        check_foreign(name)
         return _of_folder(name, labels, options)
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
         read = read_manifest(name, options, labels)
@@ -90,6 +94,7 @@ def listed(
         )  # fmt: skip
     if file is not None:
         return Listing([Row(name, file=file)], account=Account(paths=1))
+    check_foreign(name)
     fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
 
@@ -105,11 +110,39 @@ def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None
         raise DataError(fault, "expected files, a folder, a manifest or tars of records")
     if not looked_at(Source(matches[0]), None, wanted).source.kinds:
         return None
-    if labels in ("needed", "scored"):
+    if labels in NEEDED:
         fault = f"{show_path(pattern)}: {counted(len(matches), 'file')} without labels, such as {show_path(matches[0])}"
         raise DataError(fault, "expected a folder of class folders, a manifest or tars of records")
     rows = [Row(name, file=looked_at(Source(name), None, wanted)) for name in matches]
     return Listing(rows, account=Account(paths=len(rows)))
+
+
+def _of_containers(name: str, kind: str, paths: list[str], labels: Labels, options: DataConfig) -> Listing:
+    """Return the listing of containers at a path."""
+    if kind == "records":
+        return Listing(tars=tuple(paths))
+    account = Account()
+    if os.path.isdir(name):
+        beside(name, paths, account)
+    if kind == "tables":
+        notes: list[str] = []
+        rows, several, archive = rows_of_tables(paths, splits_of(paths), labels, options, account, notes)
+        notes += [archive.note] if archive.note else []
+        return Listing(rows, folder="", multi_label=several, notes=tuple(notes), account=account)
+    return _of_archives(list(map(opened, paths)), name if paths == [name] else "", labels, options, account)
+
+
+def listed_stream(file: BinaryIO, name: str, labels: Labels = "needed", options: DataConfig = NO_OPTIONS) -> Listing:
+    """Return the listing of a tar or zip that arrives in a stream, which is copied; see `listed`."""
+    return _of_archives([received(file, name)], name, labels, options, Account())
+
+
+def _of_archives(
+    each: Sequence[Contents], folder: str, labels: Labels, options: DataConfig, account: Account
+) -> Listing:
+    notes = [note for contents in each if (note := contents.archive.note)]
+    rows = rows_of(each, labels, options, account, notes)
+    return Listing(rows, folder=folder, notes=tuple(notes), account=account)
 
 
 def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:

@@ -40,6 +40,7 @@ NO_OPTIONS = DataConfig()
 # What labels a command wants of a manifest. needed: of every row for training and validation; scored: rows without one
 # are left out; optional: of rows that have one; ignored: none.
 Labels = Literal["needed", "scored", "optional", "ignored"]
+NEEDED = ("needed", "scored")
 
 
 class ColumnError(DataError):
@@ -52,7 +53,7 @@ class Row:
 
     path: its one file, of a modality known by content; or columns: a path by modality. A row with empty cells has
     neither. split: "train", "val" or "test". labels: class names. group: rows of one group stay in one split; "" is no
-    group. file: its one file, if its content is known.
+    group. file: its one file, if its content is known. source: its one file, if it is in an archive.
     """
 
     path: str = ""
@@ -61,17 +62,22 @@ class Row:
     labels: tuple[str, ...] = ()
     group: str = ""
     file: File | None = None
+    source: Source | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths of all its files, as named."""
         return (self.path,) if self.path else tuple(self.columns.values())
 
+    def names(self, folder: str) -> tuple[str, ...]:
+        """Return the names of its sources, at paths below a folder."""
+        return tuple(os.path.join(folder, path) for path in self.paths) if self.source is None else (self.source.name,)
+
     def looked_at(self, folder: str, wanted: str | None = None) -> File:
         """Return its one file, at a path below a folder, with the kinds of its content; see `looked_at`."""
         if self.file is not None and (self.file.source.kinds or wanted is None or not self.file.source.is_table):
             return self.file
-        return looked_at(Source(os.path.join(folder, self.path)), self.path, wanted)
+        return looked_at(self.source or Source(os.path.join(folder, self.path)), self.path, wanted)
 
     def below(self, folder: str) -> Row:
         """Return the row with the folder before its paths."""

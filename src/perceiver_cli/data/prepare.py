@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import Config, DataConfig, load_preset, tiny_config
+from perceiver_cli.data.archives import unpacked
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
+from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
 from perceiver_cli.data.inputs import opened, piped
-from perceiver_cli.data.listing import Listing, listed
+from perceiver_cli.data.listing import Listing, listed, listed_stream
 from perceiver_cli.data.manifest import Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
@@ -36,7 +38,7 @@ from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import safetensors_rows
 from perceiver_cli.records.format import Content, Facts, Header
 from perceiver_cli.records.npy import npy_bytes
-from perceiver_cli.records.shards import open_shards
+from perceiver_cli.records.shards import UNLIMITED, open_shards
 from perceiver_cli.records.stream import Writer, pack
 from perceiver_cli.run_folder import find_model
 
@@ -84,14 +86,14 @@ def plan(
     config = _recipe(model, preset)
     wanted = None if config is None else only(config.inputs)
     if isinstance(inputs, Source):
-        file = piped(inputs, wanted)
-        if file.error is not None:
-            raise with_formats(file.error, None if config is None else config.inputs)
-        root, listing = inputs.name, Listing([Row(inputs.name, file=file)])
+        root, listing = inputs.name, _listing_of_bytes(inputs, wanted)
+        first = next(iter(listing.rows), Row()).file
+        if first is not None and first.error is not None:
+            raise with_formats(first.error, None if config is None else config.inputs)
     else:
         listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
-    order = {os.path.join(listing.folder, path): n for n, row in enumerate(listing.rows) for path in row.paths}
+    order = {name: n for n, row in enumerate(listing.rows) for name in row.names(listing.folder)}
     config = (config or tiny_config(catalog.modalities)).override(list(changes))
     brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
     if not brought:
@@ -131,6 +133,15 @@ def _options(config: Config | None, changes: Sequence[str]) -> DataConfig:
     config = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
     changed = config.override([change for change in changes if change.startswith("data.")])
     return changed.data.model_copy(update={"group_by": None})
+
+
+def _listing_of_bytes(source: Source, wanted: str | None) -> Listing:
+    """Return the listing of the bytes of a file, or of those of a tar or zip."""
+    with source.open(UNLIMITED) as file:
+        head, stream = unpacked(file, source.name)
+        if kind_of_stream(head) == "archives":
+            return listed_stream(stream, source.name, "optional")
+    return Listing([Row(source.name, file=piped(source, wanted))])
 
 
 def _listing_of(paths: Sequence[str], label_from_parent: bool, options: DataConfig) -> tuple[Listing, str]:

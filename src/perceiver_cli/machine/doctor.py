@@ -32,6 +32,7 @@ OPTIONAL = {
     "av": ("videos and their sound", "video"),
     "pillow-heif": ("HEIC pictures", "heif"),
     **dict.fromkeys(("laspy", "lazrs"), ("LAS and LAZ of lidar", "lidar")),
+    "pyarrow": ("Parquet and Arrow files", "parquet"),
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),

@@ -10,6 +10,7 @@ RAW_SUFFIXES = (
     ".cr2", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".dng", ".pef", ".srw", ".3fr", ".iiq", ".erf", ".mef", ".mos",
     ".dcr", ".kdc",
 )  # fmt: skip
+ZIP = "a ZIP archive"
 _RAW = "a raw camera picture"
 _TO_PNG, _TO_WAV, _TO_MP4 = (f"convert it: {command}" for command in (
     "magick IN OUT.png", "ffmpeg -i IN OUT.wav", "ffmpeg -i IN OUT.mp4",
@@ -29,7 +30,7 @@ FOREIGN = (
     (rb"PK\x03\x04.{26}[^/]{1,200}/(?:data\.pkl|\.format_version|version|byteorder)", "a PyTorch file", _ARRAYS),
     (rb"PK\x03\x04.{26}[^\0]{1,200}?\.npy", "an .npz archive of arrays", _ARRAYS),
     (rb"PK\x03\x04.{26}\[Content_Types\]", "an Office document", ""),
-    (rb"PK[\x03\x05\x07][\x04\x06\x08]", "a ZIP archive", _UNPACK),
+    (rb"PK[\x03\x05\x07][\x04\x06\x08]", ZIP, _UNPACK),
     (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (rb"Rar!\x1a\x07", "a RAR archive", _UNPACK),
     (rb".{257}ustar", "a TAR archive", _UNPACK),
@@ -41,6 +42,7 @@ FOREIGN = (
     (rb"MATLAB .{0,12}MAT-file", "a MATLAB file", _ARRAYS),
     (rb"PAR1|ARROW1|FEA1", "a table in Parquet or Arrow", "write its rows as files, and a manifest that names them"),
     (rb"SQLite format 3\0", "an SQLite database", ""),
+    (rb".{16}\xde\xc0\xef\xbe", "an LMDB database", "save each value as a file, with the package lmdb"),
     (rb".{128}DICM", "a DICOM image", "convert it: dcmj2pnm --write-png IN OUT.png"),
     (rb".{344}n[+i]1\0", "a NIfTI volume", "save its slices as pictures"),
     (rb"SIMPLE  =", "a FITS image", "save its arrays as TIFF or PNG"),
@@ -72,6 +74,8 @@ def described(head: bytes, name: str) -> tuple[str, str] | None:
     """Return what a file is that begins with `head` and what makes a readable one of it, or None if it is unknown."""
     if is_raw(head, name):
         return _RAW, _DEVELOP
+    if ".tfrecord" in name.lower():  # it begins with a length
+        return "a TFRecord", "save each item as a file, with the package tensorflow"
     return next(((what, how) for each, what, how in FOREIGN if re.match(each, head, re.DOTALL)), None)
 
 

@@ -1,4 +1,4 @@
-"""One encoded input: a file, or bytes from a pipe."""
+"""One encoded input: a file, a member of an archive, or bytes from a pipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, Protocol, TypeVar
 
 from perceiver_cli.errors import DataError, LimitError, PerceiverError, ResourceError, is_out_of_memory
 from perceiver_cli.files import cannot_read, open_file, show_path, show_text
@@ -25,17 +25,31 @@ def key_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "little")
 
 
+class Member(Protocol):
+    """The bytes of a file inside another, such as a member of an archive; a worker reaches them by their place."""
+
+    @property
+    def size(self) -> int: ...
+
+    def open(self, count: int | None = None) -> BinaryIO:
+        """Return a seekable file object over the first `count` bytes, or over all. Raises DataError or OSError."""
+
+    def state(self) -> tuple[int, int]:
+        """Return what changes when the bytes change: a place and a time of change in ns."""
+
+
 @dataclass(frozen=True)
 class Source:
-    """One encoded input: a file, or bytes that arrived on a pipe. Only its methods read it.
+    """One encoded input: a file, a member of an archive, or bytes from a pipe. Only its methods read it.
 
+    name: the path; of a member the archive's, then its own. data: the bytes, or the member; None is the file `name`.
     kinds: the modalities that read the content, the best match first; empty until `detection.detected` fills them in.
     holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. is_table: whether it is
     numbers in text or an array, which nothing but their look makes an input. notes: what its decoder left out.
     """
 
     name: str
-    data: bytes | None = None
+    data: bytes | Member | None = None
     kinds: tuple[str, ...] = field(default=(), compare=False)
     holds_rows: bool = field(default=False, compare=False)
     notes: list[str] = field(default_factory=list, compare=False, repr=False)
@@ -52,17 +66,17 @@ class Source:
             self.notes.append(text)
 
     def state(self) -> tuple[str, int, int] | None:
-        """Return (name, size in bytes, time of change in ns) of the file, or None if there is no such file."""
+        """Return (name, size in bytes or place, time of change in ns) of the file, or None if there is no such file."""
         with suppress(OSError, ValueError):
             if self.data is None:
                 status = os.stat(self.name)
                 return self.name, status.st_size, status.st_mtime_ns
-        return None
+        return None if self.data is None or isinstance(self.data, bytes) else (self.name, *self.data.state())
 
     def head(self) -> bytes:
         """Return the first `HEAD_BYTES` bytes. Raises DataError for an empty, unreadable or irregular file."""
         try:
-            with self._opened() as file:
+            with self._opened(HEAD_BYTES) as file:
                 head = file.read(HEAD_BYTES)
         except OSError as error:
             raise cannot_read(self.name, error) from error
@@ -72,6 +86,8 @@ class Source:
 
     def open(self, limits: Limits) -> BinaryIO:
         """Return a seekable binary file object over the input. Raises as `head` does, and LimitError for its size."""
+        if self.data is not None and not isinstance(self.data, bytes):
+            self.check_limit(self.data.size, "bytes", "file_bytes", limits)  # before a member is unpacked
         file = self._opened()
         size = file.seek(0, os.SEEK_END)
         if 0 < size <= limits.file_bytes:
@@ -96,11 +112,11 @@ class Source:
         """Raise LimitError if an array of `count` items is above `limits.decoded_bytes`; call it before allocating."""
         self.check_limit(count * itemsize, "decoded bytes", "decoded_bytes", limits)
 
-    def _opened(self) -> BinaryIO:
-        if self.data is not None:
+    def _opened(self, count: int | None = None) -> BinaryIO:
+        if isinstance(self.data, bytes):
             return io.BytesIO(self.data)
         try:
-            return open_file(self.name)
+            return open_file(self.name) if self.data is None else self.data.open(count)
         except (OSError, ValueError) as error:
             raise cannot_read(self.name, error) from error
 

@@ -7,7 +7,6 @@ covers it; a damaged index is made again.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import itertools
 import json
@@ -31,7 +30,7 @@ from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError, IntegrityError, ResourceError
 from perceiver_cli.files import atomic_write, cannot_read, cannot_write, open_file, show_path
-from perceiver_cli.preprocess.source import Source, key_of
+from perceiver_cli.preprocess.source import key_of
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.digests import digests, num_digests
 from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, header_check
@@ -146,22 +145,6 @@ class Shards:
         if all(one < two for one, two in pairwise(map(self.id, range(len(self))))):  # the usual case
             return np.arange(len(self))
         return np.array(sorted(range(len(self)), key=self.id), np.int64)
-
-
-def tar_files(data: str | os.PathLike[str]) -> list[str] | None:
-    """Return the tar files of a tar, a folder or a pattern, else None. Raises DataError if a pattern has no match."""
-    path = os.fspath(data)
-    if os.path.isdir(path):
-        return sorted(glob.glob(os.path.join(glob.escape(path), "*.tar"))) or None
-    if os.path.isfile(path):
-        with suppress(DataError):
-            return [path] if is_tar(Source(path).head()) else None
-    if not os.path.exists(path) and glob.has_magic(path):
-        matches = sorted(glob.glob(path))
-        if not matches:
-            raise DataError(f"{show_path(path)}: no file matches this pattern", "expected tars of records")
-        return matches
-    return None
 
 
 def open_shards(paths: Sequence[str]) -> Shards:

@@ -1,0 +1,180 @@
+"""From a path to the containers that it stands for: tars, zips, Parquet and Arrow files. No torch."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from perceiver_cli.data.account import Account
+from perceiver_cli.data.archives import holds_records, kind_of, unpacked
+from perceiver_cli.data.manifest import SPLIT_NAMES, is_manifest, top_split
+from perceiver_cli.errors import DataError, PerceiverError, counted
+from perceiver_cli.files import cannot_read, open_file, show_path
+from perceiver_cli.preprocess.detection import looked_at
+from perceiver_cli.preprocess.foreign import ZIP, described
+from perceiver_cli.preprocess.source import Source
+
+PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
+SUFFIXES = {  # of containers in a folder; the first kind of which there are any is the data
+    "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
+    "table": (".parquet", ".arrow"),
+    "zip": (".zip",),
+}
+DATA_FOLDER = "data"  # where Hugging Face's data sets have their files
+MAX_NAMES = 100_000  # that braces stand for
+RANGE, CHOICE = re.compile(r"\{(\d+)\.\.(\d+)\}"), re.compile(r"\{([^{}]*,[^{}]*)\}")
+PAGES = (".json", ".txt", ".md", ".pbtxt")  # files that describe the others
+
+
+def containers(name: str) -> tuple[str, list[str]] | None:
+    """Return the kind of the containers at a path and their paths, or None if there are none.
+
+    A path is a container, a folder of them, or a pattern: `*.tar`, or `{000000..000009}.tar` with a range in braces.
+    kind: "records" for tars of records; "archives" for other tars and zips; "tables" for Parquet and Arrow. Raises
+    DataError for a pattern without a match.
+    """
+    if os.path.isdir(name):
+        paths = _in_folder(name)
+    elif os.path.isfile(name):
+        paths = [name] if not is_manifest(name) and _kind(name) else []
+    elif not os.path.exists(name) and (glob.has_magic(name) or RANGE.search(name) or CHOICE.search(name)):
+        paths = _matches(name)
+    else:
+        return None
+    kinds = {kind: path for path in paths if (kind := _kind(path)) is not None}
+    if len(kinds) > 1:
+        named = " and ".join(f"{kind} ({show_path(path)})" for kind, path in sorted(kinds.items()))
+        raise DataError(f"{show_path(name)}: {named} together", "expected one kind of files")
+    return (next(iter(kinds)), paths) if kinds else None
+
+
+def _kind(path: str) -> str | None:
+    """Return the kind of a container, None for another file."""
+    try:
+        with open_file(path) as file:
+            head, _ = unpacked(file, path)
+    except (OSError, ValueError):
+        return None
+    if head.startswith(PARQUET) or (head.startswith(ARROW) and path.lower().endswith(".arrow")):
+        return "tables"
+    return kind_of_stream(head)
+
+
+def kind_of_stream(head: bytes) -> str | None:
+    """Return "records" or "archives" for the first bytes of a stream, None for other files."""
+    kind = kind_of(head)
+    if kind == "zip" and (what := described(head, "")) is not None and what[0] != ZIP:  # of arrays, of an office
+        return None
+    return "records" if kind == "tar" and holds_records(head) else "archives" if kind else None
+
+
+def _in_folder(top: str) -> list[str]:
+    """Return the containers in a folder, its folders of splits and its folder `data`; none if it has other folders."""
+    names, folders = _entries(top)
+    paths = [os.path.join(top, name) for name in names]
+    for folder in folders:
+        if top_split(folder) or folder.lower() == DATA_FOLDER:
+            paths += [os.path.join(top, folder, name) for name in _entries(os.path.join(top, folder))[0]]
+    for suffixes in SUFFIXES.values():
+        if found := [path for path in paths if path.lower().endswith(suffixes)]:
+            within = {os.path.basename(os.path.dirname(path)) for path in found}
+            return found if within.issuperset(folders) or _kind(found[0]) == "records" else []
+    return []
+
+
+def _entries(folder: str) -> tuple[list[str], list[str]]:
+    """Return the names of the files and of the folders in a folder, sorted, without hidden ones."""
+    files: list[str] = []
+    folders: list[str] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_folder = False
+                with suppress(OSError):  # a link to itself
+                    is_folder = entry.is_dir()
+                if not entry.name.startswith("."):
+                    (folders if is_folder else files).append(entry.name)
+    except OSError as error:
+        raise cannot_read(folder, error) from error
+    return sorted(files), sorted(folders)
+
+
+def beside(name: str, paths: Sequence[str], account: Account) -> None:
+    """Count the files in a folder that lie beside its containers."""
+    for path in glob.iglob(os.path.join(glob.escape(name), "**"), recursive=True):
+        if os.path.isfile(path) and path not in paths:
+            account.paths += 1
+            account.pass_over("beside the containers", os.path.relpath(path, name))
+
+
+def _matches(pattern: str) -> list[str]:
+    """Return the files that a pattern stands for. Raises DataError if there are none, or a range lacks some."""
+    names = list(itertools.islice(_expanded(pattern), MAX_NAMES + 1))
+    if len(names) > MAX_NAMES:
+        raise DataError(f"{show_path(pattern)}: stands for more than {MAX_NAMES:,} files", "expected a smaller range")
+    matches, missing = [], []
+    for name in names:
+        found = [name] if os.path.exists(name) else sorted(glob.glob(name))
+        matches += found
+        missing += [] if found else [name]
+    if not matches:
+        raise DataError(f"{show_path(pattern)}: no file matches this pattern", "expected tars, zips or Parquet files")
+    if missing:
+        fault = f"{show_path(pattern)}: {len(missing)} of {counted(len(names), 'file')} do not exist"
+        raise DataError(fault, f"the first is {show_path(missing[0])}")
+    return list(dict.fromkeys(matches))
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    """Yield the names that braces stand for: {000..009} a range, {a,b} a choice."""
+    if (match := RANGE.search(pattern)) is not None:
+        first, last = match[1], match[2]
+        step = 1 if int(first) <= int(last) else -1
+        for number in range(int(first), int(last) + step, step):
+            yield from _expanded(f"{pattern[: match.start()]}{number:0{len(first)}d}{pattern[match.end() :]}")
+    elif (match := CHOICE.search(pattern)) is not None:
+        for word in match[1].split(","):
+            yield from _expanded(pattern[: match.start()] + word + pattern[match.end() :])
+    else:
+        yield pattern
+
+
+def splits_of(paths: Sequence[str]) -> list[str]:
+    """Return the split that each archive is named after, alone or by its folder; "train" for all if none is."""
+    splits = []
+    for path in paths:
+        folder, name = os.path.split(path)
+        words = [word for word in re.split(r"[^a-z]+", name.partition(".")[0].lower()) if word in SPLIT_NAMES]
+        named = SPLIT_NAMES.get(os.path.basename(folder).lower()) if not words else SPLIT_NAMES[words[0]]
+        splits.append(named or "train")
+    return splits if "train" in splits else ["train"] * len(paths)
+
+
+def name_of(path: str) -> str:
+    """Return a name for a container in the ids of its files: its own, after that of its folder if that is a split."""
+    folder, name = os.path.split(path)
+    folder = os.path.basename(folder)
+    return (f"{folder}/" if top_split(folder) else "") + name.partition(".")[0]
+
+
+def check_foreign(name: str) -> None:
+    """Raise DataError for a file of a format that is not read, or a folder of nothing but such files."""
+    paths = [name]
+    if os.path.isdir(name):
+        names, folders = _entries(name)
+        paths = [os.path.join(name, each) for each in names if not each.lower().endswith(PAGES)] if not folders else []
+    first = next(map(_refused, paths), None)
+    if first is not None and all(map(_refused, paths)):
+        raise first
+
+
+def _refused(path: str) -> DataError | None:
+    """Return the error of a file whose format is known, and is not one that is read; None for another file."""
+    file = looked_at(Source(path))
+    with suppress(PerceiverError):
+        return file.error if file.error is not None and described(file.source.head(), path) else None
+    return None
