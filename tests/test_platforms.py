@@ -11,6 +11,8 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
+from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.pairing import identity
 from perceiver_cli.files import show_path
 from perceiver_cli.run_folder import find_model
 from tests.conftest import write_images
@@ -47,6 +49,24 @@ def test_train_preprocess_and_predict(run: Run, tmp_path: Path) -> None:
     assert {answer.get("label") for answer in answers[:8]} <= {"red", "猫"}
     assert "broken.png" in answers[8]["error"]
     assert "already holds a run" in run("train", "data.tar", "-o", "runs/one", "--steps", "1", status=2).stderr
+
+
+def test_ids_and_splits_are_the_same_on_any_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backslash in an id would give another split: its hash decides."""
+    write_images(tmp_path / "folders", {"train/red": 9, "train/blue": 9, "val/red/deep": 2})
+    write_images(tmp_path / "listed", {"a": 3, "b": 3})
+    rows = [f"{label}\\{number:03d}.png,{label}" for label in "ab" for number in range(3)]
+    (tmp_path / "listed" / "metadata.csv").write_text("file_name,label\n" + "\n".join(rows) + "\n")
+
+    def found() -> list[object]:
+        catalogs = [scan(tmp_path / name) for name in ("folders", "listed")]
+        return [(catalog.fingerprint, catalog.accounted(), catalog.splits["train"][0].id) for catalog in catalogs]
+
+    here = found()
+    monkeypatch.setattr(os, "sep", "\\")
+    assert found() == here
+    assert identity(["red\\1.png"]) == "red/1.png"
+    assert identity(["red\\1.png", "red/1.wav"]) == "red/1"
 
 
 def test_latest_is_a_text_file_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,8 @@ def _no_folder(path: object, flags: int, *arguments: object, **options: object) 
 
 _open = os.open
 if SYSTEM:
+    import asyncio.selector_events  # asks for os.sysconf when it is imported, from Python 3.12 on  # noqa: F401
+
     for module, names in (WINDOWS if SYSTEM == "windows" else MACOS).items():
         for name in names:
             if hasattr(module, name):

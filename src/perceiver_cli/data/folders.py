@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -70,7 +71,7 @@ def _walk(
         yield below, True
     folders = []
     for entry in entries:
-        name = os.path.join(below, entry.name)
+        name = f"{below}/{entry.name}" if below else entry.name  # slashes on any system: it becomes an id
         reason = reason_of(entry.name)
         count = 1 if reason is None else _count(entry)
         _found(account, count, linked=linked)
@@ -201,7 +202,7 @@ def rows_with_metadata(top: Path, files: Sequence[str], account: Account, option
         return list(map(Row, files))  # about something else
     folder = os.path.abspath(options.root) if options.root is not None else os.fspath(top)
     rows, _ = located([row for each in read for row in each.rows], folder, show_path(top), "ignored")
-    named = {os.path.normpath(path) for row in rows for path in row.paths}
+    named = {_plain(path) for row in rows for path in row.paths}
     for path in metadata:
         account.pass_over("a list of the others", path)
     rows = rows if options.root is None else [row.below(folder) for row in rows]
@@ -211,7 +212,7 @@ def rows_with_metadata(top: Path, files: Sequence[str], account: Account, option
 def _metadata(files: Sequence[str]) -> dict[str, str]:
     """Return the metadata of a data folder and its split folders, each with its folder."""
     paths = {path: os.path.dirname(path) for path in files if os.path.basename(path) in METADATA}
-    return {path: place for path, place in paths.items() if not place or (os.sep not in place and top_split(place))}
+    return {path: place for path, place in paths.items() if not place or ("/" not in place and top_split(place))}
 
 
 def _joined(
@@ -231,8 +232,8 @@ def _joined(
     rows = [row for each in read for row in each.rows]
     rows, paths = located(rows, options.root or os.fspath(top), show_path(top), labels)
     notes += [*dict.fromkeys(note for each in read for note in each.notes), *paths]
-    unlabelled = [os.path.normpath(path) for each in read for path in each.unlabelled]
-    each = [*unlabelled, *(os.path.normpath(path) for row in rows for path in set(row.paths))]
+    unlabelled = [_plain(path) for each in read for path in each.unlabelled]
+    each = [*unlabelled, *(_plain(path) for row in rows for path in set(row.paths))]
     named = set(each)
     account.absent += len(each) - len(named.intersection(files))
     for path in unlabelled:
@@ -243,6 +244,11 @@ def _joined(
         elif path not in named:
             account.pass_over("named by no list", path)
     return rows, any(each.multi_label for each in read)
+
+
+def _plain(path: str) -> str:
+    """Return a path as `walk` writes it."""
+    return posixpath.normpath(path.replace(os.sep, "/"))
 
 
 def parent(path: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from perceiver_cli.data.manifest import Row, top_split
 from perceiver_cli.errors import counted
@@ -17,13 +15,14 @@ Rest = dict[str, str | None]  # the files without a row: why each has none; None
 def by_folder(entries: Iterable[tuple[str, bool]], notes: list[str]) -> tuple[list[Row], Rest]:
     """Return a row for every file below class folders, and the rest of the files.
 
-    Layouts are `split/class/file`, `class/split/file` (ModelNet's) and `class/file`. entries: paths, each with whether
-    it is a folder; files of archives come without their folders. `notes` says which class folders hold no file.
+    Layouts are `split/class/file`, `class/split/file` (ModelNet's) and `class/file`. entries: paths with slashes on any
+    system, each with whether it is a folder; files of archives come without their folders. `notes` says which class
+    folders hold no file.
     """
     files: list[str] = []
     inside: dict[str, set[str]] = {}  # the names of the folders in each folder at the top
     for path, is_folder in entries:
-        folders = Path(path).parts if is_folder else Path(path).parts[:-1]
+        folders = path.split("/") if is_folder else path.split("/")[:-1]
         if folders:
             inside.setdefault(folders[0], set()).update(folders[1:2])
         if not is_folder:
@@ -47,7 +46,7 @@ def _some(names: list[str]) -> str:
 
 def _row(path: str, splits: Mapping[str, str], parted: set[str]) -> Row | str | None:
     """Return the row of a file, or why it has none."""
-    first, *others = path.split(os.sep)
+    first, *others = path.split("/")
     if not others:
         return "in no class folder"
     if splits:

@@ -27,8 +27,11 @@ def stem(path: str) -> str:
 
 
 def identity(paths: Iterable[str]) -> str:
-    """Return the id of an example: the path of its one file, the stem that its files share, else all paths."""
-    each = sorted(set(paths))
+    """Return the id of an example: the path of its one file, the stem that its files share, else all paths.
+
+    It has slashes on any system, so that the same data is split in the same way.
+    """
+    each = sorted({path.replace(os.sep, "/") for path in paths})
     stems = {stem(path) for path in each}
     return each[0] if len(each) == 1 else stems.pop() if len(stems) == 1 else "+".join(each)
 
