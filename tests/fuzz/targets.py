@@ -15,7 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from perceiver_cli.config import load_config
+from perceiver_cli.data.catalog import scan
 from perceiver_cli.data.inputs import Pipe, examples_of
+from perceiver_cli.data.listing import listed
 from perceiver_cli.data.manifest import read_manifest
 from perceiver_cli.data.splits import read_split
 from perceiver_cli.errors import PerceiverError
@@ -251,6 +253,31 @@ def manifest(data: bytes) -> None:
     with file_of(data[1:], f"m{suffixes[data[0] % 4] if data else '.csv'}") as path:
         for row in read_manifest(path, labels="needed" if data and data[0] < 128 else "ignored").rows:
             json.dumps([row.path, row.split, row.labels], ensure_ascii=False).encode("utf-8", "surrogateescape")
+
+
+def read_container(data: bytes, name: str) -> None:
+    """Read every file of a container as training and prediction do; each member is in one group of the account."""
+    with file_of(data, name) as path:
+        for labels in ("needed", "ignored"):
+            with suppress(PerceiverError):
+                listing = listed(path, labels)  # type: ignore[arg-type]
+                for row in listing.rows:
+                    with suppress(PerceiverError):
+                        row.looked_at(listing.folder).source.read(LIMITS)
+        account = scan(path).accounted()
+        assert account.total == account.paths
+
+
+@target
+def archives(data: bytes) -> None:
+    """A tar, perhaps compressed, or a zip; the checksums of a tar's headers are mended."""
+    read_container(unsealed(data), "x.tar")
+
+
+@target
+def tables(data: bytes) -> None:
+    """The first byte chooses Parquet or Arrow."""
+    read_container(data[1:], "x.parquet" if data and data[0] % 2 else "x.arrow")
 
 
 @target
