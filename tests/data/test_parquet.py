@@ -119,6 +119,8 @@ def test_columns_of_files_and_labels(pictures: list[bytes], tmp_path: Path, kind
     pq.write_table(table(jpg=image, embedding=[b"x", b"y", b"z"], label=column), tmp_path / "x.parquet")
     catalog = scan(tmp_path / "x.parquet")
     assert catalog.classes == classes
+    pq.write_table(table(**{"": image, "label": column}), tmp_path / "unnamed.parquet")
+    assert len(scan(tmp_path / "unnamed.parquet").splits["train"]) == 3
     assert any("1 column of bytes not used: 'embedding'" in note for note in catalog.notes)
     adds_up(catalog)
     catalog = scan(tmp_path / "x.parquet", options=DataConfig(label_column="label", group_by="label"))
@@ -151,6 +153,24 @@ def test_files_that_a_table_only_names(pictures: list[bytes], tmp_path: Path) ->
     assert [s.read(Limits()) for e in examples for s in e.sources.values()] == pictures[:3]
 
 
+def test_a_manifest_in_parquet(pictures: list[bytes], tmp_path: Path) -> None:
+    (tmp_path / "of").mkdir()
+    for number in range(4):
+        (tmp_path / "of" / f"{number}.png").write_bytes(pictures[number])
+    paths = [f"of/{number}.png" for number in range(4)]
+    pq.write_table(
+        table(path=paths, label=[0, 1, 0, 1], split=["train", "train", "train", "test"]), tmp_path / "m.parquet"
+    )
+    catalog = scan(tmp_path / "m.parquet")
+    assert [e.id for e in catalog.splits["train"]] == paths[:3]
+    assert catalog.classes == ("0", "1")
+    pq.write_table(
+        table(file_name=[path[3:] for path in paths], label=["a", "b"] * 2), tmp_path / "of" / "metadata.parquet"
+    )
+    catalog = scan(tmp_path / "of")
+    assert [(e.id, e.labels) for e in catalog.splits["train"]] == [(f"{n}.png", (n % 2,)) for n in range(4)]
+
+
 def test_rows_without_a_label_are_counted(pictures: list[bytes], tmp_path: Path) -> None:
     pq.write_table(table(NAMES, image=files(pictures[:4]), label=[0, 1, -1, None]), tmp_path / "x.parquet")
     catalog = scan(tmp_path / "x.parquet")
@@ -180,7 +200,7 @@ def test_what_tables_lack_is_told(pictures: list[bytes], tmp_path: Path) -> None
         ({"image": image, "kind": ["a", "b"]}, {}, "no column of labels: columns are 'image', 'kind'; name it: "),
         ({"image": image, "label": ["a", "b"]}, {"label_column": "kind"}, "no column 'kind'; found 'image', 'label'"),
         ({"image": image, "label": ["a", "b"]}, {"group_by": "who"}, "no column 'who'; found"),
-        ({"x": [1.0, 2.0], "label": ["a", "b"]}, {}, "no column of bytes: columns are 'x', 'label'"),
+        ({"x": [1.0, 2.0], "label": ["a", "b"]}, {}, "columns are 'x', 'label'; expected path or some of"),
         ({"image": image, "label": [{"a": 1}] * 2}, {}, "row x/000000 has an object as label or group; expected"),
         ({"image": image, "label": [0, 2]}, {}, "row x/000001 has label 2; the table names 2 classes"),
     ):  # fmt: skip

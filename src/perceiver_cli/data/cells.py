@@ -1,4 +1,4 @@
-"""From the bytes of a manifest to its cells: CSV as programs write it, JSON, lines of PATH LABEL. No torch."""
+"""From the bytes of a manifest to its cells: CSV as programs write it, JSON, Parquet, lines of PATH LABEL. No torch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from perceiver_cli.data.tables import TableFile
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
+PARQUET = ".parquet"
 LINES = ".txt"  # lines of PATH LABEL, as in the lists of Kinetics
 MAX_MANIFEST_BYTES = 256 << 20
 # UTF-32 first: its mark for little endian begins with UTF-16's.
@@ -55,6 +57,9 @@ def read_cells(path: str | os.PathLike[str], fits: Fits) -> Cells:
     fits: chooses the separator of a CSV by its header. Raises DataError for a file that contradicts its suffix.
     """
     shown, suffix = show_path(path), Path(path).suffix.lower()
+    if suffix == PARQUET:
+        table = TableFile(os.fspath(path), MAX_MANIFEST_BYTES)
+        return Cells(table.names, list(table.rows(table.names)))
     with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         data = file.read()
     if data.startswith(SPREADSHEETS):
@@ -191,3 +196,4 @@ MANIFESTS: dict[str, Callable[[str, Fits], Cells]] = {
     ".json": _json,
     LINES: _path_label_lines,
 }
+SUFFIXES = (*MANIFESTS, PARQUET)

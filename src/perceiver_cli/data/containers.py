@@ -11,7 +11,9 @@ from contextlib import suppress
 
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import holds_records, kind_of, unpacked
+from perceiver_cli.data.folders import METADATA
 from perceiver_cli.data.manifest import SPLIT_NAMES, is_manifest, top_split
+from perceiver_cli.data.tables import holds_files
 from perceiver_cli.errors import DataError, PerceiverError, counted
 from perceiver_cli.files import cannot_read, open_file, show_path
 from perceiver_cli.preprocess.detection import looked_at
@@ -40,7 +42,7 @@ def containers(name: str) -> tuple[str, list[str]] | None:
     if os.path.isdir(name):
         paths = _in_folder(name)
     elif os.path.isfile(name):
-        paths = [name] if not is_manifest(name) and _kind(name) else []
+        paths = [name] if _kind(name) and (not is_manifest(name) or holds_files(name)) else []
     elif not os.path.exists(name) and (glob.has_magic(name) or RANGE.search(name) or CHOICE.search(name)):
         paths = _matches(name)
     else:
@@ -79,6 +81,7 @@ def _in_folder(top: str) -> list[str]:
     for folder in folders:
         if top_split(folder) or folder.lower() == DATA_FOLDER:
             paths += [os.path.join(top, folder, name) for name in _entries(os.path.join(top, folder))[0]]
+    paths = [path for path in paths if os.path.basename(path).lower() not in METADATA]
     for suffixes in SUFFIXES.values():
         if found := [path for path in paths if path.lower().endswith(suffixes)]:
             within = {os.path.basename(os.path.dirname(path)) for path in found}

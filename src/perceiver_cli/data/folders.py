@@ -36,7 +36,7 @@ SYSTEM = {
 }  # fmt: skip
 # The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
 OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {"metrics.json", "predictions.jsonl"})
-METADATA = ("metadata.csv", "metadata.jsonl")
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MAX_ENTERED = 16  # times that one folder is entered through links: links to each other would never end
 
 
@@ -146,7 +146,7 @@ def rows_in(
 ) -> tuple[list[Row], bool]:
     """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
 
-    Rows come from the first of: metadata.csv or metadata.jsonl with labels and file_name, in the folder or in each
+    Rows come from the first of: metadata.csv, .jsonl or .parquet with labels and file_name, in the folder or in each
     split's (Hugging Face's imagefolder and audiofolder); class folders, `split/class/file`, `class/split/file`
     (ModelNet's) or `class/file`; manifests named after splits (train.txt, val.csv). `options` name columns. `account`
     counts the paths without a row. Raises DataError for an unreadable manifest or one without that column.

@@ -13,7 +13,7 @@ from typing import BinaryIO, TypeVar
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import Contents, opened, received
-from perceiver_cli.data.cells import MANIFESTS
+from perceiver_cli.data.cells import SUFFIXES
 from perceiver_cli.data.containers import beside, check_foreign, containers, splits_of
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
 from perceiver_cli.data.manifest import NEEDED, NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
@@ -96,7 +96,7 @@ def listed(
         return Listing([Row(name, file=file)], account=Account(paths=1))
     check_foreign(name)
     fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
-    raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(MANIFESTS)}")
+    raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(SUFFIXES)}")
 
 
 def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None:

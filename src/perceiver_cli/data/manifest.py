@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from perceiver_cli import preprocess
 from perceiver_cli.config import ANY, DataConfig
-from perceiver_cli.data.cells import LINES, MANIFESTS, as_label, read_cells
+from perceiver_cli.data.cells import LINES, SUFFIXES, as_label, read_cells
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.detection import File, looked_at
@@ -130,7 +130,7 @@ class Roles:
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
     """Return whether a path has a manifest's suffix; without `labelled`, of one that needs no labels."""
     suffix = Path(path).suffix.lower()
-    return suffix in MANIFESTS and (labelled or suffix != LINES)
+    return suffix in SUFFIXES and (labelled or suffix != LINES)
 
 
 def read_manifest(

@@ -18,14 +18,13 @@ from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of
 from perceiver_cli.data.manifest import LABEL_COLUMNS, LIKE_LABEL, NEEDED, SPLIT_NAMES, ColumnError, Labels, Row
 from perceiver_cli.data.members import Archive, Slice, spooled
-from perceiver_cli.errors import DataError, UsageError, counted
+from perceiver_cli.data.tables import TableFile, is_list
+from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import names
 from perceiver_cli.preprocess.detection import looked_at
-from perceiver_cli.preprocess.source import Source, as_data_errors
+from perceiver_cli.preprocess.source import Source
 
-BATCH_BYTES = 32 << 20  # of a table that are in memory at once, if it says truly how large its rows are
-MAX_BATCH = 256  # rows in memory at once
 SAMPLE = 64  # rows from which the kinds of columns are learnt
 
 
@@ -47,74 +46,9 @@ class Columns:
     @property
     def every(self) -> list[str]:
         """The columns that are read."""
-        return list(dict.fromkeys(name for name in (*self.files, self.label, self.group, self.split) if name))
-
-
-class TableFile:
-    """One Parquet or Arrow file. Raises DataError if it is damaged."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.source = path, Source(path)
-        with self.errors():
-            if path.lower().endswith(".arrow"):
-                self.file, self.schema = None, self._arrow().schema
-            else:
-                parquet = _pyarrow().parquet
-                self.file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
-                self.schema = self.file.schema_arrow
-
-    def errors(self) -> Any:
-        """Return a context in which errors of pyarrow are DataErrors."""
-        return as_data_errors(self.source, "table")
-
-    def _arrow(self) -> Any:
-        pyarrow = _pyarrow()
-        with open(self.path, "rb") as file:
-            is_stream = file.read(6) != b"ARROW1"
-        mapped = pyarrow.memory_map(self.path)
-        return pyarrow.ipc.open_stream(mapped) if is_stream else pyarrow.ipc.open_file(mapped)
-
-    def rows(self, columns: list[str]) -> Iterator[dict[str, Any]]:
-        """Yield the cells of each row by column. Raises DataError."""
-        with self.errors():
-            for batch in self._batches(columns):
-                yield from batch.to_pylist()
-
-    def _batches(self, columns: list[str]) -> Iterator[Any]:
-        if self.file is not None:
-            facts = self.file.metadata
-            groups = (facts.row_group(number) for number in range(facts.num_row_groups))
-            row = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-            size = min(MAX_BATCH, max(1, BATCH_BYTES // max(1, row)))
-            yield from self.file.iter_batches(batch_size=size, columns=columns, use_threads=False)
-            return
-        reader = self._arrow()
-        each = reader if hasattr(reader, "read_next_batch") else map(reader.get_batch, range(reader.num_record_batches))
-        for batch in each:
-            batch.validate(full=True)  # the file is mapped: a place outside of it would end the process
-            chosen = batch.select(columns)
-            yield from (chosen.slice(at, 1) for at in range(len(chosen)))
-
-
-def _pyarrow() -> Any:
-    """Return pyarrow. Raises UsageError if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            "pyarrow, which reads Parquet and Arrow files, is missing", "pip install 'perceiver-cli[parquet]'"
-        ) from error
-    return pyarrow
-
-
-def is_binary(kind: Any) -> bool:
-    """Return whether a column of a type holds bytes, or a struct with a field of bytes."""
-    types = _pyarrow().types
-    if types.is_struct(kind):
-        return any(field.name == "bytes" and is_binary(field.type) for field in kind)
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+        return list(
+            dict.fromkeys(name for name in (*self.files, self.label, self.group, self.split) if name is not None)
+        )
 
 
 def rows_of_tables(
@@ -161,18 +95,17 @@ def rows_of_tables(
 
 def _present(table: TableFile, columns: Columns) -> list[str]:
     """Return the columns to read. Raises DataError for a table without one of them."""
-    missing = [name for name in columns.every if name not in table.schema.names]
+    missing = [name for name in columns.every if name not in table.names]
     if missing:
         fault = f"{table.source.shown}: no column {show_path(missing[0])}"
-        raise DataError(fault, f"found {', '.join(map(show_path, table.schema.names))}")
+        raise DataError(fault, f"found {', '.join(map(show_path, table.names))}")
     return columns.every
 
 
 def _columns(table: TableFile, labels: Labels, options: DataConfig, notes: list[str]) -> Columns:
     """Return the columns of a table by their use. Raises DataError if there are no files, or no needed labels."""
-    shown, present = show_path(table.path), list(table.schema.names)
+    shown, present, held = show_path(table.path), table.names, table.held
     listed = ", ".join(map(show_path, present))
-    held = [field.name for field in table.schema if is_binary(field.type)]
     if not held:
         raise DataError(f"{shown}: no column of bytes: columns are {listed}", f"expected some of {', '.join(names())}")
     files = _by_kind(table, held)
@@ -188,8 +121,7 @@ def _columns(table: TableFile, labels: Labels, options: DataConfig, notes: list[
     if label is None and labels in NEEDED:
         raise ColumnError(f"{shown}: no column of labels: columns are {listed}", "name it: --label-column COLUMN")
     split = "split" if "split" in present and "split" not in held else None
-    types = _pyarrow().types
-    several = label is not None and types.is_list(table.schema.field(label).type)
+    several = label is not None and is_list(table.schema.field(label).type)
     label = label if labels != "ignored" else None
     return Columns(files, label, options.group_by, split, _class_names(table, label), several)
 
