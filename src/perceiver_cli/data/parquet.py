@@ -174,14 +174,15 @@ def _row(
     account: Account,
 ) -> Row:
     """Return the row of one row of a table, without its files."""
-    label = cells.get(columns.label or "")
+    label, split_cell, group = (
+        None if column is None else cells[column] for column in (columns.label, columns.split, columns.group)
+    )
     several = label if isinstance(label, list) else [label]
     named = tuple(text for each in several if (text := _label(each, columns.names, table, path)))
-    own = str(cells.get(columns.split or "") or split).strip().lower()
+    own = str(split_cell or split).strip().lower()
     if own not in SPLIT_NAMES:
         raise DataError(f"{table.source.shown}: row {path} has split {show_path(own)}", "expected train, val or test")
-    group = _label(cells.get(columns.group or ""), (), table, path)
-    return Row(path, split=SPLIT_NAMES[own], labels=named, group=group)
+    return Row(path, split=SPLIT_NAMES[own], labels=named, group=_label(group, (), table, path))
 
 
 def _label(cell: Any, names: Sequence[str], table: TableFile, path: str) -> str:
