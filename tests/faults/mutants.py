@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from perceiver_cli.errors import PerceiverError
+from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.preprocess.video import VideoSpec
@@ -107,38 +108,98 @@ def _judge(trials: Sequence[tuple[str, Callable[[], object]]], writable: int) ->
 
 
 def media() -> dict[str, tuple[bytes, InputSpec]]:
-    """Return a small file of each format of pictures and films, by its name."""
-    import av
+    """Return a small file of each format of pictures, films and sounds, by its name."""
+    import pillow_heif
     from PIL import Image
 
     rng = np.random.default_rng(0)
+    pillow_heif.register_heif_opener()
     files: dict[str, tuple[bytes, InputSpec]] = {}
-    pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM"):
+    pixels = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+    wide = Image.fromarray(rng.normal(size=(24, 32)).astype(np.float32))
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "BMP", "WEBP", "PPM", "AVIF", "HEIF", "JPEG2000"):
         out = io.BytesIO()
-        Image.fromarray(pixels).save(out, kind)
+        pixels.save(out, kind)
         files[f"x.{kind.lower()}"] = out.getvalue(), ImageSpec(size=(16, 16))
-    film = VideoSpec(size=(16, 16), num_frames=2, patch=(1, 4, 4))
-    for suffix, form, codec in (("mp4", "mp4", "mpeg4"), ("mkv", "matroska", "mpeg4"), ("avi", "avi", "mjpeg")):
+    out = io.BytesIO()
+    wide.save(out, "TIFF", tiffinfo={42113: "-9999"})
+    files["float.tiff"] = out.getvalue(), ImageSpec(size=(16, 16))
+    short = VideoSpec(size=(16, 16), num_frames=2, patch=(1, 4, 4))
+    for form, codec in FILMS:
+        files[f"film.{form}"] = film(rng, form, codec), short
+    for kind in ("GIF", "AVIF"):
+        out = io.BytesIO()
+        frames = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(3)]
+        frames[0].save(out, kind, save_all=True, append_images=frames[1:], duration=100)
+        files[f"film.{kind.lower()}"] = out.getvalue(), short
+    for name, data in sounds(rng).items():
+        files[name] = data, AudioSpec(rate_hz=8000)
+    return files
+
+
+FILMS = (
+    ("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mjpeg"), ("asf", "wmv2"), ("flv", "flv"), ("ogg", "libvpx"),
+    ("mpegts", "mpeg2video"), ("m2ts", "mpeg2video"), ("mpeg", "mpeg1video"), ("mpeg1video", "mpeg1video"),
+    ("mxf", "mpeg2video"), ("dv", "dvvideo"),
+)  # fmt: skip
+SOUNDS = (
+    ("adts", "aac", 8000), ("amr", "libopencore_amrnb", 8000), ("wv", "wavpack", 8000), ("asf", "wmav2", 22_050),
+    ("ipod", "aac", 8000), ("ogg", "flac", 8000), ("wav", "g722", 16_000), ("wav", "libmp3lame", 8000),
+    ("caf", "alac", 8000), ("webm", "libopus", 48_000),
+)  # fmt: skip
+
+
+def film(rng: np.random.Generator, form: str, codec: str) -> bytes:
+    """Return a film of a few frames of noise as FFmpeg writes it."""
+    import av
+
+    out = io.BytesIO()
+    height, width = (576, 720) if form == "dv" else (32, 32)
+    options = {"mpegts_m2ts_mode": "1"} if form == "m2ts" else {}
+    with av.open(out, "w", format={"m2ts": "mpegts"}.get(form, form), options=options) as container:
+        track = container.add_stream(codec, rate=8 if form in ("mp4", "matroska", "avi") else 25)
+        track.width, track.height, track.pix_fmt = width, height, "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        for _ in range(1 if form == "dv" else 4):
+            noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            container.mux(track.encode(av.VideoFrame.from_ndarray(noise, format="rgb24")))
+        container.mux(track.encode(None))
+    return out.getvalue()
+
+
+def sounds(rng: np.random.Generator) -> dict[str, bytes]:
+    """Return sounds of half a second that libsndfile does not read, or reads after a look at what they claim."""
+    import av
+    import soundfile
+
+    noise = (0.1 * rng.normal(size=4000)).astype(np.float32)
+    files = {}
+    for form, codec, rate in SOUNDS:
         out = io.BytesIO()
         with av.open(out, "w", format=form) as container:
-            track = container.add_stream(codec, rate=8)
-            track.width, track.height, track.pix_fmt = 32, 32, "yuvj420p" if codec == "mjpeg" else "yuv420p"
-            for _ in range(4):
-                frame = av.VideoFrame.from_ndarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8), format="rgb24")
-                container.mux(track.encode(frame))
+            track = container.add_stream(codec, rate=rate, layout="mono")
+            track.bit_rate = 32_000
+            size = track.codec_context.frame_size or 1024
+            resampler = av.AudioResampler(format=track.format.name, layout="mono", rate=rate, frame_size=size)
+            frame = av.AudioFrame.from_ndarray(noise[None], format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 8000, 0
+            for each in resampler.resample(frame) + resampler.resample(None):
+                container.mux(track.encode(each))
             container.mux(track.encode(None))
-        files[f"film.{suffix}"] = out.getvalue(), film
-    out = io.BytesIO()
-    frames = [Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)) for _ in range(3)]
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=100)
-    files["film.gif"] = out.getvalue(), film
+        files[f"{codec}.{form}"] = out.getvalue()
+    for kind, subtype in (("MP3", None), ("OGG", "VORBIS"), ("NIST", "PCM_16"), ("W64", "PCM_16"), ("FLAC", None)):
+        out = io.BytesIO()
+        soundfile.write(out, noise, 8000, format=kind, subtype=subtype)
+        files[f"x.{kind.lower()}"] = out.getvalue()
+    mp3 = files["x.mp3"]
+    files["bare.mp3"] = mp3[mp3.index(mp3[:2], 4) :]  # without the header of its length
+    files["zeros.mp3"] = bytes(100) + mp3
+    files["two.ogg"] = files["x.ogg"] + files["x.ogg"]
     return files
 
 
 @row("mutants of every format that is read", 20_000, 600)
 def formats(place: Place) -> Iterator[Verdict]:
-    """Pictures and films here, sounds, meshes, arrays, records and text by the targets of tests/fuzz."""
+    """Pictures, films and sounds here, meshes, arrays, records and text by the targets of tests/fuzz."""
     from tests.fuzz.targets import CORPUS, TARGETS, load
 
     seeds: list[tuple[str, bytes, Callable[[bytes], object]]] = []

@@ -24,6 +24,7 @@ from perceiver_cli.errors import PerceiverError
 from perceiver_cli.model.checkpoint import read_info, read_table
 from perceiver_cli.preprocess import container, modality
 from perceiver_cli.preprocess.audio import AudioSpec
+from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.source import Source
@@ -233,6 +234,32 @@ def ebml(data: bytes) -> None:
     """The check of a Matroska file, or an AVI, before FFmpeg reads it."""
     with container.open_track(Source("x.mkv", data), LIMITS, "audio"):
         pass
+
+
+@target
+def sounds(data: bytes) -> None:
+    """What a sound file claims: chunks, pages, the length of an MP3; then what reads it."""
+    load(data, "x.mp3", AUDIO)
+
+
+@target
+def films(data: bytes) -> None:
+    """The check of other containers before FFmpeg reads them; the suffix allows a stream that begins anywhere."""
+    with container.open_track(Source("x.ts", data), LIMITS, "video"):
+        pass
+
+
+@target
+def tiffs(data: bytes) -> None:
+    """The tags of a TIFF: what is read wrong, is raw or has pixels without data."""
+    load(data, "x.tif", IMAGE)
+
+
+@target
+def detection(data: bytes) -> None:
+    """The signatures of all formats, read or not; the first byte chooses a suffix."""
+    suffixes = (".mp3", ".ts", ".aac", ".dng", ".txt")
+    detected(Source(f"x{suffixes[data[0] % 5] if data else ''}", data[1:]))
 
 
 @target

@@ -58,6 +58,7 @@ COVERS = 0x400 | 0x800  # FFmpeg's AV_DISPOSITION_ATTACHED_PIC and _TIMED_THUMBN
 # Streams without a header: FFmpeg guesses their length by their first frames, so packets are counted.
 COUNTED = ("mp3", "aac", "amr", "mpegvideo")
 UNTIMED = ("mpeg",)  # one time for several frames of a packet: after a seek, counted times would be one frame off
+MAX_TAGS = 100  # of ID3, one after another
 MAX_PAGE_BYTES = 65_307  # of Ogg
 ASF_FILE = b"\xa1\xdc\xab\x8c\x47\xa9\xcf\x11\x8e\xe4\0\xc0\x0c\x20\x53\x65"  # the object of a file's properties
 # Sizes that RIFF and AU files declare if they were written to a pipe: unset, SoX's largest, or the largest.
@@ -300,12 +301,14 @@ def _check_sizes(source: Source, file: BinaryIO, size: int, reader: str) -> None
 
 def after_tags(file: BinaryIO) -> int:
     """Return the offset of what follows the ID3 tags and zeros at the start of a file."""
-    at, head = 0, b"ID3"
-    while head[:3] == b"ID3":
+    at = 0
+    for _ in range(MAX_TAGS):
         file.seek(at)
         head = file.read(10)
-        if head[:3] == b"ID3" and len(head) == 10:  # the size is in four bytes of 7 bits
-            at += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
+        if head[:3] != b"ID3" or len(head) < 10:
+            break
+        # The size is in four bytes of 7 bits.
+        at += 10 + sum((byte & 0x7F) << shift for byte, shift in zip(head[6:], (21, 14, 7, 0), strict=True))
     file.seek(at)
     while block := file.read(1 << 16):
         rest = block.lstrip(b"\0")
