@@ -143,6 +143,19 @@ def test_a_constant_bit_rate_is_read_by_libsndfile_with_and_without_pyav(request
     assert is_all_of(with_av, SOUND)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_an_mp3_of_a_free_bit_rate_is_read_by_libsndfile(installed: bool, request: pytest.FixtureRequest) -> None:
+    data = mp3(mode="CONSTANT")[1]
+    length = data.index(data[:2], 4)  # without padding all frames are as long
+    free = bytearray(data)
+    for at in range(0, len(free) - length + 1, length):
+        free[at + 2] &= 0x0F
+    if not installed:
+        request.getfixturevalue("without_av")
+    assert detect(Source("x", bytes(free))) == "audio"
+    assert np.array_equal(load(bytes(free)), load(data))
+
+
 def test_without_pyav_a_sound_cut_short_says_what_it_needs(without_av: None) -> None:
     loud = np.where(np.arange(RATE * 300) < RATE, 0.3 * np.random.default_rng(0).normal(size=RATE * 300), 0)
     loud += 0.001 * np.random.default_rng(1).normal(size=len(loud))

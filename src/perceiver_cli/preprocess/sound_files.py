@@ -33,7 +33,7 @@ FORMATS = {
     "WAV": rb"(?:RIFF|RIFX|RF64)....WAVE",
     "FLAC": rb"fLaC",
     "OGG": rb"OggS",
-    "MP3": rb"ID3|" + container.MPEG_SOUND,
+    "MP3": rb"ID3|" + container.MPEG_SOUND + rb"|\xff[\xe3\xf3\xfb][\0-\x0b].",  # the last: of a free bit rate
     "AIFF": rb"FORM....AIF[FC]",
     "AU": rb"\.snd",
     "CAF": rb"caff",
@@ -137,7 +137,8 @@ def _by_libsndfile(source: Source, file: BinaryIO, limits: Limits) -> Any:
     reader = SECOND.get(head) if sound.subtype == "MPEG_LAYER_III" else None  # its length would be a guess
     if length == "guessed" and container.is_installed():
         with container.open_track(source, limits, "audio", "mp3") as track:
-            is_wrong = abs(track.duration_s * sound.samplerate - sound.frames) > MP3_PADDING
+            is_known = track.stream.codec_context.sample_rate == sound.samplerate  # FFmpeg reads no free bit rate
+            is_wrong = is_known and abs(track.duration_s * sound.samplerate - sound.frames) > MP3_PADDING
         reader = "mp3" if is_wrong else None
     if reader is not None:
         sound.close()
