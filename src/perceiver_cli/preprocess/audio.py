@@ -73,7 +73,7 @@ class AudioModality(TimedModality[AudioSpec]):
     formats = f"{', '.join(FORMATS)}, AAC, AMR, WavPack, and the sound of films"
     suffixes = frozenset({
         ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
-        ".w64", ".rf64", ".m4a", ".aac", ".sph", ".wma", ".mka",
+        ".w64", ".rf64", ".m4a", ".m4b", ".aac", ".sph", ".wma", ".mka", ".weba", ".amr", ".wv", ".mp2", ".spx",
     })  # fmt: skip
     decides = ("rate_hz", "channel")
     paper_preset = "audioset-audio"

@@ -222,7 +222,7 @@ class ImageModality(Modality[ImageSpec]):
     formats = ", ".join(shown for _, shown in FORMATS.values())
     suffixes = frozenset({
         ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm",
-        ".pbm", ".pnm", ".avif", ".heic", ".heif", ".jp2", ".j2k", ".mpo", ".apng",
+        ".pbm", ".pnm", ".pfm", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".mpo", ".apng",
     })  # fmt: skip
     decides = ("size", "color")
     paper_preset = "imagenet"

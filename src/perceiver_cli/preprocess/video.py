@@ -75,7 +75,7 @@ class VideoModality(TimedModality[VideoSpec]):
     formats = "MP4, MOV, MKV, WebM, AVI, MPEG, WMV, FLV, OGV, MXF, DV, animated GIF, WebP, PNG and AVIF"
     suffixes = frozenset({
         ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".gif", ".webp", ".apng", ".mts",
-        ".m2ts", ".ts", ".wmv", ".flv", ".ogv", ".3gp",
+        ".m2ts", ".m2t", ".ts", ".wmv", ".asf", ".flv", ".ogv", ".3gp", ".3g2", ".mxf", ".dv", ".vob", ".m1v", ".m2v",
     })  # fmt: skip
     decides = ("frame_rate_hz", "size", "eval_crop")
     contains = ("audio",)
