@@ -586,6 +586,37 @@ def test_records_of_archives_are_those_of_the_folder(folder: Path, tmp_path: Pat
     assert labelled(scan(tmp_path / "a.tar")) == labelled(scan(tmp_path / "b.tar"))
 
 
+@pytest.mark.parametrize("top", ["", "data/", "data/train/"])
+def test_metadata_in_archives(tmp_path: Path, top: str) -> None:
+    metadata = b"file_name,label\n" + b"".join(b"img/%d.png,%s\n" % (n, b"ab"[n % 2 : n % 2 + 1]) for n in range(4))
+    members = [(f"{top}img/{n}.png", PNG) for n in range(5)] + [(f"{top}metadata.csv", metadata)]
+    for path in (zip_of(tmp_path / "x.zip", members), tar_of(tmp_path / "x.tar", members)):
+        catalog = scan(path)
+        base = "train/" if top.endswith("train/") else ""
+        assert [(e.id, e.labels) for e in catalog.splits["train"]] == [
+            (f"{base}img/{n}.png", (n % 2,)) for n in range(4)
+        ]
+        over = {name: paths.count for name, paths in catalog.accounted().passed_over.items()}
+        assert over == {"a list of the others": 1, "named by no metadata": 1}
+        adds_up(catalog)
+    with pytest.raises(
+        DataError, match=r"metadata\.csv': 1 of 4 files are not in the archive, the first '.*img/3.png'"
+    ):
+        scan(zip_of(tmp_path / "x.zip", [*members[:3], *members[4:]]))
+
+
+def test_a_range_in_braces_by_command(perceive: Perceive, folder: Path, tmp_path: Path) -> None:
+    files = files_in(folder)
+    for shard in range(2):
+        tar_of(tmp_path / f"x-{shard}.tar", files[shard::2])
+    done = perceive("train", tmp_path / "x-{0..1}.tar", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sum(json.loads(done.stdout)["splits"].values()) == 12
+    done = perceive("train", tmp_path / "x-{0..2}.tar", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 3
+    assert b"1 of 3 files do not exist; the first is" in done.stderr
+
+
 def test_a_tar_beside_class_folders_is_no_data(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "data")
     for name in ("backup.tar", "old.zip"):

@@ -19,7 +19,7 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path, status_of
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
-DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT), tar of records, or - for stdin."
+DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT, Parquet), tar, zip, or - for stdin."
 
 Aggregate = Literal["mean", "max", "none"]
 Floats = Literal["auto", "fp32", "bf16", "fp16"]
@@ -85,10 +85,9 @@ def check_data(data: str | None) -> None:
         _piped_stdin("perceiver preprocess DATA | perceiver train -")
     elif data == "":  # a variable that is not set, which Path takes for the current folder
         raise UsageError("no data given: the name is empty", "pass a folder, a manifest or records")
-    elif data is not None and not glob.has_magic(data) and status_of(data) is None:
-        raise DataError(
-            f"{show_path(data)}: no such folder", "expected a folder of class folders, .csv, .tsv, .json, .txt or .tar"
-        )
+    elif data is not None and not glob.has_magic(data) and "{" not in data and status_of(data) is None:
+        expected = "expected a folder of class folders, .csv, .tsv, .json, .txt, .parquet, .tar or .zip"
+        raise DataError(f"{show_path(data)}: no such folder", expected)
 
 
 def data_options(

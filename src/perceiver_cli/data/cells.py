@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -51,16 +50,18 @@ class Cells:
     notes: tuple[str, ...] = ()
 
 
-def read_cells(path: str | os.PathLike[str], fits: Fits) -> Cells:
+def read_cells(source: Source, fits: Fits) -> Cells:
     """Return the cells of a manifest, read by its suffix.
 
     fits: chooses the separator of a CSV by its header. Raises DataError for a file that contradicts its suffix.
     """
-    shown, suffix = show_path(path), Path(path).suffix.lower()
+    shown, suffix = source.shown, Path(source.name).suffix.lower()
     if suffix == PARQUET:
-        table = TableFile(os.fspath(path), MAX_MANIFEST_BYTES)
+        if source.data is not None:
+            raise DataError(f"{shown}: a table in an archive", "unpack it, or save it as CSV")
+        table = TableFile(source.name, MAX_MANIFEST_BYTES)
         return Cells(table.names, list(table.rows(table.names)))
-    with Source(os.fspath(path)).open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
+    with source.open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
         data = file.read()
     if data.startswith(SPREADSHEETS):
         raise DataError(f"{shown}: a spreadsheet or another zip, not a {suffix} manifest", "save it as CSV")

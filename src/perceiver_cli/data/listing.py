@@ -141,8 +141,8 @@ def _of_archives(
     each: Sequence[Contents], folder: str, labels: Labels, options: DataConfig, account: Account
 ) -> Listing:
     notes = [note for contents in each if (note := contents.archive.note)]
-    rows = rows_of(each, labels, options, account, notes)
-    return Listing(rows, folder=folder, notes=tuple(notes), account=account)
+    rows, several = rows_of(each, labels, options, account, notes)
+    return Listing(rows, folder=folder, multi_label=several, notes=tuple(notes), account=account)
 
 
 def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:

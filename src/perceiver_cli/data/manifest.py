@@ -134,7 +134,7 @@ def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
 
 
 def read_manifest(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Source,
     options: DataConfig = NO_OPTIONS,
     labels: Labels = "needed",
     *,
@@ -151,13 +151,14 @@ def read_manifest(
     file's path then gives the default. Raises DataError for a file that contradicts its suffix or a row without a
     needed label; ColumnError for missing columns, with the most similar ones.
     """
-    shown = show_path(path)
+    source = path if isinstance(path, Source) else Source(os.fspath(path))
+    shown = source.shown
 
     def fits(columns: list[str]) -> bool:
         paths = _path_columns(columns, options.path_column).values()
         return bool(paths) and set(paths) <= set(columns)
 
-    cells = read_cells(path, fits)
+    cells = read_cells(source, fits)
     roles = _roles(shown, cells.columns, options, labels)
     is_several = roles.label is not None and (
         _plain(roles.label) == "labels" or any(isinstance(row.get(roles.label), list) for row in cells.rows)
@@ -180,7 +181,7 @@ def read_manifest(
         rows.append(row)
     if unlabelled and not rows:
         raise DataError(f"{shown}: no row has a label: column {show_path(roles.label or '')} is empty")
-    notes = [*cells.notes] if Path(path).suffix.lower() == LINES else [roles.note(cells.columns), *cells.notes]
+    notes = [*cells.notes] if Path(source.name).suffix.lower() == LINES else [roles.note(cells.columns), *cells.notes]
     if unlabelled:
         left = ", left out" if labels in ("needed", "scored") else ""
         where = show_path(roles.label or "")

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import Contents
 from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of, splits_of
-from perceiver_cli.data.folders import reason_of
+from perceiver_cli.data.folders import METADATA, reason_of
 from perceiver_cli.data.layout import by_folder
-from perceiver_cli.data.manifest import NEEDED, ColumnError, Labels, Row, top_split
+from perceiver_cli.data.manifest import NEEDED, ColumnError, Labels, Row, read_manifest, top_split
 from perceiver_cli.data.pairing import MOST, stem
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import parse_json, show_path, show_text
@@ -52,11 +53,12 @@ class Packed:
 
 def rows_of(
     each: Sequence[Contents], labels: Labels, options: DataConfig, account: Account, notes: list[str]
-) -> list[Row]:
-    """Return a row for each file of tars and zips that may hold data; see `listing.listed` for `labels`.
+) -> tuple[list[Row], bool]:
+    """Return a row for each file of tars and zips that may hold data, and whether the data is multi-label.
 
-    Labels are those of KEY.cls, or of a field of KEY.json, or class folders, in an archive or in its one folder at the
-    top. account: counts every member. Raises DataError for damaged labels, and if labels are needed and missing.
+    Labels are those of KEY.cls, metadata, a field of KEY.json, or class folders, in an archive or in its one folder at
+    the top. labels: see `listing.listed`. account: counts every member. Raises DataError for damaged labels, and if
+    labels are needed and missing.
     """
     splits = splits_of([contents.archive.path for contents in each])
     archives = [_packed(contents, split, account) for contents, split in zip(each, splits, strict=True)]
@@ -69,21 +71,23 @@ def rows_of(
             if seen.setdefault(key, number) != number
         }
     is_keyed = any(LABEL in of_key and len(of_key) > 1 for packed in archives for of_key in packed.keys.values())
-    rows: list[Row] = []
-    if labels != "ignored" and not is_keyed and options.label_column is None:
-        rows = [row for packed in archives for row in _by_folder(packed, account, notes)]
-    if rows:
-        return rows
+    if labels != "ignored" and not is_keyed:
+        if described := _by_metadata(archives, labels, options, account, notes):
+            return described
+        if options.label_column is None:
+            rows = [row for packed in archives for row in _by_folder(packed, account, notes)]
+            if rows:
+                return rows, False
     is_keyed = is_keyed or _has_facts(archives)
     files = [(packed, *each) for packed in archives for each in _data_files(packed, is_keyed, account)]
     if labels != "ignored" and is_keyed and (found := _labels(archives, options, notes)):
         rows = [_row(packed, key, path, name, found.get(_place(packed, key))) for packed, key, path, name in files]
         for row in [row for row in rows if not row.labels and labels in NEEDED]:
             account.unlabelled.add(row.path)
-        return [row for row in rows if row.labels or labels not in NEEDED]
+        return [row for row in rows if row.labels or labels not in NEEDED], False
     if labels in NEEDED:
         raise _no_labels(archives, options)
-    return [_row(packed, key, path, name, None) for packed, key, path, name in files]
+    return [_row(packed, key, path, name, None) for packed, key, path, name in files], False
 
 
 def _packed(contents: Contents, split: str, account: Account) -> Packed:
@@ -258,7 +262,7 @@ def _no_labels(archives: Sequence[Packed], options: DataConfig) -> ColumnError:
     """Return the error of archives without labels: what is there instead, and what makes a label of it."""
     own = [of_key for packed in archives for of_key in packed.keys.values()]
     facts = next(((p, k[FACTS]) for p in archives for k in p.keys.values() if FACTS in k and len(k) > 1), None)
-    has = [f"{counted(sum(CAPTION in k for k in own), 'caption')}"] if any(CAPTION in k for k in own) else []
+    has = [f"{counted(sum(map(_has_caption, own)), 'caption')}"] if any(map(_has_caption, own)) else []
     fields = sorted(_facts(*facts)) if facts is not None else []
     has += [f"KEY.json with {', '.join(map(show_path, fields[:SHOWN]))}"] if fields else []
     wanted = "" if options.label_column is None else f" {show_path(options.label_column)}"
@@ -268,9 +272,54 @@ def _no_labels(archives: Sequence[Packed], options: DataConfig) -> ColumnError:
     return ColumnError(fault, hint + ("; --label-column FIELD names another" if fields else ""))
 
 
+def _has_caption(of_key: Mapping[str, str]) -> bool:
+    return CAPTION in of_key and len(of_key) > 1
+
+
 def _shown(archives: Sequence[Packed]) -> str:
     first = show_path(archives[0].contents.archive.path)
     return first if len(archives) == 1 else f"{first} and {counted(len(archives) - 1, 'other')}"
+
+
+def _by_metadata(
+    archives: Sequence[Packed], labels: Labels, options: DataConfig, account: Account, notes: list[str]
+) -> tuple[list[Row], bool] | None:
+    """Return the rows of the metadata in archives and whether the data is multi-label, None without metadata."""
+    found: list[Row] = []
+    several = False
+    for packed in archives:
+        lists = [path for path in packed.files if os.path.basename(path) in METADATA]
+        if not lists:
+            continue
+        top = os.path.commonpath([os.path.dirname(path) for path in lists])
+        top = os.path.dirname(top) if top_split(os.path.basename(top)) else top
+        named = set(lists)
+        for path in lists:
+            try:
+                read = read_manifest(
+                    packed.source(path),
+                    options,
+                    labels,
+                    beside=posixpath.relpath(os.path.dirname(path) or ".", top or "."),
+                )
+            except ColumnError:
+                return None
+            notes += read.notes
+            several = several or read.multi_label
+            rows = [(row, member) for row in read.rows if (member := posixpath.normpath(posixpath.join(top, row.path)))]
+            absent = [member for _, member in rows if member not in packed.files]
+            if absent or any(row.columns for row in read.rows):
+                fault = (
+                    f"{packed.source(path).shown}: {len(absent)} of {counted(len(rows), 'file')} are not in the archive"
+                )
+                fault += f", the first {show_path(absent[0])}" if absent else ", or in columns of modalities"
+                raise DataError(fault, "unpack it")
+            named.update(member for _, member in rows)
+            found += [replace(row, source=packed.source(member, row.path)) for row, member in rows]
+            account.pass_over("a list of the others", path)
+        for path in packed.files.keys() - named:
+            account.pass_over("named by no metadata", path)
+    return (found, several) if found else None
 
 
 def _by_folder(packed: Packed, account: Account, notes: list[str]) -> list[Row]:
