@@ -142,7 +142,7 @@ def _data_files(packed: Packed, is_keyed: bool, account: Account) -> Iterator[tu
     if not is_keyed:
         yield from (("", path, path) for path in sorted(packed.files, key=_as_walked))
         return
-    for path in packed.files.keys() - {path for own in packed.keys.values() for path in own.values()}:
+    for path in sorted(packed.files.keys() - {path for own in packed.keys.values() for path in own.values()}):
         account.pass_over("a second file of its key and suffix", path)
     for key, own in sorted(packed.keys.items()):
         seen: set[str] = set()
@@ -317,7 +317,7 @@ def _by_metadata(
             named.update(member for _, member in rows)
             found += [replace(row, source=packed.source(member, row.path)) for row, member in rows]
             account.pass_over("a list of the others", path)
-        for path in packed.files.keys() - named:
+        for path in sorted(packed.files.keys() - named):
             account.pass_over("named by no metadata", path)
     return (found, several) if found else None
 
@@ -330,7 +330,7 @@ def _by_folder(packed: Packed, account: Account, notes: list[str]) -> list[Row]:
     rows, rest = by_folder(((path, False) for path in paths), notes)
     if not rows:
         return []
-    for path in packed.files.keys() - below.values():
+    for path in sorted(packed.files.keys() - below.values()):
         account.pass_over("in no class folder", path)
     for path, why in rest.items():
         account.leave(why, path)
