@@ -166,6 +166,13 @@ def test_a_manifest_accounts_for_the_files_that_it_names(tmp_path: Path, run: Ru
         (["train/car", "train/bus", "test"], {"bus", "car"}, {"train"}),  # test is flat: it has no labels
         (["Train/car", "Train/bus", "VALID/car"], {"bus", "car"}, {"train", "val"}),
         (["chair/train", "chair/test", "sofa/train"], {"chair", "sofa"}, {"train", "test"}),
+        (["chair/train", "chair/test", "chair/more", "sofa/train"], {"chair", "sofa"}, {"train", "test"}),
+        (["Training set/a", "Training set/b", "Test set/a"], {"a", "b"}, {"train", "test"}),
+        (["seg_train/seg_train/a", "seg_train/seg_train/b", "seg_test/seg_test/a"], {"a", "b"}, {"train", "test"}),
+        (["train-clean-100/9", "train-clean-360/7", "dev-clean/9"], {"9", "7"}, {"train", "val"}),
+        (["trainImages/a", "trainImages/b", "valImages/b"], {"a", "b"}, {"train", "val"}),
+        (["bullet_train", "crash_test", "bus"], {"bullet_train", "crash_test", "bus"}, {"train"}),
+        (["cat/cat", "dog/dog"], {"cat", "dog"}, {"train"}),
     ],
 )
 def test_a_folder_is_a_split_only_if_classes_are_in_it(
@@ -179,12 +186,23 @@ def test_a_folder_is_a_split_only_if_classes_are_in_it(
     account = catalog.accounted()
     assert account.total == account.paths == found(tmp_path)
     assert account.unlabelled.count == (2 if folders[-1] == "test" else 0)
+    assert account.num_passed_over == 2 * len({"other", "chair/more"} & {*folders})
 
 
-def test_pictures_without_class_folders_are_no_classes(tmp_path: Path) -> None:
-    write_images(tmp_path, {"train": 3, "test": 2})
-    with pytest.raises(DataError, match=r"0 of 5 files are used; 5 without a label: 'test/000.png'"):
+@pytest.mark.parametrize(("first", "second"), [("test", "train"), ("train2017", "val2017"), ("test1", "train")])
+def test_pictures_without_class_folders_are_no_classes(tmp_path: Path, first: str, second: str) -> None:
+    write_images(tmp_path, {second: 3, first: 2})
+    with pytest.raises(DataError, match=rf"0 of 5 files are used; 5 without a label: '{first}/000.png'"):
         scan(tmp_path)
+    write_images(tmp_path, {"annotations": 1} if first != "test" else {})
+    with pytest.raises(DataError, match="5 without a label"):
+        scan(tmp_path)
+
+
+def test_folders_that_may_be_no_classes_are_told(tmp_path: Path) -> None:
+    write_images(tmp_path, {"colour/cat": 2, "colour/dog": 2, "segmented/cat": 2, "segmented/dog": 2})
+    (note,) = (note for note in scan(tmp_path).notes if "each class folder" in note)
+    assert note.endswith("'cat', 'dog': if these are the classes, name one of 'colour', 'segmented'")
 
 
 def test_what_this_program_wrote_is_no_data(bars: Path, tmp_path: Path, run: Run) -> None:
@@ -200,6 +218,31 @@ def test_what_this_program_wrote_is_no_data(bars: Path, tmp_path: Path, run: Run
     assert account.passed_over["written by this program"].first == ["report", "runs"]
     assert account.total == account.paths == found(data)
     assert not any("without a file" in note for note in catalog.notes)
+
+
+def test_unfinished_downloads_and_backups_are_no_data(tmp_path: Path) -> None:
+    write_images(tmp_path, {"red": 3, "blue": 3})
+    for name in ("000.png.part", "001.png.crdownload", "000.png~", "~$002.png", "a.PNG.Download"):
+        shutil.copy(tmp_path / "red" / "000.png", tmp_path / "red" / name)
+    catalog = scan(tmp_path)
+    assert catalog.counts("train") == {"blue": 3, "red": 3}
+    assert catalog.accounted().passed_over["unfinished or a backup"].count == 5
+
+
+def test_files_beside_records_are_counted(tmp_path: Path, run: Run) -> None:
+    write_images(tmp_path / "data", {"red": 6, "blue": 6})
+    run("preprocess", "data", "-o", "data/all.tar", cwd=tmp_path)
+    files = json.loads(run("train", "data", "--dry-run", cwd=tmp_path).stdout)["files"]
+    assert sum(files["used"].values()) == files["passed_over"]["beside the containers"]["count"] == 12
+    assert total(files) == files["paths"]
+
+
+def test_a_folder_without_usable_files_names_the_first_cause(tmp_path: Path) -> None:
+    write_images(tmp_path, {"red": 2})
+    for path in (tmp_path / "red").iterdir():
+        path.write_text("<!DOCTYPE html><html>not found</html>")
+    with pytest.raises(DataError, match=r"no usable files: .*, the first: .*: a web page in place of the file"):
+        scan(tmp_path)
 
 
 def test_links_to_each_other_end(tmp_path: Path) -> None:

@@ -163,6 +163,15 @@ def test_a_table_of_numbers_beside_a_picture_is_no_input(tmp_path: Path, suffix:
     assert list(plain.sources) == ["image"]  # a prediction follows the same rule
 
 
+def test_raw_floats_beside_a_picture_are_no_input(tmp_path: Path) -> None:
+    """KITTI's .bin has no signature: an embedding without a negative number looks the same, and tells the class."""
+    write_images(tmp_path, {"a": 4, "b": 4})
+    for path in tmp_path.rglob("*.png"):
+        path.with_suffix(".bin").write_bytes(np.random.default_rng(0).uniform(0, 1, 512).astype("<f4").tobytes())
+    assert scan(tmp_path).modalities == ("image",)
+    assert scan(tmp_path, options=DataConfig(pair="all")).modalities == ("image", "points")
+
+
 def test_the_user_may_join_tables_or_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"a": 4, "b": 4})
     write_boxes(tmp_path, suffix=".xyz")

@@ -254,6 +254,9 @@ def test_las_without_its_extra_is_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_other_bin_files_are_no_clouds() -> None:
     for other in (bytes(4096), RNG.integers(0, 256, 4096, np.uint8).tobytes(), np.arange(1024, dtype="<i4").tobytes()):
         assert not POINTS.sniff(other, "a.bin")
+    for floats in (RNG.normal(size=512), np.sin(np.arange(512))):  # an embedding, a sound
+        assert not POINTS.sniff(floats.astype("<f4").tobytes(), "a.bin")
+    assert not POINTS.sniff(RNG.uniform(0, 9, 500).astype("<f4").tobytes(), "a.pcd.bin")  # a ring is a whole number
     assert not POINTS.sniff(raw(4)[:4096], "a.dat")
     with pytest.raises(DataError, match="4790 bytes, no multiple of 16"):
         load(raw(4)[:-10], "a.bin")

@@ -77,6 +77,7 @@ FORMS = {  # data, file name; each is the cube
     "zeros behind": (BINARY + bytes(100), "a.stl"),
     "solid and bytes behind": (b"solid x".ljust(80, b"\0") + BINARY[80:] + b"abc", "a.stl"),
     "BOM of OBJ": (BOM + OBJ, "a.obj"),
+    "other words of OBJ": (b"lod 1\nbevel on\nmade by hand\n" + OBJ, "a.obj"),
     "long comments of OBJ": (b"# about this mesh\n" * 400 + OBJ, "a.obj"),
     "CR of OBJ": (OBJ.replace(b"\n", b"\r"), "a.obj"),
     "CRLF of OBJ": (OBJ.replace(b"\n", b"\r\n"), "a.obj"),

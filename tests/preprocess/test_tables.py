@@ -59,11 +59,13 @@ TABLES = {  # name: bytes that are no cloud, however their columns are counted
     "eeg.csv": text(RNG.normal(size=(128, 14)), ","),
     "grid.asc": b"ncols 3\nnrows 2\nxllcorner 0\nyllcorner 0\ncellsize 1\n1 2 3\n4 5 6\n",
     "water.xyz": b"3\nwater\nO 0 0 0\nH 0.7 0.5 0\nH -0.7 0.5 0\n",
+    "benzene.xyz": b"40\n\n" + text(np.hstack([RNG.integers(1, 9, (40, 1)), RNG.normal(size=(40, 3))])),
     "five.xyz": text(RNG.normal(size=(50, 5))),
     "eeg.npy": npy(RNG.normal(size=(128, 14)).astype(np.float32)),
     "spectrogram.npy": npy(RNG.normal(size=(128, 431)).astype(np.float32)),
     "picture.npy": npy(RNG.normal(size=(64, 64))),
     "motion.npy": npy(RNG.normal(size=(300, 3)).astype(np.float32)),
+    "embedding.bin": RNG.normal(size=512).astype("<f4").tobytes(),
     "waves.npy": npy(RNG.normal(size=1000)),
 }
 

@@ -16,7 +16,7 @@ from tests.conftest import SMALL, write_images
 
 def test_one_class_is_refused_with_the_counts(tmp_path: Path) -> None:
     write_images(tmp_path, {"only": 7})
-    with pytest.raises(DataError, match=r"one class to learn: 'only' with 7 files; a classifier needs at least two"):
+    with pytest.raises(DataError, match=r"one class to learn: 'only' with 7 files; expected two or more"):
         Trainer(tmp_path, tmp_path / "run")
 
 

@@ -44,7 +44,16 @@ from perceiver_cli.data.pairing import (
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
-from perceiver_cli.preprocess.detection import File, TableError, formats, looked_at, only, other_kind, with_formats
+from perceiver_cli.preprocess.detection import (
+    UNKNOWN,
+    File,
+    TableError,
+    formats,
+    looked_at,
+    only,
+    other_kind,
+    with_formats,
+)
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.preprocess.tables import described
@@ -209,7 +218,7 @@ def scan(
     else:
         listing = listed(name, labels, options)
     if listing.tars:
-        return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by)
+        return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by, listing.account)
     if group_by == PARENT:
         listing = replace(listing, rows=[replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows])
     catalog = of_listing(replace(listing, folder=listing.folder or os.path.dirname(name)), name, classes, reads)
@@ -237,8 +246,9 @@ def of_listing(
             raise DataError(f"{show_path(top)}: {what}{cause}", hint)
         reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
         looked = (_without_rows(row.looked_at(listing.folder)).error for row in full[:PROBES] if row.path)
-        if (table := next((error for error in looked if isinstance(error, TableError)), None)) is not None:
-            raise DataError(f"{reason}, the first: {table.message}", table.hint)
+        known = (error for error in looked if error is not None and not error.message.endswith(UNKNOWN))
+        if (first := next(known, None)) is not None:
+            raise DataError(f"{reason}, the first: {first.message}", first.hint)
         raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
         if not row.paths:
@@ -253,6 +263,7 @@ def of_listing(
     notes += _vanished(rows, counts)
     trained = {name for _, row in examples if row.split == "train" for name in row.labels}
     ordered = _class_names(counts, trained, classes, "file", notes)
+    notes += _in_several(examples)
     splits, multi_label = _in_splits(root, examples, ordered), listing.multi_label
     return Catalog(
         root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), multi_label,
@@ -265,6 +276,16 @@ def _vanished(rows: Sequence[Row], counts: Counter[str]) -> Iterator[str]:
     for label in sorted({name for row in rows for name in row.labels} - counts.keys()):
         suffixes = Counter(suffix_of(path) for row in rows if label in row.labels for path in row.paths)
         yield f"no file of the class {show_path(label)} is used: {tally(suffixes)}"
+
+
+def _in_several(examples: Labelled) -> Iterator[str]:
+    """Yield a note if examples are in several splits: what is trained on is then tested."""
+    splits: dict[str, set[str]] = defaultdict(set)
+    for example, row in examples:
+        splits[example.id].add(row.split)
+    if shared := [name for name, own in splits.items() if len(own) > 1]:
+        where = f"{show_path(shared[0])} in {' and '.join(sorted(splits[shared[0]]))}"
+        yield f"{counted(len(shared), 'example')} in several splits, such as {where}: measures will be too good"
 
 
 def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
@@ -355,12 +376,12 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
     kind_of |= {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
     for number, (file, row) in enumerate(pairs):
-        suffix = suffix_of(file.path)
-        if suffix not in kind_of:
+        is_missing = not listing.by_stem and row.file is not None and row.file.error is not None
+        expected = kind_of.get(suffix_of(file.path), min(usable, default=None) if is_missing else None)
+        if expected is None:
             listing.account.pass_over(of_suffix(file), file.path)
             continue
         if file.among(usable) is None:
-            expected = kind_of[suffix]
             error = file.error or other_kind(file.source, expected)
             file = File(file.path, replace(file.source, kinds=(expected,)), error)
         groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
@@ -404,9 +425,14 @@ def _without_rows(file: File) -> File:
 
 
 def _records_catalog(
-    shards: Shards, root: str, classes: Sequence[str] | None, reads: Iterable[str] | None, group_by: str | None
+    shards: Shards,
+    root: str,
+    classes: Sequence[str] | None,
+    reads: Iterable[str] | None,
+    group_by: str | None,
+    beside: Account | None = None,
 ) -> Catalog:
-    """Return the catalog of records, the same as of their files."""
+    """Return the catalog of records, the same as of their files. beside: the account of what lies beside them."""
     if group_by not in (None, PARENT):
         raise DataError(f"{show_path(root)}: records have no columns to group by", f"expected {PARENT}")
     holds = set(shards.header.inputs)
@@ -428,7 +454,8 @@ def _records_catalog(
     rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
     records = {split: Records(shards, own, label_classes, brings) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
-    account = Account(paths=len(shards))
+    account = beside or Account()
+    account.paths += len(shards)
     return Catalog(
         root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by, account
     )

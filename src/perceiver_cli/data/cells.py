@@ -179,7 +179,8 @@ def _json(text: str, fits: Fits) -> Cells:
 def _path_label_lines(text: str, fits: Fits) -> Cells:
     def rows() -> Iterator[dict[str, Any]]:
         for number, line in enumerate(re.split(r"\r\n|\r|\n", text), start=1):
-            words = list(map(_in_cp1252, line.strip().rsplit(maxsplit=1)))
+            blank = "\t" if "\t" in line.strip() else None  # a label after a tab may have blanks
+            words = list(map(_in_cp1252, line.strip().rsplit(blank, maxsplit=1)))
             if len(words) == 1:
                 raise ValueError(f"line {number} is {show_path(words[0])}, expected PATH LABEL")
             if words:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
+import re
 import stat
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -34,6 +35,8 @@ SYSTEM = {
     "@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
+# Unfinished downloads of browsers and others, backups of editors, locks of office programs.
+LEFT_OVER = re.compile(r"~\$.*|.*(?:~|\.(?:part|partial|filepart|crdownload|opdownload|download))", re.I | re.S)
 # The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
 OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {"metrics.json", "predictions.jsonl"})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
@@ -96,7 +99,11 @@ def _walk(
 
 def reason_of(name: str) -> str | None:
     """Return why a path with this last name is passed over, None if it may hold data."""
-    return "hidden" if name.startswith(".") else "of the system" if name.lower() in SYSTEM else None
+    if name.startswith("."):
+        return "hidden"
+    if name.lower() in SYSTEM:
+        return "of the system"
+    return "unfinished or a backup" if LEFT_OVER.fullmatch(name) else None
 
 
 def _is_output(entries: Sequence[os.DirEntry[str]]) -> bool:

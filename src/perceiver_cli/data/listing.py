@@ -119,11 +119,11 @@ def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None
 
 def _of_containers(name: str, kind: str, paths: list[str], labels: Labels, options: DataConfig) -> Listing:
     """Return the listing of containers at a path."""
-    if kind == "records":
-        return Listing(tars=tuple(paths))
     account = Account()
     if os.path.isdir(name):
         beside(name, paths, account)
+    if kind == "records":
+        return Listing(tars=tuple(paths), account=account)
     if kind == "tables":
         notes: list[str] = []
         rows, several, archive = rows_of_tables(paths, splits_of(paths), labels, options, account, notes)

@@ -8,7 +8,9 @@ import os
 import posixpath
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import takewhile
 from urllib.parse import unquote, urlsplit
@@ -29,12 +31,14 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
 
     Only where no file has the path as it stands are others tried: with slashes for backslashes, the path of a file
     URL, without the blanks around it, in the other normal form of Unicode, an absolute path of another machine below
-    `folder`. A row whose file is missing gets an error. Raises DataError if labels are wanted and no file exists.
+    `folder`, the only file that has this name and a suffix. A row whose file is missing gets an error. Raises DataError
+    if labels are wanted and no file exists.
     """
     moved = _moved([path for row in rows for path in row.paths], folder)
     changed: dict[str, str] = {}
     missing: dict[str, None] = {}
     every = 0
+    suffixed = _Suffixed(folder)
 
     def local(path: str) -> str:
         nonlocal every
@@ -44,6 +48,9 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
                 if candidate != path:
                     changed[path] = candidate
                 return candidate
+        if (found := suffixed.of(path)) is not None:
+            changed[path] = found
+            return found
         missing[path] = None
         return path
 
@@ -69,6 +76,26 @@ def _without_file(row: Row, folder: str, place: str) -> Row:
     source = Source(os.path.join(folder, row.path))
     error = DataError(f"{show_path(row.path)}: no such file", f"{place}; {_advice(row.path, folder)}")
     return replace(row, file=File(row.path, source, error))
+
+
+class _Suffixed:
+    """The files of folders by their names without suffixes; each folder is listed once."""
+
+    def __init__(self, top: str) -> None:
+        self.top = top
+        self.stems: dict[str, dict[str, list[str]]] = {}
+
+    def of(self, path: str) -> str | None:
+        """Return the only path that is `path` and a suffix, None if there are none or several."""
+        folder, name = os.path.split(path)
+        if folder not in self.stems:
+            stems: dict[str, list[str]] = defaultdict(list)
+            with suppress(OSError, ValueError):
+                for each in os.listdir(os.path.join(self.top, folder) or "."):
+                    stems[os.path.splitext(each)[0]].append(each)
+            self.stems[folder] = stems
+        found = self.stems[folder].get(name, []) if name else []
+        return os.path.join(folder, found[0]) if len(found) == 1 and found[0] != name else None
 
 
 def _readings(path: str, moved: str) -> Iterator[str]:
@@ -144,7 +171,8 @@ def _advice(path: str, folder: str) -> str:
     if (other := _other_case(whole)) is not None:
         return f"upper and lower case differ: there is {show_path(other)}"
     if beside := glob.glob(f"{glob.escape(whole)}.*"):
-        return f"the suffix is missing: there is {show_path(os.path.basename(beside[0]))}"
+        names = " and ".join(show_path(os.path.basename(name)) for name in sorted(beside)[:2])
+        return f"the suffix is missing, and there are {names}"
     return "pass --root with the folder that holds them"
 
 

@@ -178,7 +178,10 @@ def suffix_of(name: str) -> str:
 
 
 def is_raw(head: bytes, suffix: str) -> bool:
-    """Return whether a .bin begins with points as KITTI has them, or a .pcd.bin as nuScenes: other .bin are not."""
+    """Return whether a .bin begins with points as KITTI has them, or a .pcd.bin as nuScenes.
+
+    Other .bin are not: whole numbers, embeddings, samples of sound, whose fourth numbers may be negative.
+    """
     columns = len(RAW.get(suffix, ()))
     if not columns or len(head) < 4 * columns:
         return False
@@ -186,7 +189,9 @@ def is_raw(head: bytes, suffix: str) -> bool:
     with np.errstate(all="ignore"):
         known = rows[np.isfinite(rows).all(axis=1)]
         small = (known != 0) & (np.abs(known) < 1e-20)  # whole numbers read as floats
-        return bool(len(known)) and not small.any() and bool((np.abs(known) < FARTHEST).all()) and bool(known.any())
+        far, negative = np.abs(known) >= FARTHEST, known[:, 3:] < 0  # an echo has a strength, and a laser a number
+        ring = known[:, 4:]
+        return bool(known.any()) and not any(map(np.any, (small, far, negative, ring != np.floor(ring))))
 
 
 def read_raw(source: Source, data: bytes, limits: Limits) -> Mesh:

@@ -295,11 +295,15 @@ class MeshFormat(NamedTuple):
 
 
 def _is_obj(head: bytes, suffix: str) -> bool:
-    """Return whether the first three lines begin with words of OBJ, or an .obj has only comments in its head."""
+    """Return whether the first three lines begin with words of OBJ; an .obj may have a vertex below other words.
+
+    It may also have only comments in its head.
+    """
     lines = _text_lines(head)
     if not lines:
         return suffix == "obj" and _is_comments(head)
-    return all(line[0] in OBJ_WORDS for line in lines[:3])
+    vertices = [line for line in lines if line[0] == "v" and len(line) > 3]
+    return all(line[0] in OBJ_WORDS for line in lines[:3]) or (suffix == "obj" and bool(vertices))
 
 
 def _is_off(head: bytes, suffix: str) -> bool:
@@ -340,7 +344,7 @@ FORMATS = {
         lambda head, suffix: head.startswith(b"\x93NUMPY") and are_points(head, suffix), read_array, True
     ),
     "XYZ": MeshFormat(are_points, read_table, True),
-    "KITTI's BIN": MeshFormat(is_raw, read_raw),
+    "KITTI's BIN": MeshFormat(is_raw, read_raw, True),
 }
 
 

@@ -65,11 +65,9 @@ class PointsModality(Modality[PointsSpec]):
     name = "points"
     precedence = 4
     formats = ", ".join(FORMATS)
-    suffixes = frozenset(
-        {".ply", ".glb", ".off", ".stl", ".obj", ".pcd", ".las", ".laz", ".xyz", ".xyzi", ".xyzn", ".xyzrgb"}
-    )
     suffixes = frozenset({
-        ".ply", ".off", ".obj", ".stl", ".glb", ".gltf", ".xyz", ".pts", ".pcd", ".las", ".laz",
+        ".ply", ".off", ".obj", ".stl", ".glb", ".gltf", ".pcd", ".las", ".laz",
+        ".xyz", ".xyzi", ".xyzn", ".xyzrgb", ".pts", ".asc",
     })  # fmt: skip
     decides = ("pool_points", "columns")
     paper_preset = "modelnet40"

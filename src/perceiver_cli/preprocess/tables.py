@@ -38,10 +38,10 @@ PLAIN = ("txt", "csv", "npy")  # of any table
 CLOUD_COLUMNS = (3, 4, 6, 7, 9, 10)  # x, y, z; perhaps an intensity; perhaps colours; perhaps normals
 MAX_COLUMNS = 15  # of a cloud if the user asks; more is a byte array or no cloud
 COMMENTS = ("#", "//", "%", "!")
-COMMENTS = ("#", "//", "%", "!")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[-+]?(?:nan|inf|infinity)", re.IGNORECASE)
 WITH_COMMA = re.compile(r"[-+]?\d*,\d+(?:[eE][-+]?\d+)?")
 LOOKED_AT = (HEAD_BYTES, 1 << 20)  # bytes; comments may fill the first
+NUM_ELEMENTS = 118  # of chemistry
 LEAST_ROWS = 32  # with unit normals, for a table whose suffix says nothing
 
 
@@ -136,10 +136,18 @@ def are_points(head: bytes, suffix: str) -> bool:
         if table is None:
             return not whole and all(line.startswith(tuple(each.encode() for each in COMMENTS)) or not line.strip()
                                      for line in head.splitlines()[:-1])  # fmt: skip
-        return table.rows.shape[1] in CLOUD_COLUMNS or {"x", "y", "z"} <= set(table.names)
+        known = table.rows.shape[1] in CLOUD_COLUMNS and not _are_atoms(table)
+        return known or {"x", "y", "z"} <= set(table.names)
     rows = table.rows if table is not None else _rows_in(head, array)
     known = rows is not None and rows.shape[1] in (6, 7) and len(rows) >= LEAST_ROWS
     return known and rows is not None and are_normals(rows[:, 3:6])
+
+
+def _are_atoms(table: TextTable) -> bool:
+    """Return whether rows are atoms, as chemistry's .xyz has them: their number above, and elements before x, y, z."""
+    element = table.rows[:, 0]
+    is_element = (element == np.floor(element)) & (element > 0) & (element <= NUM_ELEMENTS)
+    return table.declared is not None and table.rows.shape[1] == 4 and bool(is_element.all())
 
 
 def may_be_points(head: bytes) -> bool:

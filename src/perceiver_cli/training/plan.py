@@ -238,7 +238,8 @@ def _check_classes(catalog: Catalog) -> tuple[str, ...]:
     counts = {name: count for name, count in catalog.counts("train").items() if count}
     if len(counts) < 2:
         only = ", ".join(f"{show_path(name)} with {counted(count, 'file')}" for name, count in counts.items())
-        raise DataError(f"{where}: one class to learn: {only}", "a classifier needs at least two")
+        hint = "expected two or more: the folders in it, or the labels of a manifest"
+        raise DataError(f"{where}: one class to learn: {only}", hint)
     single = [show_path(name) for name, count in counts.items() if count == 1]
     return (f"only one training file in {counted(len(single), 'class')}: {', '.join(single[:10])}",) if single else ()
 
