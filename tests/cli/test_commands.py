@@ -74,8 +74,9 @@ def test_train_evaluate_predict(perceive: Perceive, bars: Path, tmp_path: Path) 
 
 def test_evaluate_for_people(perceive: Perceive, here: Path, bars: Path) -> None:
     done = perceive("evaluate", bars, cwd=here)
-    head, columns, *rows = done.stdout.decode().splitlines()
+    head, alike, columns, *rows = done.stdout.decode().splitlines()
     assert head.startswith("test: accuracy ")
+    assert alike.startswith("each class alike: balanced accuracy ")
     assert columns.split() == ["class", "count", "accuracy", "precision", "f1"]
     assert [row.split()[0] for row in rows] == ["left", "middle", "right"]
 
