@@ -595,7 +595,7 @@ def test_a_playlist_opens_nothing_else(text: str, name: str, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     secret.chmod(0)
     for given in (path, Path(name)):
-        assert "unknown format" in str(refused(given))
+        assert any(words in str(refused(given)) for words in ("unknown format", "an XML document"))
         with pytest.raises(DataError, match="not a video by its content"):
             VIDEO.load(Source(str(given)), VideoSpec(), LIMITS)
         with pytest.raises(DataError):
