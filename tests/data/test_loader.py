@@ -95,7 +95,7 @@ def test_folders_without_data_say_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.txt").write_text("hello\n")
     with pytest.raises(
-        DataError, match=r"no usable files: 0 of 1 file is used; passed over 1: 1 .txt; expected class/file"
+        DataError, match=r"no usable files: 0 of 1 file is used; passed over 1 .txt; expected class/file"
     ):
         scan(tmp_path)
     with pytest.raises(DataError, match="no such folder"):

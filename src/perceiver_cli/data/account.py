@@ -111,10 +111,11 @@ class Account:
         if self.num_used == files:
             return [f"all {counted(files, 'file')} are used" if files > 1 else f"{counted(files, 'file')} is used"]
         ranked = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
-        reasons = [f"{paths.count} {reason}" for reason, paths in ranked]
+        reasons = [f"{paths.count:,} {reason}" for reason, paths in ranked]
         reasons = reasons[:REASONS] + (["..."] if len(reasons) > REASONS else [])
-        over = f"; passed over {self.num_passed_over}: {', '.join(reasons)}" if reasons else ""
-        lines = [f"{self.num_used} of {counted(files, 'file')} {'is' if files == 1 else 'are'} used{over}"]
+        total = f"{self.num_passed_over:,}: " if len(reasons) > 1 else ""
+        over = f"; passed over {total}{', '.join(reasons)}" if reasons else ""
+        lines = [f"{self.num_used:,} of {counted(files, 'file')} {'is' if files == 1 else 'are'} used{over}"]
         for word, paths in (("unreadable", self.unreadable), ("without a label", self.unlabelled)):
             lines += [f"{paths.count} {word}: {paths}"] if paths.count else []
         return lines
