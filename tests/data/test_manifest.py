@@ -345,6 +345,7 @@ def test_paths_are_below_the_root(data: Path, tmp_path: Path) -> None:
         ("pictures\\a.png", "backslashes are read as slashes too"),
         ("CAT/000.PNG", "upper and lower case differ: there is "),
         ("else/a.png", "pass --root with the folder that holds them"),
+        ("001.png", "pass --root with the folder that holds them; there is '"),
         ("file://server/a.png", "no such file here"),
     ],
 )

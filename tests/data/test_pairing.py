@@ -172,6 +172,14 @@ def test_raw_floats_beside_a_picture_are_no_input(tmp_path: Path) -> None:
     assert scan(tmp_path, options=DataConfig(pair="all")).modalities == ("image", "points")
 
 
+def test_pictures_of_one_stem_are_told(tmp_path: Path) -> None:
+    """x.png beside x.jpg may be its mask, or the same picture again."""
+    write_images(tmp_path, {"a": 4, "b": 4})
+    shutil.copy(tmp_path / "b" / "000.png", tmp_path / "b" / "000.jpg")
+    (note,) = scan(tmp_path).notes
+    assert note.startswith("1 file with the stem of another, such as 'b/000.jpg' and 'b/000.png'")
+
+
 def test_the_user_may_join_tables_or_nothing(tmp_path: Path) -> None:
     write_images(tmp_path / "train", {"a": 4, "b": 4})
     write_boxes(tmp_path, suffix=".xyz")

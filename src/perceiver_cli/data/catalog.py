@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, combinations, islice
+from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -385,7 +385,17 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
             error = file.error or other_kind(file.source, expected)
             file = File(file.path, replace(file.source, kinds=(expected,)), error)
         groups[stem(file.path) if by_stem and len(usable) > 1 else number].append((file, row))
+    if listing.by_stem and len(usable) == 1:
+        notes += _twins([file.path for file, _ in pairs if file.among(usable)])
     return _assembled(groups.values(), usable, brings, listing.account, notes), holds, brings
+
+
+def _twins(paths: Sequence[str]) -> Iterator[str]:
+    """Yield a note if files of one modality, in order, share their stem: one may be a mask or a copy of the other."""
+    twins = [pair for pair in pairwise(paths) if stem(pair[0]) == stem(pair[1])]
+    if twins:
+        shown = " and ".join(map(show_path, twins[0]))
+        yield f"{counted(len(twins), 'file')} with the stem of another, such as {shown}: each is an example, a mask too"
 
 
 def _assembled(

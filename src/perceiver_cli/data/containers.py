@@ -19,6 +19,7 @@ from perceiver_cli.files import cannot_read, open_file, show_path
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.foreign import ZIP, described
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.records.shards import INDEX_SUFFIX
 
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
 SUFFIXES = {  # of containers in a folder; the first kind of which there are any is the data
@@ -107,9 +108,10 @@ def _entries(folder: str) -> tuple[list[str], list[str]]:
 
 
 def beside(name: str, paths: Sequence[str], account: Account) -> None:
-    """Count the files in a folder that lie beside its containers."""
-    for path in glob.iglob(os.path.join(glob.escape(name), "**"), recursive=True):
-        if os.path.isfile(path) and path not in paths:
+    """Count the files in a folder that lie beside its containers, without their indices."""
+    own = {*paths, *(path + INDEX_SUFFIX for path in paths)}
+    for path in sorted(glob.iglob(os.path.join(glob.escape(name), "**"), recursive=True)):
+        if os.path.isfile(path) and path not in own:
             account.paths += 1
             account.pass_over("beside the containers", os.path.relpath(path, name))
 

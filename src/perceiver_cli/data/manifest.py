@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -243,7 +243,7 @@ def _roles(shown: str, columns: list[str], options: DataConfig, labels: Labels) 
     if missing:
         kinds = ", ".join(sorted(preprocess.names()))
         expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if is_needed else "")
-        raise _wrong_columns(shown, columns, missing, expected)
+        raise _wrong_columns(shown, columns, missing, expected, paths.values())
     split = None if labels == "ignored" else _column(columns, ("split",))
     roles = Roles(paths, label, split, options.group_by)
     named = [("--path-column", column) for column in (options.path_column or {}).values()]
@@ -286,12 +286,20 @@ def _plain(column: str) -> str:
 
 
 def _wrong_columns(
-    shown: str, columns: list[str], missing: Iterable[tuple[str, Sequence[str]]], expected: str
+    shown: str,
+    columns: list[str],
+    missing: Iterable[tuple[str, Sequence[str]]],
+    expected: str,
+    taken: Collection[str] = (),
 ) -> ColumnError:
-    """Return the error of missing columns: each has the option that names it, its name and similar names."""
+    """Return the error of missing columns: each has the option that names it, its name and similar names.
+
+    taken: columns with another use, which are not suggested.
+    """
     near = []
+    free = [column for column in columns if column not in taken]
     for option, names in missing:
-        ratios = {c: max(difflib.SequenceMatcher(None, _plain(c), n).ratio() for n in names) for c in columns}
+        ratios = {c: max(difflib.SequenceMatcher(None, _plain(c), n).ratio() for n in names) for c in free}
         nearest = [column for column, ratio in ratios.items() if ratio == max(ratios.values()) >= NEAR]
         near.append(f"{option} {' or '.join(map(show_path, nearest)) or 'NAME'}")
     present = ", ".join(map(show_path, columns)) or "none"

@@ -23,6 +23,7 @@ from perceiver_cli.preprocess.detection import File
 from perceiver_cli.preprocess.source import Source
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: C:/ is a drive
+SEARCHED = 100_000  # paths that are looked at for a missing file
 ROOTED = re.compile(r"[A-Za-z]:[\\/]|\\\\|/")  # an absolute path, here or on Windows
 
 
@@ -66,9 +67,12 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
     first = next(iter(missing))
     place = f"paths are relative to {show_path(folder or '.')}"
     fault = f"{len(missing):,} of {counted(every, 'file')} do not exist, first {show_path(first)}"
+    advice = f"{place}; {_advice(first, folder)}"
+    if (lies := _elsewhere(first, folder)) is not None:
+        advice += f"; there is {show_path(lies)}"
     if every == len(missing) and labels != "ignored":
-        raise DataError(f"{shown}: {fault}", f"{place}; {_advice(first, folder)}")
-    notes.append(f"{fault}; {place}; {_advice(first, folder)}")
+        raise DataError(f"{shown}: {fault}", advice)
+    notes.append(f"{fault}; {advice}")
     return [_without_file(row, folder, place) if row.path in missing else row for row in rows], tuple(notes)
 
 
@@ -174,6 +178,18 @@ def _advice(path: str, folder: str) -> str:
         names = " and ".join(show_path(os.path.basename(name)) for name in sorted(beside)[:2])
         return f"the suffix is missing, and there are {names}"
     return "pass --root with the folder that holds them"
+
+
+def _elsewhere(path: str, folder: str) -> str | None:
+    """Return a file further below the folder whose path ends as the missing one does, None if none is soon found."""
+    left = SEARCHED
+    for place, _, names in os.walk(folder or "."):
+        if place != (folder or ".") and os.path.isfile(there := os.path.join(place, path)):
+            return there
+        left -= len(names) + 1
+        if left < 0:
+            break
+    return None
 
 
 def _other_case(path: str) -> str | None:

@@ -17,6 +17,8 @@ _TO_PNG, _TO_WAV, _TO_MP4 = (f"convert it: {command}" for command in (
 ))  # fmt: skip
 _DEVELOP = "convert it: darktable-cli IN OUT.png"
 _UNPACK = "unpack it: a folder of its files is read"
+_TO_PLY = "convert it: assimp export IN OUT.ply"
+_SCAN_TO_PLY = "convert it: CloudCompare -O IN -C_EXPORT_FMT PLY -SAVE_CLOUDS"
 _ARRAYS = "save its arrays as pictures or sounds, or one array a file with numpy.save"
 _SPACE = rb"\xef?\xbb?\xbf?\s*(?:<\?xml[^>]*>\s*)?(?:(?><!--.*?-->)\s*)*+"  # atomic: comments are not tried anew
 # The signature, what it is, and what makes a readable file of it. The first that matches counts.
@@ -26,6 +28,19 @@ FOREIGN = (
     (_SPACE + rb"(?i:<!doctype svg[^>]*>\s*)?<svg", "an SVG drawing", "convert it: rsvg-convert -o OUT.png IN"),
     (_SPACE + rb"(?i:<!doctype html|<html|<head|<body|<title|<script)",
      "a web page in place of the file", "download it again: the page may name what went wrong"),
+    (_SPACE + rb"<(?:COLLADA|X3D|amf)", "a 3-D scene of a format that is not read", _TO_PLY),
+    (rb"Kaydara FBX Binary|; FBX \d|#VRML |#X3D |MM(?!\0[*+]).{4}(?:\x02\0|==)|\$MeshFormat",
+     "a 3-D scene of a format that is not read", _TO_PLY),
+    (rb"\s*\{.{0,3000}?\"asset\"\s*:\s*\{[^}]*\"version\"", "a glTF in text, whose numbers lie in other files",
+     "convert it: gltf-transform copy IN OUT.glb"),
+    (rb"PK\x03\x04.{26}[^\0]{1,200}?(?:\.usd[ac]|\.model)|PXR-USDC|#usda ", "a USD or 3MF scene", "export it as GLB"),
+    (rb"BLENDER", "a Blender file", "export it as GLB"),
+    (rb"ISO-10303-21;", "a STEP drawing", "export its surfaces as STL"),
+    (rb"DRACO", "a mesh packed by Draco", "convert it: draco_decoder -i IN -o OUT.ply"),
+    (rb"ASTM-E57|\d+\s*\n\d+\s*\n(?:\S+ \S+ \S+\s*\n){4}(?:\S+ \S+ \S+ \S+\s*\n){4}", "a scan in E57 or PTX",
+     _SCAN_TO_PLY),
+    (rb"#binvox|NRRD0|# vtk DataFile", "a volume or grid (binvox, NRRD, VTK)", "save its points as PLY"),
+    (rb"#ROSBAG|\xd4\xc3\xb2\xa1|\xa1\xb2\xc3\xd4", "a recording of messages (ROS, pcap)", "write its clouds as PCD"),
     (rb"\xef?\xbb?\xbf?\s*<\?xml", "an XML document", ""),
     (rb"PK\x03\x04.{26}[^/]{1,200}/(?:data\.pkl|\.format_version|version|byteorder)", "a PyTorch file", _ARRAYS),
     (rb"PK\x03\x04.{26}[^\0]{1,200}?\.npy", "an .npz archive of arrays", _ARRAYS),

@@ -37,6 +37,7 @@ from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, hea
 from perceiver_cli.records.stream import BLOCK, Feed, is_sealed, is_tar, read_records
 
 INDEX_FORMAT = 3
+INDEX_SUFFIX = ".index"  # of the file beside a tar that holds its index
 UNSEALED_FORMAT = 2  # version 0.1.0's: without digests
 UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # mapped files allocate nothing
 READ_BYTES = 1 << 20  # per read
@@ -189,7 +190,7 @@ def _indexed(file: BinaryIO, path: str) -> Shards:
     tar = Tar(file, path)
     identity = {"format": INDEX_FORMAT, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "perceiver"
-    places = [Path(f"{path}.index"), cache / f"{key_of(os.path.abspath(path)):016x}.index"]
+    places = [Path(path + INDEX_SUFFIX), cache / f"{key_of(os.path.abspath(path)):016x}.index"]
     for place in places:
         if (cached := _read_index(place, identity, tar)) is not None:
             return cached
