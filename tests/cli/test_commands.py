@@ -440,6 +440,7 @@ def test_too_many_bad_files_exit_with_3_and_the_list(perceive: Perceive, bars: P
     done = perceive("train", "data", *SETS, "--steps", "2", cwd=tmp_path)
     assert done.returncode == 3
     assert b"5 of 120 files cannot be read, more than 1.0%; pass --max-bad 0.042" in done.stderr
+    assert b"\\n" not in done.stderr  # one line
     assert done.stderr.count(b".png'") == 5
 
 

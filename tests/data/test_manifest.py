@@ -296,6 +296,11 @@ def test_unicode_of_another_form_and_blanks_in_urls_are_found(data: Path) -> Non
     assert not scanned(data, table([("path", "label"), *rows])).bad
 
 
+def test_missing_files_are_looked_for_further_below(data: Path) -> None:
+    with pytest.raises(DataError, match=r"pass --root with the folder that holds them; there is '.*/001\.png'"):
+        scanned(data, "path,label\n001.png,a\n001.png,b\n")
+
+
 def test_a_name_without_suffix_that_two_files_have_is_missing(data: Path) -> None:
     (data / "cat" / "000.json").write_text("{}")
     catalog = scanned(data, table([("path", "label"), *ROWS, ("cat/000", "cat")]))
@@ -345,7 +350,6 @@ def test_paths_are_below_the_root(data: Path, tmp_path: Path) -> None:
         ("pictures\\a.png", "backslashes are read as slashes too"),
         ("CAT/000.PNG", "upper and lower case differ: there is "),
         ("else/a.png", "pass --root with the folder that holds them"),
-        ("001.png", "pass --root with the folder that holds them; there is '"),
         ("file://server/a.png", "no such file here"),
     ],
 )

@@ -8,7 +8,7 @@ import os
 import posixpath
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -37,7 +37,7 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
     """
     moved = _moved([path for row in rows for path in row.paths], folder)
     changed: dict[str, str] = {}
-    missing: dict[str, None] = {}
+    missing: Counter[str] = Counter()  # several rows may name one file
     every = 0
     suffixed = _Suffixed(folder)
 
@@ -52,7 +52,7 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
         if (found := suffixed.of(path)) is not None:
             changed[path] = found
             return found
-        missing[path] = None
+        missing[path] += 1
         return path
 
     rows = [row.with_paths(local) for row in rows]
@@ -66,11 +66,11 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
         return rows, tuple(notes)
     first = next(iter(missing))
     place = f"paths are relative to {show_path(folder or '.')}"
-    fault = f"{len(missing):,} of {counted(every, 'file')} do not exist, first {show_path(first)}"
+    fault = f"{missing.total():,} of {counted(every, 'file')} do not exist, first {show_path(first)}"
     advice = f"{place}; {_advice(first, folder)}"
     if (lies := _elsewhere(first, folder)) is not None:
         advice += f"; there is {show_path(lies)}"
-    if every == len(missing) and labels != "ignored":
+    if every == missing.total() and labels != "ignored":
         raise DataError(f"{shown}: {fault}", advice)
     notes.append(f"{fault}; {advice}")
     return [_without_file(row, folder, place) if row.path in missing else row for row in rows], tuple(notes)

@@ -27,7 +27,7 @@ from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
 
 FEW = 10  # unreadable files that never stop a run before all files were decoded
-LIST_BAD = 20  # unreadable files named in an error
+LIST_BAD = 5  # unreadable files named in an error
 
 
 @dataclass(frozen=True)
@@ -135,13 +135,14 @@ class Plan:
         too_many = len(errors) > allowed * looked_at and (whole or len(errors) > FEW)
         nothing = whole and len(errors) >= len(self.train_examples) and all(e.id in bad for e in self.train_examples)
         if too_many or nothing:
-            listed = "\n  ".join(errors[:LIST_BAD]) + ("\n  ..." if len(errors) > LIST_BAD else "")
+            more = ["...", "perceiver lint lists all"] if len(errors) > LIST_BAD else []
+            listed = "; ".join([*errors[:LIST_BAD], *more])
             if nothing:
-                raise DataError(f"no training file can be read:\n  {listed}")
+                raise DataError(f"no training file can be read: {listed}")
+            share = min(1.0, ceil(1000 * len(errors) / looked_at) / 1000)
             raise DataError(
                 f"{len(errors)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
-                f"pass --max-bad {min(1.0, ceil(1000 * len(errors) / looked_at) / 1000)} to continue without them:"
-                f"\n  {listed}"
+                f"pass --max-bad {share} to continue without them: {listed}"
             )
         return len(errors)
 
