@@ -11,6 +11,7 @@ import struct
 import time
 import tracemalloc
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -687,6 +688,16 @@ def test_mutants_give_an_array_or_a_data_error(seed: tuple[str, str], capfd: pyt
     assert good
     assert messages
     assert not any("\n" in message for message in messages)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_position_that_does_not_exist_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """PyAV printed a traceback for each seek of a damaged ASF to a place before its start."""
+    data = bytearray(encoded("asf", "wmv2", 12))
+    data[39:47] = b"\xff" * 8  # the size of an object
+    (tmp_path / "x.asf").write_bytes(data)
+    with suppress(DataError):
+        VIDEO.duration_s(Source(str(tmp_path / "x.asf")), LIMITS)
     assert capfd.readouterr().err == ""
 
 

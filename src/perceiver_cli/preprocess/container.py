@@ -130,7 +130,7 @@ def open_track(
         file.seek(0)
         # Twice the limit: a codec's frame is a little larger than its picture, which is checked later.
         options = {"max_pixels": str(2 * limits.video_pixels)}
-        with av.open(file, format=reader, options=options, io_open=refuse_reference) as container:
+        with av.open(_Seekable(file), format=reader, options=options, io_open=refuse_reference) as container:
             streams = getattr(container.streams, kind)
             stream = next((each for each in streams if not each.disposition.value & COVERS), None)
             if stream is None:
@@ -147,6 +147,22 @@ def open_track(
 def refuse_reference(url: str, *_: Any) -> None:
     """Raise OSError: PyAV calls this to open a file or address that the data names."""
     raise OSError(f"external reference refused: {url}")
+
+
+class _Seekable:
+    """A file for PyAV: a position that does not exist is answered with -1. PyAV prints a traceback of an exception."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        try:
+            return self.file.seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
 class Track:
