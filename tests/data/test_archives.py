@@ -505,10 +505,11 @@ def test_a_compressed_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_workers_find_members_in_place(
     folder: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     path = {"a.tar": WRITERS["dot.tar"], "a.zip": WRITERS["zip"], "a.tar.gz": WRITERS["tar.gz"]}[name](folder, tmp_path)
-    examples = scan(path).splits["train"]
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+        examples = scan(path).splits["train"]
     specs = {"image": ImageSpec(size=(12, 12), color="grey", mean=(0.5,), std=(0.25,))}
     batches = [
         [batch.segments["image"].values.numpy().tobytes() for batch in Reader(specs, Limits()).batches(tasks, workers)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -78,6 +79,19 @@ def test_a_loader_whose_worker_dies_says_so_where_it_is_read(bars: Path, sent: s
     else:
         with pytest.raises(ResourceError, match="one of 2 data workers was killed or stopped"):
             list(batches)
+
+
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_told(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker could not send its batch, and the loader waited for ever."""
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    reader = Reader({"image": ImageSpec(size=12)}, Limits())
+    with pytest.raises(ResourceError, match="too long for the sockets of workers: at most 71 bytes; set TMPDIR"):
+        list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 2))
+    assert len(list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 0))) == 120
 
 
 def hook(kind: type[Exception]) -> None:

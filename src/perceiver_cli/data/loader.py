@@ -30,6 +30,7 @@ from perceiver_cli.data.workers import (
     WATCH_S,
     begin_worker,
     check_files,
+    check_sockets,
     kill_all,
     start_method,
     starting_workers,
@@ -130,6 +131,7 @@ class Reader(Decoder, Dataset[Batch]):
         if workers:
             check_room()
             check_files(workers)
+            check_sockets()
         loader: DataLoader[Batch] = DataLoader(
             self,
             sampler=tasks,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +20,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from perceiver_cli.errors import ResourceError, counted
-from perceiver_cli.files import SHORTAGES, cause
+from perceiver_cli.files import SHORTAGES, cause, show_path
 from perceiver_cli.malloc import check_room
 
 CHUNK = 16  # inputs per message between processes
@@ -27,6 +29,7 @@ WATCH_S = 0.5  # between checks of workers, and of a worker's parent
 STOPPED_LOOKS = 4  # checks in a row before a stopped worker counts as dead: Ctrl-Z stops the parent too
 GROUP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # sent to all processes of a job
 
+MAX_SOCKET, SOCKET_NAME = 103, 32  # bytes of a socket's path, the shortest of all systems, and of its name in TMPDIR
 FILES_BESIDE, FILES_PER_WORKER = 16, 16  # descriptors that must be free: in all, and per worker
 
 Item = TypeVar("Item")
@@ -247,6 +250,18 @@ def check_files(workers: int) -> None:
     finally:
         for handle in opened:
             os.close(handle)
+
+
+def check_sockets() -> None:
+    """Raise ResourceError if the temporary folder is too long for the sockets of torch's workers: it would hang.
+
+    They send each array as a file through a socket of a name like TMPDIR/pymp-xxxxxxxx/listener-xxxxxxxx.
+    """
+    folder = tempfile.gettempdir()
+    spare = MAX_SOCKET - SOCKET_NAME
+    if hasattr(socket, "AF_UNIX") and len(os.fsencode(folder)) > spare:
+        fault = f"TMPDIR {show_path(folder)} is too long for the sockets of workers: at most {spare} bytes"
+        raise ResourceError(fault, "set TMPDIR to a shorter path, or pass --workers 0")
 
 
 def worker_died(workers: int) -> ResourceError:
