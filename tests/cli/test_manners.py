@@ -58,7 +58,7 @@ def hostile(tmp_path_factory: pytest.TempPathFactory, perceive: Perceive) -> Pat
                 Path(os.fsdecode(folder + b"/cut" + given + b".png")).write_bytes(image[:60])
     done = perceive("train", "data", "-o", b"run\x1b[31m\xff", "--max-bad", "1", "-v", *SETS, "--steps", "1", cwd=here)
     assert done.returncode == 0, done.stderr
-    assert b", 1 step in " in done.stderr
+    assert b"done: 1 step in " in done.stderr
     assert done.stdout == b"run\x1b[31m\xff/model.safetensors\n"
     assert not control(done.stderr)
     os.rename(os.fsencode(here) + b"/run\x1b[31m\xff", here / "run")

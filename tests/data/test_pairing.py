@@ -126,6 +126,8 @@ def test_rows_that_name_nothing_are_bad_and_rows_without_what_is_read_are_left_o
 
 def test_two_examples_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image,audio,label\na.png,a.wav,x\na.jpg,a.wav,y\n")
+    for name in ("a.png", "a.jpg", "a.wav"):
+        (tmp_path / name).write_bytes(b"x")
     with pytest.raises(DataError, match="two examples of the stem 'a'; rename the files"):
         scan(tmp_path / "m.csv")
 
