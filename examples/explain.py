@@ -57,7 +57,7 @@ def write_cloud(path: Path, kind: int, rng: Rng) -> None:
         ball = (kind if place == 3 else rng.integers(2)) == 0
         points /= np.linalg.norm(points, axis=1, keepdims=True) if ball else abs(points).max(axis=1, keepdims=True)
         parts.append(0.45 * points + [0, place, 0])
-    np.save(path.with_suffix(".npy"), rng.permutation(np.concatenate(parts)).astype(np.float32))
+    np.savetxt(path.with_suffix(".xyz"), rng.permutation(np.concatenate(parts)), "%.5f")
 
 
 def write_film(path: Path, kind: int, rng: Rng) -> None:
