@@ -81,6 +81,18 @@ def test_a_loader_whose_worker_dies_says_so_where_it_is_read(bars: Path, sent: s
             list(batches)
 
 
+def test_a_worker_that_dies_while_it_sends_is_told(bars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its broken connection is an EOFError, which ended the command with "Aborted!" and status 1."""
+
+    def cut(*_: object) -> object:
+        raise EOFError
+
+    reader = Reader({"image": ImageSpec(size=12)}, Limits())
+    monkeypatch.setattr("perceiver_cli.data.loader._received", cut)
+    with pytest.raises(ResourceError, match="one of 2 data workers was killed or stopped"):
+        list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 2))
+
+
 def test_a_temporary_folder_that_is_too_long_for_sockets_is_told(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

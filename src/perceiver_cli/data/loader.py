@@ -156,8 +156,8 @@ class Reader(Decoder, Dataset[Batch]):
             with watched(processes):
                 for batch in _received(batches, processes):
                     yield batch if pin else batch.own()  # the next batch may overwrite its slot
-        except (RuntimeError, ConnectionError) as error:
-            if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:  # a worker may die while an array of it is received
+            if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):
                 kill_all(processes)
                 raise worker_died(workers) from error
             raise
