@@ -107,7 +107,6 @@ class Plan:
             "modalities": list(self.catalog.modalities),
             "splits": {name: len(examples) for name, examples in self.catalog.splits.items()},
             "classes": self.catalog.counts("train"),
-            "files": self.account.to_dict(),
             "inputs": {
                 name: {"shape": list(layout.grid), "channels": layout.num_channels}
                 for name, layout in self.reader.layouts.items()

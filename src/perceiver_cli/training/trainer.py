@@ -89,7 +89,8 @@ class Trainer:
             times.append(time.perf_counter() - before)
         step_s = median(times) * train.accumulate
         eta_s = train.max_time_s or step_s * self.plan.planned_steps
-        return {**self.plan.summary(), "seconds_per_step": step_s, "eta_s": eta_s}
+        files = self.plan.account.to_dict()
+        return {**self.plan.summary(), "files": files, "seconds_per_step": step_s, "eta_s": eta_s}
 
     def fit(self) -> Iterator[Event]:
         """Train and yield events. A generator closed early leaves the last saved state to resume from.
