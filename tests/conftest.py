@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import os
 import subprocess
 import sys
@@ -57,6 +58,18 @@ def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int =
             pixels[(2 + 3 * k) % side] = 255
             Image.fromarray(pixels).save(folder / f"{i:03d}.png")
     return root
+
+
+def lack(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    """Make the import of a package fail, as where it is not installed."""
+    real = builtins.__import__
+
+    def without(name: str, *rest: object, **more: object) -> object:
+        if name.partition(".")[0] == package:
+            raise ImportError(name)
+        return real(name, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
 
 
 def detect(source: Source) -> str:

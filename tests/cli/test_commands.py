@@ -21,7 +21,7 @@ import soundfile
 from PIL import Image
 from safetensors.numpy import load_file
 
-from perceiver_cli.cli.train import kept
+from perceiver_cli.cli.train import kept_line
 from perceiver_cli.training.events import Evaluated
 from tests.conftest import SMALL, Perceive, write_clip, write_images
 
@@ -84,12 +84,12 @@ def test_evaluate_for_people(perceive: Perceive, here: Path, bars: Path) -> None
 def test_the_end_of_a_training_says_which_model_is_kept() -> None:
     """The rule of one standard error keeps a later model than that of the highest accuracy, and said "best"."""
     highest = Evaluated(40, 2.0, 0.3, 0.8808, 0.4, True, 9.0)
-    line = kept({"val_accuracy": 0.8742, "step": 80}, highest)
+    line = kept_line({"val_accuracy": 0.8742, "step": 80}, highest)
     assert line.startswith(
         "kept: the model of step 80, the last row with *: validation accuracy 0.8742; step 40 had 0.8808"
     )
-    assert kept({"val_accuracy": 0.8808, "step": 40}, highest).endswith("validation accuracy 0.8808")
-    assert kept({"val_accuracy": 0.5, "val_mAP": 0.25, "step": 1}, highest).endswith("accuracy 0.5000, mAP 0.2500")
+    assert kept_line({"val_accuracy": 0.8808, "step": 40}, highest).endswith("validation accuracy 0.8808")
+    assert kept_line({"val_accuracy": 0.5, "val_mAP": 0.25, "step": 1}, highest).endswith("accuracy 0.5000, mAP 0.2500")
 
 
 def test_resume_from_the_shell(perceive: Perceive, bars: Path, tmp_path: Path) -> None:

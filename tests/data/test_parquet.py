@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import os
@@ -22,7 +21,7 @@ from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL, write_images
+from tests.conftest import SMALL, lack, write_images
 from tests.data.test_archives import adds_up
 
 pa = pytest.importorskip("pyarrow")
@@ -223,14 +222,7 @@ def test_without_pyarrow_a_line_says_what_to_install(
     pictures: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pq.write_table(table(image=files(pictures[:2]), label=["a", "b"]), tmp_path / "x.parquet")
-    real = builtins.__import__
-
-    def refuse(name: str, *arguments: Any, **options: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *arguments, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    lack(monkeypatch, "pyarrow")
     with pytest.raises(UsageError, match=r"pyarrow, .*, is missing; pip install 'perceiver-cli\[parquet\]'"):
         scan(tmp_path / "x.parquet")
 

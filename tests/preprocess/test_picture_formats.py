@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import resource
 import struct
@@ -20,7 +19,7 @@ from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess.image import MODALITY, ImageSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from tests.conftest import detect
+from tests.conftest import detect, lack
 
 LIMITS = Limits()
 SMOOTH = np.add.outer(np.arange(32), np.arange(48))[..., None] * np.array([1, 2, 3]) % 200 + 20
@@ -95,14 +94,8 @@ def test_a_heic_is_turned_once(orientation: int) -> None:
 
 
 def test_a_missing_pillow_heif_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    data, real = encoded(Image.fromarray(SMOOTH.astype(np.uint8)), "HEIF"), builtins.__import__
-
-    def without(name: str, *rest: object, **more: object) -> object:
-        if name == "pillow_heif":
-            raise ImportError(name)
-        return real(name, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    data = encoded(Image.fromarray(SMOOTH.astype(np.uint8)), "HEIF")
+    lack(monkeypatch, "pillow_heif")
     with pytest.raises(UsageError, match=r"pip install 'perceiver-cli\[heif\]'"):
         load(data)
 

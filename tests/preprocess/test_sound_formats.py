@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import struct
 
@@ -15,7 +14,7 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.audio import MODALITY as AUDIO, AudioSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from tests.conftest import detect
+from tests.conftest import detect, lack
 
 LIMITS = Limits()
 RATE = 16_000
@@ -66,14 +65,7 @@ def refused(data: bytes, name: str = "x") -> str:
 
 @pytest.fixture
 def without_av(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object, **more: object) -> object:
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    lack(monkeypatch, "av")
 
 
 def is_all_of(found: np.ndarray, samples: np.ndarray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import gc
 import io
 import math
@@ -28,7 +27,7 @@ from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.video import MODALITY as VIDEO, VideoSpec
-from tests.conftest import decode, detect
+from tests.conftest import decode, detect, lack
 
 LIMITS = Limits()
 HEIGHT, WIDTH, RATE = 48, 64, 25
@@ -649,14 +648,7 @@ def test_what_holds_sound_only_is_sound() -> None:
 
 
 def test_a_missing_pyav_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def without(name: str, *rest: object, **more: object) -> object:
-        if name == "av":
-            raise ImportError(name)
-        return real(name, *rest, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    lack(monkeypatch, "av")
     with pytest.raises(UsageError, match=r"pip install 'perceiver-cli\[video\]'"):
         VIDEO.load(Source("x", encoded()), VideoSpec(), LIMITS)
     assert len(load(animation("GIF", [100, 100], loop=0), frame_rate_hz=10.0)) == 2

@@ -201,14 +201,14 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     ending = "stopped early and saved" if event.stopped_early else "done"
     say(f"{ending}: {counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
     if "val_accuracy" in event.metrics:
-        say(kept(event.metrics, display.highest))
+        say(kept_line(event.metrics, display.highest))
     if received:
         say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
     emit(f"{event.model}\n")
 
 
-def kept(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
+def kept_line(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
     """Return a line about the kept model, which may be a later one than that of the highest validation accuracy."""
     accuracy = metrics["val_accuracy"]
     several = f", mAP {metrics['val_mAP']:.4f}" if "val_mAP" in metrics else ""  # which decides then

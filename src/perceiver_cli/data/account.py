@@ -103,6 +103,13 @@ class Account:
         groups = self.num_used + self.num_passed_over + self.unreadable.count + self.unlabelled.count
         return self.folders + groups
 
+    def _ranked(self) -> list[tuple[str, Paths]]:
+        """Return why paths were passed over, the most common reason first."""
+        return sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
+
+    def _lost(self) -> tuple[tuple[str, Paths], ...]:
+        return ("unreadable", self.unreadable), ("without a label", self.unlabelled)
+
     def brief(self) -> list[str]:
         """Return a summary of one to three lines."""
         files = self.paths + self.linked + self.absent - self.folders
@@ -110,15 +117,12 @@ class Account:
             return ["there is no file"]
         if self.num_used == files:
             return [f"all {counted(files, 'file')} are used" if files > 1 else f"{counted(files, 'file')} is used"]
-        ranked = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
-        reasons = [f"{paths.count:,} {reason}" for reason, paths in ranked]
+        reasons = [f"{paths.count:,} {reason}" for reason, paths in self._ranked()]
         reasons = reasons[:REASONS] + (["..."] if len(reasons) > REASONS else [])
         total = f"{self.num_passed_over:,}: " if len(reasons) > 1 else ""
         over = f"; passed over {total}{', '.join(reasons)}" if reasons else ""
         lines = [f"{self.num_used:,} of {counted(files, 'file')} {'is' if files == 1 else 'are'} used{over}"]
-        for word, paths in (("unreadable", self.unreadable), ("without a label", self.unlabelled)):
-            lines += [f"{paths.count} {word}: {paths}"] if paths.count else []
-        return lines
+        return lines + [f"{paths.count} {word}: {paths}" for word, paths in self._lost() if paths.count]
 
     def lines(self) -> list[str]:
         """Return the whole account as lines, which add up to the first."""
@@ -126,10 +130,8 @@ class Account:
         found += f", {self.linked} behind links" if self.linked else ""
         found += f", {self.absent} named again or not found" if self.absent else ""
         rows = [(self.folders, "folders"), *((count, f"used in {split}") for split, count in sorted(self.used.items()))]
-        over = sorted(self.passed_over.items(), key=lambda pair: (-pair[1].count, pair[0]))
-        rows += [(paths.count, f"passed over, {reason}: {paths}") for reason, paths in over]
-        for word, paths in (("unreadable", self.unreadable), ("without a label", self.unlabelled)):
-            rows.append((paths.count, f"{word}: {paths}"))
+        rows += [(paths.count, f"passed over, {reason}: {paths}") for reason, paths in self._ranked()]
+        rows += [(paths.count, f"{word}: {paths}") for word, paths in self._lost()]
         return [found, *(f"{count:>10} {text}" for count, text in rows if count)]
 
     def to_dict(self) -> dict[str, Any]:

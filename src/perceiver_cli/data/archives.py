@@ -237,12 +237,12 @@ def opened(path: str) -> Contents:
             if compression(file.read(BLOCK)) is None:
                 return contents_of(file, Archive(path, path, state_of(file)))
             file.seek(0)
-            return received(unpacked(file, path)[1], path, state_of(file)[0])
+            return contents_of_stream(unpacked(file, path)[1], path, state_of(file)[0])
     except OSError as error:
         raise cannot_read(path, error) from error
 
 
-def received(file: BinaryIO, name: str, packed: int = 0) -> Contents:
+def contents_of_stream(file: BinaryIO, name: str, packed: int = 0) -> Contents:
     """Return what the archive in a stream holds, which is copied; see `members.copied`."""
     archive = copied(file, name, packed)
     with archive.buffered() as copy:

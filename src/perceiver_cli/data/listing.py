@@ -12,7 +12,7 @@ from typing import BinaryIO, TypeVar
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
-from perceiver_cli.data.archives import Contents, opened, received
+from perceiver_cli.data.archives import Contents, contents_of_stream, opened
 from perceiver_cli.data.cells import SUFFIXES
 from perceiver_cli.data.containers import beside, check_foreign, containers, splits_of
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
@@ -134,7 +134,7 @@ def _of_containers(name: str, kind: str, paths: list[str], labels: Labels, optio
 
 def listed_stream(file: BinaryIO, name: str, labels: Labels = "needed", options: DataConfig = NO_OPTIONS) -> Listing:
     """Return the listing of a tar or zip that arrives in a stream, which is copied; see `listed`."""
-    return _of_archives([received(file, name)], name, labels, options, Account())
+    return _of_archives([contents_of_stream(file, name)], name, labels, options, Account())
 
 
 def _of_archives(

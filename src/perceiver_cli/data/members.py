@@ -197,7 +197,7 @@ def copied(file: BinaryIO, name: str, packed: int = 0) -> Archive:
                     raise DataError(fault, "unpack it by hand, if that is meant")
                 yield block
 
-    return spooled(blocks(), name)
+    return archive_of(blocks(), name)
 
 
 @contextmanager
@@ -231,7 +231,7 @@ class _Replay(io.RawIOBase):
         return len(data)
 
 
-def spooled(blocks: Iterable[bytes], name: str) -> Archive:
+def archive_of(blocks: Iterable[bytes], name: str) -> Archive:
     """Return an archive of blocks of bytes in a temporary file, which ends with the process. Raises ResourceError."""
     folder = tempfile.gettempdir()
     try:

@@ -17,7 +17,7 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of
 from perceiver_cli.data.manifest import LABEL_COLUMNS, LIKE_LABEL, NEEDED, SPLIT_NAMES, ColumnError, Labels, Row
-from perceiver_cli.data.members import Archive, Slice, spooled
+from perceiver_cli.data.members import Archive, Slice, archive_of
 from perceiver_cli.data.tables import TableFile, is_list
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
@@ -84,7 +84,7 @@ def rows_of_tables(
                         done += len(data or b"")
 
     places: dict[int, str] = {}  # of files that a table only names
-    archive = spooled(blocks(), paths[0] if len(paths) == 1 else os.path.commonpath(paths))
+    archive = archive_of(blocks(), paths[0] if len(paths) == 1 else os.path.commonpath(paths))
     rows = []
     for number, (row, path, (at, size)) in enumerate(found):
         shown = os.path.join(os.path.dirname(paths[0]), path)

@@ -87,14 +87,14 @@ FOREIGN = (
 
 def described(head: bytes, name: str) -> tuple[str, str] | None:
     """Return what a file is that begins with `head` and what makes a readable one of it, or None if it is unknown."""
-    if is_raw(head, name):
+    if is_camera_raw(head, name):
         return _RAW, _DEVELOP
     if ".tfrecord" in name.lower():  # it begins with a length
         return "a TFRecord", "save each item as a file, with the package tensorflow"
     return next(((what, how) for each, what, how in FOREIGN if re.match(each, head, re.DOTALL)), None)
 
 
-def is_raw(head: bytes, name: str) -> bool:
+def is_camera_raw(head: bytes, name: str) -> bool:
     """Return whether a TIFF is a raw camera picture: a DNG, with a thumbnail as its first page, or by its suffix."""
     if head[:4] not in (b"II*\0", b"MM\0*"):
         return False

@@ -24,7 +24,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, patchify
-from perceiver_cli.preprocess.foreign import is_raw
+from perceiver_cli.preprocess.foreign import is_camera_raw
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize, upright
 from perceiver_cli.preprocess.randaugment import randaugment
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors, probed
@@ -234,7 +234,7 @@ class ImageModality(Modality[ImageSpec]):
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
-        return format_of(head) is not None and not is_raw(head, name)
+        return format_of(head) is not None and not is_camera_raw(head, name)
 
     def load(self, source: Source, spec: ImageSpec, limits: Limits) -> Array:
         """Return (H, W, c) uint8, upright, transparent pixels on white; c is 1 for grey and 3 for RGB.

@@ -171,13 +171,13 @@ def _pcd_columns(columns: Mapping[str, Array]) -> dict[str, Array]:
     return named
 
 
-def suffix_of(name: str) -> str:
+def raw_suffix(name: str) -> str:
     """Return the suffix of a name in lower case without a dot; nuScenes' "pcd.bin" is one."""
     name = name.lower()
     return "pcd.bin" if name.endswith(".pcd.bin") else name.rpartition(".")[2]
 
 
-def is_raw(head: bytes, suffix: str) -> bool:
+def is_raw_cloud(head: bytes, suffix: str) -> bool:
     """Return whether a .bin begins with points as KITTI has them, or a .pcd.bin as nuScenes.
 
     Other .bin are not: whole numbers, embeddings, samples of sound, whose fourth numbers may be negative.
@@ -196,7 +196,7 @@ def is_raw(head: bytes, suffix: str) -> bool:
 
 def read_raw(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the points of float32 x, y, z, intensity (KITTI), and ring (nuScenes)."""
-    names = RAW[suffix_of(source.name)]
+    names = RAW[raw_suffix(source.name)]
     columns = len(names)
     if len(data) % (4 * columns):
         raise DataError(f"{source.shown}: {len(data)} bytes, no multiple of {4 * columns}",

@@ -31,10 +31,10 @@ from perceiver_cli.preprocess.geometry import (
     unix_lines,
 )  # fmt: skip
 from perceiver_cli.preprocess.glb_files import read_glb
-from perceiver_cli.preprocess.lidar_files import is_pcd, is_raw, read_las, read_pcd, read_raw, suffix_of
+from perceiver_cli.preprocess.lidar_files import is_pcd, is_raw_cloud, raw_suffix, read_las, read_pcd, read_raw
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.preprocess.tables import are_points, may_be_points, read_array, read_table
+from perceiver_cli.preprocess.tables import are_points, may_be_points, read_array, read_points
 
 Property = tuple[str, str, str]  # of a PLY: name, NumPy type, NumPy type of a list's length or ""
 Element = tuple[str, int, list[Property]]  # of a PLY: name, number of rows, properties of a row
@@ -343,8 +343,8 @@ FORMATS = {
     "NPY": MeshFormat(
         lambda head, suffix: head.startswith(b"\x93NUMPY") and are_points(head, suffix), read_array, True
     ),
-    "XYZ": MeshFormat(are_points, read_table, True),
-    "KITTI's BIN": MeshFormat(is_raw, read_raw, True),
+    "XYZ": MeshFormat(are_points, read_points, True),
+    "KITTI's BIN": MeshFormat(is_raw_cloud, read_raw, True),
 }
 
 
@@ -353,7 +353,7 @@ def mesh_format(head: bytes, name: str, *, asked: bool = False) -> MeshFormat | 
 
     asked: the user says that it is one, so that a table of any name will do.
     """
-    suffix, head = suffix_of(name), head.removeprefix(BOM)
+    suffix, head = raw_suffix(name), head.removeprefix(BOM)
     known = next((known for known in FORMATS.values() if known.matches(head, suffix)), None)
     if known is None and asked and head.startswith(b"\x93NUMPY"):
         return FORMATS["NPY"]

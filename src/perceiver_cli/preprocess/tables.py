@@ -172,7 +172,7 @@ def described(head: bytes) -> str | None:
     return None if shape is None or shape[1] < 2 else f"a table of {shape[1]} numbers a line"
 
 
-def read_table(source: Source, data: bytes, limits: Limits) -> Mesh:
+def read_points(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the points of a text with three or more numbers a line. Raises DataError if its count does not fit."""
     data = unix_lines(data)
     check_counts(source, data.count(b"\n"), 0, limits)
