@@ -88,7 +88,7 @@ def test_a_worker_that_dies_while_it_sends_is_told(bars: Path, monkeypatch: pyte
         raise EOFError
 
     reader = Reader({"image": ImageSpec(size=12)}, Limits())
-    monkeypatch.setattr("perceiver_cli.data.loader._received", cut)
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__next__", cut)
     with pytest.raises(ResourceError, match="one of 2 data workers was killed or stopped"):
         list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 2))
 

@@ -156,8 +156,8 @@ class Reader(Decoder, Dataset[Batch]):
             with watched(processes):
                 for batch in _received(batches, processes):
                     yield batch if pin else batch.own()  # the next batch may overwrite its slot
-        except (RuntimeError, ConnectionError, EOFError) as error:  # a worker may die while an array of it is received
-            if not isinstance(error, RuntimeError) or "DataLoader worker" in str(error):
+        except (RuntimeError, ConnectionError) as error:
+            if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
                 kill_all(processes)
                 raise worker_died(workers) from error
             raise
@@ -184,6 +184,9 @@ def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Ite
             except RuntimeError as error:
                 if "DataLoader timed out" not in str(error):
                     raise
+            except (EOFError, ConnectionError):  # a worker died while an array of it was received
+                break
+        kill_all(processes)  # before torch's handler is back, which would raise for each of them
         raise ConnectionError("a data worker died")
     finally:
         if handler is not None:
