@@ -63,7 +63,7 @@ def total(files: dict[str, Any]) -> int:
 
 def check_total(folder: Path, files: dict[str, Any]) -> None:
     assert files["paths"] == found(folder)
-    assert total(files) == files["paths"] + files["linked"] + files["absent"]
+    assert total(files) == files["paths"] + files["linked"] + files["inside"] + files["absent"]
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_every_command_says_all_of_it(odd: Path, tmp_path: Path, run: Run) -> No
     prepared = run("preprocess", odd, "-o", tmp_path / "odd.tar", status=3)
     assert summary in prepared.stderr
     records = json.loads(run("lint", tmp_path / "odd.tar", "--json", status=3).stdout)["files"]
-    assert records["paths"] == total(records) == len(rows)
+    assert records["inside"] == total(records) - 1 == len(rows)  # and the tar itself
 
 
 def test_a_manifest_accounts_for_the_files_that_it_names(tmp_path: Path, run: Run) -> None:
@@ -235,7 +235,8 @@ def test_files_beside_records_are_counted(tmp_path: Path, run: Run) -> None:
     for _ in range(2):  # the first time, an index is written
         files = json.loads(run("train", "data", "--dry-run", cwd=tmp_path).stdout)["files"]
     assert sum(files["used"].values()) == files["passed_over"]["beside the containers"]["count"] == 12
-    assert total(files) == files["paths"]
+    check_total(tmp_path / "data", files)
+    assert (files["inside"], files["passed_over"]["an index of records"]["count"]) == (12, 1)
 
 
 def test_a_folder_without_usable_files_names_the_first_cause(tmp_path: Path) -> None:

@@ -34,16 +34,17 @@ class Paths:
 class Account:
     """What became of every path of a data set: each is in one of the groups below.
 
-    paths: what `find` counts below a data folder, itself included; of a manifest the files that it names, of archives
-    their members. linked: paths behind links to folders, which `find -L` counts too. absent: files that metadata names
-    and that were not found below the folder, or names again.
+    paths: what `find` counts below a data folder, itself included; of a manifest the files that it names. linked: paths
+    behind links to folders, which `find -L` counts too. inside: members of archives, cells of tables, records. absent:
+    files that metadata names and that were not found below the folder, or names again.
 
-    folders: folders that were listed. used: files by split. passed_over: paths by reason. unreadable, unlabelled:
-    files.
+    folders: folders, archives and tables that were listed. used: files by split. passed_over: paths by reason.
+    unreadable, unlabelled: files.
     """
 
     paths: int = 0
     linked: int = 0
+    inside: int = 0
     absent: int = 0
     folders: int = 0
     used: dict[str, int] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Account:
         """Add the account of another input."""
         self.paths += other.paths
         self.linked += other.linked
+        self.inside += other.inside
         self.absent += other.absent
         self.folders += other.folders
         for split, count in other.used.items():
@@ -98,8 +100,13 @@ class Account:
         return sum(paths.count for paths in self.passed_over.values())
 
     @property
+    def found(self) -> int:
+        """The number of paths that were given, all kinds together."""
+        return self.paths + self.linked + self.inside + self.absent
+
+    @property
     def total(self) -> int:
-        """The sum of the groups; it is `paths` + `linked` + `absent`, unless a path was lost."""
+        """The sum of the groups; it is `found`, unless a path was lost."""
         groups = self.num_used + self.num_passed_over + self.unreadable.count + self.unlabelled.count
         return self.folders + groups
 
@@ -112,7 +119,7 @@ class Account:
 
     def brief(self) -> list[str]:
         """Return a summary of one to three lines."""
-        files = self.paths + self.linked + self.absent - self.folders
+        files = self.found - self.folders
         if not files:
             return ["there is no file"]
         if self.num_used == files:
@@ -128,8 +135,10 @@ class Account:
         """Return the whole account as lines, which add up to the first."""
         found = f"{self.paths} paths"
         found += f", {self.linked} behind links" if self.linked else ""
+        found += f", {self.inside} in archives and tables" if self.inside else ""
         found += f", {self.absent} named again or not found" if self.absent else ""
-        rows = [(self.folders, "folders"), *((count, f"used in {split}") for split, count in sorted(self.used.items()))]
+        rows = [(self.folders, "folders, archives and tables" if self.inside else "folders")]
+        rows += [(count, f"used in {split}") for split, count in sorted(self.used.items())]
         rows += [(paths.count, f"passed over, {reason}: {paths}") for reason, paths in self._ranked()]
         rows += [(paths.count, f"{word}: {paths}") for word, paths in self._lost()]
         return [found, *(f"{count:>10} {text}" for count, text in rows if count)]
@@ -139,6 +148,7 @@ class Account:
         return {
             "paths": self.paths,
             "linked": self.linked,
+            "inside": self.inside,
             "absent": self.absent,
             "folders": self.folders,
             "used": dict(sorted(self.used.items())),

@@ -465,7 +465,7 @@ def _records_catalog(
     records = {split: Records(shards, own, label_classes, brings) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
     account = beside or Account()
-    account.paths += len(shards)
+    account.inside += len(shards)
     return Catalog(
         root, tuple(brings), kinds, ordered, records, tuple(notes), header.multi_label, header, group_by, account
     )

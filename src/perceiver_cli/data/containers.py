@@ -11,11 +11,11 @@ from contextlib import suppress
 
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import holds_records, kind_of, unpacked
-from perceiver_cli.data.folders import METADATA
+from perceiver_cli.data.folders import METADATA, entries, walk
 from perceiver_cli.data.manifest import SPLIT_NAMES, is_manifest, top_split
 from perceiver_cli.data.tables import holds_files
 from perceiver_cli.errors import DataError, PerceiverError, counted
-from perceiver_cli.files import cannot_read, open_file, show_path
+from perceiver_cli.files import open_file, show_path
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.foreign import ZIP, described
 from perceiver_cli.preprocess.source import Source
@@ -77,11 +77,11 @@ def kind_of_stream(head: bytes) -> str | None:
 
 def _in_folder(top: str) -> list[str]:
     """Return the containers in a folder, its folders of splits and its folder `data`; none if it has other folders."""
-    names, folders = _entries(top)
+    names, folders = _names(top)
     paths = [os.path.join(top, name) for name in names]
     for folder in folders:
         if top_split(folder) or folder.lower() == DATA_FOLDER:
-            paths += [os.path.join(top, folder, name) for name in _entries(os.path.join(top, folder))[0]]
+            paths += [os.path.join(top, folder, name) for name in _names(os.path.join(top, folder))[0]]
     paths = [path for path in paths if os.path.basename(path).lower() not in METADATA]
     for suffixes in SUFFIXES.values():
         if found := [path for path in paths if path.lower().endswith(suffixes)]:
@@ -90,30 +90,28 @@ def _in_folder(top: str) -> list[str]:
     return []
 
 
-def _entries(folder: str) -> tuple[list[str], list[str]]:
+def _names(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the files and of the folders in a folder, sorted, without hidden ones."""
-    files: list[str] = []
-    folders: list[str] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                is_folder = False
-                with suppress(OSError):  # a link to itself
-                    is_folder = entry.is_dir()
-                if not entry.name.startswith("."):
-                    (folders if is_folder else files).append(entry.name)
-    except OSError as error:
-        raise cannot_read(folder, error) from error
-    return sorted(files), sorted(folders)
+    names = [entry.name for entry in entries(folder) if not entry.name.startswith(".")]
+    folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
+    return [name for name in names if name not in folders], folders
 
 
-def beside(name: str, paths: Sequence[str], account: Account) -> None:
-    """Count the files in a folder that lie beside its containers, without their indices."""
-    own = {*paths, *(path + INDEX_SUFFIX for path in paths)}
-    for path in sorted(glob.iglob(os.path.join(glob.escape(name), "**"), recursive=True)):
-        if os.path.isfile(path) and path not in own:
-            account.paths += 1
-            account.pass_over("beside the containers", os.path.relpath(path, name))
+def count_containers(name: str, paths: Sequence[str], account: Account) -> None:
+    """Count containers, and every path beside them if they lie in a folder; their files are counted as they are read.
+
+    name: the folder, or what else the paths were found by.
+    """
+    account.folders += len(paths)
+    if not os.path.isdir(name):
+        account.paths += len(paths)
+        return
+    own = {os.path.relpath(path, name).replace(os.sep, "/") for path in paths}
+    for path, is_folder in walk(name, account):
+        if path.endswith(INDEX_SUFFIX) and path.removesuffix(INDEX_SUFFIX) in own:
+            account.pass_over("an index of records", path)
+        elif not is_folder and path not in own:
+            account.pass_over("beside the containers", path)
 
 
 def _matches(pattern: str) -> list[str]:
@@ -170,7 +168,7 @@ def check_foreign(name: str) -> None:
     """Raise DataError for a file of a format that is not read, or a folder of nothing but such files."""
     paths = [name]
     if os.path.isdir(name):
-        names, folders = _entries(name)
+        names, folders = _names(name)
         paths = [os.path.join(name, each) for each in names if not each.lower().endswith(PAGES)] if not folders else []
     first = next(map(_refused, paths), None)
     if first is not None and all(map(_refused, paths)):

@@ -62,10 +62,10 @@ def _walk(
 ) -> Iterator[tuple[str, bool]]:
     """Yield as `walk` for a folder `below` the top. above: the folders that contain it; entered: through links."""
     folder = os.path.join(top, below) if below else top
-    entries = _entries(folder)
+    listed = entries(folder)
     account.folders += 1
-    if below and _is_output(entries):
-        num_below = sum(map(_count, entries))
+    if below and _is_output(listed):
+        num_below = sum(map(_count, listed))
         _found(account, num_below, linked=linked)
         account.folders -= 1
         account.pass_over("written by this program", below, num_below + 1)
@@ -73,7 +73,7 @@ def _walk(
     if below:
         yield below, True
     folders = []
-    for entry in entries:
+    for entry in listed:
         name = f"{below}/{entry.name}" if below else entry.name  # slashes on any system: it becomes an id
         reason = reason_of(entry.name)
         count = 1 if reason is None else _count(entry)
@@ -106,12 +106,12 @@ def reason_of(name: str) -> str | None:
     return "unfinished or a backup" if LEFT_OVER.fullmatch(name) else None
 
 
-def _is_output(entries: Sequence[os.DirEntry[str]]) -> bool:
+def _is_output(listed: Sequence[os.DirEntry[str]]) -> bool:
     """Return whether a folder was written by this program, or is one of run folders, such as runs/."""
-    names = {entry.name for entry in entries}
+    names = {entry.name for entry in listed}
     if "latest" in names:
-        runs = [entry for entry in entries if entry.name != "latest" and entry.is_dir(follow_symlinks=False)]
-        return bool(runs) and all(_is_output(_entries(run.path)) for run in runs)
+        runs = [entry for entry in listed if entry.name != "latest" and entry.is_dir(follow_symlinks=False)]
+        return bool(runs) and all(_is_output(entries(run.path)) for run in runs)
     return any(output <= names for output in OUTPUTS)
 
 
@@ -122,11 +122,11 @@ def _found(account: Account, count: int, *, linked: bool) -> None:
         account.paths += count
 
 
-def _entries(folder: str) -> list[os.DirEntry[str]]:
+def entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the entries of a folder by name. Raises DataError if it cannot be listed."""
     try:
-        with os.scandir(folder) as entries:
-            return sorted(entries, key=lambda entry: entry.name)
+        with os.scandir(folder) as unsorted:
+            return sorted(unsorted, key=lambda entry: entry.name)
     except OSError as error:
         raise cannot_read(error.filename or folder, error) from error
 

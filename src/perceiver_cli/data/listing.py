@@ -14,7 +14,7 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import Contents, contents_of_stream, opened
 from perceiver_cli.data.cells import SUFFIXES
-from perceiver_cli.data.containers import beside, check_foreign, containers, splits_of
+from perceiver_cli.data.containers import check_foreign, containers, count_containers, splits_of
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
 from perceiver_cli.data.manifest import NEEDED, NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
 from perceiver_cli.data.parquet import rows_of_tables
@@ -120,8 +120,7 @@ def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None
 def _of_containers(name: str, kind: str, paths: list[str], labels: Labels, options: DataConfig) -> Listing:
     """Return the listing of containers at a path."""
     account = Account()
-    if os.path.isdir(name):
-        beside(name, paths, account)
+    count_containers(name, paths, account)
     if kind == "records":
         return Listing(tars=tuple(paths), account=account)
     if kind == "tables":

@@ -71,7 +71,7 @@ def rows_of_tables(
                 for column in columns.files:
                     path = row.path if len(columns.files) == 1 else f"{row.path}.{column}"
                     data, where = _file(cells[column], table.path)
-                    account.paths += 1
+                    account.inside += 1
                     if data is None and where is None:
                         account.pass_over("an empty cell", path)
                     elif labels in NEEDED and not row.labels:

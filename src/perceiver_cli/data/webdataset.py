@@ -16,7 +16,7 @@ from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of, splits_of
 from perceiver_cli.data.folders import METADATA, reason_of
 from perceiver_cli.data.layout import by_folder
-from perceiver_cli.data.manifest import NEEDED, ColumnError, Labels, Row, read_manifest, top_split
+from perceiver_cli.data.manifest import NEEDED, SPLIT_NAMES, ColumnError, Labels, Row, read_manifest, top_split
 from perceiver_cli.data.pairing import MOST, stem
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import parse_json, show_path, show_text
@@ -56,9 +56,9 @@ def rows_of(
 ) -> tuple[list[Row], bool]:
     """Return a row for each file of tars and zips that may hold data, and whether the data is multi-label.
 
-    Labels are those of KEY.cls, metadata, a field of KEY.json, or class folders, in an archive or in its one folder at
-    the top. labels: see `listing.listed`. account: counts every member. Raises DataError for damaged labels, and if
-    labels are needed and missing.
+    Labels are those of KEY.cls, metadata, a field of KEY.json, class folders, in an archive or in its one folder at the
+    top, or the names of the archives. labels: see `listing.listed`. account: counts every member. Raises DataError for
+    damaged labels, and if labels are needed and missing.
     """
     splits = splits_of([contents.archive.path for contents in each])
     archives = [_packed(contents, split, account) for contents, split in zip(each, splits, strict=True)]
@@ -76,7 +76,7 @@ def rows_of(
             return described
         if options.label_column is None:
             rows = [row for packed in archives for row in _by_folder(packed, account, notes)]
-            if rows:
+            if rows or (rows := _by_archive(archives, notes)):
                 return rows, False
     is_keyed = is_keyed or _has_facts(archives)
     files = [(packed, *each) for packed in archives for each in _data_files(packed, is_keyed, account)]
@@ -92,7 +92,7 @@ def rows_of(
 
 def _packed(contents: Contents, split: str, account: Account) -> Packed:
     """Return the files of an archive that may hold data; the account gets all others."""
-    account.paths += len(contents.files) + len(contents.folders) + len(contents.unread)
+    account.inside += len(contents.files) + len(contents.folders) + len(contents.unread)
     account.folders += len(contents.folders)
     for reason, path in contents.unread:
         account.pass_over(reason, path)
@@ -340,6 +340,28 @@ def _by_folder(packed: Packed, account: Account, notes: list[str]) -> list[Row]:
         split = row.split if packed.split == "train" else packed.split
         found.append(Row(path, split=split, labels=row.labels, source=packed.source(below[row.path], path)))
     return found
+
+
+def _by_archive(archives: Sequence[Packed], notes: list[str]) -> list[Row]:
+    """Return the rows of archives that are named after classes, as ImageNet's; none if the names are those of shards.
+
+    Names of shards differ in their numbers alone, or name splits. ImageNet's classes do too: n and eight digits.
+    """
+    names = [os.path.basename(name_of(packed.contents.archive.path)) for packed in archives]
+    words = {word for name in names for word in re.split(r"[^a-z]+", name.lower())}
+    forms = {re.sub(r"\d+", "0", name) for name in names}
+    are_classes = len(forms) > 1 or all(re.fullmatch(r"n\d{8}", name) for name in names)
+    if len(set(names)) < 2 or not are_classes or not words.isdisjoint(SPLIT_NAMES):
+        return []
+    if not all(packed.files and not any("/" in path for path in packed.files) for packed in archives):
+        return []
+    notes.append(f"classes are archives: {counted(len(set(names)), 'name')}, the first {show_path(min(names))}")
+    rows = []
+    for packed, name in zip(archives, names, strict=True):
+        for path in sorted(packed.files, key=_as_walked):
+            shown = f"{name_of(packed.contents.archive.path)}/{path}"
+            rows.append(Row(shown, split=packed.split, labels=(name,), source=packed.source(path, shown)))
+    return rows
 
 
 def _top(files: Iterable[str]) -> str:
