@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # One more than there are cores: some tests wait for others.
 PYTEST := -m pytest -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist worksteal
 
-SLOW   := tests/test_pages.py tests/benchmarks tests/model/test_export.py
+SLOW   := tests/test_pages.py tests/benchmarks tests/model/test_export.py tests/slow
 
 .PHONY: help demo test slow faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help

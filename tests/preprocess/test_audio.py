@@ -353,17 +353,49 @@ def test_a_video_without_sound_says_so() -> None:
 # ---------------------------------------------------------------- rate "auto"
 
 
-def test_auto_rate_is_the_commonest_up_to_the_cap() -> None:
-    def source(rate: int) -> Source:
-        return Source(f"{rate}", encoded(SINE[:100], rate=rate))
+def at_rate(rate: int, samples: int = 100) -> Source:
+    return Source(f"{rate}", encoded(SINE[:samples], rate=rate))
 
+
+BAD = Source("bad", b"RIFF\0\0\0\0WAVEnothing")
+
+
+@pytest.mark.parametrize(
+    ("rates", "chosen"),
+    [
+        ([8_000] * 4, 8_000),
+        (
+            [8_000] * 21 + [16_000] * 20 + [22_050] * 20 + [44_100] * 20 + [48_000] * 19,
+            16_000,
+        ),  # 8 kHz is the commonest
+        ([8_000] * 18 + [44_100] * 2, 8_000),  # a tenth loses
+        ([8_000] * 17 + [44_100] * 3, 16_000),
+        ([8_000] * 17 + [11_025] * 3, 11_025),
+    ],
+)
+def test_auto_rate_cuts_a_tenth_of_the_files_at_most(rates: list[int], chosen: int) -> None:
     spec = AudioSpec(rate_hz="auto", max_auto_rate_hz=16_000)
-    low, high, bad = source(8_000), source(44_100), Source("bad", b"RIFF\0\0\0\0WAVEnothing")
-    assert AUDIO.resolve(spec, [high, low, low, bad], LIMITS).rate_hz == 8_000
-    assert AUDIO.resolve(spec, [high, low, high], LIMITS).rate_hz == 16_000
-    assert AUDIO.resolve(AudioSpec(rate_hz=11_025), [], LIMITS).rate_hz == 11_025
+    assert AUDIO.resolve(spec, [*map(at_rate, rates), BAD], LIMITS).rate_hz == chosen
+
+
+def test_auto_rate_without_a_choice() -> None:
+    assert AUDIO.resolve(AudioSpec(rate_hz=11_025), [at_rate(8_000)], LIMITS).rate_hz == 11_025
     with pytest.raises(DataError, match="bad"):
-        AUDIO.resolve(spec, [bad], LIMITS)
+        AUDIO.resolve(AudioSpec(rate_hz="auto"), [BAD], LIMITS)
+
+
+def test_words_say_what_is_read_and_what_files_are() -> None:
+    spec = AudioSpec(features="mel", rate_hz=16_000, clip_s=0.01, patch=(1, 1))
+    assert AUDIO.in_words(spec) == "0.01 s at 16 kHz, 64 mel bands"
+    assert AUDIO.in_words(AudioSpec(channel=1)) == "1.28 s at 48 kHz, raw samples, channel 1"
+    sources = [at_rate(8_000), at_rate(11_025), at_rate(16_000), at_rate(44_100, 4_410), BAD]
+    assert AUDIO.survey(spec, sources, LIMITS) == [
+        "50 % of 4 files are 8 to 11.025 kHz",
+        "25 % are 44.1 kHz",
+        "they last 0.00625 s to 0.1 s, 50 % are longer than the clip",
+    ]
+    assert AUDIO.survey(spec, [at_rate(16_000)], LIMITS) == ["they last 0.00625 s"]
+    assert AUDIO.survey(spec, [BAD], LIMITS) == []
 
 
 # ---------------------------------------------------------------- layout and clips

@@ -72,7 +72,9 @@ def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
     assert plan["splits"] == {"test": 30, "train": 105, "val": 15}
     assert plan["steps"] == 66  # 10 x 105 / 16, rounded up
+    assert plan["val_from"] == "held out by a hash of each name"
     assert plan["inputs"]["image"]["shape"] == [12, 12]
+    assert plan["inputs"]["image"]["words"] == "12 x 12 grey, single pixels"
     assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
     assert plan["training_bytes"] > plan["parameters"] * 16
 

@@ -28,6 +28,7 @@ from perceiver_cli.files import check_plot, show_command, show_path
 from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
+ORDER = {"train": 0, "val": 1, "test": 2}  # of splits, for people
 PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
 
 
@@ -261,20 +262,27 @@ class _Display:
 
 
 def plan_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the plan of a run as lines of text."""
-    splits = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
-    inputs = ", ".join(
-        f"{name} {' x '.join(map(str, layout['shape']))} of {counted(layout['channels'], 'channel')}"
-        for name, layout in summary["inputs"].items()
+    """Return the plan of a run as lines of text: the data, what is read of each file, the model, the length."""
+    counts = list(summary["classes"].values())
+    splits = [
+        f"{name} {count:,}" + (f" ({summary['val_from']})" if name == "val" else "")
+        for name, count in sorted(summary["splits"].items(), key=lambda item: ORDER.get(item[0], len(ORDER)))
+    ]
+    sizes = f"{min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else f"{max(counts):,}"
+    shapes = ", ".join(
+        f"{' x '.join(map(str, layout['shape']))} inputs of {counted(layout['channels'], 'channel')}"
+        for layout in summary["inputs"].values()
     )
     steps = summary["steps"]
     length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(summary['max_time_s'])}"
-    classes = counted(len(summary["classes"]), "class")
     data = Path(summary["data"])
     place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
     return [
-        f"{summary['preset']}: {classes}, {'+'.join(summary['modalities'])} ({splits}) in {show_path(place)}",
-        f"inputs {inputs}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
+        f"{summary['preset']}: {counted(len(counts), 'class')} of {'+'.join(summary['modalities'])} in "
+        f"{show_path(place)}, {sizes} training examples each",
+        f"splits: {', '.join(splits)}",
+        *(f"{name}: {layout['words']}" for name, layout in summary["inputs"].items()),
+        f"model: {shapes}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
         f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
         f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
         f"{show_path(summary['output'])}",

@@ -8,8 +8,8 @@ imported with the first file.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Annotated, Literal, Self
 
@@ -17,9 +17,20 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from pydantic import Field, model_validator
 
-from perceiver_cli.errors import UsageError
+from perceiver_cli.errors import PerceiverError, UsageError, counted
 from perceiver_cli.preprocess import container, register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, check_contract, patchify
+from perceiver_cli.preprocess.base import (
+    Array,
+    ByteArray,
+    Layout,
+    Rng,
+    Span,
+    TimedModality,
+    check_contract,
+    lengths_in_words,
+    patchify,
+    share_in_words,
+)
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
@@ -30,7 +41,7 @@ class AudioSpec(InputSpec):
 
     modality: Literal["audio"] = "audio"
     features: Literal["raw", "mel"] = "raw"  # raw samples, or a log-mel spectrogram
-    # "auto": the most common rate of the training files, at most max_auto_rate_hz.
+    # "auto": the lowest rate that keeps all of nine in ten training files, at most max_auto_rate_hz.
     rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
     max_auto_rate_hz: int = 16_000  # see rate_hz
     clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28  # seconds of a clip
@@ -61,6 +72,7 @@ class AudioSpec(InputSpec):
 RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times the span of soxr's filter
 POWER_FLOOR = 1e-10  # power relative to a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # standard deviation of log power; a flatter spectrogram is silence
+MOST_CUT = 0.1  # share of the files that may lose high frequencies at the "auto" rate
 SILENT_PEAK = 1e-3  # amplitude relative to full scale, about the mean: -60 dB; a quieter sound is a fault
 
 
@@ -76,6 +88,7 @@ class AudioModality(TimedModality[AudioSpec]):
         ".w64", ".rf64", ".m4a", ".m4b", ".aac", ".sph", ".wma", ".mka", ".weba", ".amr", ".wv", ".mp2", ".spx",
     })  # fmt: skip
     decides = ("rate_hz", "channel")
+    surveyed = 256
     paper_preset = "audioset-audio"
     preparation = (
         "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, a shorter sound repeated "
@@ -134,20 +147,41 @@ class AudioModality(TimedModality[AudioSpec]):
             yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
-        """Return `spec` with a rate: the most common in the headers of `sources`, at most `max_auto_rate_hz`.
+        """Return `spec` with a rate: the lowest of `sources` that at most MOST_CUT of them exceed, by their headers.
 
-        Without sources the rate is `max_auto_rate_hz`. Raises DataError if no source can be read.
+        A lower rate loses what is above half of it, a higher one adds nothing but empty bands. Rates above
+        `max_auto_rate_hz` count as that, which is the rate without sources. Raises DataError if no source can be read.
         """
         if spec.rate_hz != "auto":
             return spec
 
         def rate_of(source: Source) -> int:
             with open_sound(source, "mix", limits) as sound:
-                return sound.rate_hz
+                return min(sound.rate_hz, spec.max_auto_rate_hz)
 
-        rates = Counter(probed(sources, rate_of, "inputs.audio.rate_hz") if sources else [spec.max_auto_rate_hz])
-        commonest = max(rates, key=lambda rate: (rates[rate], rate))  # independent of the order of files
-        return spec.model_copy(update={"rate_hz": min(commonest, spec.max_auto_rate_hz)})
+        rates = sorted(probed(sources, rate_of, "inputs.audio.rate_hz") if sources else [spec.max_auto_rate_hz])
+        return spec.model_copy(update={"rate_hz": rates[math.ceil((1 - MOST_CUT) * len(rates)) - 1]})
+
+    def in_words(self, spec: AudioSpec) -> str:
+        features = "raw samples" if spec.features == "raw" else f"{spec.num_mels} mel bands"
+        channel = "" if spec.channel == "mix" else f", channel {spec.channel}"
+        return f"{spec.clip_s:g} s at {_khz(_rate(spec))} kHz, {features}{channel}"
+
+    def survey(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
+        """Return the shares of files of lower and of higher rates than the model's, and the lengths of files."""
+        rates, seconds = [], []
+        for source in sources:
+            with suppress(PerceiverError), open_sound(source, "mix", limits) as sound:
+                rates.append(sound.rate_hz)
+                if sound.samples is not None:
+                    seconds.append(sound.samples / sound.rate_hz)
+        facts, counted_files = [], f" of {counted(len(rates), 'file')}"
+        for others in ([r for r in rates if r < _rate(spec)], [r for r in rates if r > _rate(spec)]):
+            if others:
+                ends = dict.fromkeys((_khz(min(others)), _khz(max(others))))
+                facts.append(f"{share_in_words(len(others), len(rates))}{counted_files} are {' to '.join(ends)} kHz")
+                counted_files = ""
+        return facts + lengths_in_words(seconds, spec.clip_s)
 
     def loaded(self, spec: AudioSpec) -> tuple[str, tuple[int | None, ...]]:
         return "float32", (None,)
@@ -205,6 +239,10 @@ def _cut(span: Span | None, file_hz: int, rate_hz: int) -> tuple[int, float, int
     end = math.ceil(stop * file_hz / rate_hz + margin)
     offset = begin // step * (rate_hz // common)
     return begin, end, first - offset, stop - offset
+
+
+def _khz(rate_hz: int) -> str:
+    return f"{rate_hz / 1000:g}"
 
 
 def _rate(spec: AudioSpec) -> int:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
@@ -122,6 +122,7 @@ class Modality(ABC, Generic[S]):
     paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment
     can_mix: ClassVar[bool] = False  # whether mixup and cutmix of two byte arrays give a meaningful third
     preparation: ClassVar[str] = ""  # the steps of `prepare` in words, for programs that run an exported model
+    surveyed: ClassVar[int] = 0  # files whose headers `survey` reads at most
 
     @abstractmethod
     def sniff(self, head: bytes, name: str) -> bool:
@@ -161,6 +162,18 @@ class Modality(ABC, Generic[S]):
     def resolve(self, spec: S, sources: Sequence[Source], limits: Limits) -> S:
         """Return `spec` with a value for every "auto", chosen by `sources`, a sample of the training files."""
         return spec
+
+    def in_words(self, spec: S) -> str:
+        """Return what a model reads of one file, for people: "64 x 64 colour, 4 x 4 patches"."""
+        layout = self.layout(spec)
+        return f"{' x '.join(map(str, layout.grid))} inputs of {counted(layout.channels, 'value')}"
+
+    def survey(self, spec: S, sources: Sequence[Source], limits: Limits) -> list[str]:
+        """Return facts about files that a reader of `in_words` should know, such as "21 % of 64 files are 8 kHz".
+
+        Only headers are read; an unreadable file is skipped.
+        """
+        return []
 
     def num_views(self, spec: S) -> int:
         """Return the number of byte arrays of one example over which evaluation averages."""
@@ -257,6 +270,35 @@ def cut_windows(blocks: Iterable[Array], rate_hz: float, window_s: float, hop_s:
             held.popleft()
     if total and (count == 0 or total - end > 0.1 * hop_s * rate_hz):
         yield window(max(0, total - size), total)
+
+
+def lengths_in_words(seconds: Sequence[float], clip_s: float) -> list[str]:
+    """Return the range of lengths of files and the share that is longer than a clip; nothing without lengths."""
+    if not seconds:
+        return []
+    ends = [seconds_in_words(end) for end in (min(seconds), max(seconds))]
+    span = f"they last {ends[0]}" + (f" to {ends[1]}" if ends[0] != ends[1] else "")
+    longer = sum(length > clip_s for length in seconds)
+    return [span + (f", {share_in_words(longer, len(seconds))} are longer than the clip" if longer else "")]
+
+
+def seconds_in_words(seconds: float) -> str:
+    """Return a length of time: 1.4 s, 12 min, 2.0 h."""
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def share_in_words(count: int, total: int) -> str:
+    """Return a share as a whole percentage, never rounded to none or all: 21 %, under 1 %, over 99 %."""
+    percent = round(100 * count / total)
+    if percent in (0, 100) and 0 < count < total:
+        return "under 1 %" if percent == 0 else "over 99 %"
+    return f"{percent} %"
 
 
 def check_contract(source: Source, values: Array, noun: str) -> Array:

@@ -14,6 +14,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -21,9 +22,18 @@ import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, UsageError, counted
+from perceiver_cli.errors import DataError, PerceiverError, UsageError, counted
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, patchify
+from perceiver_cli.preprocess.base import (
+    Array,
+    ByteArray,
+    Layout,
+    Modality,
+    Rng,
+    check_contract,
+    patchify,
+    share_in_words,
+)
 from perceiver_cli.preprocess.foreign import is_camera_raw
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize, upright
 from perceiver_cli.preprocess.randaugment import randaugment
@@ -225,6 +235,7 @@ class ImageModality(Modality[ImageSpec]):
         ".pbm", ".pnm", ".pfm", ".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".jpx", ".mpo", ".apng",
     })  # fmt: skip
     decides = ("size", "color")
+    surveyed = 256
     paper_preset = "imagenet"
     can_mix = True
     preparation = (
@@ -273,6 +284,31 @@ class ImageModality(Modality[ImageSpec]):
         if spec.randaugment_layers:
             values = randaugment(values, spec.randaugment_layers, spec.randaugment_magnitude, rng)
         return ByteArray(patchify(values, patch))
+
+    def in_words(self, spec: ImageSpec) -> str:
+        size, patch = _settled(spec)
+        inputs = "single pixels" if patch == (1, 1) else f"{patch[0]} x {patch[1]} patches"
+        return f"{size[0]} x {size[1]} {'grey' if spec.color == 'grey' else 'colour'}, {inputs}"
+
+    def survey(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
+        """Return the size of all files if it is one, else the shares of files that are scaled down and up."""
+        sizes = []
+        for source in sources:
+            with suppress(PerceiverError):
+                sizes.append(_upright_size(source, limits))
+        height, width = _settled(spec)[0]
+        if not sizes or set(sizes) == {(height, width)}:
+            return []
+        if len(set(sizes)) == 1:
+            return [f"all {counted(len(sizes), 'file')} are {sizes[0][0]} x {sizes[0][1]}"]
+        larger = sum(h > height and w > width for h, w in sizes)
+        smaller = sum(h < height or w < width for h, w in sizes)
+        most, least = max(sizes, key=math.prod), min(sizes, key=math.prod)
+        facts = [(larger, "larger, up to", most), (smaller, "smaller, down to", least)]
+        return [
+            f"{share_in_words(count, len(sizes))} of {counted(len(sizes), 'file')} are {words} {h} x {w}"
+            for count, words, (h, w) in facts if count
+        ]  # fmt: skip
 
     def resolve(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> ImageSpec:
         """Return `spec` with values for size, patch and color; grey gets one mean and one deviation.
@@ -324,13 +360,15 @@ def _stem_grid(stem: str, grid: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tuple[int, int]:
-    def upright_size(source: Source) -> tuple[int, int]:
-        with open_image(source, limits) as image:
-            is_turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow rotates TIFF files by itself
-            return image.size if is_turned else image.size[::-1]
+def _upright_size(source: Source, limits: Limits) -> tuple[int, int]:
+    """Return height and width of a picture as it is shown, from its header."""
+    with open_image(source, limits) as image:
+        is_turned = image.format != "TIFF" and _orientation(image) >= 5  # Pillow rotates TIFF files by itself
+        return image.size if is_turned else image.size[::-1]
 
-    sides = np.median(list(probed(sources, upright_size, "inputs.image.size")), axis=0)
+
+def _auto_size(spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> tuple[int, int]:
+    sides = np.median(list(probed(sources, partial(_upright_size, limits=limits), "inputs.image.size")), axis=0)
     height, width = (sides * min(1.0, spec.max_auto_size / sides.max())).round().astype(int).tolist()
     return max(1, height), max(1, width)
 

@@ -111,6 +111,10 @@ class PointsModality(Modality[PointsSpec]):
     def loaded(self, spec: PointsSpec) -> tuple[str, tuple[int | None, ...]]:
         return "float32", (None, 3 + len(spec.columns))
 
+    def in_words(self, spec: PointsSpec) -> str:
+        columns = f", with {', '.join(spec.columns)}" if spec.columns else ""
+        return f"{spec.num_points:,} points of each surface or cloud{columns}"
+
     def resolve(self, spec: PointsSpec, sources: Sequence[Source], limits: Limits) -> PointsSpec:
         """Return `spec` with mean and deviation of the columns: of a sample of `sources`, without any 0 and 1.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice, repeat
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,9 +19,9 @@ from PIL import Image, ImageOps, ImageSequence
 from PIL.Image import Resampling
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess import container, image, register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, patchify
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, lengths_in_words, patchify
 from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
@@ -79,6 +80,7 @@ class VideoModality(TimedModality[VideoSpec]):
     })  # fmt: skip
     decides = ("frame_rate_hz", "size", "eval_crop")
     contains = ("audio",)
+    surveyed = 32
     paper_preset = "audioset-video"
     preparation = (
         "the middle num_frames frames at frame_rate_hz, each cropped and resized as an image is, 0..255; cut into "
@@ -160,6 +162,17 @@ class VideoModality(TimedModality[VideoSpec]):
         if rng is not None and spec.color:
             changes.append(_recoloring(frames, spec.color, rng))
         return ByteArray(patchify(_resized(frames, spec.size, None if rng is None else 3.0, changes), spec.patch))
+
+    def in_words(self, spec: VideoSpec) -> str:
+        frames = f"{self.clip_s(spec):.3g} s as {spec.num_frames} frames of {spec.size[0]} x {spec.size[1]}"
+        return f"{frames}, {' x '.join(map(str, spec.patch))} patches"
+
+    def survey(self, spec: VideoSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
+        seconds = []
+        for source in sources:
+            with suppress(PerceiverError):
+                seconds.append(self.duration_s(source, limits))
+        return lengths_in_words(seconds, self.clip_s(spec))
 
     def num_views(self, spec: VideoSpec) -> int:
         return spec.eval_windows

@@ -25,6 +25,7 @@ from PIL import Image
 
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
+from perceiver_cli.data.survey import in_words
 from perceiver_cli.errors import DataError, IntegrityError, counted
 from perceiver_cli.files import MAX_SHOWN, printable, show_command, write_text
 from perceiver_cli.inference.evaluation import Report
@@ -82,6 +83,7 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         pairs=_pairs(report, gallery),
         hardest=_hardest(report, gallery),
         gallery=gallery,
+        reads=in_words(predictor.reader.specs, report.examples, predictor.reader.limits),
         rows=_rows(report),
         matrix=_matrix(report),
         reliability=charts.reliability_diagram(report.bins),

@@ -12,10 +12,11 @@ from typing import Any
 
 from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.data.account import Account
-from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
+from perceiver_cli.data.catalog import PARENT, Catalog, resolve_specs, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split
+from perceiver_cli.data.survey import in_words
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.hardware import memory_bytes
@@ -46,7 +47,11 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """The inputs of a run. saved: the state that it resumes; notes: messages for the user, which the run extends."""
+    """The inputs of a run.
+
+    val_from: who chose the validation examples, in words. saved: the state that it resumes. notes: messages for the
+    user, which the run extends.
+    """
 
     request: RunRequest
     config: Config
@@ -55,6 +60,7 @@ class Plan:
     compute: Compute
     cost: Cost
     output: Path
+    val_from: str
     saved: TrainingState | None
     notes: list[str]
 
@@ -98,6 +104,11 @@ class Plan:
         """What became of every path of the data, as far as it is known."""
         return self.catalog.accounted(self.reader.bad)
 
+    @cached_property
+    def reads(self) -> dict[str, str]:
+        """What the model reads of each modality's files, in words."""
+        return in_words(self.config.inputs, self.train_examples, self.config.data.limits)
+
     def summary(self) -> dict[str, Any]:
         """Return data, shapes, sizes, length and paths of the run as JSON types."""
         train = self.config.train
@@ -106,9 +117,10 @@ class Plan:
             "data": self.config.data.path,
             "modalities": list(self.catalog.modalities),
             "splits": {name: len(examples) for name, examples in self.catalog.splits.items()},
+            "val_from": self.val_from,
             "classes": self.catalog.counts("train"),
             "inputs": {
-                name: {"shape": list(layout.grid), "channels": layout.num_channels}
+                name: {"shape": list(layout.grid), "channels": layout.num_channels, "words": self.reads[name]}
                 for name, layout in self.reader.layouts.items()
             },
             "parameters": self.cost.parameters,
@@ -165,7 +177,7 @@ def make_plan(request: RunRequest) -> Plan:
         if config.data.root is not None and os.path.abspath(path) != config.data.path:  # the root of another manifest
             config = config.model_copy(update={"data": config.data.model_copy(update={"root": None})})
         config = config.override(request.overrides)
-    scanned = _scan(path, config, request, saved, notes)
+    scanned, split_file = _scan(path, config, request, saved, notes)
     config = config or tiny_config(scanned.modalities).override(request.overrides)
     _check_recipe(config, scanned, path)
     catalog = scanned.hold_out(config.data.val_fraction)
@@ -186,7 +198,8 @@ def make_plan(request: RunRequest) -> Plan:
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
-    plan = Plan(request, config, catalog, reader, compute, cost, folder, saved, notes)
+    val_from = _val_from(scanned, split_file)
+    plan = Plan(request, config, catalog, reader, compute, cost, folder, val_from, saved, notes)
     _check_size(plan)
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
@@ -195,8 +208,8 @@ def make_plan(request: RunRequest) -> Plan:
 
 def _scan(
     path: str, config: Config | None, request: RunRequest, saved: TrainingState | None, notes: list[str]
-) -> Catalog:
-    """Return the catalog of the data, divided by a split file if it belongs to the data, else with a note."""
+) -> tuple[Catalog, str | None]:
+    """Return the catalog of the data, and the split file that divides it, if one belongs to the data."""
     changes = [change for change in request.overrides if change.startswith("data.")]
     options = (config or tiny_config(["image"]).override(changes)).data
     split = options.split
@@ -208,15 +221,25 @@ def _scan(
     reads = None if config is None else config.inputs
     catalog = scan(path, classes or (None if before is None else before.classes), reads, options)
     if before is None:
-        return catalog
+        return catalog, None
     divided = before.apply(catalog)
     if divided is not None or saved is not None:
-        return divided or catalog
+        return divided or catalog, split
     shown = show_path(split or "")
     if path == "-":
         raise UsageError(f"{shown}: the split of other data", "pass --set data.split=none")
     notes.append(f"{shown} is the split of other data: this data is split anew")
-    return scan(path, None, reads, options)
+    return scan(path, None, reads, options), None
+
+
+def _val_from(scanned: Catalog, split_file: str | None) -> str:
+    """Return who chooses the validation examples of a catalog as scanned."""
+    if split_file is not None:
+        return "as in an earlier run"
+    if "val" in scanned.splits:
+        return "chosen by the data"
+    by = {None: "each name", PARENT: "each file's folder"}.get(scanned.group_by, show_path(scanned.group_by or ""))
+    return f"held out by a hash of {by}"
 
 
 def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:

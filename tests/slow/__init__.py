@@ -1,0 +1,1 @@
+"""Tests and scripts that take minutes: `make slow`."""
