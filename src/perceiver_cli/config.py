@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
@@ -91,6 +91,25 @@ class ModelConfig(Table):
         return 1 + max((index for kind, index in self.steps if kind == "t"), default=-1)
 
 
+_FOLD = re.compile(r"([1-9]\d{0,3})/([1-9]\d{0,3})")
+MAX_FOLDS = 1000
+
+
+def parse_fold(text: str) -> tuple[int, int]:
+    """Return (2, 5) for the fold "2/5". Raises ValueError for text of another form."""
+    match = _FOLD.fullmatch(text.strip())
+    number, folds = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (1 <= number <= folds and 2 <= folds <= MAX_FOLDS):
+        raise ValueError(f"a fold is like '2/5', with at least 2 and at most {MAX_FOLDS} folds, found {text!r}")
+    return number, folds
+
+
+def _fold(text: str) -> str:
+    parse_fold(text)
+    return text
+
+
+Fold = Annotated[str, AfterValidator(_fold)]
 Pairs = Literal["media", "all", "none"]
 ANY = "path"  # key of `path_column` for files of any modality
 
@@ -100,6 +119,7 @@ class DataConfig(Table):
 
     path: str | None = None  # folder, manifest or tar of the data
     val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of train for validation, if data has no val split
+    fold: Fold | None = None  # "2/5": the second of five equal parts of train and val is the validation split
     root: str | None = None  # folder that a manifest's paths are relative to; unset: the manifest's own
     path_column: dict[str, str] | None = None  # column of paths of each modality, or "path" for files of any
     label_column: str | None = None  # column of labels; unset: label, labels or the like
@@ -183,6 +203,7 @@ class TrainConfig(Table):
     ema_decay: Decay = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
+    patience: Size | None = None  # ends the run after as many evaluations without a higher validation score
     save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # seed for weights, data order and augmentation
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,6 +23,7 @@ from perceiver_cli.files import (
     cannot_write,
     make_folder,
     open_file,
+    parse_json,
     remove_leftovers,
     show_path,
     status_of,
@@ -34,7 +36,10 @@ STATE_FOLDER = "last"
 MANIFEST = "MANIFEST.json"  # in STATE_FOLDER, with the files of the committed states
 STATE_PATTERN = "step-*.safetensors"
 METRICS_FILE = "metrics.jsonl"
+RUNS_FILE = "runs.json"  # in a folder of several runs: what each of them is
+ANSWERS_FILE = "validation.jsonl"  # the saved model's answer to each validation example, as in predictions.jsonl
 LOCK_FILE = ".lock"
+RUN_NAME = re.compile(r"[\w=+,-][\w=+,.-]{0,199}", re.ASCII)  # of a run in a folder of several
 NO_LINKS = (LOCK_FILE, STATE_FOLDER, "tensorboard")  # must not be links: they are opened, other files are replaced
 MAX_LOG_BYTES = 64 << 20
 MAX_LINK = 4096  # characters of a path in runs/latest
@@ -116,7 +121,7 @@ def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
     if fresh:
         # The manifest goes first: without it no state counts, even if the rest is interrupted.
         state = run / STATE_FOLDER
-        for old in [state / MANIFEST, run / MODEL_FILE, *state.glob(STATE_PATTERN)]:
+        for old in [state / MANIFEST, run / MODEL_FILE, run / ANSWERS_FILE, *state.glob(STATE_PATTERN)]:
             _remove(old)
         write_text(run / METRICS_FILE, "")
     write_text(run / "config.toml", config_toml)
@@ -184,6 +189,26 @@ def read_log(run: Path) -> list[dict[str, Any]]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         hint = "remove the damaged line"
         raise IntegrityError(f"{show_path(path)}: not the log of a run, or a damaged one: {error}", hint) from error
+
+
+def runs_in(folder: str | os.PathLike[str]) -> list[Path] | None:
+    """Return the runs in a folder of several that have a model, in their order; None for another folder.
+
+    Raises IntegrityError if its list of runs is damaged.
+    """
+    path = Path(folder) / RUNS_FILE
+    try:
+        with open_file(path) as file:
+            names = [run["name"] for run in parse_json(file.read(MAX_LOG_BYTES))["runs"]]
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise IntegrityError(f"{show_path(path)}: not a list of runs, or a damaged one: {error}") from error
+    if not all(isinstance(name, str) and RUN_NAME.fullmatch(name) for name in names):  # no path that leads out
+        raise IntegrityError(f"{show_path(path)}: names a run that is no folder here")
+    return [path.parent / name for name in names if (path.parent / name / MODEL_FILE).is_file()]
 
 
 def next_run(name: str) -> Path:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from math import comb
 from pathlib import Path
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from perceiver_cli.cli.runs import columns_of, fitted
 from perceiver_cli.errors import UsageError
-from perceiver_cli.inference.statistics import share_interval
-from perceiver_cli.report.compare import compare
+from perceiver_cli.inference.statistics import mean_interval, paired_chance, share_interval
+from perceiver_cli.report.compare import compare, short_keys, short_names
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive
 
@@ -50,11 +54,11 @@ def test_runs_as_they_logged_themselves(trained: Path, short: Path) -> None:
 def test_runs_of_other_data_and_moved_models_are_said_so(trained: Path, filmed: Path, tmp_path: Path) -> None:
     moved = shutil.copy(trained / "model.safetensors", tmp_path / "mine.safetensors")
     found = compare([str(filmed), str(moved)])
-    assert found.differences["inputs"] == ("audio+video", "image")
+    assert found.differences["inputs"] == ("image", "audio+video")  # the better one first
     assert not any(key.startswith("inputs.") for key in found.differences)
     assert "the runs have different data" in found.notes[0]
-    assert found.runs[1].interval_95 is None
-    assert found.runs[1].seconds is None
+    assert found.runs[0].interval_95 is None
+    assert found.runs[0].seconds is None
     assert any(
         "mine.safetensors" in note and "number of validation examples is unknown" in note for note in found.notes
     )
@@ -66,9 +70,11 @@ def test_the_command(perceive: Perceive, trained: Path, short: Path, tmp_path: P
     done = perceive("compare", trained, short, "-o", tmp_path / "plot.png")
     assert done.returncode == 0, done.stderr
     head, *rows = done.stdout.decode().splitlines()
-    assert head.split()[:5] == ["name", "accuracy", "interval", "loss", "examples"]
-    assert {"train.seed", "train.steps", "train.lr"} <= set(head.split())
-    assert [row.split()[0] for row in rows] == [str(trained), str(short)]
+    assert head.split()[:5] == ["name", "accuracy", "interval", "p", "seconds"]
+    assert {"seed", "steps", "lr"} <= set(head.split())
+    assert "examples" not in head  # the same for both
+    names = [os.path.relpath(run, os.path.commonpath([trained, short])) for run in (trained, short)]
+    assert [row.split()[0] for row in rows] == names
     with Image.open(tmp_path / "plot.png") as image:
         assert image.width > 600
     facts = json.loads(perceive("compare", trained, short, "--json").stdout)
@@ -98,3 +104,54 @@ def test_runs_are_compared_and_drawn_without_torch(trained: Path, short: Path, t
     arguments = ["compare", str(trained), str(short), "-o", str(tmp_path / "plot.png")]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.DEVNULL)
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_table_fits_a_terminal() -> None:
+    columns = {
+        "name": ["a" * 50, "b"],
+        "accuracy": ["0.9312", "0.8211"],
+        "lr": ["0.004", "0.001"],
+        "schedule": ["c0 t0 (c1 t0)x7 c0 t0", "c0 t0"],
+        "loss": ["0.2", "0.3"],
+        "num_latents": ["128", "64"],
+    }
+    shown, rest = fitted(columns, 50)
+    assert list(shown) == ["name", "accuracy", "lr"]
+    assert len(shown["name"][0]) == 28
+    assert "…" in shown["name"][0]
+    assert rest == {key: columns[key] for key in ("schedule", "num_latents")}  # the loss is in --json
+    assert fitted(columns, 80)[1] == {"schedule": columns["schedule"]}  # a long value is not cut
+    assert short_keys(["train.lr", "inputs.image.size", "inputs.video.size"]) == {
+        "train.lr": "lr",
+        "inputs.image.size": "image.size",
+        "inputs.video.size": "video.size",
+    }
+    assert short_names(["runs/x/a", "runs/x/b/c"]) == ["a", "b/c"]
+
+
+def test_chance_and_means_are_those_of_the_textbook() -> None:
+    right = np.array([True] * 10 + [False] * 2 + [True] * 20)
+    other = np.array([False] * 10 + [True] * 2 + [True] * 20)
+    assert paired_chance(right, other) == pytest.approx(2 * sum(comb(12, k) for k in range(3)) / 2**12)
+    assert paired_chance(right, right) == 1
+    low, high = mean_interval([0.8, 0.9, 1.0])
+    assert (low, high) == pytest.approx((0.9 - 4.302653 * 0.1 / 3**0.5, 0.9 + 4.302653 * 0.1 / 3**0.5))
+
+
+def test_seeds_make_a_group_and_runs_on_the_same_examples_are_paired(bars: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        list(Trainer(bars, tmp_path / f"s{seed}", overrides=[*SMALL, "train.steps=2", f"train.seed={seed}"]).fit())
+    list(Trainer(bars, tmp_path / "other", overrides=[*SMALL, "train.steps=2", "train.lr=0.02"]).fit())
+    runs = [str(tmp_path / name) for name in ("s0", "other", "s1")]
+    found = compare(runs, str(bars))
+    (group,) = found.groups
+    assert set(group.runs) == {runs[0], runs[2]}
+    assert group.repeated == "seed"
+    assert group.mean == pytest.approx(np.mean([run.accuracy for run in found.runs if run.run in group.runs]))
+    assert [run.chance is None for run in found.runs] == [True, False, False]
+    assert {run.tested.split for run in found.runs if run.tested} == {"test"}
+    assert {run.tested.num_examples for run in found.runs if run.tested} == {30}
+    columns = columns_of(found)
+    assert "mean of 2 seeds" in columns["name"]
+    assert {"test", "test interval"} <= set(columns)
+    assert len({len(cells) for cells in columns.values()}) == 1

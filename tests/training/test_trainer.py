@@ -23,7 +23,7 @@ from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model.checkpoint import load_model
 from perceiver_cli.run_folder import MODEL_FILE, next_run
-from perceiver_cli.training.events import Evaluated, Finished, Saved, Started, StepDone
+from perceiver_cli.training.events import Evaluated, Finished, Note, Saved, Started, StepDone
 from perceiver_cli.training.loop import within_one_error
 from perceiver_cli.training.state import load_state
 from perceiver_cli.training.trainer import Trainer
@@ -463,3 +463,20 @@ def test_compile_that_cannot_work_is_said_at_once(bars: Path, tmp_path: Path, mo
     trainer = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.steps=2", "train.compile=true"])
     with pytest.raises(UsageError, match=r"torch.compile does not work here: no working C\+\+ compiler; leave out"):
         list(trainer.fit())
+
+
+def test_patience_ends_a_run_that_no_longer_improves(bars: Path, tmp_path: Path) -> None:
+    still = ["train.lr=1e-9", "train.steps=30", "train.eval_every=1 steps"]  # learns nothing
+    events = list(Trainer(bars, tmp_path, overrides=[*SMALL, *still, "train.patience=2"]).fit())
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [1, 2, 3]
+    (note,) = (event.message for event in events if isinstance(event, Note))
+    assert "in 2 evaluations: the run ends at step 3 (train.patience)" in note
+    assert isinstance(events[-1], Finished)
+    assert not events[-1].stopped_early
+    answers = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert len(answers) == 15
+    assert sum(answer["correct"] for answer in answers) / 15 == events[-1].metrics["val_accuracy"]
+    events = list(Trainer(None, tmp_path, overrides=["train.patience=4"], resume=True).fit())
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [4, 5]
+    with pytest.raises(UsageError, match="needs a validation split"):
+        Trainer(bars, tmp_path / "x", overrides=[*SMALL, "train.patience=2", "data.val_fraction=0"])

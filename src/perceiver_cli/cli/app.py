@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from perceiver_cli.cli import configuration, data, models, predict, terminal, train
+from perceiver_cli.cli import configuration, data, models, predict, runs, terminal, train
 
 app = typer.Typer(
     name="perceiver",
@@ -49,7 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": models.import_weights,
     "export": models.export,
     "info": models.info,
-    "compare": models.compare,
+    "compare": runs.compare,
     "lr-find": train.lr_find,
     "options": configuration.show_options,
     "doctor": models.doctor,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import emit, emit_json, emit_table, figure, flat_items, say, say_notes
+from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
 from perceiver_cli.errors import counted
-from perceiver_cli.files import check_plot, show_path, show_text
+from perceiver_cli.files import show_path
 
 if TYPE_CHECKING:
-    from perceiver_cli.report.compare import Comparison
+    pass
 
 
 def import_weights(
@@ -63,28 +63,6 @@ def info(
     from perceiver_cli.model.describe import describe
 
     terminal.show_facts(describe(name), json)
-
-
-def compare(
-    runs: Annotated[
-        list[str], typer.Argument(metavar="RUN...", autocompletion=completion.models, help="Run folders, two or more.")
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Also plot to FILE.png or FILE.svg."),
-    ] = None,
-    json: options.Json = False,
-) -> None:
-    """Put runs side by side. Print validation accuracy with its interval, time, parameters, and options that differ."""
-    if output is not None:
-        check_plot(output)
-    from perceiver_cli.report import compare as comparing
-
-    comparison = comparing.compare(runs)
-    if output is not None:
-        comparing.draw_comparison(comparison, output)
-        say(f"wrote {show_path(output)}")
-    show_comparison(comparison, json)
 
 
 def doctor(
@@ -152,25 +130,6 @@ def bench(
     if plot is not None:
         draw(rows, plot)
     terminal.show_facts(describe_machine(choose_compute(device, precision)), json)
-
-
-def show_comparison(comparison: "Comparison", as_json: bool) -> None:
-    """Print a row for each run and a column for each option that differs, or one JSON object."""
-    say_notes(comparison.notes)
-    if as_json:
-        emit_json(comparison.to_dict())
-        return
-    multi_label = any(run.mAP is not None for run in comparison.runs)
-    columns = ["accuracy", "interval", *(["mAP"] if multi_label else []), "loss", "examples", "seconds", "parameters"]
-    rows = []
-    for place, run in enumerate(comparison.runs):
-        interval = "-" if run.interval_95 is None else "{:.3f}-{:.3f}".format(*run.interval_95)
-        measured = [figure(run.accuracy, ".4f"), interval, *([figure(run.mAP, ".4f")] if multi_label else [])]
-        costs = [figure(run.loss, ".4f"), figure(run.num_examples, ","), figure(run.seconds, ".0f")]
-        settings = [values[place] for values in comparison.differences.values()]
-        words = ["-" if value is None else show_text(str(value)) for value in settings]
-        rows.append([show_text(run.run), *measured, *costs, f"{run.parameters:,}", *words])
-    emit_table(["name", *columns, *map(show_text, comparison.differences)], rows)
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:

@@ -51,6 +51,9 @@ def train(
     epochs: Annotated[float | None, typer.Option(min=0, help="Length in passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Length in optimiser steps.")] = None,
     max_time: Annotated[str | None, typer.Option(help="Length in time, e.g. 300, 5m or 1h30m.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="End after this many evaluations without a higher validation score.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weights, data order and augmentation.")] = None,
@@ -88,6 +91,7 @@ def train(
     recipe = options.recipe_of(preset, config)
     flags = {
         "--epochs": ("train.epochs", epochs),
+        "--patience": ("train.patience", patience),
         "--batch-size": ("train.batch_size", batch_size),
         "--lr": ("train.lr", lr),
         "--seed": ("train.seed", seed),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -17,8 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perceiver_cli.config import DataConfig, parse_fold
 from perceiver_cli.data.catalog import Catalog
-from perceiver_cli.errors import IntegrityError, UsageError, counted
+from perceiver_cli.errors import DataError, IntegrityError, UsageError, counted
 from perceiver_cli.files import atomic_write, cause, open_file, parse_json, show_path, show_text
 from perceiver_cli.preprocess.source import key_of
 
@@ -62,6 +64,48 @@ class SavedSplit:
             notes.append(f"{counted(len(self.keys) - num_known, 'example')} that it names are missing")
         split = catalog.split(examples, self.held[places], known)
         return replace(split, notes=(*catalog.notes, "; ".join(notes)))
+
+
+def validated(catalog: Catalog, options: DataConfig) -> Catalog:
+    """Return the catalog with the validation split that the options ask for: a fold, its own, or a share of train."""
+    if options.fold is None:
+        return catalog.hold_out(options.val_fraction)
+    number, folds = parse_fold(options.fold)
+    examples, grouped = catalog.merged(("train", "val")), catalog.group_by is not None
+    keys, firsts = examples.columns(grouped=grouped)
+    numbers = _fold_numbers(keys, firsts, folds)
+    held = numbers == number - 1
+    if not held.any() or held.all():
+        unit = f"groups by {show_path(catalog.group_by or '')}" if grouped else "examples"
+        raise DataError(f"{show_path(catalog.root)}: too few {unit} for {folds} folds", "pass fewer folds")
+    return catalog.split(examples, held, np.ones(len(examples), bool))
+
+
+def whole(catalog: Catalog) -> Catalog:
+    """Return the catalog with all examples of train and val in train."""
+    examples = catalog.merged(("train", "val"))
+    return catalog.split(examples, np.zeros(len(examples), bool), np.ones(len(examples), bool))
+
+
+def _fold_numbers(keys: NDArray[np.uint64], classes: NDArray[np.int64], folds: int) -> NDArray[np.int64]:
+    """Return the fold of each example, from 0; examples of one key share theirs.
+
+    Each class is spread evenly, and each example is in one fold. Only keys and classes decide, not the order. Large
+    groups go first, each to the fold with the fewest examples of its first class, then with the fewest of all.
+    """
+    order = np.lexsort((classes, keys))
+    groups, starts, sizes = np.unique(keys[order], return_index=True, return_counts=True)
+    own = classes[order][starts]
+    of_class: dict[int, list[int]] = defaultdict(lambda: [0] * folds)
+    totals = [0] * folds
+    chosen = np.empty(len(groups), np.int64)
+    for group in np.lexsort((groups, own, -sizes)).tolist():
+        counts = of_class[int(own[group])]
+        fold = min(range(folds), key=lambda f: (counts[f], totals[f], f))
+        counts[fold] += int(sizes[group])
+        totals[fold] += int(sizes[group])
+        chosen[group] = fold
+    return chosen[np.searchsorted(groups, keys)]
 
 
 def save_split(path: Path, catalog: Catalog) -> None:

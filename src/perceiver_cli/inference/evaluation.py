@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
@@ -18,7 +19,7 @@ from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.listing import fitting
 from perceiver_cli.data.loader import Reader, ordered_tasks
-from perceiver_cli.data.splits import SPLIT_FILE, read_split
+from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.predictor import Predictor, forward_batches
@@ -421,9 +422,11 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
     saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
     if saved is not None:
         return saved, "run"
-    held = catalog.hold_out(predictor.info.config.data.val_fraction)
-    if "val" not in catalog.splits and held.fingerprint == predictor.info.data_fingerprint:
-        return replace(held, notes=(*held.notes, "val is the split that the run held out, by hash")), "run"
+    trained = predictor.info.config.data
+    with suppress(DataError):  # other data, too small to be divided so
+        held = catalog if "val" in catalog.splits and trained.fold is None else validated(catalog, trained)
+        if held is not catalog and held.fingerprint == predictor.info.data_fingerprint:
+            return replace(held, notes=(*held.notes, "val is the split that the run held out, by hash")), "run"
     return catalog, "data"
 
 

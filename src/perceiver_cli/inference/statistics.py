@@ -6,7 +6,7 @@ example, each class also has a threshold above which it is an answer. Only funct
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, log, nan
 from typing import Any
@@ -152,6 +152,26 @@ def share_interval(hits: int, count: int) -> Interval:
 
     low, high = binomtest(hits, count).proportion_ci(INSIDE, "exact")
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Return the 95 % interval of the mean that runs of other seeds would have (Student's t)."""
+    from scipy.stats import t
+
+    spread = float(np.std(values, ddof=1)) / len(values) ** 0.5
+    half = float(t.ppf(0.5 + INSIDE / 2, len(values) - 1)) * spread
+    return float(np.mean(values)) - half, float(np.mean(values)) + half
+
+
+def paired_chance(right: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
+    """Return the chance of so unequal answers to the same examples if two models were equally good.
+
+    Only examples count that one model alone answers right (McNemar's test, exact).
+    """
+    from scipy.stats import binomtest
+
+    alone, other_alone = int((right & ~other).sum()), int((other & ~right).sum())
+    return float(binomtest(alone, alone + other_alone, 0.5).pvalue) if alone + other_alone else 1.0
 
 
 def figure_interval(figure: Callable[[Floats], float], count: int, resamples: int = RESAMPLES) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,12 +17,12 @@ from torch.nn import functional as F
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.loader import Batch, Task, training_tasks
 from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, counted
-from perceiver_cli.files import show_path
+from perceiver_cli.files import show_path, write_text
 from perceiver_cli.inference.evaluation import score
 from perceiver_cli.model.checkpoint import ModelInfo, not_finite, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
-from perceiver_cli.run_folder import MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
-from perceiver_cli.training.events import Evaluated, Event, Finished, Saved, StepDone
+from perceiver_cli.run_folder import ANSWERS_FILE, MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
+from perceiver_cli.training.events import Evaluated, Event, Finished, Note, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
 from perceiver_cli.training.plan import Plan
@@ -64,6 +65,7 @@ class Run:
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
         self.top = 0.0  # the highest validation score so far
+        self.stale = 0  # evaluations since
         self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
         self.loss_count = 0
         if plan.saved is not None:
@@ -78,6 +80,12 @@ class Run:
     def progress(self) -> Progress:
         """The current step, planned steps and elapsed seconds."""
         return Progress(self.step, self.total_steps, self.elapsed)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether too many evaluations in a row were no better than an earlier one."""
+        patience = self.config.train.patience
+        return patience is not None and self.stale >= patience
 
     @property
     def epoch(self) -> float:
@@ -103,7 +111,7 @@ class Run:
         read_s, read_step = time.perf_counter(), self.step  # time and step of the last read of the loss
         evaluated_at = self.step
         saved_at = self.step if plan.saved is not None else None
-        while not timing.over(self.progress) and not stopping():
+        while not (timing.over(self.progress) or stopping() or self.out_of_patience):
             self.lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
@@ -131,6 +139,9 @@ class Run:
                 saved_at = self.step
                 read_s, read_step = time.perf_counter(), self.step
         stopped = stopping()
+        if self.out_of_patience:
+            found = f"no validation score above {self.top:.4f} in {counted(self.stale, 'evaluation')}"
+            yield Note(f"{found}: the run ends at step {self.step:,} (train.patience)")
         if evaluated_at != self.step and not stopped:
             yield self._evaluate()
             saved_at = None
@@ -245,10 +256,14 @@ class Run:
             if report.mean_average_precision is not None:
                 record["val_mAP"] = report.mean_average_precision
             value = record.get("val_mAP", report.accuracy)
+            self.stale = 0 if value > self.top else self.stale + 1
             self.top = max(self.top, value)
             better = within_one_error(value, self.top, len(examples))
         if better:
             self.best = record
+            if examples:
+                answers = "".join(json.dumps(answer) + "\n" for answer in report.records)
+                write_text(self.plan.output / ANSWERS_FILE, answers)
             self._save_model(record)
         # Only the log holds the time, so that the same seed gives the same model file.
         append_log(self.plan.output, {**record, "elapsed_s": round(self.elapsed, 3), "best": better})
@@ -285,6 +300,7 @@ class Run:
             "elapsed_s": self.elapsed,
             "best": self.best,
             "top": self.top,
+            "stale": self.stale,
             "loss_sum": float(self.loss_sum),
             "loss_count": self.loss_count,
             "scaler": self.scaler.state_dict(),
@@ -306,6 +322,7 @@ class Run:
             if fields["scaler"]:
                 self.scaler.load_state_dict(fields["scaler"])
             self.step, self.best, self.top = int(fields["step"]), dict(fields["best"]), float(fields["top"])
+            self.stale = int(fields.get("stale", 0))  # states of version 0.1.0 have none
             self.loss_sum += float(fields["loss_sum"])
             self.loss_count = int(fields["loss_count"])
             self.elapsed_before = float(fields["elapsed_s"])

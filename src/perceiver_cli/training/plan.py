@@ -15,7 +15,7 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import PARENT, Catalog, resolve_specs, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
-from perceiver_cli.data.splits import SPLIT_FILE, read_split
+from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated, whole
 from perceiver_cli.data.survey import in_words
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path
@@ -180,7 +180,9 @@ def make_plan(request: RunRequest) -> Plan:
     scanned, split_file = _scan(path, config, request, saved, notes)
     config = config or tiny_config(scanned.modalities).override(request.overrides)
     _check_recipe(config, scanned, path)
-    catalog = scanned.hold_out(config.data.val_fraction)
+    catalog = scanned if split_file is not None else validated(scanned, config.data)
+    if config.train.patience is not None and "val" not in catalog.splits:
+        raise UsageError("train.patience needs a validation split", "leave it out, or raise data.val_fraction")
     catalog.check_groups()
     if saved is not None and (before := saved.fields["fingerprint"]) != (now := catalog.fingerprint):
         raise UsageError(
@@ -188,7 +190,9 @@ def make_plan(request: RunRequest) -> Plan:
             "train anew with --init-from to start from its weights",
         )
     notes += scanned.notes + _check_classes(scanned)
-    specs = resolve_specs(config.inputs, catalog, config.data.limits)
+    # All folds settle their inputs by the same examples, so that their models make one.
+    seen = catalog if config.data.fold is None else whole(catalog)
+    specs = resolve_specs(config.inputs, seen, config.data.limits)
     place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
@@ -198,7 +202,7 @@ def make_plan(request: RunRequest) -> Plan:
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
-    val_from = _val_from(scanned, split_file)
+    val_from = _val_from(scanned, split_file, config.data.fold)
     plan = Plan(request, config, catalog, reader, compute, cost, folder, val_from, saved, notes)
     _check_size(plan)
     if saved is not None:
@@ -232,10 +236,12 @@ def _scan(
     return scan(path, None, reads, options), None
 
 
-def _val_from(scanned: Catalog, split_file: str | None) -> str:
+def _val_from(scanned: Catalog, split_file: str | None, fold: str | None) -> str:
     """Return who chooses the validation examples of a catalog as scanned."""
     if split_file is not None:
         return "as in an earlier run"
+    if fold is not None:
+        return f"fold {fold} of train"
     if "val" in scanned.splits:
         return "chosen by the data"
     by = {None: "each name", PARENT: "each file's folder"}.get(scanned.group_by, show_path(scanned.group_by or ""))
