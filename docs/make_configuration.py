@@ -14,7 +14,7 @@ HEAD = """# Configuration
 Written from the program's own tables by `python docs/make_configuration.py`. `perceiver options WORD` shows the same on
 a terminal; `perceiver options --run RUN` shows the values of a run, and who chose each.
 
-A recipe is a TOML file with the tables below. `perceiver presets show NAME` prints one. Give your own with
+A recipe is a TOML file with the tables below. `perceiver presets NAME` prints one. Give your own with
 `--config FILE`, or change one option with `--set TABLE.OPTION=VALUE`: `--set train.lr=0.002`,
 `--set inputs.image.size=[96,96]`. An unknown option is an error that names the nearest one. Every run writes its recipe
 to `config.toml`.

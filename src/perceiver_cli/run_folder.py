@@ -270,5 +270,8 @@ def find_model(name: str | None) -> Path:
     if status is None or not stat.S_ISREG(status.st_mode):
         if name is None and "PERCEIVER_MODEL" not in os.environ:
             raise UsageError("no model: there is no runs/latest here", "pass -m RUN, or train one with perceiver train")
-        raise UsageError(f"{show_path(wanted)}: no model file", f"expected a run folder with {MODEL_FILE}, or the file")
+        fault = f"{show_path(wanted)}: no model file"
+        if status is None and re.fullmatch(r"deepmind/[\w.-]+", wanted):
+            raise UsageError(fault, f"to get it from the hub: perceiver import {wanted} -o {path.name}.safetensors")
+        raise UsageError(fault, f"expected a run folder with {MODEL_FILE}, or the file")
     return path

@@ -245,7 +245,7 @@ def test_pairs_from_the_shell(perceive: Perceive, pairs: Path, paired: Path, tmp
     assert (plan["preset"], plan["modalities"]) == ("tiny-audio-image", ["audio", "image"])
     folder = pairs / "test" / "top-low"
     found = lines(perceive("predict", folder, "-m", paired, cwd=tmp_path).stdout)
-    assert [line["path"] for line in found] == [str(folder / f"{i:03d}") for i in range(8)]
+    assert [line["id"] for line in found] == [f"{i:03d}" for i in range(8)]
     assert all(line["used"] == ["audio", "image"] for line in found)
     done = perceive("predict", folder / "000.png", folder / "000.wav", "-m", paired, "--format", "csv", "--top-k", "1")
     head, *rows = csv.reader(io.StringIO(done.stdout.decode()))
@@ -329,7 +329,7 @@ def test_presets(perceive: Perceive) -> None:
     listed = perceive("presets").stdout.decode()
     for name in ("imagenet", "audioset-audio", "modelnet40", "tiny-image", "tiny-audio", "tiny-points"):
         assert name in listed
-        assert perceive("presets", "show", name).stdout.startswith(b"# ")
+        assert perceive("presets", name).stdout.startswith(b"# ")
 
 
 # ---------------------------------------------------------------- refusals

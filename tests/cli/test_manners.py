@@ -87,8 +87,8 @@ def test_evaluate_keeps_every_name(hostile: Path, perceive: Perceive) -> None:
     assert done.returncode == 3
     assert not control(done.stdout + done.stderr)
     records = [json.loads(line) for line in (hostile / "report" / "predictions.jsonl").read_bytes().splitlines()]
-    assert {os.fsencode(record["path"]) for record in records} == all_names(b"a/") | all_names(b"b/")
-    assert {os.fsencode(row["path"]) for row in json.loads(done.stdout)["bad"]} == all_names(b"a/cut")
+    assert {os.fsencode(record["id"]) for record in records} == all_names(b"a/") | all_names(b"b/")
+    assert {os.fsencode(row["path"]) for row in json.loads(done.stdout)["bad"]} == all_names(b"data/a/cut")
 
 
 @pytest.mark.parametrize("style", ["jsonl", "csv"])
@@ -355,7 +355,7 @@ def test_the_shell_completes_presets_runs_and_models(tmp_path: Path) -> None:
     (tmp_path / "runs" / "begun" / "last").mkdir(parents=True)
     (tmp_path / "m.safetensors").touch()
     assert completions("perceiver train --preset tiny-a", tmp_path) == ["tiny-audio", "tiny-av"]
-    assert "imagenet" in completions("perceiver presets show ", tmp_path)
+    assert "imagenet" in completions("perceiver presets ", tmp_path)
     assert completions("perceiver predict -m ", tmp_path) == ["m.safetensors", "runs/a", "runs/b"]
     assert completions("perceiver evaluate x --model else/", tmp_path) == ["else/c"]
     assert completions("perceiver train x --resume -o runs/b", tmp_path) == ["runs/b", "runs/begun"]

@@ -378,7 +378,7 @@ def test_metadata_pairs_files_in_prediction_as_in_training(tmp_path: Path, suffi
     both = IMAGE | {"audio": AudioSpec()}
     found = list(examples_of(str(folder), both, Limits()))
     assert [(example.error, sorted(example.sources)) for example in found] == [(None, ["audio", "image"])] * 2
-    assert found[0].id == f"{folder}/001.png+{folder}/sound.wav"
+    assert found[0].id == "001.png+sound.wav"
     write(folder, "id,speaker\n1,x\n" if suffix == "csv" else '{"id": 1}\n', f"metadata.{suffix}")
     assert len(list(examples_of(str(folder), both, Limits()))) == 3  # it is about something else
 

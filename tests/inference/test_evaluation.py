@@ -30,7 +30,7 @@ def predictor(trained: Path) -> Predictor:
 def test_figures_are_those_of_the_predictions(predictor: Predictor, bars: Path) -> None:
     report = evaluate(predictor, bars)
     assert (report.split, report.num_examples) == ("test", 30)
-    records = {record["path"]: record for record in report.records}
+    records = {record["id"]: record for record in report.records}
     right, losses = 0, []
     for prediction in predictor.predict(sorted((bars / "test").rglob("*.png"))):
         path = Path(prediction.path)
@@ -38,7 +38,7 @@ def test_figures_are_those_of_the_predictions(predictor: Predictor, bars: Path) 
         true = predictor.classes.index(path.parent.name)
         losses.append(-np.log(prediction.probs[true]))
         right += prediction.label == path.parent.name
-        assert record["prediction"] == prediction.label
+        assert (record["path"], record["label"], record["truth"]) == (str(path), prediction.label, path.parent.name)
         assert record["correct"] == (prediction.label == path.parent.name)
     assert report.accuracy == pytest.approx(right / 30)
     assert report.accuracy > 0.9
@@ -88,19 +88,19 @@ def test_report_files(predictor: Predictor, bars: Path, tmp_path: Path) -> None:
     report = evaluate(predictor, bars)
     save_report(report, tmp_path / "out")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
-    assert metrics["accuracy"] == report.accuracy
+    assert (metrics["version"], metrics["accuracy"]) == (2, report.accuracy)
     assert np.sum(metrics["confusion"]) == 30
     lines = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert len(lines) == 30
-    assert {"path", "label", "prediction", "prob", "correct", "loss"} == set(json.loads(lines[0]))
+    assert {"path", "id", "truth", "label", "prob", "correct", "loss"} == set(json.loads(lines[0]))
     with Image.open(tmp_path / "out" / "confusion.png") as image:
         assert min(image.size) > 300
 
 
 def test_figures_with_each_class_alike_are_those_of_scikit_learn(predictor: Predictor, bars: Path) -> None:
     report = evaluate(predictor, bars)
-    truth = [record["label"] for record in report.records]
-    answers = [record["prediction"] for record in report.records]
+    truth = [record["truth"] for record in report.records]
+    answers = [record["label"] for record in report.records]
     assert report.balanced_accuracy == pytest.approx(balanced_accuracy_score(truth, answers))
     assert report.macro_f1 == pytest.approx(f1_score(truth, answers, average="macro"))
     uneven = Report(("a", "b", "c"), 0.9, 1.0, 0.1, ((18, 0, 0), (1, 1, 0), (0, 0, 0)), 20)
@@ -236,7 +236,7 @@ def test_training_with_several_labels(tmp_path: Path) -> None:
     assert set(facts["per_class"]["top"]) == {"average_precision"}
     save_report(report, tmp_path / "report")
     assert {p.name for p in (tmp_path / "report").iterdir()} == {"metrics.json", "predictions.jsonl"}
-    both = next(r["path"] for r in report.records if set(r["labels"]) == {"low", "top"})
+    both = next(r["id"] for r in report.records if set(r["truths"]) == {"low", "top"})
     (prediction,) = predictor.predict([tmp_path / both])
     assert {name for name, prob in zip(predictor.classes, prediction.probs, strict=True) if prob > 0.5} == {
         "low",

@@ -94,7 +94,9 @@ def test_pairs_of_a_folder_a_manifest_and_a_mapping_answer_the_same(
 ) -> None:
     folder = pairs / "test" / "top-low"
     by_folder = list(pair_predictor.predict(folder))
-    assert [p.path for p in by_folder] == [str(folder / f"{i:03d}") for i in range(8)]
+    assert [p.names["id"] for p in by_folder] == [f"{i:03d}" for i in range(8)]
+    files = {"audio": str(folder / "000.wav"), "image": str(folder / "000.png")}
+    assert (by_folder[0].path, by_folder[0].names["paths"]) == (files["audio"], files)
     assert [(p.label, p.used) for p in by_folder] == [("top-low", ("audio", "image"))] * 8
     rows = "".join(f"{folder}/{i:03d}.png,{folder}/{i:03d}.wav\n" for i in range(8))
     (tmp_path / "m.csv").write_text("image,audio\n" + rows)
@@ -119,7 +121,7 @@ def test_withheld_is_missing(paired: Path, pair_predictor: Predictor, pairs: Pat
     sounds = list(Predictor(paired, use=["audio"]).predict(folder))
     assert {p.used for p in sounds} == {("audio",)}
     assert {p.label.split("-")[1] for p in sounds} == {"high"}  # what sound alone can tell
-    assert [p.path for p in sounds] == [str(folder / f"{i:03d}") for i in range(8)]  # pairs still, as the model knows
+    assert [p.names["id"] for p in sounds] == [f"{i:03d}" for i in range(8)]  # pairs still, as the model knows
     expected = pair_predictor.predict(sorted(folder.glob("*.wav")))
     np.testing.assert_allclose([p.probs for p in sounds], [p.probs for p in expected], rtol=1e-5)
     (bad,) = Predictor(paired, use=["audio"]).predict([folder / "000.png"])

@@ -510,7 +510,7 @@ def test_only_three_files_of_a_hub_repository_are_fetched(
     errors = hub.errors
     asked: list[tuple[str, str]] = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, **_: bool) -> str:
         asked.append((repository, name))
         if name == "preprocessor_config.json":
             raise errors.EntryNotFoundError("404")

@@ -152,7 +152,7 @@ def test_100_000_examples_of_1000_classes_stay_below_20_mb(trained: Path, tmp_pa
     confusion = np.zeros((1000, 1000), int)
     np.add.at(confusion, (true, said), 1)
     records = tuple(
-        {"path": "p", "label": classes[t], "prediction": classes[s], "prob": 0.5, "correct": t == s, "loss": 1.0}
+        {"path": "p", "truth": classes[t], "label": classes[s], "prob": 0.5, "correct": t == s, "loss": 1.0}
         for t, s in zip(true.tolist(), said.tolist(), strict=True)
     )
     examples = (Example(300 * "&", {"image": Source(str(noise))}),) * 100_000

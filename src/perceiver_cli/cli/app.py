@@ -52,9 +52,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": runs.compare,
     "lr-find": train.lr_find,
     "options": configuration.show_options,
+    "presets": models.presets,
     "doctor": models.doctor,
     "bench": models.bench,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)
-app.add_typer(models.presets_app, name="presets", invoke_without_command=True)

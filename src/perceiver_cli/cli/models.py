@@ -8,7 +8,7 @@ import typer
 
 from perceiver_cli.cli import completion, options, terminal
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
-from perceiver_cli.errors import counted
+from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
 
 if TYPE_CHECKING:
@@ -79,26 +79,25 @@ def doctor(
     terminal.show_facts(facts, json)
 
 
-presets_app = typer.Typer(help="List the built-in recipes, or show one.", rich_markup_mode=None)
-
-
-@presets_app.callback()
-def presets(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        from perceiver_cli.presets import preset_names, preset_text
-
-        for name in preset_names():
-            emit(f"{name:<16} {preset_text(name).splitlines()[0].lstrip('# ')}\n")
-
-
-@presets_app.command()
-def show(
-    name: Annotated[str, typer.Argument(autocompletion=completion.presets, help="Name from `perceiver presets`.")],
+def presets(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME]", autocompletion=completion.presets, help="Print this recipe [default: list]."),
+    ] = None,
 ) -> None:
-    """Print a recipe with its comments. To change it: perceiver presets show NAME > run.toml."""
-    from perceiver_cli.presets import preset_text
+    """List the built-in recipes, or print one with its comments. To change it: perceiver presets NAME > run.toml."""
+    from perceiver_cli.presets import preset_names, preset_text
 
-    emit(preset_text(name))
+    wanted = names or []
+    if wanted[:1] == ["show"]:  # as in version 0.1.0
+        wanted = wanted[1:]
+    if len(wanted) > 1:
+        raise UsageError(f"{len(wanted)} names, expected one recipe", "perceiver presets lists all")
+    if wanted:
+        emit(preset_text(wanted[0]))
+        return
+    for name in preset_names():
+        emit(f"{name:<16} {preset_text(name).splitlines()[0].lstrip('# ')}\n")
 
 
 def bench(

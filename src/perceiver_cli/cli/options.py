@@ -265,17 +265,20 @@ def recipe_of(preset: str | None, config: Path | None) -> Any:
 
 def seconds(text: str | None) -> float | None:
     """Return a time such as "300", "5m" or "1h30m" in seconds."""
-    if text is None:
-        return None
+    return None if text is None else duration(f"--max-time {text}", text)
+
+
+def duration(option: str, text: str) -> float:
+    """Return a time such as "300", "5m" or "1h30m" in seconds. option: as typed, for the error."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     hours, minutes, rest = (float(digits or 0) for digits in match.groups()) if match else (0.0, 0.0, 0.0)
     if (total := hours * 3600 + minutes * 60 + rest) <= 0:
-        raise UsageError(f"--max-time {text}: not a time", "expected 300, 90s, 5m or 1h30m")
+        raise UsageError(f"{option}: not a time", "expected 300, 90s, 5m or 1h30m")
     return total
 
 
 def raised_limits(assignments: list[str] | None) -> dict[str, float]:
-    """Return the limits in NAME=VALUE assignments; see `number` for the values."""
+    """Return the limits in NAME=VALUE assignments; see `number` for the values, and `duration` for those in seconds."""
     from perceiver_cli.preprocess.spec import Limits
 
     raised: dict[str, float] = {}
@@ -283,7 +286,7 @@ def raised_limits(assignments: list[str] | None) -> dict[str, float]:
         name, _, text = assignment.partition("=")
         if name not in Limits.model_fields:
             raise UsageError(f"--limit {assignment}: expected NAME=NUMBER", f"names: {', '.join(Limits.model_fields)}")
-        value = number(f"--limit {assignment}", text)
+        value = (duration if name.endswith("_seconds") else number)(f"--limit {assignment}", text)
         raised[name] = int(value) if value.is_integer() else value
     return raised
 

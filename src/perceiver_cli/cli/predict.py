@@ -247,6 +247,8 @@ def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequenc
         cells |= {f"label{suffix}": name, f"prob{suffix}": prob}
     if prediction.error is None:
         cells["label"] = prediction.label  # or "unknown"
+    if prediction.min_prob:
+        cells["best"] = prediction.best if prediction.error is None else ""
     if all_probs:
         cells |= dict(zip((f"p_{name}" for name in classes), prediction.probs or [""] * len(classes), strict=True))
     return {**cells, "error": prediction.error or ""}
@@ -268,10 +270,11 @@ def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Seq
     shown = show_text(prediction.path)
     if prediction.error is not None:
         return f"{shown:<40} (not read)\n"
-    (_, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
+    (best, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
     rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
     further = _padded(_extra(prediction, extra))
-    return f"{shown:<40} {further}{show_text(prediction.label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+    label = prediction.label if prediction.label == best else f"{prediction.label} ({best})"
+    return f"{shown:<40} {further}{show_text(label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
 
 
 def show_report(report: "Report", as_json: bool) -> None:

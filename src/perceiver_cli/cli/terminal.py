@@ -357,6 +357,7 @@ def flat_items(facts: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str
         elif isinstance(value, int):
             yield prefix + name, f"{value:,}"
         elif isinstance(value, list | tuple):
-            yield prefix + name, " ".join(show_text(v) if isinstance(v, str) else str(v) for v in value)
+            words = (show_text(v) if isinstance(v, str) else str(v) for v in value)
+            yield prefix + name, " ".join(words) or "none"
         elif value is not None:
             yield prefix + name, f"{value:.6g}" if isinstance(value, float) else show_text(str(value))

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ class Example:
 
     id: its path below the data folder, or the stem that its files share. sources: by modality, each optional. labels:
     class indices: one unless the data has several a row, none for an unknown class. group: examples of one group stay
-    in one split; "" is no group. error: why it cannot be read, if that is known.
+    in one split; "" is no group. error: why it cannot be read, if that is known. place: its path if no source has it.
     """
 
     id: str
@@ -31,6 +32,23 @@ class Example:
     labels: tuple[int, ...] = ()
     group: str = ""
     error: str | None = field(default=None, compare=False)
+    place: str = field(default="", compare=False)
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The path of each modality's file, as it can be opened; none for a record."""
+        return {name: source.name for name, source in self.sources.items() if isinstance(source, Source)}
+
+    @property
+    def path(self) -> str:
+        """The path of its first file, as it can be opened; of a record, the path that was prepared, or its id."""
+        return self.place or next(iter(self.paths.values()), self.id)
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """What every output says of the example beside its path: id and, of several files, their paths by modality."""
+        several = {"paths": self.paths} if len(set(self.paths.values())) > 1 else {}
+        return {"id": self.id, **several}
 
     @property
     def files(self) -> set[str]:

@@ -188,10 +188,11 @@ def _tar_examples(tars: Iterable[str], reads: Mapping[str, InputSpec], limits: L
 def _file_example(file: File, use: Collection[str]) -> Example:
     """Return the example of one file, with an error if it has no modality in `use`."""
     if file.error is not None:
-        return Example(file.path, {}, error=str(file.error))
+        return Example(file.path, {}, error=str(file.error), place=file.source.name)
     nearest = file.among(use)
     if nearest is None:
-        return Example(file.path, {}, error=str(other_kind(file.source, either(use))))
+        error = str(other_kind(file.source, either(use)))
+        return Example(file.path, {}, error=error, place=file.source.name)
     return Example(file.path, sources_of({nearest: file}, use))
 
 
@@ -207,8 +208,6 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
             if row.path:
                 file = row.looked_at(listing.folder, only(use))
                 file = as_points(file) if by_stem and listing.pair == "all" else file
-                # A file of a folder has its whole path as its name, a file of a manifest the manifest's path.
-                file = replace(file, path=file.source.name) if listing.by_stem else file
                 if is_folder and file.among(reads) is None and suffix_of(file.path) not in suffixes:
                     listing.account.pass_over(of_suffix(file), row.path)
                 else:
@@ -216,8 +215,7 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
             else:
                 whole = row.below(listing.folder)
                 sources = {name: Source(path) for name, path in whole.columns.items()}
-                paths = whole.paths if is_folder else row.paths
-                yield Example(identity(paths) if sources else f"row {number}", sources)
+                yield Example(identity(row.paths) if sources else f"row {number}", sources)
         tables = tables_beside(chain.from_iterable(groups.values()), reads, listing.pair) if by_stem else set()
         for path in sorted(tables):
             listing.account.pass_over(TABLE, path)
@@ -244,7 +242,7 @@ def _stream_examples(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits)
             )
             for name, npy in record.arrays.items()
         }  # fmt: skip
-        yield Example(facts.path, stored, error=facts.error)
+        yield Example(facts.id, stored, error=facts.error, place=facts.path)
 
 
 def brought(example: Example, reads: Iterable[str]) -> dict[str, Source | Stored]:

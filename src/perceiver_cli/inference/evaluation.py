@@ -41,6 +41,7 @@ from perceiver_cli.model.device import Compute
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.run_folder import MODEL_FILE
 
+VERSION = 2  # of metrics.json and predictions.jsonl: since 2, `label` is the answer and `truth` the truth
 TOP = 5
 WHOLE_MATRIX = (
     256  # classes up to which JSON has the whole confusion matrix; then it has [true, answer, count] of cells
@@ -63,7 +64,7 @@ class Report:
     split_from: str = "data"  # who defines the split: the "data", or the "run" that held it out
     modalities: tuple[str, ...] = ()  # modalities that the model read
     records: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # one per example, as in predictions.jsonl
-    bad: tuple[tuple[str, str], ...] = ()  # (example id, error)
+    bad: tuple[tuple[Example, str], ...] = ()  # unreadable examples, each with its error
     strangers: int = 0  # examples left out because the model does not know their class
     notes: tuple[str, ...] = ()
     ece: float | None = None  # expected calibration error of the first answer; with several labels of all classes
@@ -117,6 +118,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of `evaluate --json`."""
         facts: dict[str, Any] = {
+            "version": VERSION,
             "accuracy": self.accuracy,
             "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
@@ -132,7 +134,7 @@ class Report:
             "modalities": list(self.modalities),
             "per_class": self.per_class,
             "num_bad": len(self.bad),
-            "bad": [{"path": path, "error": error} for path, error in self.bad],
+            "bad": [{"path": example.path, **example.names, "error": error} for example, error in self.bad],
             "num_unknown_class": self.strangers,
             "notes": list(self.notes),
             "files": self.files.to_dict(),
@@ -211,7 +213,7 @@ class LabelledLogits:
     logits: Tensor  # (n, classes) float64
     targets: Tensor  # (n,) or, with several labels, (n, classes) of 0 and 1
     used: tuple[tuple[str, ...], ...]  # modalities of each example
-    bad: tuple[tuple[str, str], ...]
+    bad: tuple[tuple[Example, str], ...]
     strangers: int
 
 
@@ -232,7 +234,7 @@ def label_logits(
     used: list[tuple[str, ...]] = []
     rows: list[Tensor] = []
     labels: list[Tensor] = []
-    bad: list[tuple[str, str]] = []
+    bad: list[tuple[Example, str]] = []
     was_training = model.training
     model.eval()
     for batch, outputs in forward_batches(model, reader, ordered_tasks(known, batch_size), compute, workers):
@@ -240,7 +242,7 @@ def label_logits(
         used += batch.used
         rows.append(outputs.logits)
         labels.append(batch.labels.clone())  # a tensor from a worker keeps a file open
-        bad += [(example.id, error) for _, example, error in batch.bad]
+        bad += [(example, error) for _, example, error in batch.bad]
         if progress is not None:
             progress(len(scored) + len(bad))
     model.train(was_training)
@@ -266,9 +268,10 @@ def _records(
     for example, first, p, loss, modalities in zip(*columns, strict=True):
         names = [classes[label] for label in example.labels]
         record = {
-            "path": example.id,
-            **({"labels": names} if scored.targets.ndim == 2 else {"label": names[0]}),
-            "prediction": classes[first],
+            "path": example.path,
+            **example.names,
+            **({"truths": names} if scored.targets.ndim == 2 else {"truth": names[0]}),
+            "label": classes[first],
             "prob": p,
             "correct": first in example.labels,
             "loss": loss,
@@ -355,7 +358,7 @@ def evaluate(
     )  # fmt: skip
     if not isfinite(report.loss):
         raise predictor.broken()
-    files = catalog.accounted(dict(report.bad), name, scored=True)
+    files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
     return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files)
 
 

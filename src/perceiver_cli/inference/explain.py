@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -108,11 +108,13 @@ class Explanation:
     shown: Mapping[str, ExplainedInput]
     maps: tuple[ScoreMap, ...]
     notes: tuple[str, ...] = ()
+    names: Mapping[str, Any] = field(default_factory=dict)  # as of an Example
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object of `explain --json`."""
         return {
             "path": self.path,
+            **self.names,
             "label": self.predicted,
             "prob": self.predicted_prob,
             "class": self.label,
@@ -141,7 +143,7 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
     views = reader.views(decoded)
     (prediction,) = predictor.predict([example])
     if prediction.error is not None:
-        raise predictor.broken(example.id)
+        raise predictor.broken(example.path)
     label = prediction.label if label is None else label
     if label not in predictor.classes:
         known = ", ".join(show_path(name) for name in predictor.classes[:20])
@@ -164,7 +166,7 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
         notes.append(f"{', '.join(missing)}: missing in this input")
     start_s = reader.starts(decoded)[best]
     return Explanation(
-        path=example.id,
+        path=example.path,
         label=label,
         prob=prediction.probs[target],
         predicted=prediction.label,
@@ -172,6 +174,7 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
         shown={name: _explained(name, reader, decoded, start_s, heat[name], attention[name]) for name in segments},
         maps=tuple(maps),
         notes=tuple(notes),
+        names=example.names,
     )
 
 

@@ -63,7 +63,7 @@ class Windows:
 class Prediction:
     """Class probabilities of one input or one window, or an error."""
 
-    path: str
+    path: str  # of its first file
     classes: tuple[str, ...]
     probs: tuple[float, ...] = ()  # by class; with several labels, or as maxima of windows, they do not sum to 1
     error: str | None = None
@@ -74,6 +74,7 @@ class Prediction:
     thresholds: tuple[float, ...] = ()  # by class, with several labels an example
     min_prob: float = 0.0  # smallest probability of a label
     embedding: NDArray[np.float32] | None = field(default=None, repr=False, compare=False)  # (D,) mean latent
+    names: Mapping[str, Any] = field(default_factory=dict)  # as of an Example
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """Return the k most probable classes with their probabilities, best first; ties keep the class order."""
@@ -83,7 +84,12 @@ class Prediction:
     @property
     def label(self) -> str:
         """The most probable class, or UNKNOWN if its probability is below `min_prob`."""
-        return self.top(1)[0][0] if self.prob >= self.min_prob else UNKNOWN
+        return self.best if self.prob >= self.min_prob else UNKNOWN
+
+    @property
+    def best(self) -> str:
+        """The most probable class, also below `min_prob`."""
+        return self.top(1)[0][0]
 
     @property
     def prob(self) -> float:
@@ -99,11 +105,13 @@ class Prediction:
     def to_dict(self, top_k: int = 5, *, all_probs: bool = False) -> dict[str, Any]:
         """Return the JSON line of this prediction."""
         if self.error is not None:
-            return {"path": self.path, "error": self.error}
-        line: dict[str, Any] = {"path": self.path}
+            return {"path": self.path, **self.names, "error": self.error}
+        line: dict[str, Any] = {"path": self.path, **self.names}
         if self.start_s is not None:
             line |= {"start_s": self.start_s, "end_s": self.end_s}
         line |= {"label": self.label, "prob": self.prob}
+        if self.min_prob:
+            line["best"] = self.best
         if self.thresholds:
             line["labels"] = list(self.labels)
         line["top"] = [{"label": label, "prob": prob} for label, prob in self.top(top_k)]
@@ -212,16 +220,17 @@ class Predictor:
             return
         tasks = ordered_tasks(examples, batch_size)
         for batch, outputs in forward_batches(self.model, self.reader, tasks, self.compute, workers):
-            fields = self._fields(outputs, [e.id for e in batch.examples], embeddings)
+            fields = self._fields(outputs, [e.path for e in batch.examples], embeddings)
             for fault, seen in ((None, batch.examples), ("unreadable", [example for _, example, _ in batch.bad])):
                 for example in seen:
-                    account.use("predict", example.id, example.files, fault=fault)
+                    account.use("predict", example.path, example.files, fault=fault)
             rows = zip(batch.examples, batch.used, batch.notes, fields, strict=True)
             predictions = [
-                replace(blank, path=e.id, used=self._choice(used), notes=notes, **more) for e, used, notes, more in rows
+                replace(blank, path=e.path, names=e.names, used=self._choice(used), notes=notes, **more)
+                for e, used, notes, more in rows
             ]
             for position, example, error in batch.bad:  # in ascending order
-                predictions.insert(position, replace(blank, path=example.id, error=error))
+                predictions.insert(position, replace(blank, path=example.path, names=example.names, error=error))
             yield from predictions
 
     def examples(self, named: Named, account: Account | None = None) -> Iterator[Example]:
@@ -300,12 +309,14 @@ class Predictor:
                 for span, decoded in self.reader.windows(example, windows.window_s, windows.hop_s):
                     start_s, end_s = (None, None) if span is None else (round(span[0], 6), round(span[1], 6))
                     used = self._choice(decoded.names)
-                    window = replace(blank, path=example.id, used=used, start_s=start_s, end_s=end_s)
+                    window = replace(
+                        blank, path=example.path, names=example.names, used=used, start_s=start_s, end_s=end_s
+                    )
                     yield number, window, self.reader.views(decoded)
             except DataError as error:
                 fault = "unreadable"
-                yield number, replace(blank, path=example.id, error=str(error)), []
-            account.use("predict", example.id, example.files, fault=fault)
+                yield number, replace(blank, path=example.path, names=example.names, error=str(error)), []
+            account.use("predict", example.path, example.files, fault=fault)
 
     def _predicted(
         self, cut: Iterator[tuple[int, Prediction, list[View]]], batch_size: int, embeddings: bool

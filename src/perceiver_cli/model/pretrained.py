@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tomllib
 from collections.abc import Callable, Mapping
 from importlib.resources import files
@@ -27,6 +26,7 @@ from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.model.checkpoint import ModelInfo, load_tensors, read_table, save_model
 from perceiver_cli.model.cost import MAX_PARAMETERS, estimate
+from perceiver_cli.model.hub import ON_HUB, download
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import MODEL_FILE
@@ -116,29 +116,9 @@ def _files(source: str) -> Callable[[str], Path | None]:
         if not paths[MODEL_FILE].is_file():
             raise UsageError(f"{shown}: no {MODEL_FILE} in it", convert)
         return lambda name: paths[name] if paths[name].is_file() else None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source, re.ASCII) and path.suffix != ".safetensors":
-        return lambda name: _download(source, name)
+    if ON_HUB.fullmatch(source) and path.suffix != ".safetensors":
+        return lambda name: download(source, name, absent=PROCESSOR_FILE)
     raise UsageError(f"{shown}: no such folder or file", "expected a folder, a .safetensors file or a hub's ORG/NAME")
-
-
-def _download(repository: str, name: str) -> Path | None:
-    """Return the path of a hub repository's file in the local cache, after a download if needed."""
-    try:
-        import huggingface_hub as hub  # type: ignore[import-not-found, unused-ignore]
-        from huggingface_hub import errors as hub_errors
-    except ImportError as error:
-        message = f"{show_path(repository)}: not a path here, and the hub needs huggingface_hub"
-        raise UsageError(message, "pip install 'perceiver-cli[hub]'") from error
-    try:
-        return Path(hub.hf_hub_download(repository, name))
-    except Exception as error:  # from HTTP, the file system or the hub: the user can do the same about each
-        absent = isinstance(error, hub_errors.EntryNotFoundError)
-        if absent and not isinstance(error, hub_errors.LocalEntryNotFoundError):  # the latter concerns the cache
-            if name == PROCESSOR_FILE:
-                return None
-            raise UsageError(f"{show_path(repository)}: has no {name} on the hub") from error
-        reason = show_path(" ".join(str(error).split())).strip("'") or type(error).__name__
-        raise UsageError(f"{show_path(repository)}: cannot get {name} from the hub: {reason}") from error
 
 
 def _read_json(path: Path | None) -> dict[str, Any] | None:

@@ -222,7 +222,7 @@ def _pairs(report: Report, gallery: _Gallery) -> list[dict[str, Any]]:
     mistakes: dict[tuple[str, str], list[tuple[float, int]]] = defaultdict(list)
     for k, record in enumerate(report.records):
         if not record["correct"]:
-            mistakes[record["label"], record["prediction"]].append((-record["prob"], k))
+            mistakes[record["truth"], record["label"]].append((-record["prob"], k))
     pairs, per_class = [], report.per_class
     for (true, predicted), ranked in sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]:
         media = [gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(ranked)[:EACH]]
@@ -238,8 +238,8 @@ def _hardest(report: Report, gallery: _Gallery) -> list[Medium | None]:
     media = []
     for k in sorted(range(len(report.records)), key=lambda k: -report.records[k]["loss"])[:HARDEST]:
         record = report.records[k]
-        labels = ", ".join(map(shown, record["labels"])) or "nothing"
-        answer = f"first answer {shown(record['prediction'])}, {percent(record['prob'])}"
+        labels = ", ".join(map(shown, record["truths"])) or "nothing"
+        answer = f"first answer {shown(record['label'])}, {percent(record['prob'])}"
         media.append(gallery.show(report.examples[k], f"is {labels}; {answer}"))
     return media
 
