@@ -223,7 +223,9 @@ def _validation(key: str, table: Any) -> Callable[[], InputSpec]:
     options = preprocess.spec_type(name) if isinstance(name, str) else None
     if options is None:
         known = ", ".join(sorted(preprocess.names()))
-        raise ValueError(f"[inputs.{key}]: unknown modality {name!r}, known are {known}")
+        raise ValueError(
+            f"[inputs.{key}]: unknown modality {name!r}, known are {known}; a file that registers it: --plugin FILE.py"
+        )
     return partial(options.model_validate, table)
 
 
@@ -349,8 +351,13 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     for preset in preset_names():
         if preset.startswith("tiny-") and sorted((recipe := load_preset(preset)).inputs) == names:
             return recipe
-    presets = [load_preset(f"tiny-{name}") for name in names]
-    inputs = {n: p.inputs[n].model_copy(update={"dropout": TINY_DROPOUT}) for n, p in zip(names, presets, strict=True)}
+    every = preset_names()  # a plugin's modality has none: its own defaults, and the model of tiny-image
+    presets = [load_preset(f"tiny-{name}" if f"tiny-{name}" in every else "tiny-image") for name in names]
+    dropout = {"dropout": TINY_DROPOUT} if len(names) > 1 else {}
+    inputs = {
+        name: preset.inputs.get(name, preprocess.spec_type(name)()).model_copy(update=dropout)
+        for name, preset in zip(names, presets, strict=True)
+    }
     length = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
     train = presets[0].train.model_copy(update=length)
     return Config(name=f"tiny-{'-'.join(names)}", model=presets[0].model, inputs=inputs, train=train)

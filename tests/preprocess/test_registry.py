@@ -20,13 +20,20 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import container, image, mesh_files, modality, names, register, sound_files
 from perceiver_cli.preprocess.detection import detected
 from perceiver_cli.preprocess.image import ImageSpec
+from perceiver_cli.preprocess.plugins import load_plugin
 from perceiver_cli.preprocess.points import PointsModality, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from tests.conftest import decode, detect, warm
+from tests.conftest import Perceive, decode, detect, warm
 
 PACKAGE = Path(perceiver_cli.__file__).parent
 EXAMPLE = PACKAGE.parents[1] / "examples" / "custom_modality.py"
+TAKEN = """
+from perceiver_cli import register
+from perceiver_cli.preprocess.image import ImageModality
+class Mine(ImageModality): pass
+register(Mine())
+"""
 SPLITS = {"train": 20, "test": 8}  # curves of each class
 RECIPE = """# Light curves: a preset of one file.
 [model]
@@ -114,6 +121,35 @@ def test_a_modality_is_one_file(extended: Path) -> None:
     before, after = files_of(PACKAGE), files_of(extended / "src" / "perceiver_cli")
     assert after.keys() - before.keys() == {"preprocess/curve.py", "presets/dips.toml"}
     assert all(after[name] == content for name, content in before.items())
+
+
+def test_a_plugin_is_one_file_that_the_user_names(perceive: Perceive, tmp_path: Path) -> None:
+    """A model of a modality of one's own could be trained from Python, and then used nowhere."""
+    (tmp_path / "curves.toml").write_text(RECIPE)
+    facts = json.loads(perceive("info", "curves.toml", "--json", "--plugin", EXAMPLE, cwd=tmp_path).stdout)
+    assert facts["inputs"].keys() == {"curve"}
+    told = perceive("info", "curves.toml", cwd=tmp_path)
+    assert told.returncode == 2
+    assert b"unknown modality 'curve'" in told.stderr
+    assert b"--plugin FILE.py" in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "fault"),
+    [
+        ("none.txt", "", "no such Python file"),
+        ("numpy.py", "", "another module is called numpy"),
+        ("broken_plugin.py", "1 / 0", "ZeroDivisionError: division by zero"),
+        ("taken_plugin.py", TAKEN, "modality 'image' needs a name of its own"),
+    ],
+)
+def test_a_plugin_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str, fault: str
+) -> None:
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=fault):
+        load_plugin(tmp_path / name)
 
 
 def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:

@@ -4,12 +4,14 @@ torch is imported only inside the bodies that need it, so that `--help` is immed
 commands imports `annotations` from `__future__`: Typer would compile every annotation four times.
 """
 
+import inspect
 from collections.abc import Callable
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
-from perceiver_cli.cli import configuration, data, models, predict, runs, terminal, train
+from perceiver_cli.cli import configuration, data, models, options, predict, runs, terminal, train
 
 app = typer.Typer(
     name="perceiver",
@@ -56,5 +58,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": models.doctor,
     "bench": models.bench,
 }
+
+
+def _with_plugins(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command with the option --plugin, which runs the named files first."""
+
+    @wraps(command)
+    def run(*, plugin: list[str] | None = None, **given: Any) -> None:
+        if plugin:
+            from perceiver_cli.preprocess.plugins import load_plugin
+
+            for path in plugin:
+                load_plugin(path)
+        command(**given)
+
+    signature = inspect.signature(command)
+    added = inspect.Parameter("plugin", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=options.Plugin)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), added])  # type: ignore[attr-defined]
+    run.__annotations__ = {**command.__annotations__, "plugin": options.Plugin}
+    return run
+
+
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name)(_with_plugins(command))

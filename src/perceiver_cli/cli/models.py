@@ -11,8 +11,6 @@ from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
 
-if TYPE_CHECKING:
-    pass
 
 
 def import_weights(

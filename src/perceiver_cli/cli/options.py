@@ -61,6 +61,10 @@ Pair = Annotated[
     Literal["media", "all", "none"] | None,
     typer.Option(help="Join files of one stem: media, also tables of numbers (all), or none [default: media]."),
 ]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option("--plugin", metavar="FILE.py", help="Run this Python file first: it registers a modality."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

@@ -103,7 +103,9 @@ def _info(header: Mapping[str, Any], path: Path) -> ModelInfo:
         fingerprint, fitted = str(header.get("data_fingerprint", "")), header.get("calibration")
         calibration = None if fitted is None else Calibration.parse(fitted, len(classes))
         return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint, calibration)
-    except (KeyError, TypeError, ValueError, UsageError) as error:
+    except UsageError as error:  # names the path
+        raise IntegrityError(str(error)) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{show_path(path)}: incomplete header: {error}") from error
 
 
