@@ -354,10 +354,10 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     every = preset_names()  # a plugin's modality has none: its own defaults, and the model of tiny-image
     presets = [load_preset(f"tiny-{name}" if f"tiny-{name}" in every else "tiny-image") for name in names]
     dropout = {"dropout": TINY_DROPOUT} if len(names) > 1 else {}
-    inputs = {
-        name: preset.inputs.get(name, preprocess.spec_type(name)()).model_copy(update=dropout)
-        for name, preset in zip(names, presets, strict=True)
-    }
+    inputs = {}
+    for name, preset in zip(names, presets, strict=True):
+        spec = preset.inputs[name] if name in preset.inputs else InputSpec.kinds[name]()
+        inputs[name] = spec.model_copy(update=dropout)
     length = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
     train = presets[0].train.model_copy(update=length)
     return Config(name=f"tiny-{'-'.join(names)}", model=presets[0].model, inputs=inputs, train=train)
