@@ -348,15 +348,16 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     most epochs and the smallest batch.
     """
     names = sorted(modalities)
-    for preset in preset_names():
+    every = preset_names()
+    for preset in every:
         if preset.startswith("tiny-") and sorted((recipe := load_preset(preset)).inputs) == names:
             return recipe
-    every = preset_names()  # a plugin's modality has none: its own defaults, and the model of tiny-image
+    # A plugin's modality has no tiny preset: its own defaults, and the model of tiny-image.
     presets = [load_preset(f"tiny-{name}" if f"tiny-{name}" in every else "tiny-image") for name in names]
     dropout = {"dropout": TINY_DROPOUT} if len(names) > 1 else {}
     inputs = {}
-    for name, preset in zip(names, presets, strict=True):
-        spec = preset.inputs[name] if name in preset.inputs else InputSpec.kinds[name]()
+    for name, tiny in zip(names, presets, strict=True):
+        spec = tiny.inputs[name] if name in tiny.inputs else InputSpec.kinds[name](modality=name)
         inputs[name] = spec.model_copy(update=dropout)
     length = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
     train = presets[0].train.model_copy(update=length)
