@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -10,7 +10,6 @@ from perceiver_cli.cli import completion, options, terminal
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
-
 
 
 def import_weights(
