@@ -54,12 +54,17 @@ def info(
             help="A preset, a configuration, a run or a model file.",
         ),
     ],
+    on: options.On = None,
     json: options.Json = False,
 ) -> None:
-    """Print parameters, FLOPs and shapes of a preset or model file. No model is built."""
+    """Print parameters, FLOPs and shapes of a preset or model file; --on adds the cost of training. Builds no model."""
     from perceiver_cli.model.describe import describe
+    from perceiver_cli.model.machines import estimate_lines
 
-    terminal.show_facts(describe(name), json)
+    facts = describe(name, on)
+    lines = [] if json or on is None else estimate_lines(facts.pop("training"))
+    terminal.show_facts(facts, json)
+    emit("".join(f"{line}\n" for line in lines))
 
 
 def doctor(

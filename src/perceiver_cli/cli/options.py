@@ -61,6 +61,10 @@ Pair = Annotated[
     Literal["media", "all", "none"] | None,
     typer.Option(help="Join files of one stem: media, also tables of numbers (all), or none [default: media]."),
 ]
+On = Annotated[
+    Literal["h100x8", "h100", "a100", "rtx4090", "cpu"] | None,
+    typer.Option(help="Estimate memory, hours and disk of training on this machine."),
+]
 Plugin = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE.py", help="Run this Python file first: it registers a modality."),

@@ -76,6 +76,7 @@ def train(
     freeze: Annotated[Literal["none", "trunk"] | None, typer.Option(help="Train the head only (trunk).")] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the run that -o already holds.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan, sizes and time, then stop.")] = False,
+    on: options.On = None,
     log: Annotated[Literal["none", "tensorboard"], typer.Option(help="Log each step to RUN/tensorboard.")] = "none",
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -122,11 +123,11 @@ def train(
 
     trainer = Trainer(
         data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
-        started_at=STARTED_AT,
+        started_at=STARTED_AT, dry_run=dry_run or on is not None,
     )  # fmt: skip
-    if dry_run:
+    if dry_run or on is not None:
         say_notes(trainer.plan.notes)
-        show_plan(trainer.dry_run(), trainer.plan.account)
+        show_plan(trainer.dry_run(on), trainer.plan.account)
         return
     events = trainer.fit()
     follow_training(logged(events) if log == "tensorboard" else events, trainer.stop)
@@ -299,8 +300,12 @@ def show_plan(summary: Mapping[str, Any], account: Account) -> None:
         emit_json(summary)
         return
     classes = [f"  {show_path(name)} {count}" for name, count in summary["classes"].items()]
-    length = f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all"
-    emit("\n".join([*plan_lines(summary), *classes, *account.lines(), length]) + "\n")
+    length = [f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all"]
+    if "estimate" in summary:
+        from perceiver_cli.model.machines import estimate_lines
+
+        length = estimate_lines(summary["estimate"])
+    emit("\n".join([*plan_lines(summary), *classes, *account.lines(), *length]) + "\n")
 
 
 def _figure(value: float) -> str:

@@ -10,6 +10,7 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import estimate
+from perceiver_cli.model.machines import training_estimate
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.presets import preset_names
 from perceiver_cli.run_folder import find_model
@@ -17,10 +18,10 @@ from perceiver_cli.run_folder import find_model
 DEFAULT_CLASSES = 10  # for recipes that take the classes from the data
 
 
-def describe(name: str) -> dict[str, Any]:
+def describe(name: str, on: str | None = None) -> dict[str, Any]:
     """Return parameters, FLOPs and shapes of a preset, a TOML file, a run folder or a model file.
 
-    Raises UsageError if nothing has that name.
+    on: a machine, adds what training costs there. Raises UsageError if nothing has that name.
     """
     facts: dict[str, Any] = {}
     if name in preset_names() or name.endswith(".toml"):
@@ -38,6 +39,8 @@ def describe(name: str) -> dict[str, Any]:
         key: {"modality": key, "grid": list(layout.grid), "count": layout.num_inputs, "channels": layout.num_channels}
         for key, layout in layouts.items()
     }
+    if on is not None:
+        facts["training"] = training_estimate(on, config, cost, layouts)
     return {
         "name": config.name,
         "parameters": cost.parameters,

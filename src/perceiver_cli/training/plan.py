@@ -43,6 +43,7 @@ class RunRequest:
     init_from: str | os.PathLike[str] | None
     latest: bool
     started_at: float
+    dry_run: bool = False  # nothing is refused for the machine's size
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,23 @@ def make_plan(request: RunRequest) -> Plan:
     place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
     config = config.model_copy(update=settled)
-    compute = choose_compute(config.train.device, config.train.precision)
+    try:
+        compute = choose_compute(config.train.device, config.train.precision)
+    except UsageError as error:
+        if not request.dry_run:
+            raise
+        notes.append(f"{error}; the plan is for the CPU")
+        compute = choose_compute("cpu", "fp32")
     num_classes = len(catalog.classes)
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
     val_from = _val_from(scanned, split_file, config.data.fold)
     plan = Plan(request, config, catalog, reader, compute, cost, folder, val_from, saved, notes)
-    _check_size(plan)
+    if (reason := too_large(plan)) is not None:
+        if not request.dry_run:
+            raise reason
+        notes.append(str(reason))
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
     return plan
@@ -273,18 +283,19 @@ def _check_classes(catalog: Catalog) -> tuple[str, ...]:
     return (f"only one training file in {counted(len(single), 'class')}: {', '.join(single[:10])}",) if single else ()
 
 
-def _check_size(plan: Plan) -> None:
-    """Raise UsageError if the model is too large to build or to train here."""
+def too_large(plan: Plan) -> UsageError | None:
+    """Return why the model is too large to build or to train here, or None if it is not."""
     parameters = plan.cost.parameters
     if parameters > MAX_PARAMETERS:
         size = f"this model has {parameters:,} parameters ({4 * parameters / 1e9:.1f} GB)"
-        raise UsageError(size, f"at most {MAX_PARAMETERS:,} are built here")
+        return UsageError(size, f"at most {MAX_PARAMETERS:,} are built here")
     memory = memory_bytes()
     if plan.compute.device.type == "cpu" and memory is not None and plan.training_bytes > memory:
-        raise UsageError(
+        return UsageError(
             f"a step needs about {plan.training_bytes / 2**30:.0f} GiB, this machine has {memory / 2**30:.0f}",
             "pass a smaller --batch-size, perhaps with a larger --set train.accumulate=N, or --recompute",
         )
+    return None
 
 
 def _check_resumable(plan: Plan, before: dict[str, Any]) -> None:

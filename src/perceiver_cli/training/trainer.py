@@ -23,12 +23,15 @@ from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
+from perceiver_cli.model.machines import Name, training_estimate
 from perceiver_cli.report.model_card import card
 from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
-from perceiver_cli.training.plan import RunRequest, make_plan
+from perceiver_cli.training.plan import RunRequest, make_plan, too_large
 from perceiver_cli.training.timing import TIMED_STEPS
+
+MEASURED_S = 20.0  # longest measurement of a dry run
 
 
 class Trainer:
@@ -44,6 +47,7 @@ class Trainer:
         replace: start over in an output folder that already holds a run.
         latest: point runs/latest in the current folder at this run once it has saved a model.
         started_at: the start of the time limit by `time.monotonic`; None is now.
+        dry_run: only for `dry_run`, which refuses no recipe for the size of this machine.
     """
 
     def __init__(
@@ -58,9 +62,12 @@ class Trainer:
         replace: bool = False,
         latest: bool = False,
         started_at: float | None = None,
+        dry_run: bool = False,
     ) -> None:
         begun = time.monotonic() if started_at is None else started_at
-        self.plan = make_plan(RunRequest(data, output, config, list(overrides), resume, init_from, latest, begun))
+        changes = list(overrides)
+        request = RunRequest(data, output, config, changes, resume, init_from, latest, begun, dry_run)
+        self.plan = make_plan(request)
         self.replace = replace
         self.looked_at = 0  # files decoded before the first step
         self.stopping = False
@@ -73,8 +80,25 @@ class Trainer:
         """Return the run with its model and optimiser, ready for its next step."""
         return Run(self.plan, self.looked_at)
 
-    def dry_run(self) -> dict[str, Any]:
-        """Return the plan's summary with the measured time of a step and of the run; write nothing."""
+    def dry_run(self, on: Name | None = None) -> dict[str, Any]:
+        """Return the plan's summary with the time of a step and of the run; write nothing.
+
+        on: a machine for which cost is estimated. Without it the time of a step is measured here; that too is estimated
+        if the model does not fit here, or on a CPU would take longer than MEASURED_S.
+        """
+        plan = self.plan
+        facts = {**plan.summary(), "files": plan.account.to_dict()}
+        cost = training_estimate(on or "cpu", plan.config, plan.cost, plan.reader.layouts, len(plan.train_examples))
+        slow = plan.compute.device.type == "cpu" and cost["seconds_per_step"] * TIMED_STEPS > MEASURED_S
+        if on is not None or slow or too_large(plan) is not None:
+            step_s = cost["seconds_per_step"]
+            return {**facts, "seconds_per_step": step_s, "eta_s": 3600 * cost["hours"], "estimate": cost}
+        step_s = self._measured()
+        eta_s = plan.config.train.max_time_s or step_s * plan.planned_steps
+        return {**facts, "seconds_per_step": step_s, "eta_s": eta_s}
+
+    def _measured(self) -> float:
+        """Return the measured seconds of a step."""
         run, train = self.new_run(), self.plan.config.train
         times = []
         for batch in self.plan.reader.batches(run.tasks(TIMED_STEPS)):
@@ -87,10 +111,7 @@ class Trainer:
             if run.compute.device.type == "cuda":
                 torch.cuda.synchronize(run.compute.device)
             times.append(time.perf_counter() - before)
-        step_s = median(times) * train.accumulate
-        eta_s = train.max_time_s or step_s * self.plan.planned_steps
-        files = self.plan.account.to_dict()
-        return {**self.plan.summary(), "files": files, "seconds_per_step": step_s, "eta_s": eta_s}
+        return median(times) * train.accumulate
 
     def fit(self) -> Iterator[Event]:
         """Train and yield events. A generator closed early leaves the last saved state to resume from.
