@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perceiver_cli.cli import configuration, data, models, options, predict, runs, terminal, train
+from perceiver_cli.cli import configuration, data, models, options, predict, runs, sweep, terminal, train
 
 app = typer.Typer(
     name="perceiver",
@@ -52,6 +52,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": models.export,
     "info": models.info,
     "compare": runs.compare,
+    "sweep": sweep.sweep,
     "lr-find": train.lr_find,
     "options": configuration.show_options,
     "presets": models.presets,

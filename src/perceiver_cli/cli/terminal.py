@@ -288,6 +288,34 @@ def end_by_signal(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
+def on_first_signal(stop: Callable[[], None]) -> list[int]:
+    """Call `stop` at the first SIGINT, SIGTERM or SIGHUP (a lost connection); the second ends the process at once.
+
+    Returns the list of received signals, empty until then. Under nohup SIGHUP stays ignored.
+    """
+    from perceiver_cli.data.workers import GROUP_SIGNALS
+
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    for name in GROUP_SIGNALS:
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, handle)
+    return received
+
+
+def clock(seconds: float) -> str:
+    """Return a time such as 3:07 or 1:03:07."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
 def is_terminal() -> bool:
     """Return whether stdout is a terminal."""
     return sys.stdout is not None and sys.stdout.isatty()

@@ -1,31 +1,36 @@
 """The commands `train` and `lr-find`, and their output."""
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from math import isnan
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli.several import folder_for, is_several, train_several
 from perceiver_cli.cli.terminal import (
     bar,
+    clock,
     counting,
     emit,
     emit_json,
     end_by_signal,
     is_terminal,
+    on_first_signal,
     say,
     say_lines,
     say_notes,
 )
 from perceiver_cli.data.account import Account
-from perceiver_cli.errors import counted
+from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import check_plot, show_command, show_path
 from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
+
+if TYPE_CHECKING:
+    from perceiver_cli.config import Config
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 ORDER = {"train": 0, "val": 1, "test": 2}  # of splits, for people
@@ -64,10 +69,11 @@ def train(
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
-    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train as many runs of different seeds.")] = None,
+    folds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train a run for each fold of the data.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: options.Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or runs/latest.")] = False,
@@ -109,10 +115,11 @@ def train(
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length on the command line replaces every length of the recipe.
-        lengths = {"max_steps": None, "steps": steps, "max_time_s": options.seconds(max_time)}
+        limit_s = options.seconds(max_time)
+        lengths = {"max_steps": None, "steps": steps, "max_time_s": limit_s and limit_s / (seeds or folds or 1)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
-    overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair, columns))
+    overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair))
     raised = options.raised_limits(limit).items()
     overrides += [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
     if resume and output is None:
@@ -120,6 +127,9 @@ def train(
     options.check_data(data)
     if log == "tensorboard":
         check_tensorboard()
+    if (resume and is_several(output)) or ((seeds or folds) and not dry_run and on is None):
+        several_runs(data, output, recipe, overrides, seeds, folds, resume, init_from, replace, log)
+        return
     from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
 
     trainer = Trainer(
@@ -145,7 +155,6 @@ def lr_find(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
-    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     steps: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum steps, from rate 1e-5 to 1.")] = 100,
@@ -158,7 +167,7 @@ def lr_find(
     flags |= {} if device == "auto" else {"--device": device}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
-    given = options.data_options(root, path_columns, label_column, pair, columns)
+    given = options.data_options(root, path_columns, label_column, pair)
     words += options.data_words(given)
     overrides = [*(changes or []), *options.data_changes(given), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
@@ -178,26 +187,52 @@ def lr_find(
     emit(f"{command}\n")
 
 
+def several_runs(
+    data: str | None, output: Path | None, recipe: "Config | None", overrides: list[str], seeds: int | None,
+    folds: int | None, resume: bool, init_from: str | None, replace: bool, log: str,
+) -> None:  # fmt: skip
+    """Train the runs of seeds or folds, or go on with them."""
+    from perceiver_cli.training.several import Request, load_request, repeated
+
+    if resume and output is not None:
+        request = load_request(output)
+        if request.kind == "sweep":
+            raise UsageError(f"{show_path(output)}: holds a sweep", "go on with perceiver sweep --resume -o")
+        if overrides or seeds or folds:
+            raise UsageError("--resume of several runs changes nothing", f"leave out all but -o {show_path(output)}")
+        train_several(request, output, say_start)
+        return
+    if seeds and folds:
+        raise UsageError("--seeds and --folds are two ways to repeat a run", "pass one of them")
+    if data is None or data == "-":
+        raise UsageError("several runs need data that can be read again", "pass a folder, a manifest or records")
+    if log != "none":
+        raise UsageError("--log is for one run", "leave it out with --seeds and --folds")
+    kind: Literal["seeds", "folds"] = "seeds" if seeds else "folds"
+    named = [text.partition("=")[2] for text in overrides if text.startswith("train.seed=")]
+    first = int(named[-1]) if named and named[-1].isdecimal() else 0 if recipe is None else recipe.train.seed
+    request = Request(
+        kind=kind, data=os.path.abspath(data), config=None if recipe is None else recipe.to_dict(),
+        overrides=overrides, init_from=None if init_from is None else os.path.abspath(init_from),
+        runs=repeated(kind, seeds or folds or 0, first),
+    )  # fmt: skip
+    train_several(request, folder_for(kind, output, replace=replace), say_start)
+
+
+def say_start(event: Started) -> None:
+    """Print the plan of a run."""
+    say_lines([*plan_lines(event.summary), *event.account.brief()])
+    say_notes(event.notes)
+
+
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     """Print a run's events as they come; the last line on stdout is the path of the best model.
 
     The first SIGINT, SIGTERM or SIGHUP (a lost connection) ends and saves the run after its step, then ends the process
     by the same signal; the second ends it at once. Under nohup SIGHUP stays ignored.
     """
-    from perceiver_cli.data.workers import GROUP_SIGNALS
-
-    received: list[int] = []
+    received = on_first_signal(stop)
     event: Event | None = None
-
-    def handle(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-        stop()
-
-    for name in GROUP_SIGNALS:
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
-            signal.signal(number, handle)
     display = _Display()
     with display.bar:
         for event in events:
@@ -207,7 +242,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
         end_by_signal(received[0])
         return
     ending = "stopped early and saved" if event.stopped_early else "done"
-    say(f"{ending}: {counted(event.step, 'step')} in {_clock(event.elapsed_s)}")
+    say(f"{ending}: {counted(event.step, 'step')} in {clock(event.elapsed_s)}")
     if "val_accuracy" in event.metrics:
         say(kept_line(event.metrics, display.highest))
     if received:
@@ -240,9 +275,8 @@ class _Display:
     def show(self, event: Event) -> None:
         """Print an event or update the bar."""
         match event:
-            case Started(summary, notes, account):
-                say_lines([*plan_lines(summary), *account.brief()])
-                say_notes(notes)
+            case Started():
+                say_start(event)
             case Note(message):
                 say_notes([message])
             case Loaded(done, total, bad):
@@ -264,7 +298,7 @@ class _Display:
                     say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
                 losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
                 mark = " *" if event.best else ""
-                say(f"{event.epoch:8.2f} {event.step:8d} {losses} {_clock(event.elapsed_s):>8}{mark}")
+                say(f"{event.epoch:8.2f} {event.step:8d} {losses} {clock(event.elapsed_s):>8}{mark}")
                 self.last_line = time.monotonic()
 
 
@@ -281,7 +315,7 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         for layout in summary["inputs"].values()
     )
     steps = summary["steps"]
-    length = counted(steps, "step") if steps else f"as many steps as fit in {_clock(summary['max_time_s'])}"
+    length = counted(steps, "step") if steps else f"as many steps as fit in {clock(summary['max_time_s'])}"
     data = Path(summary["data"])
     place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
     return [
@@ -302,7 +336,7 @@ def show_plan(summary: Mapping[str, Any], account: Account) -> None:
         emit_json(summary)
         return
     classes = [f"  {show_path(name)} {count}" for name, count in summary["classes"].items()]
-    length = [f"{summary['seconds_per_step']:.3f} s a step: about {_clock(summary['eta_s'])} in all"]
+    length = [f"{summary['seconds_per_step']:.3f} s a step: about {clock(summary['eta_s'])} in all"]
     if "estimate" in summary:
         from perceiver_cli.model.machines import estimate_lines
 
@@ -313,9 +347,3 @@ def show_plan(summary: Mapping[str, Any], account: Account) -> None:
 def _figure(value: float) -> str:
     """Return a number for the table of evaluations; a dash for NaN, without a validation split."""
     return terminal.figure(None if isnan(value) else value, ".4f" if abs(value) < 1e4 else ".3g")
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

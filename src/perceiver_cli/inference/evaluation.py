@@ -38,7 +38,7 @@ from perceiver_cli.inference.statistics import (
 )
 from perceiver_cli.model.checkpoint import Calibration, store_calibration
 from perceiver_cli.model.device import Compute
-from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.model.ensemble import Model
 from perceiver_cli.run_folder import MODEL_FILE
 
 VERSION = 2  # of metrics.json and predictions.jsonl: since 2, `label` is the answer and `truth` the truth
@@ -149,7 +149,7 @@ class Report:
 
 
 def score(
-    model: Perceiver,
+    model: Model,
     reader: Reader,
     examples: Sequence[Example],
     classes: tuple[str, ...],
@@ -218,7 +218,7 @@ class LabelledLogits:
 
 
 def label_logits(
-    model: Perceiver,
+    model: Model,
     reader: Reader,
     examples: Sequence[Example],
     compute: Compute,
@@ -348,6 +348,8 @@ def evaluate(
         notes.append(f"answered from {'+'.join(used)} alone, the model reads {'+'.join(reads)}")
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
+    if predictor.info.members > 1 and not predictor.info.data_fingerprint and name != "test":
+        notes.append("each model of the ensemble was trained on most of these examples: the test split is fair")
     if name == "val" and predictor.info.calibration is not None:
         notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
     report = score(

@@ -31,7 +31,7 @@ from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, load_
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.encoding import Segment
-from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.model.ensemble import Model
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.run_folder import find_model
@@ -206,6 +206,9 @@ class Predictor:
         """
         if isinstance(inputs, str | bytes | os.PathLike | Source | Mapping | Pipe | Example):
             inputs = [inputs]
+        if embeddings and self.info.members > 1:
+            hint = "pass the run of one with -m"
+            raise UsageError(f"{show_path(self.path)}: the latents of {self.info.members} models have no mean", hint)
         account = Account() if account is None else account
         examples = (example for named in inputs for example in self.examples(named, account))
         if batch_size is None:
@@ -250,7 +253,7 @@ class Predictor:
             with suppress(UsageError):  # a model file without its run
                 own = load_config(self.path.parent / "config.toml").data
                 named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
-        usual = DataConfig(**{"pair": trained.pair, "columns": trained.columns, **self.options})
+        usual = DataConfig(pair=trained.pair, **self.options)
         return usual.model_copy(update={**named, **self.options}), usual
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
@@ -364,7 +367,7 @@ class Outputs:
 
 
 def forward_batches(
-    model: Perceiver, reader: Reader, tasks: Iterable[Task], compute: Compute, workers: int = 0
+    model: Model, reader: Reader, tasks: Iterable[Task], compute: Compute, workers: int = 0
 ) -> Iterator[tuple[Batch, Outputs]]:
     """Yield each batch with its outputs; B is 0 if every input was bad."""
     for batch in reader.batches(tasks, workers, pin=compute.device.type == "cuda"):
@@ -376,7 +379,7 @@ def forward_batches(
 
 
 def forward(
-    model: Perceiver, segments: Mapping[str, Segment], num_views: int, compute: Compute, multi_label: bool
+    model: Model, segments: Mapping[str, Segment], num_views: int, compute: Compute, multi_label: bool
 ) -> Outputs:
     """Return the outputs for segments with `num_views` rows an example.
 

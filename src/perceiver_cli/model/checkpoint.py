@@ -26,12 +26,13 @@ from perceiver_cli.run_folder import is_run, locked
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from perceiver_cli.model.perceiver import Perceiver
+    from perceiver_cli.model.ensemble import Model
 
 FORMAT = 1
 MAX_HEADER_BYTES = 8 << 20
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 DEFAULT_THRESHOLD = 0.5
+MAX_MEMBERS = 1000  # models in one file
 MAX_EXTRA = 10_000  # parameters that a small model may have more than its file
 
 
@@ -63,6 +64,7 @@ class ModelInfo:
     metrics: Mapping[str, Any]
     data_fingerprint: str = ""
     calibration: Calibration | None = None
+    members: int = 1  # models whose mean answers: the folds or seeds of an ensemble
 
 
 def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> None:
@@ -70,6 +72,8 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
     header = {"kind": "model", "format": FORMAT, **vars(info), "config": info.config.to_dict()}
     if (calibration := header.pop("calibration")) is not None:
         header["calibration"] = asdict(calibration)
+    if header["members"] == 1:
+        del header["members"]  # as before there were ensembles
     write_tensors(path, weights, header)
 
 
@@ -102,26 +106,31 @@ def _info(header: Mapping[str, Any], path: Path) -> ModelInfo:
             raise ValueError("no classes")
         fingerprint, fitted = str(header.get("data_fingerprint", "")), header.get("calibration")
         calibration = None if fitted is None else Calibration.parse(fitted, len(classes))
-        return ModelInfo(config, classes, int(header["step"]), dict(header["metrics"]), fingerprint, calibration)
+        step, members = int(header["step"]), int(header.get("members", 1))
+        if not 1 <= members <= MAX_MEMBERS:
+            raise ValueError(f"{members} members, expected 1 to {MAX_MEMBERS}")
+        return ModelInfo(config, classes, step, dict(header["metrics"]), fingerprint, calibration, members)
     except UsageError as error:  # names the path
         raise IntegrityError(str(error)) from error
     except (KeyError, TypeError, ValueError) as error:
         raise IntegrityError(f"{show_path(path)}: incomplete header: {error}") from error
 
 
-def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
+def load_model(path: Path) -> tuple[Model, ModelInfo]:
     """Return the model in a file, on the CPU and in evaluation mode, and its header.
 
     Raises IntegrityError if the tensors do not fit its configuration, ResourceError if an example does not fit into
     memory, or as `read_info` and `read_tensors`.
     """
+    from perceiver_cli.model.ensemble import Ensemble
     from perceiver_cli.model.perceiver import Perceiver
 
     fields, tensors = read_tensors(path)
     info = _info(fields, path)
     layouts = {name: modality(name).layout(spec) for name, spec in info.config.inputs.items()}
-    _check_size(path, estimate(info.config.model, layouts, len(info.classes)), tensors)
-    model = Perceiver(info.config.model, layouts, len(info.classes))
+    _check_size(path, estimate(info.config.model, layouts, len(info.classes)), tensors, info.members)
+    models = [Perceiver(info.config.model, layouts, len(info.classes)) for _ in range(info.members)]
+    model = models[0] if info.members == 1 else Ensemble(models, multi_label=info.config.multi_label)
     expected, stored = ({n: tuple(t.shape) for n, t in table.items()} for table in (model.state_dict(), tensors))
     if expected != stored:
         differing = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
@@ -134,14 +143,15 @@ def load_model(path: Path) -> tuple[Perceiver, ModelInfo]:
     return model.eval(), info
 
 
-def _check_size(path: Path, cost: Cost, tensors: Mapping[str, Tensor]) -> None:
+def _check_size(path: Path, cost: Cost, tensors: Mapping[str, Tensor], members: int) -> None:
     """Raise IntegrityError if a configuration needs more weights than its file holds, before the model takes memory.
 
     Raises ResourceError if one example is too large for this machine: weights do not grow with a picture's size.
     """
     stored = sum(tensor.numel() for tensor in tensors.values())
-    if cost.parameters > 2 * stored + MAX_EXTRA:  # for fewer, the model is built: that message names tensors
-        found = f"{stored:,} numbers do not fit the configuration, which has {cost.parameters:,} parameters"
+    expected = cost.parameters * members
+    if expected > 2 * stored + MAX_EXTRA:  # for fewer, the model is built: that message names tensors
+        found = f"{stored:,} numbers do not fit the configuration, which has {expected:,} parameters"
         raise IntegrityError(f"{show_path(path)}: {found}")
     memory = memory_bytes()
     if memory is not None and cost.forward_bytes > memory:

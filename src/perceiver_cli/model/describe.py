@@ -24,12 +24,13 @@ def describe(name: str, on: str | None = None) -> dict[str, Any]:
     on: a machine, adds what training costs there. Raises UsageError if nothing has that name.
     """
     facts: dict[str, Any] = {}
+    members = 1
     if name in preset_names() or name.endswith(".toml"):
         config = load_preset(name) if name in preset_names() else load_config(Path(name))
         num_classes = config.num_classes or DEFAULT_CLASSES
     elif status_of(name) is not None:
         info = read_info(find_model(name))
-        config, num_classes = info.config, len(info.classes)
+        config, num_classes, members = info.config, len(info.classes), info.members
         facts = {"class_names": list(info.classes), "step": info.step, "metrics": dict(info.metrics)}
     else:
         raise UsageError(f"{show_path(name)}: no such preset or file", f"presets are {', '.join(preset_names())}")
@@ -43,8 +44,8 @@ def describe(name: str, on: str | None = None) -> dict[str, Any]:
         facts["training"] = training_estimate(on, config, cost, layouts)
     return {
         "name": config.name,
-        "parameters": cost.parameters,
-        "flops": cost.flops,
+        "parameters": cost.parameters * members,
+        "flops": cost.flops * members,
         "inputs": inputs,
         "latents": {"count": config.model.num_latents, "channels": config.model.latent_channels},
         "classes": num_classes,
@@ -52,4 +53,5 @@ def describe(name: str, on: str | None = None) -> dict[str, Any]:
         "self_attends_per_block": config.model.self_attends_per_block,
         "training_bytes_per_example": cost.activation_bytes,
         **facts,
+        **({"members": members} if members > 1 else {}),
     }

@@ -35,7 +35,7 @@ from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, ModelInfo, load_model
 from perceiver_cli.model.encoding import Segment, axis_features
-from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.model.ensemble import Model, joined, parts_of
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import find_model
@@ -65,21 +65,27 @@ class Exported:
 
 
 class Graph(nn.Module):
-    """A Perceiver as a traceable function of tensors alone."""
+    """A model as a traceable function of tensors alone."""
 
-    def __init__(self, model: Perceiver, calibration: Calibration, *, multi_label: bool) -> None:
+    def __init__(self, model: Model, calibration: Calibration, *, multi_label: bool) -> None:
         super().__init__()
         self.model, self.temperature, self.multi_label = model, calibration.temperature, multi_label
         self.names = list(input_names(model.encoding.layouts))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and probabilities (B, classes) of the inputs, in the order of `names`."""
-        encoding, inputs = self.model.encoding, []
-        for name, segment in segments_of(encoding.layouts, dict(zip(self.names, tensors, strict=True))).items():
-            layout, sides = encoding.layouts[name], segment.values.shape[1:-1]
-            tables = axis_features(layout, [_places(side) for side in sides]) if is_dynamic(layout) else None
-            inputs.append(encoding.modality_inputs(name, segment, tables))
-        return self.with_probabilities(self.model.classify(self.model.read(Memory(inputs, tileable=False))))
+        layouts = self.model.encoding.layouts
+        segments = segments_of(layouts, dict(zip(self.names, tensors, strict=True)))
+        tables = {
+            name: axis_features(layouts[name], [_places(side) for side in segment.values.shape[1:-1]])
+            for name, segment in segments.items()
+            if is_dynamic(layouts[name])
+        }
+        logits = []
+        for member in parts_of(self.model):
+            inputs = [member.encoding.modality_inputs(name, s, tables.get(name)) for name, s in segments.items()]
+            logits.append(member.classify(member.read(Memory(inputs, tileable=False))))
+        return self.with_probabilities(joined(logits, multi_label=self.multi_label))
 
     def with_probabilities(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and their calibrated probabilities."""
@@ -106,7 +112,7 @@ def export_model(model: str | os.PathLike[str] | None, output: str | os.PathLike
     return Exported(os.fspath(output), len(data), suffix[1:], metadata["inputs"], OUTPUTS, difference, checked)
 
 
-def exported(model: Perceiver, info: ModelInfo, suffix: str) -> tuple[bytes, dict[str, Any], float]:
+def exported(model: Model, info: ModelInfo, suffix: str) -> tuple[bytes, dict[str, Any], float]:
     """Return the bytes of a file, its metadata, and the largest difference from the model. Raises as `traced`."""
     metadata = metadata_of(model, info)
     graph = Graph(model, info.calibration or Calibration(), multi_label=info.config.multi_label)
@@ -199,10 +205,7 @@ def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random
         if is_dynamic(layout):
             sides = [side + more for side in sides]
         if layout.channels:
-            values = rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean
-            if layout.codes:
-                values[..., : -layout.presence] = rng.integers(layout.codes, size=(count, *sides, layout.presence))
-            arrays[name] = values.astype(np.float32)
+            arrays[name] = (rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean).astype(np.float32)
         if not layout.is_grid:
             arrays[f"{name}_positions"] = rng.uniform(-1, 1, (count, *sides, layout.dims)).astype(np.float32)
         if len(layouts) > 1:
@@ -302,7 +305,7 @@ def describe_inputs(layouts: Mapping[str, Layout]) -> dict[str, Any]:
     return inputs
 
 
-def metadata_of(model: Perceiver, info: ModelInfo) -> dict[str, Any]:
+def metadata_of(model: Model, info: ModelInfo) -> dict[str, Any]:
     """Return the metadata of an exported model: all that another program needs for its use."""
     config = info.config
     calibration = info.calibration or Calibration()

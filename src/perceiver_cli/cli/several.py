@@ -1,0 +1,131 @@
+"""Progress of several runs in one folder, and what `train --seeds` and `train --folds` print."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first_signal, say, say_lines, say_notes
+from perceiver_cli.errors import UsageError, counted
+from perceiver_cli.files import show_command, show_path
+from perceiver_cli.run_folder import MODEL_FILE, RUNS_FILE, make_next_run
+from perceiver_cli.training.events import Event, Loaded, Note, Started, StepDone
+
+if TYPE_CHECKING:
+    from perceiver_cli.training.several import Began, Ended, Request, RunEntry, Several
+
+PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
+Start = Callable[[Started], None]  # prints the plan of a run
+
+
+def is_several(folder: Path | None) -> bool:
+    """Return whether a folder holds several runs."""
+    return folder is not None and (folder / RUNS_FILE).exists()
+
+
+def folder_for(kind: str, output: Path | None, *, replace: bool) -> Path:
+    """Return the folder of new runs: the named one, or the next in runs/. Raises UsageError if it holds something."""
+    if output is None:
+        return make_next_run(kind)
+    if (output / RUNS_FILE).exists() or (output / MODEL_FILE).exists():
+        if not replace:
+            ways = "pass --resume to go on with them, or --replace" if is_several(output) else "pass another -o"
+            raise UsageError(f"{show_path(output)}: already holds {'runs' if is_several(output) else 'a run'}", ways)
+        for name in (RUNS_FILE, MODEL_FILE):
+            (output / name).unlink(missing_ok=True)
+    return output
+
+
+def train_several(request: "Request", folder: Path, start: Start) -> None:
+    """Train the runs of seeds or folds; the last line on stdout is the path of their ensemble."""
+    from perceiver_cli.training.several import Several
+
+    several = Several(folder, request, latest=True)
+    follow(several, start, ["perceiver", "train", "--resume", "-o", os.fspath(folder)])
+    say_lines(summary_of(several))
+    compare, evaluate = ["compare", os.fspath(folder)], ["evaluate", request.data, "-m", os.fspath(folder)]
+    say(f"the ensemble of {len(several.members)} answers with the mean of their probabilities; next:")
+    for words in (compare, evaluate):
+        say(f"  {show_command(['perceiver', *words])}")
+    emit(f"{folder / MODEL_FILE}\n")
+
+
+def summary_of(several: "Several") -> list[str]:
+    """Return lines about the scores of seeds or folds."""
+    from perceiver_cli.inference.statistics import mean_interval
+    from perceiver_cli.model.checkpoint import read_info
+
+    scores = [member.score for member in several.members if member.score is not None]
+    count = counted(len(several.members), several.request.kind[:-1])
+    if len(scores) < 2:
+        return [f"{count}: without validation scores"]
+    low, high = mean_interval(scores)
+    spread = f"{min(scores):.4f} to {max(scores):.4f}, 95 % interval of the mean {low:.4f} to {high:.4f}"
+    line = f"{count}: validation accuracy {sum(scores) / len(scores):.4f} on average, {spread}"
+    if several.request.kind == "seeds":
+        return [line]
+    whole = read_info(several.folder / MODEL_FILE).metrics["val_accuracy"]
+    where = show_path(several.folder / "predictions.jsonl")
+    return [line, f"right answers of the models to examples that they were not trained on: {whole:.4f}, in {where}"]
+
+
+def follow(several: "Several", start: Start, again: list[str]) -> None:
+    """Print the runs as they come; an interrupted one is saved, and the process ends by the signal.
+
+    again: the command that goes on with them.
+    """
+    received = on_first_signal(several.stop)
+    display = _Progress(start)
+    with display.bar:
+        for event in several.events():
+            display.show(event)
+    if received:
+        say(f"stopped and saved; to continue: {show_command(again)}")
+        end_by_signal(received[0])
+
+
+class _Progress:
+    """A live bar of the run in progress, and a line for each run that ended."""
+
+    def __init__(self, start: Start) -> None:
+        self.start: Start | None = start
+        self.bar = bar("{task.fields[facts]}")
+        self.task: Any = self.bar.add_task("reading", total=None, facts="")
+        self.title, self.last_line = "", time.monotonic()
+        self.width = 8
+
+    def show(self, event: "Began | Ended | Event") -> None:
+        """Print an event or update the bar."""
+        from perceiver_cli.training.several import Began, Ended
+
+        match event:
+            case Began(member, place, total):
+                self.title = f"{member.name} ({place} of {total})"
+                self.bar.update(self.task, description=self.title, completed=0, total=None, facts="")
+            case Started():
+                if self.start is not None:  # the plans of the others differ little
+                    self.start(event)
+                self.start = None
+            case Loaded(done, total, _):
+                self.bar.update(self.task, completed=done, total=total, facts="reading")
+            case Note(message):
+                say_notes([f"{self.title}: {message}"])
+            case StepDone(step, total, epoch, loss, _, rate):
+                facts = f"loss {loss:.3f}  {rate:.0f}/s  epoch {epoch:.1f}"
+                self.bar.update(self.task, completed=step, total=total, facts=facts)
+                if self.bar.disable and time.monotonic() - self.last_line > PLAIN_EVERY_S:
+                    self.last_line = time.monotonic()
+                    say(f"{self.title}: step {step} of {total}  {facts}")
+            case Ended(member):
+                self.last_line = time.monotonic()
+                self.width = max(self.width, len(member.name))
+                say(f"{member.name:<{self.width}}  {_outcome(member)}")
+
+
+def _outcome(member: "RunEntry") -> str:
+    score = "" if member.score is None else f"accuracy {member.score:.4f}"
+    spent = "" if member.seconds is None else f"in {clock(member.seconds)}"
+    state = {"done": "", "begun": "interrupted"}.get(member.state, member.state)
+    note = f"{state}: {member.note}" if member.note else state
+    return "  ".join(filter(None, (score, spent, note)))
