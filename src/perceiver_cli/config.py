@@ -112,6 +112,7 @@ def _fold(text: str) -> str:
 Fold = Annotated[str, AfterValidator(_fold)]
 Pairs = Literal["media", "all", "none"]
 ANY = "path"  # key of `path_column` for files of any modality
+REST, AUTO, NONE = "*", "auto", "none"  # in `columns`: the other columns, a kind by content, no input
 
 
 class DataConfig(Table):
@@ -122,6 +123,8 @@ class DataConfig(Table):
     fold: Fold | None = None  # "2/5": the second of five equal parts of train and val is the validation split
     root: str | None = None  # folder that a manifest's paths are relative to; unset: the manifest's own
     path_column: dict[str, str] | None = None  # column of paths of each modality, or "path" for files of any
+    # Cells of a manifest that are inputs: the kind of each column, or of "*" for the others (auto: by their content).
+    columns: dict[str, str] | None = None
     label_column: str | None = None  # column of labels; unset: label, labels or the like
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     # Files of one stem in a folder that make one example: media, also tables of numbers (all), or none.
@@ -136,7 +139,8 @@ class DataConfig(Table):
     @property
     def of_manifest(self) -> list[str]:
         """The options that only a manifest has, as flags."""
-        flags = {"--root": self.root, "--path-column": self.path_column, "--label-column": self.label_column}
+        flags = {"--root": self.root, "--path-column": self.path_column, "--label-column": self.label_column,
+                 "--column": self.columns}  # fmt: skip
         return [flag for flag, value in flags.items() if value is not None]
 
     @model_validator(mode="after")
@@ -145,6 +149,10 @@ class DataConfig(Table):
         for name in self.path_column or ():
             if name not in (ANY, *known):
                 raise ValueError(f"path_column.{name} is no modality, known are {', '.join(known)}, {ANY} for any")
+        kinds = [AUTO, NONE, *preprocess.cell_kinds()]
+        for name, kind in (self.columns or {}).items():
+            if kind not in kinds:
+                raise ValueError(f"columns.{name} is {kind!r}, expected one of {', '.join(sorted(kinds))}")
         return self
 
 

@@ -81,7 +81,7 @@ def test_a_refused_table_is_named_with_the_way_to_take_it_in(name: str) -> None:
         detected(Source(name, TABLES[name]))
     message = str(caught.value)
     assert "\n" not in message
-    asked = POINTS.may_read(TABLES[name])
+    asked = POINTS.may_read(TABLES[name], name)
     assert asked == ("pass --preset tiny-points" in message and "column points of a manifest" in message)
     if name == "acceleration.csv":
         assert "a table of 4 numbers a line, which could be anything" in message

@@ -38,6 +38,7 @@ def preprocess(
     stdin_name: options.StdinName = "-",
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     augment: Annotated[int, typer.Option(min=0, help="Number of random variants of each training example.")] = 0,
@@ -65,7 +66,7 @@ def preprocess(
 
     if output == "-" and terminal.is_terminal():
         raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
-    given = options.data_options(root, path_columns, label_column, pair)
+    given = options.data_options(root, path_columns, label_column, pair, columns)
     changes = [*(changes or []), *options.data_changes(given)]
     job = prepare.plan(
         named, model=model, preset=preset, changes=changes, raised=options.raised_limits(limit),
@@ -95,6 +96,7 @@ def lint(
     data: Annotated[str, typer.Argument(help=options.DATA_HELP)],
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     json: options.Json = False,
@@ -113,7 +115,7 @@ def lint(
     from perceiver_cli.config import DataConfig
     from perceiver_cli.data.lint import lint as check
 
-    read = DataConfig(**options.data_options(root, path_columns, label_column, pair))
+    read = DataConfig(**options.data_options(root, path_columns, label_column, pair, columns))
     with counting("checking") as progress:
         report = check(data, options.raised_limits(limit), workers, progress, read)
     say_notes(report.notes)

@@ -56,6 +56,15 @@ PathColumns = Annotated[
     list[str] | None,
     typer.Option("--path-column", metavar="NAME", help="Manifest's column of paths, or image=NAME for one modality."),
 ]
+TABLE = "table"  # in `--column`: a number, a category or a date, by its cells
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="NAME=KIND",
+        help="Manifest's column as an input: text, table (number, category, date), a modality of files, auto, none.",
+    ),
+]
 LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="Manifest's column of labels.")]
 Pair = Annotated[
     Literal["media", "all", "none"] | None,
@@ -99,20 +108,44 @@ def check_data(data: str | None) -> None:
 
 
 def data_options(
-    root: str | None, path_columns: list[str] | None, label_column: str | None, pair: str | None = None
+    root: str | None,
+    path_columns: list[str] | None,
+    label_column: str | None,
+    pair: str | None = None,
+    columns: list[str] | None = None,
 ) -> dict[str, Any]:
     """Return the options of how to read data that were given, by their names in `DataConfig`."""
-    from perceiver_cli.config import ANY
-    from perceiver_cli.preprocess import names
+    from perceiver_cli.config import ANY, AUTO
+    from perceiver_cli.preprocess import modality, names
 
     if root is not None and not os.path.isdir(root):
         raise UsageError(f"--root {show_path(root)}: no such folder")
-    columns: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for text in path_columns or []:
         kind, equals, name = text.partition("=")
-        columns |= {kind: name} if equals and kind in (ANY, *names()) else {ANY: text}
-    every = {"root": root, "path_column": columns or None, "label_column": label_column, "pair": pair}
+        paths |= {kind: name} if equals and kind in (ANY, *names()) else {ANY: text}
+    kinds = _kinds_of_columns(columns or [])
+    files = [name for name in names() if not modality(name).cells]
+    paths |= {kind: name for name, kind in kinds.items() if kind in files}
+    kinds = {name: AUTO if kind == TABLE else kind for name, kind in kinds.items() if kind not in files}
+    every = {
+        "root": root, "path_column": paths or None, "columns": kinds or None, "label_column": label_column,
+        "pair": pair,
+    }  # fmt: skip
     return {name: value for name, value in every.items() if value is not None}
+
+
+def _kinds_of_columns(texts: list[str]) -> dict[str, str]:
+    """Return the kind of each column of `--column`; a comma separates columns if each has a kind."""
+    kinds: dict[str, str] = {}
+    for text in texts:
+        parts = text.split(",")
+        for part in parts if all("=" in part for part in parts) else [text]:
+            name, equals, kind = part.rpartition("=")
+            if not equals or not name:
+                raise UsageError(f"--column {text}: expected NAME=KIND", "such as price=number,title=text,photo=image")
+            kinds[name] = kind
+    return kinds
 
 
 def data_changes(options: Mapping[str, Any]) -> list[str]:

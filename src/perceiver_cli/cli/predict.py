@@ -54,6 +54,7 @@ def evaluate(
     ] = False,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     json: options.Json = False,
     batch_size: options.BatchSize = None,
@@ -69,7 +70,7 @@ def evaluate(
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate as evaluate_model
     from perceiver_cli.report.html import save_report
 
-    given = options.data_options(root, path_columns, label_column)
+    given = options.data_options(root, path_columns, label_column, None, columns)
     predictor = options.open_predictor(model, device, precision, limit, use, given)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers).temperature
@@ -111,6 +112,7 @@ def predict(
     stdin_name: options.StdinName = "-",
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,
@@ -134,7 +136,7 @@ def predict(
     windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
         check_embeddings(embeddings)
-    given = options.data_options(root, path_columns, None)
+    given = options.data_options(root, path_columns, None, None, columns)
     predictor = options.open_predictor(model, device, precision, limit, use, given)
     account = Account()
     predictions = predictor.predict(

@@ -69,6 +69,7 @@ def train(
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
@@ -119,7 +120,7 @@ def train(
         lengths = {"max_steps": None, "steps": steps, "max_time_s": limit_s and limit_s / (seeds or folds or 1)}
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
-    overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair))
+    overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair, columns))
     raised = options.raised_limits(limit).items()
     overrides += [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
     if resume and output is None:
@@ -155,6 +156,7 @@ def lr_find(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
+    columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     steps: Annotated[int, typer.Option(min=10, max=100_000, help="Maximum steps, from rate 1e-5 to 1.")] = 100,
@@ -167,7 +169,7 @@ def lr_find(
     flags |= {} if device == "auto" else {"--device": device}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
-    given = options.data_options(root, path_columns, label_column, pair)
+    given = options.data_options(root, path_columns, label_column, pair, columns)
     words += options.data_words(given)
     overrides = [*(changes or []), *options.data_changes(given), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]

@@ -31,6 +31,7 @@ from perceiver_cli.data.pairing import (
     MOST,
     PROBES,
     TABLE,
+    Labelled,
     as_points,
     assemble,
     companions,
@@ -40,6 +41,7 @@ from perceiver_cli.data.pairing import (
     stem,
     streams,
     tables_beside,
+    with_cells,
 )
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
@@ -62,7 +64,6 @@ from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled
 
 PARENT = "parent"  # group by the name of a file's folder
-Labelled = list[tuple[Example, Row]]  # examples still without labels, each with the row of its labels
 Sighted = tuple[Labelled, set[str], set[str]]  # examples, all modalities in the data, modalities that examples bring
 
 
@@ -71,7 +72,8 @@ class Catalog:
     """The examples of a data set by split, its class names in order, and notes on ignored files.
 
     modalities: sorted, those that the examples bring; holds: all in the data. prepared: the header of records.
-    group_by: column, or "parent", that groups the examples. account: of the paths that no example has.
+    group_by: column, or "parent", that groups the examples. account: of the paths that no example has. columns: the
+    kinds of a manifest's columns whose cells are inputs.
     """
 
     root: str
@@ -84,6 +86,7 @@ class Catalog:
     prepared: Header | None = None
     group_by: str | None = None
     account: Account = field(default_factory=Account)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -233,7 +236,7 @@ def of_listing(
     wanted, notes, rows = None if reads is None else set(reads), list(listing.notes), list(listing.rows)
     full = [row for row in rows if row.paths]
     by_modality = _by_column if any(row.columns for row in full) else _by_content
-    examples, holds, brings = by_modality(listing, full, wanted, notes)
+    examples, holds, brings = with_cells(*by_modality(listing, full, wanted, notes), rows, wanted)
     if not holds:
         if len(rows) == 1 and (only := rows[0].file) is not None and only.error is not None:
             raise with_formats(only.error, wanted)
@@ -251,10 +254,9 @@ def of_listing(
             raise DataError(f"{reason}, the first: {first.message}", first.hint)
         raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
-        if not row.paths:
+        if not row.paths and not row.cells:
             error = f"{show_path(root)}: row {number} names no file"
             examples.append((Example(f"row {number}", {}, error=error), row))
-            listing.account.paths += 1
     for name in sorted(brings) if len(brings) > 1 else ():
         missing = sum(name not in example.sources for example, _ in examples)
         if missing:
@@ -267,7 +269,7 @@ def of_listing(
     splits, multi_label = _in_splits(root, examples, ordered), listing.multi_label
     return Catalog(
         root, tuple(sorted(brings)), tuple(sorted(holds)), ordered, splits, tuple(notes), multi_label,
-        account=listing.account,
+        account=listing.account, columns=listing.columns,
     )  # fmt: skip
 
 
@@ -484,7 +486,7 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
     settled = dict(specs)
     for name, spec in specs.items():
         brought = (example.sources.get(name) for example in ranked)
-        probes = list(islice((source for source in brought if isinstance(source, Source)), PROBES))
+        probes = list(islice((source for source in brought if isinstance(source, Source)), modality(name).probes))
         if probes and looked_at(probes[0]).source.holds_rows:
             probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
         settled[name] = modality(name).resolve(spec, probes, limits)

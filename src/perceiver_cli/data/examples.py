@@ -53,7 +53,8 @@ class Example:
     @property
     def files(self) -> set[str]:
         """The names of its files; its id for a record, or without a file."""
-        names = {source.name for source in self.sources.values() if isinstance(source, Source)}
+        files = (source for source in self.sources.values() if isinstance(source, Source))
+        names = {source.name for source in files if not isinstance(source.data, bytes)}
         return names or {self.id}
 
     @cached_property

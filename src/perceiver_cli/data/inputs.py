@@ -23,7 +23,7 @@ from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
-from perceiver_cli.data.manifest import NO_OPTIONS
+from perceiver_cli.data.manifest import NO_OPTIONS, Row
 from perceiver_cli.data.pairing import TABLE, as_points, assemble, either, identity, sources_of, stem, tables_beside
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
@@ -196,6 +196,17 @@ def _file_example(file: File, use: Collection[str]) -> Example:
     return Example(file.path, sources_of({nearest: file}, use))
 
 
+def _row_example(row: Row, reads: Collection[str], use: Collection[str]) -> Example:
+    """Return the example of a row of which cells are inputs."""
+    cells = {name: source for name, source in row.cells.items() if name in reads}
+    if row.path:
+        example = _file_example(row.looked_at("", None), use)
+    else:
+        sources = {name: Source(path) for name, path in row.columns.items()}
+        example = Example(identity(row.paths) or next(iter(row.cells.values())).name, sources)
+    return replace(example, sources={**example.sources, **cells})
+
+
 def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
     """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
     is_folder = listing.by_stem and listing.folder != ""
@@ -205,7 +216,9 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
         groups: dict[str, list[File]] = defaultdict(list)
         for number, row in folder_rows:
-            if row.path:
+            if row.cells:
+                yield _row_example(row.below(listing.folder), reads, use)
+            elif row.path:
                 file = row.looked_at(listing.folder, only(use))
                 file = as_points(file) if by_stem and listing.pair == "all" else file
                 if is_folder and file.among(reads) is None and suffix_of(file.path) not in suffixes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,8 +33,8 @@ class Listing:
     """The contents of a path: rows of files, or tars of records.
 
     folder: the base of the rows' paths. by_stem: files of one stem may make one example, as `pair` of the configuration
-    says. multi_label: an example may have several labels. notes: messages for the user. account: of the paths without a
-    row; it grows while the rows are taken.
+    says. multi_label: an example may have several labels. columns: the kinds of a manifest's columns whose cells are
+    inputs. notes: messages for the user. account: of the paths without a row; it grows while the rows are taken.
     """
 
     rows: Iterable[Row] = ()
@@ -43,6 +43,7 @@ class Listing:
     by_stem: bool = True
     pair: str = "media"
     multi_label: bool = False
+    columns: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     account: Account = field(default_factory=Account)
 
@@ -85,12 +86,12 @@ def listed(
         read = read_manifest(name, options, labels)
         folder = os.path.dirname(name) if options.root is None else options.root
         rows, notes = located(read.rows, folder, show_path(name), labels)
-        account = Account(paths=sum(len(set(row.paths)) for row in rows) + len(read.unlabelled))
+        account = Account(paths=sum(len(set(row.paths)) or 1 for row in rows) + len(read.unlabelled))
         for path in read.unlabelled:
             account.unlabelled.add(path)
         return Listing(
-            rows, folder=folder, by_stem=False, multi_label=read.multi_label, notes=(*read.notes, *notes),
-            account=account,
+            rows, folder=folder, by_stem=False, multi_label=read.multi_label, columns=read.columns,
+            notes=(*read.notes, *notes), account=account,
         )  # fmt: skip
     if file is not None:
         return Listing([Row(name, file=file)], account=Account(paths=1))

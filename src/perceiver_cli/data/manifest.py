@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from perceiver_cli import preprocess
-from perceiver_cli.config import ANY, DataConfig
-from perceiver_cli.data.cells import LINES, SUFFIXES, as_label, read_cells
+from perceiver_cli.config import ANY, AUTO, NONE, REST, DataConfig
+from perceiver_cli.data.cells import LINES, SUFFIXES, Cells, as_label, read_cells
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.detection import File, looked_at
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.table import inferred
 
 SPLIT_NAMES = {
     "train": "train", "training": "train",
@@ -54,6 +55,7 @@ class Row:
     path: its one file, of a modality known by content; or columns: a path by modality. A row with empty cells has
     neither. split: "train", "val" or "test". labels: class names. group: rows of one group stay in one split; "" is no
     group. file: its one file, if its content is known. source: its one file, if it is in an archive.
+    cells: by modality, inputs that are cells of the row itself.
     """
 
     path: str = ""
@@ -63,6 +65,7 @@ class Row:
     group: str = ""
     file: File | None = None
     source: Source | None = None
+    cells: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -71,7 +74,8 @@ class Row:
 
     def names(self, folder: str) -> tuple[str, ...]:
         """Return the names of its sources, at paths below a folder."""
-        return tuple(os.path.join(folder, path) for path in self.paths) if self.source is None else (self.source.name,)
+        own = tuple(os.path.join(folder, path) for path in self.paths) if self.source is None else (self.source.name,)
+        return own or tuple(source.name for source in self.cells.values())
 
     def looked_at(self, folder: str, wanted: str | None = None) -> File:
         """Return its one file, at a path below a folder, with the kinds of its content; see `looked_at`."""
@@ -94,37 +98,43 @@ class Row:
 class Manifest:
     """The rows of a manifest. multi_label: an example may have several labels. notes: the use of its columns.
 
-    unlabelled: the paths of rows that are left out because they have no label.
+    unlabelled: the paths of rows that are left out because they have no label. columns: the kinds of the columns whose
+    cells are inputs.
     """
 
     rows: list[Row]
     multi_label: bool
     notes: tuple[str, ...] = ()
     unlabelled: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Roles:
-    """The columns that are read. paths: by modality, or under "" for files of any."""
+    """The columns that are read. paths: by modality, or under "" for files of any. cells: the kind of each."""
 
     paths: Mapping[str, str]
     label: str | None
     split: str | None
     group: str | None
+    cells: Mapping[str, str] = field(default_factory=dict)
 
     def note(self, columns: Sequence[str]) -> str | None:
         """Return what each of the columns is used for, None if their names say it and all are used."""
         used = [(name or ANY, column) for name, column in self.paths.items()]
+        used += [(kind, column) for column, kind in self.cells.items()]
         used += [(role, str(getattr(self, role))) for role in ("label", "split", "group") if getattr(self, role)]
         rest = [name for name in dict.fromkeys(columns) if name not in {column for _, column in used}]
         plain = (ANY, "file_name", "labels", *(role for role, _ in used), *(role + BESIDE for role, _ in used))
-        if not rest and all(column in plain for _, column in used):
+        if not rest and not self.cells and all(column in plain for _, column in used):
             return None
-        note = ", ".join(f"{role} from {show_path(column)}" for role, column in used)
+        by_role: dict[str, list[str]] = defaultdict(list)
+        for role, column in used:
+            by_role[role].append(column)
+        note = ", ".join(f"{role} from {_listed(columns_)}" for role, columns_ in by_role.items())
         if not rest:
             return note
-        named = ", ".join(map(show_path, rest[:NAMED])) + (", ..." if len(rest) > NAMED else "")
-        return f"{note}; {counted(len(rest), 'column')} not used: {named}"
+        return f"{note}; {counted(len(rest), 'column')} not used: {_listed(rest)}"
 
 
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
@@ -155,11 +165,11 @@ def read_manifest(
     shown = source.shown
 
     def fits(columns: list[str]) -> bool:
-        paths = _path_columns(columns, options.path_column).values()
-        return bool(paths) and set(paths) <= set(columns)
+        paths = {*_path_columns(columns, options.path_column).values(), *(options.columns or {})} - {REST}
+        return paths <= set(columns) and (bool(paths) or options.columns is not None)
 
     cells = read_cells(source, fits)
-    roles = _roles(shown, cells.columns, options, labels)
+    roles = _roles(shown, cells, options, labels)
     is_several = roles.label is not None and (
         _plain(roles.label) == "labels" or any(isinstance(row.get(roles.label), list) for row in cells.rows)
     )
@@ -167,7 +177,7 @@ def read_manifest(
     rows, unlabelled, left_out = [], 0, list[str]()
     for number, of_row in enumerate(cells.rows, start=1):
         try:
-            row = _row(of_row, roles, is_several, split, beside)
+            row = replace(_row(of_row, roles, is_several, split, beside), cells=_inputs(of_row, roles, number))
         except ValueError as error:
             raise DataError(f"{shown}: row {number} has {error}") from error
         if roles.label is not None and not row.labels and not is_several:
@@ -176,7 +186,7 @@ def read_manifest(
                 raise DataError(fault, "fill it in, or remove the row")
             unlabelled += 1
             if labels in ("needed", "scored"):
-                left_out += row.paths
+                left_out += row.paths or tuple(source.name for source in row.cells.values())[:1]
                 continue
         rows.append(row)
     if unlabelled and not rows:
@@ -186,7 +196,7 @@ def read_manifest(
         left = ", left out" if labels in ("needed", "scored") else ""
         where = show_path(roles.label or "")
         notes.append(f"{unlabelled:,} of {counted(len(cells.rows), 'row')} without a label in {where}{left}")
-    return Manifest(rows, is_several, tuple(filter(None, notes)), tuple(left_out))
+    return Manifest(rows, is_several, tuple(filter(None, notes)), tuple(left_out), roles.cells)
 
 
 def _row(cells: Mapping[str, Any], roles: Roles, is_several: bool, split: str, beside: str | None) -> Row:
@@ -211,6 +221,15 @@ def _row(cells: Mapping[str, Any], roles: Roles, is_several: bool, split: str, b
     return Row(paths.pop("", ""), paths, SPLIT_NAMES[own or split], named, group)
 
 
+def _inputs(cells: Mapping[str, Any], roles: Roles, number: int) -> dict[str, Source]:
+    """Return the inputs, by modality, that are cells of a row."""
+    owners, by_modality = preprocess.cell_kinds(), defaultdict[str, list[tuple[str, str, Any]]](list)
+    for column, kind in roles.cells.items():
+        by_modality[owners[kind]].append((column, kind, cells.get(column)))
+    each = {name: preprocess.modality(name).of_cells(own) for name, own in by_modality.items()}
+    return {name: Source(f"row {number}", data, (name,)) for name, data in each.items() if data is not None}
+
+
 def top_split(path: str) -> str | None:
     """Return the split that the first folder of a path names, or None for another name."""
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
@@ -231,27 +250,38 @@ def alike(classes: Iterable[str]) -> list[str]:
 # ---------------------------------------------------------------- columns
 
 
-def _roles(shown: str, columns: list[str], options: DataConfig, labels: Labels) -> Roles:
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names of columns."""
+    return ", ".join(map(show_path, names[:NAMED])) + (", ..." if len(names) > NAMED else "")
+
+
+def _roles(shown: str, cells: Cells, options: DataConfig, labels: Labels) -> Roles:
     """Return the columns to read. Raises ColumnError for a missing one, DataError for one that stands twice."""
-    label = None
+    columns, label = cells.columns, None
     if labels != "ignored":
         label = _column(columns, LABEL_COLUMNS, LIKE_LABEL) if options.label_column is None else options.label_column
     paths = _path_columns(columns, options.path_column)
-    missing: list[tuple[str, Sequence[str]]] = [] if paths else [("--path-column", LIKE_PATH)]
+    split = None if labels == "ignored" else _column(columns, ("split",))
+    others = {*paths.values(), label, split, options.group_by}
+    free = [column for column in columns if column not in others]
+    inputs = _cell_columns(cells, options.columns, free, infer=not paths and labels != "ignored")
+    is_named = bool(paths or inputs or options.columns)
+    missing: list[tuple[str, Sequence[str]]] = [] if is_named else [("--path-column", LIKE_PATH)]
     is_needed = labels in ("needed", "scored")
     missing += [("--label-column", (*LABEL_COLUMNS, *LIKE_LABEL))] if is_needed and label is None else []
     if missing:
         kinds = ", ".join(sorted(preprocess.names()))
         expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if is_needed else "")
         raise _wrong_columns(shown, columns, missing, expected, paths.values())
-    split = None if labels == "ignored" else _column(columns, ("split",))
-    roles = Roles(paths, label, split, options.group_by)
+    roles = Roles(paths, label, split, options.group_by, inputs)
     named = [("--path-column", column) for column in (options.path_column or {}).values()]
+    if is_needed or not inputs:  # a model answers from the columns that are there
+        named += [("--column", column) for column in (options.columns or {}) if column != REST]
     named += [("--label-column", label or ""), ("--group-by", options.group_by or "")]
     for option, name in named:
         if name and name not in columns:
             raise _wrong_columns(shown, columns, [(option, (name,))], f"{show_path(name)} for {option}")
-    for name in filter(None, (*paths.values(), roles.label, roles.split, roles.group)):
+    for name in filter(None, (*paths.values(), *inputs, roles.label, roles.split, roles.group)):
         if columns.count(name) > 1:
             raise DataError(f"{shown}: {columns.count(name)} columns {show_path(name)}", "rename all but one")
     return roles
@@ -261,12 +291,27 @@ def _path_columns(columns: Sequence[str], wanted: Mapping[str, str] | None) -> d
     """Return the column of each modality, or the column of paths under ""; empty if the manifest has both."""
     if wanted and ANY in wanted:
         return {"": wanted[ANY]}
-    kinds = {name: _column(columns, (name, name + BESIDE)) for name in preprocess.names()}
+    own = {name: (() if preprocess.modality(name).cells else (name,)) for name in preprocess.names()}
+    kinds = {name: _column(columns, (*names, name + BESIDE)) for name, names in own.items()}
     by_modality = {name: column for name, column in kinds.items() if column} | dict(wanted or {})
     path = None if wanted else _column(columns, PATH_COLUMNS)
     if path and by_modality:
         return {}
     return {"": path} if path else by_modality
+
+
+def _cell_columns(
+    cells: Cells, wanted: Mapping[str, str] | None, free: Sequence[str], *, infer: bool
+) -> dict[str, str]:
+    """Return the kind of each column whose cells are inputs: as `wanted`, or, to `infer`, of all that are `free`."""
+    kinds = dict(wanted or ({REST: AUTO} if infer else {}))
+    kinds = {column: kinds.get(column, kinds.get(REST, NONE)) for column in dict.fromkeys([*kinds, *free])}
+    inputs = {}
+    for column, kind in kinds.items():
+        found = inferred(column, [row.get(column) for row in cells.rows]) if kind == AUTO else kind
+        if column in cells.columns and found not in (None, NONE):
+            inputs[column] = str(found)
+    return inputs
 
 
 def _column(columns: Iterable[str], names: Sequence[str], others: Sequence[str] = ()) -> str | None:

@@ -8,12 +8,15 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.manifest import Row
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.detection import File, looked_at
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 
+Labelled = list[tuple[Example, Row]]  # examples still without labels, each with the row of its labels
 PROBES = 64  # files of a data set that are opened to learn about all
 TABLE = "a table of numbers beside a file of the same stem"  # why one is passed over
 TABLES_OF = "points"  # the modality of tables beside media, if the user joins them
@@ -113,6 +116,29 @@ def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str,
         for inside in modality(kind).contains:
             sources.setdefault(inside, file.source)
     return {name: sources[name] for name in sorted(sources) if name in brings}
+
+
+def with_cells(
+    examples: Labelled, holds: set[str], brings: set[str], rows: Iterable[Row], reads: set[str] | None
+) -> tuple[Labelled, set[str], set[str]]:
+    """Return examples with the cells of their rows as inputs too, and the modalities in the data and those they bring.
+
+    A row without files makes an example of its cells. Rows with the same files and other cells get numbers.
+    """
+    alone = [(Example(next(iter(row.cells.values())).name, {}), row) for row in rows if row.cells and not row.paths]
+    held = {name for _, row in (*examples, *alone) for name in row.cells}
+    read = held if reads is None else held & reads
+
+    if not read:
+        return examples, holds, brings
+    every, ids = [], Counter[str]()
+    for example, row in (*examples, *alone):
+        cells = {name: source for name, source in row.cells.items() if name in read}
+        ids[example.id] += 1
+        name = f"{example.id} ({ids[example.id]})" if ids[example.id] > 1 else example.id
+        if example.sources or example.error or cells:
+            every.append((replace(example, id=name, sources={**example.sources, **cells}), row))
+    return every, holds | held, brings | read
 
 
 def either(names: Iterable[str]) -> str:

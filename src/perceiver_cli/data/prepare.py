@@ -166,12 +166,17 @@ def _check_prepared(header: Header) -> None:
     """Raise UsageError for a recipe whose model inputs cannot be stored."""
     if Decoder(header.inputs, Limits()).num_views > 1:
         raise UsageError("a recipe with several windows of an input", "pass --set inputs.NAME.eval_windows=1")
-    for name, spec in header.inputs.items() if header.content == "fourier" else ():
-        layout = modality(name).layout(spec)
-        if layout.learned_channels or layout.permutation is not None:
-            raise UsageError(f"inputs.{name} has learned positions or permuted rows", "leave out --fourier")
-        if layout.stem != "none":
-            raise UsageError(f"inputs.{name} has learned layers before its positions", "leave out --fourier")
+    for spec in header.inputs.values() if header.content == "fourier" else ():
+        _check_rows(spec, "leave out --fourier")
+
+
+def _check_rows(spec: InputSpec, hint: str) -> None:
+    """Raise UsageError for an input whose rows with Fourier features cannot be stored."""
+    layout = modality(spec.modality).layout(spec)
+    if layout.learned_channels or layout.permutation is not None:
+        raise UsageError(f"inputs.{spec.modality} has learned positions or permuted rows", hint)
+    if layout.stem != "none":
+        raise UsageError(f"inputs.{spec.modality} has learned layers before its positions", hint)
 
 
 @dataclass(frozen=True)
@@ -370,5 +375,6 @@ def byte_array(source: Source, spec: InputSpec, limits: Limits) -> NDArray[np.fl
 
     if detected(source, spec.modality).holds_rows:
         raise DataError(f"{source.shown}: a byte array, which is not decoded", "pass the file that it was made from")
+    _check_rows(spec, "write records instead: -o FILE.tar")
     array = opened(source, spec, limits).array()
     return with_features(modality(spec.modality).prepare(array, spec, None), spec)

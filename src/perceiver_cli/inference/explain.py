@@ -9,8 +9,9 @@ From one input and one class:
   2020). It goes back from the output to the latents of each cross-attend as N weights, and from there to the inputs a
   block of tiles at a time, so nothing of size N x M exists. It is the same for every class.
 - Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, from a blank input to this one. A
-  blank input has its mean in all places; a blank cloud has all points in its centre. An input's gain is the sum over
-  its channels, averaged with neighbours within a few percent of a grid's side against noise; only positive gains count.
+  blank input has its mean in all places; a blank cloud has all points in its centre; blank words and cells are 0. An
+  input's gain is the sum over its channels, averaged with neighbours within a few percent of a grid's side against
+  noise, but not of words and cells; only positive gains count.
 - Heat: evidence times the square root of attention. In tests with known evidence, neither factor alone locates it in
   all of pictures, sound and clouds.
 """
@@ -40,8 +41,10 @@ from perceiver_cli.files import show_path
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split_heads
 from perceiver_cli.model.encoding import Segment
+from perceiver_cli.model.kernels import NEVER
 from perceiver_cli.model.perceiver import Perceiver
-from perceiver_cli.preprocess.base import Array
+from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess.base import Array, Layout
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec
@@ -83,6 +86,9 @@ class ExplainedInput:
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object: the modality's shares of heat and attention, then both by point or by coarse box."""
         fields: dict[str, Any] = {"share": float(self.heat.sum()), "attention_share": float(self.attention.sum())}
+        if (parts := modality(self.spec.modality).parts(self.raw, self.spec)) is not None:
+            each = zip(parts.names, parts.shares(self.heat), parts.shares(self.attention), strict=True)
+            return fields | {"parts": [{"name": n, "heat": float(h), "attention": float(a)} for n, h, a in each]}
         if self.spec.modality == "points":
             rows = np.column_stack([self.raw.astype(np.float64), self.heat, self.attention])
             named = getattr(self.spec, "columns", ())
@@ -234,8 +240,8 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
     It needs the memory of a training step on the example with recomputed activations.
     """
     full = {name: [x for x in (s.values.float(), s.positions) if x is not None] for name, s in segments.items()}
-    # Each input with its mean over all places, (1, 1.., C).
-    pairs = {n: [(x, x.mean(tuple(range(1, x.dim() - 1)), keepdim=True)) for x in full[n]] for n in full}
+    layouts = model.encoding.layouts
+    pairs = {n: [(x, _blank(x, layouts[n])) for x in full[n]] for n in full}
     gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, *_) in full.items()}
     with _lean(model), torch.enable_grad():
         for step in range(PATH_STEPS):
@@ -248,8 +254,19 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
                 for x, mean in both:
                     gained[name] += (next(slopes) * (x - mean)).sum(dim=-1) / PATH_STEPS
     gains = {name: sums[0].double().cpu() for name, sums in gained.items()}
-    gains = {name: _with_neighbours(x) if len(full[name]) == 1 else x for name, x in gains.items()}
+    smooth = {name for name in gains if len(full[name]) == 1 and layouts[name].stem != "embed"}
+    gains = {name: _with_neighbours(x) if name in smooth else x for name, x in gains.items()}
     return _normalised({name: x.clamp(min=0) for name, x in gains.items()})
+
+
+def _blank(x: Tensor, layout: Layout) -> Tensor:
+    """Return the blank input: values or positions (1, *grid, C) with their mean over all places; codes without weight.
+
+    With all weights 0 an embedding is 0, so the weights are a straight path to it from the blank one.
+    """
+    if layout.stem == "embed":
+        return torch.cat([x[..., : -layout.presence], torch.zeros_like(x[..., -layout.presence :])], dim=-1)
+    return x.mean(tuple(range(1, x.dim() - 1)), keepdim=True)
 
 
 def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[str, Heat]:
@@ -354,8 +371,15 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
             blocks = ([scores[:, :, 0] for scores in tiles.products(query)] for tiles in memory.tiles)
             products = (torch.cat(each, dim=1) for each in blocks)
             scores = shaped(tiles.untiled(x)[0] for tiles, x in zip(memory.tiles, products, strict=True))
-            maps.append(ScoreMap(place + 1, latent + 1, head + 1, {name: x.numpy() for name, x in scores.items()}))
+            each = {name: _without_hidden(x.numpy()) for name, x in scores.items()}
+            maps.append(ScoreMap(place + 1, latent + 1, head + 1, each))
     return _normalised({name: x.double() for name, x in shaped(total).items()}), maps
+
+
+def _without_hidden(scores: Heat) -> Heat:
+    """Return scores with the lowest in place of those of inputs that are hidden from attention."""
+    shown = scores > NEVER / 2
+    return np.where(shown, scores, scores[shown].min(initial=0.0) if shown.any() else 0.0)
 
 
 def _mixing(block: SelfAttend, latents: Tensor) -> Tensor:

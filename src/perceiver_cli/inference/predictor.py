@@ -253,7 +253,7 @@ class Predictor:
             with suppress(UsageError):  # a model file without its run
                 own = load_config(self.path.parent / "config.toml").data
                 named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
-        usual = DataConfig(pair=trained.pair, **self.options)
+        usual = DataConfig(**{"pair": trained.pair, "columns": trained.columns, **self.options})
         return usual.model_copy(update={**named, **self.options}), usual
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Synthetic files for measurements, as large as real ones: JPEG, WAV, STL, MP4."""
+"""Synthetic files for measurements, as large as real ones: JPEG, WAV, STL, MP4, text, cells."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -9,6 +10,9 @@ from typing import BinaryIO
 import numpy as np
 
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.table import MADE_UP
+
+WORDS = 200  # of a text
 
 
 def made_up_files(folder: Path, modality: str, count: int) -> list[Source]:
@@ -57,9 +61,22 @@ def _mp4(rng: np.random.Generator, file: BinaryIO) -> None:
         container.mux(track.encode(None))
 
 
+def _txt(rng: np.random.Generator, file: BinaryIO) -> None:
+    letters = rng.integers(97, 123, 6 * WORDS, dtype=np.uint8)
+    letters[5::6] = ord(" ")
+    file.write(letters.tobytes())
+
+
+def _cells(rng: np.random.Generator, file: BinaryIO) -> None:
+    numbers = rng.normal(size=MADE_UP)
+    file.write(json.dumps([[f"column {place + 1}", "number", str(x)] for place, x in enumerate(numbers)]).encode())
+
+
 _MAKERS: dict[str, tuple[str, Callable[[np.random.Generator, BinaryIO], None]]] = {
     "image": (".jpg", _jpeg),
     "audio": (".wav", _wav),
     "points": (".stl", _stl),
     "video": (".mp4", _mp4),
+    "text": (".txt", _txt),
+    "table": (".json", _cells),
 }

@@ -108,6 +108,8 @@ def _front(layout: Layout) -> tuple[int, int]:
     weights = layout.channels * layout.stem_channels
     if layout.stem == "none":
         return positions, 0
+    if layout.stem == "embed":
+        return positions + layout.codes * layout.stem_channels, layout.num_inputs * weights
     if layout.stem == "linear":
         return positions + weights + layout.stem_channels, 2 * layout.num_inputs * weights
     height, width, _ = layout.prepared_shape  # 7 x 7 convolution of stride 2, then batch norm

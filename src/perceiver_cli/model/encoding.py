@@ -146,7 +146,9 @@ class ByteArrayEncoding(nn.Module):
                 self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
             if layout.learned_channels:
                 self.learned_positions[name] = nn.Parameter(torch.empty(layout.num_inputs, layout.learned_channels))
-            if layout.stem == "linear":
+            if layout.stem == "embed":
+                self.stems[name] = Embeddings(layout.codes, layout.stem_channels)
+            elif layout.stem == "linear":
                 self.stems[name] = nn.Linear(layout.channels, layout.stem_channels)
             elif layout.stem != "none":
                 self.stems[name] = ConvStem(layout.channels, layout.stem_channels, same=layout.stem == "conv-same")
@@ -185,11 +187,14 @@ class ByteArrayEncoding(nn.Module):
         """Return the inputs of one modality; its grid may have any sides if `tables` of `axis_features` are passed."""
         layout, values, positions, mask = self.layouts[name], segment.values, segment.positions, segment.mask
         values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
+        present = (values[..., -layout.presence :] != 0).any(dim=-1).flatten(1) if layout.presence else None
         if name in self.stems:
             values = self.stems[name](values)
         batch, grid = values.shape[0], values.shape[1:-1]  # sizes, not len(): they may be symbols
         if mask is not None:
             mask = mask.expand(batch, prod(grid))
+        if present is not None:
+            mask = present if mask is None else mask & present
         encoding = self.modality_encodings.get(name, None)
         if layout.is_grid and name not in self.learned_positions:
             first, *rest = self._tables(name, values.device) if tables is None else tables
@@ -212,6 +217,20 @@ class ByteArrayEncoding(nn.Module):
             places = [grid_positions((side,), device) for side in layout.grid]
             self._axis_features[name, device] = axis_features(layout, places)
         return self._axis_features[name, device]
+
+
+class Embeddings(nn.Module):
+    """Learned vectors by code: an input is the sum of some of them, each with a weight."""
+
+    def __init__(self, codes: int, channels: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(torch.empty(codes, channels))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return (B, *grid, channels) of values (B, *grid, 2 k): k codes, then their weights."""
+        codes, weights = values.chunk(2, dim=-1)
+        each = F.embedding(codes.long().clamp(0, len(self.vectors) - 1), self.vectors)  # (B, *grid, k, channels)
+        return (weights.unsqueeze(-2) @ each).squeeze(-2)
 
 
 class ConvStem(nn.Module):

@@ -205,7 +205,10 @@ def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random
         if is_dynamic(layout):
             sides = [side + more for side in sides]
         if layout.channels:
-            arrays[name] = (rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean).astype(np.float32)
+            values = rng.uniform(-2, 2, (count, *sides, channels)) * layout.std + layout.mean
+            if layout.codes:
+                values[..., : -layout.presence] = rng.integers(layout.codes, size=(count, *sides, layout.presence))
+            arrays[name] = values.astype(np.float32)
         if not layout.is_grid:
             arrays[f"{name}_positions"] = rng.uniform(-1, 1, (count, *sides, layout.dims)).astype(np.float32)
         if len(layouts) > 1:

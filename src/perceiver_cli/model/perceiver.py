@@ -19,7 +19,7 @@ from perceiver_cli.files import show_text
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.model.cost import cross_width
 from perceiver_cli.model.device import Compute
-from perceiver_cli.model.encoding import ByteArrayEncoding, ModalityInputs, Segment
+from perceiver_cli.model.encoding import ByteArrayEncoding, Embeddings, ModalityInputs, Segment
 from perceiver_cli.preprocess.base import Layout
 
 LATENT_STD = 0.02
@@ -151,6 +151,7 @@ def initialise(model: Perceiver, seed: int) -> None:
     |---|---|---|
     | latents, modality encodings, query | normal, std 0.02, cut at two sigma (Haiku's reading of [-2, 2]) | App. C |
     | learned positions | the same with `learned_std`, 1.0 unless set | 4.1, App. B |
+    | vectors of codes (text, tables) | as latents: larger ones of rare codes are noise (measured) | chosen here |
     | linear, convolution | LeCun: normal cut at two sigma, variance 1 / fan-in after the cut | official code |
     | linear biases, LayerNorm offsets | 0 | official code |
     | LayerNorm and batch norm scales | 1 | official code |
@@ -174,6 +175,8 @@ def initialise(model: Perceiver, seed: int) -> None:
             fill(module.weight, 1 / sqrt(module.weight[0].numel()) / TRUNCATED_STD)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, Embeddings):
+            fill(module.vectors, LATENT_STD)
         elif isinstance(module, nn.LayerNorm):
             module.reset_parameters()
     nn.init.zeros_(model.head.weight)

@@ -57,6 +57,11 @@ def timed_modality(name: str) -> TimedModality[Any] | None:
     return timed if isinstance(timed := modality(name), TimedModality) else None
 
 
+def cell_kinds() -> dict[str, str]:
+    """Return the modality of each kind of a table's cells, such as "number"."""
+    return {kind: name for name in names() for kind in modality(name).cells}
+
+
 def with_time(name: str) -> TimedModality[Any]:
     """Return the modality of that name, which has a time axis."""
     timed = modality(name)

@@ -45,6 +45,24 @@ class ByteArray:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The parts of an input that have names, such as words; items of one input belong to one or several of them.
+
+    owners: (inputs, items of an input), the number of the part that an item belongs to, -1 for none.
+    """
+
+    names: list[str]
+    owners: NDArray[np.int64]
+
+    def shares(self, heat: Array) -> NDArray[np.float64]:
+        """Return the heat of each part, where each input's heat (M,) is divided among its items that have a part."""
+        owned = self.owners >= 0
+        each = heat[: len(owned)].astype(np.float64) / owned.sum(axis=1).clip(min=1)
+        spread = np.broadcast_to(each[:, None], owned.shape)[owned]
+        return np.bincount(self.owners[owned], spread, minlength=len(self.names)).astype(np.float64)
+
+
+@dataclass(frozen=True)
 class Layout:
     """The shape of every ByteArray of one modality; the model is built from it.
 
@@ -57,6 +75,8 @@ class Layout:
     learned_channels, learned_std: width and initial scale of learned positions; width 0 means Fourier features.
     permutation: seed of the order of the rows, the same for every input; None keeps the grid's order.
     stem, stem_channels: learned layers on the values before positions are attached, and their output channels.
+    codes: number of learned vectors of the stem "embed", whose values are codes, then as many weights.
+    presence: number of last channels of the values that are all 0 where there is no input, which is hidden.
     values_grid: shape of the values as prepared if a stem makes the grid smaller; else None.
     """
 
@@ -74,6 +94,8 @@ class Layout:
     stem: str = "none"
     stem_channels: int = 0
     values_grid: tuple[int, ...] | None = None
+    codes: int = 0
+    presence: int = 0
 
     @classmethod
     def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
@@ -120,7 +142,9 @@ class Modality(ABC, Generic[S]):
     precedence: ClassVar[int] = 0  # detection asks the modality with the lowest number first
     contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack
     paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment
+    cells: ClassVar[tuple[str, ...]] = ()  # kinds of a table's cells that it reads, as in `--column NAME=KIND`
     can_mix: ClassVar[bool] = False  # whether mixup and cutmix of two byte arrays give a meaningful third
+    probes: ClassVar[int] = 64  # training examples that `resolve` gets
     preparation: ClassVar[str] = ""  # the steps of `prepare` in words, for programs that run an exported model
     surveyed: ClassVar[int] = 0  # files whose headers `survey` reads at most
 
@@ -128,13 +152,17 @@ class Modality(ABC, Generic[S]):
     def sniff(self, head: bytes, name: str) -> bool:
         """Return whether a file that begins with `head` is of a known format; `name` counts if bytes do not decide."""
 
-    def may_read(self, head: bytes) -> bool:
+    def may_read(self, head: bytes, name: str) -> bool:
         """Return whether a file that could be of any kind, such as a table, is read if the user names this kind."""
         return False
 
     def is_table(self, head: bytes, name: str) -> bool:
         """Return whether a file that this modality reads is numbers alone, which could be something else."""
         return False
+
+    def of_cells(self, cells: Sequence[tuple[str, str, Any]]) -> bytes | None:
+        """Return what `load` reads of the cells (column, kind, value) of a row; None if all of them are empty."""
+        return None
 
     def also_reads(self, head: bytes) -> bool:
         """Return whether a file of another kind can be read as this one too: a still picture as a film."""
@@ -178,6 +206,10 @@ class Modality(ABC, Generic[S]):
     def num_views(self, spec: S) -> int:
         """Return the number of byte arrays of one example over which evaluation averages."""
         return 1
+
+    def parts(self, raw: Array, spec: S) -> Parts | None:
+        """Return the parts of a decoded array that have names, to explain and to show it; None if it has none."""
+        return None
 
     def fault(self, raw: Array) -> str | None:
         """Return the word for an array without content, such as "constant", with which `lint` reports it, else None."""

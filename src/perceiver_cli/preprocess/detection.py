@@ -38,7 +38,7 @@ def detected(source: Source, wanted: str | None = None) -> Source:
         return replace(source, kinds=(wanted,), is_table=modality(wanted).is_table(head, source.name))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
     kinds += tuple(name for name in every if name not in kinds and modality(name).also_reads(head))
-    if not kinds and wanted is not None and modality(wanted).may_read(head):
+    if not kinds and wanted is not None and modality(wanted).may_read(head, source.name):
         kinds = (wanted,)
     if not kinds:
         raise _refusal(source, head, every)
@@ -51,7 +51,7 @@ def _refusal(source: Source, head: bytes, every: tuple[str, ...]) -> DataError:
     if (known := foreign.described(head, source.name)) is not None:
         return DataError(f"{source.shown}: {known[0]}", known[1])
     if (table := described(head.removeprefix(BOM))) is not None:
-        return TableError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, every))
+        return TableError(f"{source.shown}: {table}, which could be anything", _how_to_take(head, source.name, every))
     return DataError(f"{source.shown}: {UNKNOWN}")
 
 
@@ -86,9 +86,9 @@ def only(names: Iterable[str] | None) -> str | None:
     return each[0] if len(each) == 1 else None
 
 
-def _how_to_take(head: bytes, every: tuple[str, ...]) -> str:
+def _how_to_take(head: bytes, shown: str, every: tuple[str, ...]) -> str:
     """Return a hint on how to read a table."""
-    readers = [name for name in every if modality(name).may_read(head)]
+    readers = [name for name in every if modality(name).may_read(head, shown)]
     if not readers:
         return "expected a picture, a sound, a film or a mesh"
     presets = " or ".join(f"--preset tiny-{name}" for name in readers)

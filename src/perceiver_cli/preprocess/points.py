@@ -76,7 +76,7 @@ class PointsModality(Modality[PointsSpec]):
     def sniff(self, head: bytes, name: str) -> bool:
         return mesh_format(head, name) is not None
 
-    def may_read(self, head: bytes) -> bool:
+    def may_read(self, head: bytes, name: str) -> bool:
         return may_be_points(head)
 
     def is_table(self, head: bytes, name: str) -> bool:

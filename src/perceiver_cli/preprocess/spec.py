@@ -73,4 +73,5 @@ class Limits(Table):
     video_side: int = 8192  # pixels along a side of a frame
     vertices: int = 10_000_000  # of a mesh or cloud
     faces: int = 20_000_000  # of a mesh
+    text_bytes: int = 64 << 20  # of a text
     decoded_bytes: int = 1 << 30  # of a decoded array

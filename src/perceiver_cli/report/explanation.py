@@ -13,6 +13,7 @@ import numpy as np
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import atomic_write, show_path, show_text
 from perceiver_cli.inference.explain import MAPS, ExplainedInput, Explanation, Heat, ScoreMap
+from perceiver_cli.preprocess import modality
 from perceiver_cli.report import pictures
 from perceiver_cli.report.charts import plain_text
 
@@ -101,7 +102,8 @@ def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> l
         (title, partial(pictures.draw, raw=shown.raw, spec=shown.spec, heat=heat, start_s=shown.start_s or 0.0))
         for title, heat in heats.items()
     ]
-    wide = shown.start_s is not None
+    has_parts = modality(shown.spec.modality).parts(shown.raw, shown.spec) is not None
+    wide = shown.start_s is not None or has_parts
     height = LINE + GAP + pictures.size_of(shown.raw, shown.spec, WIDTH // 2 if wide else pictures.SIDE)[1]
     rows = [[panel] for panel in panels[1:]] if wide else [panels]
     return [(height, partial(_panels, panels=row)) for row in rows]

@@ -32,6 +32,7 @@ from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.describe import describe
+from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.image import ImageSpec
@@ -63,12 +64,12 @@ class Medium:
     detail: str  # the model's answer
     pictures: tuple[tuple[str, str, tuple[int, int]], ...] = ()  # data URI, modality and size of each
     sound: str = ""  # data URI
-    words: str = ""  # the reason if there is no picture
+    words: str = ""  # a text, cells, or the reason if there is no picture
 
     @property
     def size(self) -> int:
         """Characters of its media in the page."""
-        return len(self.sound) + sum(len(uri) for uri, _, _ in self.pictures)
+        return len(self.words) + len(self.sound) + sum(len(uri) for uri, _, _ in self.pictures)
 
 
 def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]) -> str:
@@ -173,9 +174,12 @@ class _Gallery:
         try:
             decoded = reader.decode(example)
             starts = reader.starts(decoded)
-            drawn, sound = [], ""
+            drawn, sound, words = [], "", list[str]()
             for name in sorted(decoded.arrays.keys() | decoded.long.keys(), key=lambda name: name == "audio"):
                 spec, start_s = reader.specs[name], 0.0
+                raw = decoded.arrays.get(name)
+                if raw is not None and (parts := modality(name).parts(raw, spec)) is not None:
+                    words.append(" ".join(parts.names))
                 if not isinstance(spec, ImageSpec | AudioSpec | VideoSpec | PointsSpec):
                     continue
                 if name in reader.timed:
@@ -189,8 +193,8 @@ class _Gallery:
                     sound = _sound(raw, spec)
         except DataError as error:  # the file changed since it was evaluated
             return Medium(example.id, detail, words=str(error))
-        words = "" if drawn else "a prepared array: there is no medium to show"
-        return Medium(example.id, detail, tuple(drawn), sound, words)
+        said = "; ".join(words) if words or drawn else "a prepared array: there is no medium to show"
+        return Medium(example.id, detail, tuple(drawn), sound, said)
 
 
 def _picture(picture: pictures.Picture) -> str:

@@ -6,13 +6,15 @@ pixels. Only functions import matplotlib, because it is slow to import.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from perceiver_cli.preprocess import audio
+from perceiver_cli.files import show_text
+from perceiver_cli.preprocess import audio, modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.image import ImageSpec
@@ -36,6 +38,8 @@ FILM_FRAMES, FILM_TEXT = 6, 18
 LEAST_CELLS = 8  # smallest side of a grid whose cells are blended; a coarser grid shows its cells
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
 SOUND_MARGIN, SOUND_TEXT = 12, 22  # beside it, for the labels of the first and last second; below it
+LETTER, LETTER_SIZE, LINE = 10, 9, 24  # width of a letter of a word, its size in points, height of a line
+MOST_NAMES, LONGEST_NAME = 200, 48  # words that are drawn, and letters of one
 TURN, TILT = np.radians(35), np.radians(22)  # the view of a cloud, y axis up
 FAR = 0.55  # share of white in the farthest points
 
@@ -62,7 +66,8 @@ def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
             tall, wide = raw.shape[1:3]
             return 2 * side, min(2 * side, round(2 * side * tall / wide / min(FILM_FRAMES, len(raw)))) + FILM_TEXT
         case _:
-            return side, side
+            parts = modality(spec.modality).parts(raw, spec)
+            return (2 * side, _laid(parts.names, 2 * side)[1]) if parts is not None else (side, side)
 
 
 def new_figure(width: int, height: int) -> Any:
@@ -101,6 +106,8 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
                 share = np.sqrt(heat)[:, None]
                 tints = COLD * (1 - share) + colours(heat, HEAT) * share
             cloud(bare_axes(figure), raw[:, :3], tints)
+        case _ if (parts := modality(spec.modality).parts(raw, spec)) is not None:
+            _named(bare_axes(figure), parts.names, None if heat is None else scaled(parts.shares(heat)))
         case _:
             grid(bare_axes(figure), np.zeros((1, 1)) if heat is None else heat, HEAT)
 
@@ -202,6 +209,36 @@ def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start
         axes.set_axis_off()
         axes.set_anchor("NW")
         axes.set_title(f"{start_s + place / spec.frame_rate_hz:.2f} s", loc="left", fontsize=6.5, color=FAINT, pad=3)
+
+
+def _laid(names: Sequence[str], width: int) -> tuple[list[tuple[str, int, int]], int]:
+    """Return the text, left and top of each of the first names in lines of a width, and the height of the lines."""
+    places, left, top = [], 0, 0
+    for number, name in enumerate(names):
+        text = show_text(name) if number < MOST_NAMES else "…"
+        text = text if len(text) <= LONGEST_NAME else text[: LONGEST_NAME - 1] + "…"
+        wide = LETTER * len(text)
+        if left and left + wide > width:
+            left, top = 0, top + LINE
+        places.append((text, left, top))
+        left += wide + LETTER
+        if number == MOST_NAMES:
+            break
+    return places, top + LINE
+
+
+def _named(axes: Any, names: Sequence[str], heat: Array | None) -> None:
+    """Draw names, such as words, in lines, each on the colour of its heat (names,)."""
+    width, height = axes.bbox.width, axes.bbox.height
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    from matplotlib.patches import Rectangle
+
+    tints = None if heat is None else colours(heat, HEAT)
+    for number, (text, left, top) in enumerate(_laid(names, int(width))[0]):
+        if tints is not None and heat is not None and heat[number] > 0:
+            box = (left - LETTER / 2, top + 1), LETTER * (len(text) + 1), LINE - 2
+            axes.add_patch(Rectangle(*box, color=tints[number], alpha=0.85 * float(np.sqrt(heat[number])), linewidth=0))
+        axes.text(left, top + LINE / 2, text, family="monospace", size=LETTER_SIZE, va="center", color="black")
 
 
 def _middles(most: int, count: int) -> list[int]:

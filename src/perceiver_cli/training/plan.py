@@ -194,8 +194,9 @@ def make_plan(request: RunRequest) -> Plan:
     # All folds settle their inputs by the same examples, so that their models make one.
     seen = catalog if config.data.fold is None else whole(catalog)
     specs = resolve_specs(config.inputs, seen, config.data.limits)
-    place = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
+    place: dict[str, Any] = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
+    place |= {"columns": dict(scanned.columns)} if scanned.columns else {}
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
     config = config.model_copy(update=settled)
     try:

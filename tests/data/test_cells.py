@@ -1,0 +1,161 @@
+"""Cells of a manifest as inputs: text and numbers, alone and beside files, from training to every answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from perceiver_cli.config import DataConfig
+from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.lint import lint
+from perceiver_cli.data.manifest import ColumnError, read_manifest
+from perceiver_cli.errors import DataError
+from perceiver_cli.inference.evaluation import evaluate
+from perceiver_cli.inference.explain import explain
+from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.report.explanation import to_picture
+from perceiver_cli.report.html import page
+from perceiver_cli.training.trainer import Trainer
+from tests.conftest import SMALL, Perceive
+
+COLOURS = ("red", "blue")
+
+
+def write_rows(path: Path, count: int, **changes: object) -> Path:
+    """Write a CSV whose class is in the words of its title or, where that is empty, in its price. Returns the path."""
+    rng = np.random.default_rng(0)
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, ["id", "title", "price", "day", "label", "split"])
+        table.writeheader()
+        for number in range(count):
+            label = number % 2
+            title = f"one {COLOURS[label]} shoe of size {rng.integers(30, 50)} in a box" if number % 4 < 3 else ""
+            cells = {"id": number, "title": title, "price": f"{10 + 5 * label + rng.normal():.2f}", "label": label}
+            cells |= {"day": f"2024-0{1 + number % 5}-01", "split": "test" if number % 5 == 4 else "train"}
+            table.writerow(cells | changes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictor]:
+    """Rows of text and numbers, and a model trained on them."""
+    folder = tmp_path_factory.mktemp("sold")
+    data = write_rows(folder / "sold.csv", 100)
+    changes = [*SMALL, "train.steps=40", "train.lr=0.01", "inputs.text.ngram_vectors=256", "data.workers=0"]
+    for _ in Trainer(data, folder / "run", None, overrides=changes).fit():
+        pass
+    return data, Predictor(folder / "run")
+
+
+def test_columns_are_inferred_and_said(sold: tuple[Path, Predictor]) -> None:
+    catalog = scan(sold[0])
+    assert catalog.modalities == ("table", "text")
+    assert catalog.columns == {"title": "text", "price": "number", "day": "date"}
+    assert catalog.account.paths == 100
+    (note,) = (note for note in catalog.notes if "from" in note)
+    assert note.startswith("text from 'title', number from 'price', date from 'day', label from 'label'")
+    assert "1 column not used: 'id'" in note
+    assert any("examples have no text" in note for note in catalog.notes)
+
+
+def test_columns_can_be_set(sold: tuple[Path, Predictor]) -> None:
+    def columns(**kinds: str) -> dict[str, str]:
+        return dict(read_manifest(sold[0], DataConfig(columns=kinds)).columns)
+
+    assert columns(price="category") == {"price": "category"}
+    assert columns(**{"*": "auto", "day": "none"}) == {"title": "text", "price": "number"}
+    assert columns(title="text", id="auto", price="auto") == {"title": "text", "price": "number"}
+    with pytest.raises(ColumnError, match="prize"):
+        columns(prize="number")
+    with pytest.raises(ValueError, match=r"columns\.price is 'colour', expected one of"):
+        columns(price="colour")
+
+
+def test_a_model_keeps_columns_and_statistics(sold: tuple[Path, Predictor]) -> None:
+    config = sold[1].info.config
+    assert config.data.columns == {"title": "text", "price": "number", "day": "date"}
+    assert [(column.name, column.part) for column in config.inputs["table"].columns[:2]] == [
+        ("price", ""),
+        ("day", "day"),
+    ]  # type: ignore[attr-defined]
+    assert config.inputs["table"].columns[0].mean == pytest.approx(12.5, abs=0.7)  # type: ignore[attr-defined]
+
+
+def test_a_model_answers_from_rows(sold: tuple[Path, Predictor], tmp_path: Path) -> None:
+    data, predictor = sold
+    report = evaluate(predictor, data)
+    assert (report.num_examples, report.modalities) == (20, ("table", "text"))
+    assert report.accuracy > 0.9
+    first = next(iter(predictor.predict(data)))
+    assert (first.path, first.label, first.used) == ("row 1", "0", ("table", "text"))
+    # A column that a table lacks is missing in each row; without any there is nothing to answer from.
+    (tmp_path / "a.csv").write_text("title\none blue shoe\n")
+    (answer,) = predictor.predict(tmp_path / "a.csv")
+    assert (answer.label, answer.used) == ("1", ("text",))
+    (tmp_path / "b.csv").write_text("name\none blue shoe\n")
+    with pytest.raises(DataError, match="expected"):
+        list(predictor.predict(tmp_path / "b.csv"))
+    # A cell of another kind is the error of its row.
+    (tmp_path / "c.csv").write_text("title,price\none red shoe,cheap\none red shoe,9\n")
+    wrong, right = predictor.predict(tmp_path / "c.csv")
+    assert wrong.error is not None
+    assert "expected a number" in wrong.error
+    assert right.label == "0"
+
+
+def test_words_and_columns_are_explained_and_shown(sold: tuple[Path, Predictor], tmp_path: Path) -> None:
+    data, predictor = sold
+    example = next(iter(predictor.examples(data)))
+    explanation = explain(predictor, example)
+    inputs = explanation.to_dict()["inputs"]
+    words = {part["name"]: part["heat"] for part in inputs["text"]["parts"]}
+    assert {"one", "red", "shoe"} <= words.keys()
+    assert inputs["table"]["parts"][0]["name"].startswith("price = ")
+    heat = sum(part["heat"] for each in inputs.values() for part in each["parts"])
+    assert heat == pytest.approx(1, abs=0.05)
+    assert to_picture(explanation).size[0] > 100
+    report = evaluate(predictor, data)
+    assert "shoe" in page(report, predictor, str(data), ["perceiver"]) or report.accuracy == 1
+
+
+def test_records_answer_as_the_rows(sold: tuple[Path, Predictor], perceive: Perceive, tmp_path: Path) -> None:
+    data, predictor = sold
+    tar = str(tmp_path / "rows.tar")
+    perceive("preprocess", data, "-m", predictor.path, "-o", tar)
+    assert evaluate(predictor, tar).loss == pytest.approx(evaluate(predictor, data).loss, abs=1e-6)
+
+
+def test_lint_reads_cells(sold: tuple[Path, Predictor], tmp_path: Path) -> None:
+    assert not lint(sold[0], workers=0).failed
+    copies = write_rows(tmp_path / "copies.csv", 10, title="the same words in each row", price=1, day="2024-01-01")
+    report = lint(copies, workers=0, options=DataConfig(columns={"title": "text"}))
+    assert len(report.copies[0].examples) == 10
+
+
+def test_cells_beside_files(tmp_path: Path) -> None:
+    for number in range(8):
+        Image.new("L", (8, 8), 30 * number).save(tmp_path / f"{number}.png")
+    lines = [f"{n}.png,a few words of {COLOURS[n % 2]},{n % 2}" for n in range(8)]
+    (tmp_path / "rows.csv").write_text("photo,title,label\n" + "\n".join([*lines, ",alone,1", "0.png,,1"]) + "\n")
+    options = DataConfig(path_column={"image": "photo"}, columns={"title": "text"})
+    catalog = scan(tmp_path / "rows.csv", options=options)
+    assert catalog.modalities == ("image", "text")
+    assert {*catalog.splits["train"][0].sources} == {"image", "text"}
+    assert [example.id for example in catalog.splits["train"]][-2:] == ["7.png", "row 9"]
+    assert "0.png (2)" in {example.id for example in catalog.splits["train"]}
+    # Beside files nothing is read that was not asked for: a caption may tell the class.
+    plain = scan(tmp_path / "rows.csv", options=DataConfig(path_column={"image": "photo"}))
+    assert plain.modalities == ("image",)
+    assert not plain.columns
+
+
+def test_the_command_line_names_columns(sold: tuple[Path, Predictor], perceive: Perceive, tmp_path: Path) -> None:
+    done = perceive("train", sold[0], "-o", tmp_path / "run", "--column", "price=table,title=text", "--dry-run")
+    assert json.loads(done.stdout)["modalities"] == ["table", "text"]
+    failed = perceive("train", sold[0], "--column", "price", "--dry-run")
+    assert (failed.returncode, b"expected NAME=KIND" in failed.stderr) == (2, True)
