@@ -191,8 +191,11 @@ class TrainConfig(Table):
     max_steps: Annotated[int, Field(gt=0)] | None = None  # upper bound of the steps of `epochs`
     steps: Annotated[int, Field(gt=0)] | None = None  # overrides epochs and max_steps
     max_time_s: Positive | None = None  # overrides every other length: the schedule is planned to end with it
-    batch_size: Size = 64  # examples a batch
-    accumulate: Size = 1  # batches per optimiser step
+    batch_size: Size = 64  # examples a batch, the share of one device
+    accumulate: Size = 1  # batches per optimiser step, shared out among processes
+    # Add gradients in an order that does not depend on the number of processes: the same model to the bit.
+    exact_sum: bool = True
+    threads: Size | None = None  # threads of each process on a CPU, whose number decides last bits; unset: its cores
     optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
     lr: Positive = 0.004  # peak learning rate
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of the optimiser's averages

@@ -5,7 +5,9 @@ The message is one line: the input, its state, the expected state. The hint says
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 EXIT_BUG = 1
 EXIT_USAGE = 2
@@ -65,6 +67,10 @@ class ResourceError(PerceiverError):
     exit_code = EXIT_RESOURCE
 
 
+class LostError(ResourceError):
+    """Another process of the same job has ended or does not answer; that one says why."""
+
+
 class DivergedError(PerceiverError):
     """Training met a loss or gradient that is not finite."""
 
@@ -75,6 +81,17 @@ class IntegrityError(PerceiverError):
     """A checkpoint or record that is damaged, incomplete or of another format version."""
 
     exit_code = EXIT_INTEGRITY
+
+
+def error_facts(error: PerceiverError) -> dict[str, str | int]:
+    """Return an error as JSON types, for another process."""
+    return {"status": error.exit_code, "message": error.message, "hint": error.hint}
+
+
+def error_from(facts: Mapping[str, Any]) -> PerceiverError:
+    """Return the error of `error_facts`."""
+    kinds = {kind.exit_code: kind for kind in (UsageError, DataError, ResourceError, DivergedError, IntegrityError)}
+    return kinds.get(facts["status"], PerceiverError)(facts["message"], facts["hint"])
 
 
 # What libraries say when memory runs out; each raises its own type. In order: torch on a CPU, CUDA, cuBLAS, the loader

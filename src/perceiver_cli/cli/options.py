@@ -36,6 +36,12 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
 Precision = Annotated[Floats, typer.Option(help="Precision of matrix products; auto is bf16 on a GPU, else fp32.")]
 Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
+Devices = Annotated[
+    str | None, typer.Option(metavar="N", help="Processes on this machine: a number, or all for one per GPU.")
+]
+Timeout = Annotated[
+    str | None, typer.Option(help="How long processes wait for one that does not answer [default: 30m].")
+]
 BatchSize = Annotated[int | None, typer.Option(min=1, help="Batch size [default: what fits, at most 32 on a CPU].")]
 Limit = Annotated[
     list[str] | None,
@@ -304,9 +310,9 @@ def recipe_of(preset: str | None, config: Path | None) -> Any:
     return load_preset(preset) if preset is not None else load_config(config) if config is not None else None
 
 
-def seconds(text: str | None) -> float | None:
+def seconds(text: str | None, option: str = "--max-time") -> float | None:
     """Return a time such as "300", "5m" or "1h30m" in seconds."""
-    return None if text is None else duration(f"--max-time {text}", text)
+    return None if text is None else duration(f"{option} {text}", text)
 
 
 def duration(option: str, text: str) -> float:

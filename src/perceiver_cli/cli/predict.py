@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import options, terminal
+from perceiver_cli.cli import options, processes, terminal
 from perceiver_cli.cli.terminal import (
     complain,
     counting,
@@ -60,6 +60,8 @@ def evaluate(
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
     device: options.Device = "auto",
+    devices: options.Devices = None,
+    timeout: options.Timeout = None,
     precision: options.Precision = "auto",
     limit: options.Limit = None,
     quiet: options.Quiet = False,
@@ -67,16 +69,20 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled files. Print accuracy, top-5, loss, calibration error (ECE), and each class."""
     options.check_data(data)
-    from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate as evaluate_model
+    ranks = processes.shared(devices, timeout, [data])
+    from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate_shared
     from perceiver_cli.report.html import save_report
 
     given = options.data_options(root, path_columns, label_column, None, columns)
-    predictor = options.open_predictor(model, device, precision, limit, use, given)
+    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
     if calibrate:
-        temperature = calibrate_model(predictor, data, batch_size, workers).temperature
+        temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
     with counting("evaluating") as progress:
-        report = evaluate_model(predictor, data, split, batch_size, workers, progress)
+        report = evaluate_shared(predictor, data, ranks, split, batch_size, workers, progress)
+    ranks.meet()
+    if report is None:  # the first process has it
+        return
     say_notes(report.notes)
     say_lines(report.files.brief())
     for _, error in report.bad[:20]:
@@ -118,6 +124,8 @@ def predict(
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
     device: options.Device = "auto",
+    devices: options.Devices = None,
+    timeout: options.Timeout = None,
     precision: options.Precision = "auto",
     limit: options.Limit = None,
     quiet: options.Quiet = False,
@@ -131,17 +139,23 @@ def predict(
     """
     from perceiver_cli.data.account import Account
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
+    from perceiver_cli.inference.shared import predict_shared
 
+    ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
     sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
     windows = options.windows_of(window, hop, aggregate, workers)
     if embeddings is not None:
         check_embeddings(embeddings)
     given = options.data_options(root, path_columns, None, None, columns)
-    predictor = options.open_predictor(model, device, precision, limit, use, given)
+    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
     account = Account()
-    predictions = predictor.predict(
-        sources, batch_size, workers, windows, min_prob=min_prob, embeddings=embeddings is not None, account=account
-    )
+    wanted: dict[str, Any] = {"min_prob": min_prob, "embeddings": embeddings is not None, "account": account}
+    if ranks.size == 1:
+        predictions = predictor.predict(sources, batch_size, workers, windows, **wanted)
+    else:
+        predictions = predict_shared(predictor, sources, ranks, batch_size, workers, windows, **wanted)
+        if not ranks.first:
+            predictions, embeddings = iter([*predictions]), None
     extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
     extra += ["labels"] if predictor.info.config.multi_label else []

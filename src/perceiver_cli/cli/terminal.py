@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,12 +23,14 @@ from perceiver_cli.errors import (
     EXIT_BUG,
     EXIT_RESOURCE,
     DataError,
+    LostError,
     PerceiverError,
     ResourceError,
     UsageError,
     is_out_of_memory,
 )
-from perceiver_cli.files import SHORTAGES, cause, printable, show_path, show_text
+from perceiver_cli.files import SHORTAGES, cause, printable, show_path, show_text, write_text
+from perceiver_cli.hardware import LAUNCHED
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +76,8 @@ def guarded(app: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()  # a failure at exit would print no message
     except PerceiverError as error:
-        _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError))
+        lost = isinstance(error, LostError)
+        _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError) and not lost, lost=lost)
     except Exception as error:
         if (known := _of_the_system(error)) is not None:
             _fail(str(known), known.exit_code)
@@ -108,10 +112,23 @@ def _of_the_system(error: Exception) -> PerceiverError | None:
     return DataError(f"{shown}{cause(error)}") if shown else None
 
 
-def _fail(message: str, exit_code: int, *, quote_libraries: bool = False) -> None:
+def _told_launcher(message: str, exit_code: int, *, lost: bool) -> bool:
+    """Leave an error to the launcher of this process, which prints one for all; return whether there is a launcher."""
+    folder, number = os.environ.get(LAUNCHED), os.environ.get("RANK")
+    if folder is None or number is None:
+        return False
+    facts = {"status": exit_code, "message": message, "hint": "", "lost": lost, "at": time.monotonic()}
+    with suppress(OSError):
+        write_text(os.path.join(folder, f"failed-{number}"), json.dumps(facts))
+        return True
+    return False
+
+
+def _fail(message: str, exit_code: int, *, quote_libraries: bool = False, lost: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    complain(f"perceiver: {message}")
+    if not _told_launcher(message, exit_code, lost=lost):
+        complain(f"perceiver: {message}")
     if quote_libraries:
         _libraries.last_words()
     sys.exit(exit_code)
@@ -225,6 +242,16 @@ def begin(with_tracebacks: bool) -> None:
     debug = with_tracebacks
     if not debug and sys.stderr is not None:
         _libraries.listen()
+
+
+def hush() -> None:
+    """Print nothing from now on but errors: another process of the same job speaks for all."""
+    global quiet
+    quiet = True
+    sys.stdout.flush()
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def say(message: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.several import folder_for, is_several, train_several
 from perceiver_cli.cli.terminal import (
     bar,
@@ -31,6 +31,7 @@ from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, No
 
 if TYPE_CHECKING:
     from perceiver_cli.config import Config
+    from perceiver_cli.model.ranks import Ranks
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 ORDER = {"train": 0, "val": 1, "test": 2}  # of splits, for people
@@ -66,6 +67,8 @@ def train(
     precision: Annotated[options.Floats | None, typer.Option(help="Precision of matrix products.")] = None,
     recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
+    devices: options.Devices = None,
+    timeout: options.Timeout = None,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
@@ -78,6 +81,9 @@ def train(
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: options.Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or runs/latest.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Start the run in -o, or continue it: for what restarts commands.")
+    ] = False,
     init_from: Annotated[
         str | None, typer.Option(autocompletion=completion.models, help="Start from weights of a run or model file.")
     ] = None,
@@ -129,20 +135,37 @@ def train(
     if log == "tensorboard":
         check_tensorboard()
     if (resume and is_several(output)) or ((seeds or folds) and not dry_run and on is None):
+        if devices is not None:
+            raise UsageError("--devices is for one run, --seeds and --folds make several", "leave one out")
         several_runs(data, output, recipe, overrides, seeds, folds, resume, init_from, replace, log)
         return
+    ranks = processes.shared(devices, timeout, [data])
+    if go_on:
+        resume, replace = _where_it_was_cut(output, ranks)
     from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
 
     trainer = Trainer(
         data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
-        started_at=STARTED_AT, dry_run=dry_run or on is not None,
+        started_at=STARTED_AT, dry_run=dry_run or on is not None, ranks=ranks,
     )  # fmt: skip
     if dry_run or on is not None:
         say_notes(trainer.plan.notes)
         show_plan(trainer.dry_run(on), trainer.plan.account)
+        ranks.meet()
         return
     events = trainer.fit()
-    follow_training(logged(events) if log == "tensorboard" else events, trainer.stop)
+    follow_training(logged(events) if log == "tensorboard" and ranks.first else events, trainer.stop)
+
+
+def _where_it_was_cut(output: Path | None, ranks: "Ranks") -> tuple[bool, bool]:
+    """Return whether --continue resumes the run, and whether it replaces one that was cut before its first save."""
+    from perceiver_cli.run_folder import MANIFEST, METRICS_FILE, STATE_FOLDER
+
+    if output is None:
+        raise UsageError("--continue needs the run folder", "pass -o RUN")
+    files = output / STATE_FOLDER / MANIFEST, output / METRICS_FILE
+    resume, begun = ranks.from_first(lambda: [os.path.exists(file) for file in files])
+    return resume, begun and not resume
 
 
 def lr_find(

@@ -116,9 +116,10 @@ class Reader(Decoder, Dataset[Batch]):
         views_each = len(rows) // len(good) if good else 1
         used = tuple(tuple(row) for row in rows[::views_each])
         shared = None if get_worker_info() is None else self._shared.next()
-        return Batch(collate(rows, shared), self._labels(good), tuple(good), tuple(bad), used, views_each, tuple(notes))
+        return Batch(collate(rows, shared), self.labels(good), tuple(good), tuple(bad), used, views_each, tuple(notes))
 
-    def _labels(self, examples: Sequence[Example]) -> Tensor:
+    def labels(self, examples: Sequence[Example]) -> Tensor:
+        """Return the labels of examples, as in a Batch."""
         if not self.multi_label_classes:
             return torch.tensor([e.labels[0] if e.labels else -1 for e in examples], dtype=torch.long)
         labels = torch.zeros(len(examples), self.multi_label_classes)
@@ -246,14 +247,23 @@ def _stacked(arrays: Sequence[Array], name: str, shared: SharedMemory | None) ->
     return stacked
 
 
-def training_tasks(examples: Sequence[Example], batch_size: int, seed: int, start: int, stop: int) -> Iterator[Task]:
+def training_tasks(
+    examples: Sequence[Example],
+    batch_size: int,
+    seed: int,
+    start: int,
+    stop: int,
+    every: int = 1,
+    own: range = range(1),
+) -> Iterator[Task]:
     """Yield the tasks of batches `start` to `stop` of an endless stream of shuffled epochs.
 
     Batches are always full: a batch may span epochs. Batch k depends on the seed, k and the ids alone.
+    every, own: of each `every` batches in turn, those to yield.
     """
     count = len(examples)
     order = lru_cache(1)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(count))
-    for batch in range(start, stop):
+    for batch in (batch for batch in range(start, stop if own else start) if batch % every in own):
         places = [divmod(position, count) for position in range(batch * batch_size, (batch + 1) * batch_size)]
         chosen = tuple(examples[order(epoch)[place]] for epoch, place in places)
         yield Task(chosen, tuple((seed, epoch) for epoch, _ in places))

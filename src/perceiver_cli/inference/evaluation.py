@@ -18,11 +18,12 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.listing import fitting
-from perceiver_cli.data.loader import Reader, ordered_tasks
+from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated
-from perceiver_cli.errors import DataError, UsageError, counted
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
-from perceiver_cli.inference.predictor import Predictor, forward_batches
+from perceiver_cli.inference.labelled import LabelledLogits, label_logits
+from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import (
     RESAMPLES,
     Bin,
@@ -37,8 +38,8 @@ from perceiver_cli.inference.statistics import (
     share_interval,
 )
 from perceiver_cli.model.checkpoint import Calibration, store_calibration
-from perceiver_cli.model.device import Compute
 from perceiver_cli.model.ensemble import Model
+from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.run_folder import MODEL_FILE
 
 VERSION = 2  # of metrics.json and predictions.jsonl: since 2, `label` is the answer and `truth` the truth
@@ -148,24 +149,18 @@ class Report:
         return facts | {"confusion_pairs": [[*pair, int(table[tuple(pair)])] for pair in pairs.tolist()]}
 
 
-def score(
+def report_of(
     model: Model,
-    reader: Reader,
-    examples: Sequence[Example],
+    scored: LabelledLogits,
     classes: tuple[str, ...],
-    compute: Compute,
-    batch_size: int,
-    workers: int = 0,
-    progress: Callable[[int], None] | None = None,
     temperature: float = 1.0,
     *,
     with_intervals: bool = False,
 ) -> Report:
-    """Return the Report of a model on examples, in evaluation mode. Raises DataError if none could be read.
+    """Return the Report of a model's logits.
 
     with_intervals: compute `intervals_95`, which takes seconds on 100,000 examples.
     """
-    scored = label_logits(model, reader, examples, compute, batch_size, workers, progress)
     logits, targets = scored.logits / temperature, scored.targets
     multi_label = targets.ndim == 2
     if multi_label:
@@ -203,58 +198,6 @@ def score(
         bad=scored.bad,
         strangers=scored.strangers,
     )
-
-
-@dataclass(frozen=True)
-class LabelledLogits:
-    """Logits of labelled examples. bad, strangers: as in a Report."""
-
-    examples: tuple[Example, ...]
-    logits: Tensor  # (n, classes) float64
-    targets: Tensor  # (n,) or, with several labels, (n, classes) of 0 and 1
-    used: tuple[tuple[str, ...], ...]  # modalities of each example
-    bad: tuple[tuple[Example, str], ...]
-    strangers: int
-
-
-def label_logits(
-    model: Model,
-    reader: Reader,
-    examples: Sequence[Example],
-    compute: Compute,
-    batch_size: int,
-    workers: int = 0,
-    progress: Callable[[int], None] | None = None,
-) -> LabelledLogits:
-    """Return a model's logits for examples, in evaluation mode. Raises DataError if none could be read."""
-    multi_label = reader.multi_label_classes > 0
-    batch_size = max(1, batch_size // reader.num_views)
-    known = [example for example in examples if example.labels or multi_label]
-    scored: list[Example] = []
-    used: list[tuple[str, ...]] = []
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    bad: list[tuple[Example, str]] = []
-    was_training = model.training
-    model.eval()
-    for batch, outputs in forward_batches(model, reader, ordered_tasks(known, batch_size), compute, workers):
-        scored += batch.examples
-        used += batch.used
-        rows.append(outputs.logits)
-        labels.append(batch.labels.clone())  # a tensor from a worker keeps a file open
-        bad += [(example, error) for _, example, error in batch.bad]
-        if progress is not None:
-            progress(len(scored) + len(bad))
-    model.train(was_training)
-    if not scored:
-        raise DataError(
-            f"nothing to score: {counted(len(examples), 'example')}, {len(bad)} unreadable, "
-            f"{len(examples) - len(known)} of classes that the model does not know",
-            *(error for _, error in bad[:1]),
-        )
-    logits, targets = torch.cat(rows), torch.cat(labels)
-    targets = targets.to(logits.dtype) if multi_label else targets
-    return LabelledLogits(tuple(scored), logits, targets, tuple(used), tuple(bad), len(examples) - len(known))
 
 
 def _records(
@@ -338,6 +281,21 @@ def evaluate(
 
     Raises UsageError if there is no such split; DataError without usable files or without the model's modalities.
     """
+    report = evaluate_shared(predictor, data, ALONE, split, batch_size, workers, progress)
+    assert report is not None, "this process is the first"
+    return report
+
+
+def evaluate_shared(
+    predictor: Predictor,
+    data: str | os.PathLike[str],
+    ranks: Ranks,
+    split: str | None = None,
+    batch_size: int | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report | None:
+    """Return in the first of several processes what `evaluate` does, None in the others."""
     reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
     catalog, origin = split_of_run(catalog, predictor, split)
     name, examples = choose_split(catalog, split)
@@ -352,12 +310,15 @@ def evaluate(
         notes.append("each model of the ensemble was trained on most of these examples: the test split is fair")
     if name == "val" and predictor.info.calibration is not None:
         notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
-    report = score(
-        predictor.model, _reader(predictor, catalog), examples, predictor.classes, predictor.compute,
+    scored = label_logits(
+        predictor.model, _reader(predictor, catalog), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
-        None if progress is None else lambda done: progress(done, len(examples)), predictor.calibration.temperature,
-        with_intervals=True,
+        None if progress is None else lambda done: progress(done, len(examples)), ranks,
     )  # fmt: skip
+    if scored is None:
+        return None
+    temperature = predictor.calibration.temperature
+    report = report_of(predictor.model, scored, predictor.classes, temperature, with_intervals=True)
     if not isfinite(report.loss):
         raise predictor.broken()
     files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
@@ -365,7 +326,11 @@ def evaluate(
 
 
 def calibrate(
-    predictor: Predictor, data: str | os.PathLike[str], batch_size: int | None = None, workers: int = 0
+    predictor: Predictor,
+    data: str | os.PathLike[str],
+    batch_size: int | None = None,
+    workers: int = 0,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Fit a calibration on the validation split of `data`, store it in the model file and the predictor; return it.
 
@@ -376,21 +341,28 @@ def calibrate(
         raise UsageError("a calibration needs all modalities of the model", "leave out --use")
     catalog, _ = split_of_run(_catalog(predictor, data)[0], predictor, "val")
     _, examples = choose_split(catalog, "val")
-    from scipy.special import expit
-
     scored = label_logits(
         predictor.model, _reader(predictor, catalog), examples, predictor.compute,
-        batch_size or predictor.batch_that_fits, workers,
+        batch_size or predictor.batch_that_fits, workers, None, ranks,
     )  # fmt: skip
+    temperature, thresholds = ranks.from_first(lambda: _fitted(predictor, scored))
+    calibration = Calibration(temperature, tuple(thresholds))
+    ranks.from_first(lambda: store_calibration(predictor.path, calibration, predictor.info))
+    predictor.info = replace(predictor.info, calibration=calibration)
+    return calibration
+
+
+def _fitted(predictor: Predictor, scored: LabelledLogits | None) -> tuple[float, tuple[float, ...]]:
+    """Return the temperature and the thresholds that fit answers. Raises IntegrityError for broken ones."""
+    assert scored is not None, "the first process has the answers of all"
+    from scipy.special import expit
+
     logits, targets = scored.logits.numpy(), scored.targets.numpy()
     if not np.isfinite(logits).all():
         raise predictor.broken()
     temperature = fit_temperature(logits, targets)
     thresholds = fit_thresholds(expit(logits / temperature), targets) if targets.ndim == 2 else ()
-    calibration = Calibration(temperature, thresholds)
-    store_calibration(predictor.path, calibration, predictor.info)
-    predictor.info = replace(predictor.info, calibration=calibration)
-    return calibration
+    return temperature, thresholds
 
 
 def _reader(predictor: Predictor, catalog: Catalog) -> Reader:

@@ -211,11 +211,7 @@ class Predictor:
             raise UsageError(f"{show_path(self.path)}: the latents of {self.info.members} models have no mean", hint)
         account = Account() if account is None else account
         examples = (example for named in inputs for example in self.examples(named, account))
-        if batch_size is None:
-            one = windows is not None and self.compute.device.type == "cpu"
-            batch_size = 1 if one else self.batch_that_fits
-        batch_size = max(1, batch_size // self.reader.num_views)
-        blank = Prediction("", self.classes, thresholds=self._thresholds, min_prob=min_prob)
+        batch_size, blank = self.rows_at_once(batch_size, windows), self.blank(min_prob)
         if windows is not None:
             if not self.reader.timed:
                 raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
@@ -235,6 +231,17 @@ class Predictor:
             for position, example, error in batch.bad:  # in ascending order
                 predictions.insert(position, replace(blank, path=example.path, names=example.names, error=error))
             yield from predictions
+
+    def rows_at_once(self, batch_size: int | None, windows: Windows | None) -> int:
+        """Return the number of examples of a batch, or of windows, where `batch_size` is the one asked for."""
+        if batch_size is None:
+            one = windows is not None and self.compute.device.type == "cpu"
+            batch_size = 1 if one else self.batch_that_fits
+        return max(1, batch_size // self.reader.num_views)
+
+    def blank(self, min_prob: float = 0.0) -> Prediction:
+        """Return a prediction of nothing, with the fields that all have."""
+        return Prediction("", self.classes, thresholds=self._thresholds, min_prob=min_prob)
 
     def examples(self, named: Named, account: Account | None = None) -> Iterator[Example]:
         """Yield the examples of an input of `predict`; `account` gets the paths that are none."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from math import isfinite, sqrt
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.loader import Batch, Task, training_tasks
 from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, counted
 from perceiver_cli.files import show_path, write_text
-from perceiver_cli.inference.evaluation import score
+from perceiver_cli.inference.evaluation import report_of
+from perceiver_cli.inference.labelled import LabelledLogits, label_logits
 from perceiver_cli.model.checkpoint import ModelInfo, not_finite, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
 from perceiver_cli.run_folder import ANSWERS_FILE, MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
@@ -27,11 +30,29 @@ from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
 from perceiver_cli.training.plan import Plan
 from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
+from perceiver_cli.training.sums import BatchStatistics, Node, TreeSum, flat_total, tree_total
 from perceiver_cli.training.timing import Progress, Timing
 
 MIX_STREAM = 1  # separates the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between reads of the loss, each of which waits for the GPU
 ENDLESS = 1 << 40  # batches
+
+
+class Decision(NamedTuple):
+    """What comes after a step, the same in all processes."""
+
+    total_steps: int
+    over: bool
+    evaluate: bool
+    save: bool
+    stopped: bool
+
+
+class StepFacts(NamedTuple):
+    """What a step saw: the loss of each of its batches, and how many had a readable file."""
+
+    losses: Tensor
+    read: int
 
 
 class Run:
@@ -51,6 +72,9 @@ class Run:
         if train.compile:
             compile_latents(model, self.compute)
         self.model = model.to(self.compute.device).train()
+        self.ranks = plan.request.ranks
+        self.learning = [p for p in self.model.parameters() if p.requires_grad]
+        self.statistics = BatchStatistics(self.model)
         self.average = Average(self.model, train.ema_decay) if train.ema_decay else None
         self.optimizer = make_optimizer(self.model, train)
         self.scaler = torch.amp.GradScaler(self.compute.device.type, enabled=self.compute.precision == "fp16")
@@ -64,6 +88,7 @@ class Run:
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
+        self.answers = ""  # of the last evaluation, to each validation example, as lines of JSON
         self.top = 0.0  # the highest validation score so far
         self.stale = 0  # evaluations since
         self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
@@ -93,10 +118,12 @@ class Run:
         return self.step * self.plan.examples_per_step / len(self.plan.train_examples)
 
     def tasks(self, batches: int) -> Iterator[Task]:
-        """Return the reading tasks of the next `batches` batches."""
+        """Return the reading tasks of this process's share of the next `batches` batches."""
         train = self.config.train
         start = self.step * train.accumulate
-        return training_tasks(self.plan.train_examples, train.batch_size, train.seed, start, start + batches)
+        examples, own = self.plan.train_examples, self.ranks.share(train.accumulate)
+        stop = start + batches
+        return training_tasks(examples, train.batch_size, train.seed, start, stop, train.accumulate, own)
 
     def events(self, stopping: Callable[[], bool]) -> Iterator[Event]:
         """Yield the events of the loop; end after the current step once `stopping` returns True."""
@@ -106,29 +133,31 @@ class Run:
         count = ENDLESS if train.max_time_s else (self.total_steps - self.step) * train.accumulate
         on_cuda = self.compute.device.type == "cuda"
         batches = plan.reader.batches(self.tasks(count), workers, pin=on_cuda)
-        cut_log(plan.output, self.step)
+        self.ranks.from_first(lambda: cut_log(plan.output, self.step))
         check_every = CUDA_CHECK_EVERY if on_cuda else 1
         read_s, read_step = time.perf_counter(), self.step  # time and step of the last read of the loss
         evaluated_at = self.step
         saved_at = self.step if plan.saved is not None else None
-        while not (timing.over(self.progress) or stopping() or self.out_of_patience):
+        now = self._decide(timing, stopping, self.progress)
+        while not (now.over or now.stopped or self.out_of_patience or (self.ranks.size == 1 and stopping())):
             self.lr = learning_rate(train, self.step, self.total_steps, plan.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
             loss = self.update(batches)
             self.step += 1
             self.total_steps = timing.stepped(self.progress)
-            if self.step % check_every == 0 or timing.over(self.progress):
+            now = self._decide(timing, stopping, self.progress)
+            self.total_steps = now.total_steps
+            if self.step % check_every == 0 or now.over:
                 step_loss = float(loss)
                 self._check_loss(step_loss)
-                now = time.perf_counter()
-                rate = (self.step - read_step) * plan.examples_per_step / max(1e-9, now - read_s)
-                read_s, read_step = now, self.step
+                now_s = time.perf_counter()
+                rate = (self.step - read_step) * plan.examples_per_step / max(1e-9, now_s - read_s)
+                read_s, read_step = now_s, self.step
                 yield StepDone(self.step, self.total_steps, self.epoch, step_loss, self.lr, rate)
-            evaluate = timing.evaluation_due(self.progress)
-            if evaluate or (self.learned and timing.save_due(self.progress)):
+            if now.evaluate or (self.learned and now.save):
                 self._check_loss(float(self.loss_sum))
-                if evaluate:
+                if now.evaluate:
                     evaluated = self._evaluate()
                     evaluated_at = self.step
                     timing.evaluated(self.elapsed)
@@ -138,7 +167,8 @@ class Run:
                 yield self._save()
                 saved_at = self.step
                 read_s, read_step = time.perf_counter(), self.step
-        stopped = stopping()
+                now = self._decide(timing, stopping, self.progress)
+        stopped = now.stopped or (self.ranks.size == 1 and stopping())
         if self.out_of_patience:
             found = f"no validation score above {self.top:.4f} in {counted(self.stale, 'evaluation')}"
             yield Note(f"{found}: the run ends at step {self.step:,} (train.patience)")
@@ -147,22 +177,23 @@ class Run:
             saved_at = None
         if saved_at != self.step:
             yield self._save()
-        if not (plan.output / MODEL_FILE).exists():
-            self._save_model({})  # stopped before the first evaluation
+        # A run that is stopped before its first evaluation has no model file yet.
+        self.ranks.from_first(lambda: None if (plan.output / MODEL_FILE).exists() else self._save_model({}))
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
+
+    def _decide(self, timing: Timing, stopping: Callable[[], bool], at: Progress) -> Decision:
+        """Return what comes next by the clock of the first process; one that is asked to stop stops all."""
+        mine = (at.total_steps, timing.over(at), timing.evaluation_due(at), timing.save_due(at))
+        total, over, evaluate, save, stops = self.ranks.totals([*(n * self.ranks.first for n in mine), stopping()])
+        return Decision(int(total), bool(over), bool(evaluate), bool(save), bool(stops))
 
     def update(self, batches: Iterator[Batch]) -> Tensor:
         """Do one optimiser step; return its mean loss, on the device."""
         train = self.config.train
+        facts = self._gradients(batches)
         loss = torch.zeros((), device=self.compute.device)
-        read = 0  # batches with a readable file
-        for micro in range(train.accumulate):
-            batch = next(batches)
-            self._note_bad(batch)
-            if batch.examples:
-                self.learned = True
-                read += 1
-                loss += self.backward(batch, train.accumulate, micro)
+        for each in facts.losses:  # in their order, at any number of processes
+            loss = loss + each
         self.scaler.unscale_(self.optimizer)
         if train.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), train.clip_norm)
@@ -171,10 +202,50 @@ class Run:
         self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update_parameters(self.model)
-        if read:  # a batch without a readable file has no loss
-            self.loss_sum += loss if read == train.accumulate else loss * (train.accumulate / read)
+        if facts.read:  # a batch without a readable file has no loss
+            self.learned = True
+            self.loss_sum += loss if facts.read == train.accumulate else loss * (train.accumulate / facts.read)
             self.loss_count += 1
         return loss
+
+    def _gradients(self, batches: Iterator[Batch]) -> StepFacts:
+        """Set the gradients of a step, from the batches of all processes; return the facts of these."""
+        count, ranks = self.config.train.accumulate, self.ranks
+        facts = torch.zeros(count, 2 + self.statistics.size, device=self.compute.device)
+        tree = TreeSum() if self.config.train.exact_sum and (count > 1 or ranks.size > 1) else None
+        bad: dict[str, str] = {}
+        used = [False] * len(self.learning)  # whether a parameter has a gradient
+        read = 0
+        self.statistics.begin()
+        for micro in ranks.share(count):
+            batch = next(batches)
+            bad |= {example.id: error for _, example, error in batch.bad if example.id not in self.plan.reader.bad}
+            if batch.examples:
+                read += 1
+                facts[micro, 0], facts[micro, 1] = 1, self.backward(batch, count, micro)
+                facts[micro, 2:] = self.statistics.of_batch()
+            used = [before or p.grad is not None for before, p in zip(used, self.learning, strict=True)]
+            if tree is not None:
+                tree.add(Node(0, micro, self._taken()))
+        read, num_bad, *users = map(int, ranks.totals([read, len(bad), *used]))
+        self._note_bad(bad, new=num_bad > 0)
+        flat_total([facts], ranks)  # exact: only one process has a number for each place
+        if tree is not None or ranks.size > 1:
+            if tree is not None:
+                gradients = tree_total(tree, self.learning, count, ranks)
+            else:
+                flat_total(gradients := self._taken(), ranks)
+            for parameter, gradient, there in zip(self.learning, gradients, users, strict=True):
+                parameter.grad = gradient if there else None
+        self.statistics.replay(facts[:, 2:], facts[:, 0])
+        return StepFacts(facts[:, 1], read)
+
+    def _taken(self) -> list[Tensor]:
+        """Return the gradients of the parameters that learn, zeros where there is none, and leave none behind."""
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning]
+        for parameter in self.learning:
+            parameter.grad = None
+        return gradients
 
     def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
         """Add the gradients of one batch, the `micro`-th of its step; return its loss divided by `accumulate`."""
@@ -203,11 +274,14 @@ class Run:
             return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
         return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
-    def _note_bad(self, batch: Batch) -> None:
-        """Record the unreadable files of a batch; raise DataError if there are too many."""
+    def _note_bad(self, bad: Mapping[str, str], *, new: bool) -> None:
+        """Record the unreadable files that a process met in a step, by id; raise DataError if there are too many.
+
+        new: whether any process met one.
+        """
         plan, reader = self.plan, self.plan.reader
-        new = {example.id: error for _, example, error in batch.bad if example.id not in reader.bad}
-        reader.bad.update(new)
+        for found in self.ranks.exchange(bad) if new else ():
+            reader.bad.update(found)
         seen = min((self.step + 1) * plan.examples_per_step, len(plan.train_examples))
         if new or self.looked_at < seen == len(plan.train_examples):
             self.looked_at = max(self.looked_at, seen)
@@ -250,25 +324,37 @@ class Run:
         better = True  # without a validation split the latest model counts as the best
         if examples := self.plan.val_examples:
             batch_size = max(self.config.train.batch_size, 64)
-            report = score(self.judged, self.plan.reader, examples, self.catalog.classes, self.compute, batch_size)
-            self._check_loss(report.loss)
-            record |= {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
-            if report.mean_average_precision is not None:
-                record["val_mAP"] = report.mean_average_precision
-            value = record.get("val_mAP", report.accuracy)
+            scored = label_logits(self.judged, self.plan.reader, examples, self.compute, batch_size, ranks=self.ranks)
+            record |= self.ranks.from_first(lambda: self._scores(scored))
+            self._check_loss(record["val_loss"])
+            value = record.get("val_mAP", record["val_accuracy"])
             self.stale = 0 if value > self.top else self.stale + 1
             self.top = max(self.top, value)
             better = within_one_error(value, self.top, len(examples))
         if better:
             self.best = record
-            if examples:
-                answers = "".join(json.dumps(answer) + "\n" for answer in report.records)
-                write_text(self.plan.output / ANSWERS_FILE, answers)
-            self._save_model(record)
         # Only the log holds the time, so that the same seed gives the same model file.
-        append_log(self.plan.output, {**record, "elapsed_s": round(self.elapsed, 3), "best": better})
+        log = {**record, "elapsed_s": round(self.elapsed, 3), "best": better}
+        self.ranks.from_first(lambda: self._write_evaluation(log))
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
         return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
+
+    def _scores(self, scored: LabelledLogits | None) -> dict[str, float]:
+        """Return the validation scores of a record."""
+        assert scored is not None, "the first process has the answers of all"
+        report = report_of(self.judged, scored, self.catalog.classes)
+        scores = {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
+        self.answers = "".join(json.dumps(answer) + "\n" for answer in report.records)
+        several = report.mean_average_precision
+        return scores if several is None else {**scores, "val_mAP": several}
+
+    def _write_evaluation(self, log: Mapping[str, Any]) -> None:
+        """Write a line of the log and, of the best model so far, its answers to the validation split and the model."""
+        if log["best"]:
+            if self.answers:
+                write_text(self.plan.output / ANSWERS_FILE, self.answers)
+            self._save_model(self.best)
+        append_log(self.plan.output, log)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
         """Write the model file without the paths of the data, because it may be shared, and how this machine reads."""
@@ -285,6 +371,10 @@ class Run:
 
     def _save(self) -> Saved:
         """Save the state to resume from; return the event."""
+        return Saved(Path(self.ranks.from_first(self._save_state)), self.step)
+
+    def _save_state(self) -> str:
+        """Save the state to resume from; return its file."""
         modules = {"model": self.model} | ({} if self.average is None else {"average": self.average})
         tensors = {f"{kind}.{name}": t for kind, module in modules.items() for name, t in module.state_dict().items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
@@ -305,7 +395,7 @@ class Run:
             "loss_count": self.loss_count,
             "scaler": self.scaler.state_dict(),
         }
-        return Saved(save_state(self.plan.output, tensors, state), self.step)
+        return os.fspath(save_state(self.plan.output, tensors, state))
 
     def _restore(self, saved: TrainingState) -> None:
         """Load weights, optimiser and step of a saved run; raise IntegrityError if they do not fit."""

@@ -9,8 +9,12 @@ from functools import cached_property
 from math import ceil
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-from perceiver_cli.config import Config, tiny_config
+import torch
+
+import perceiver_cli
+from perceiver_cli.config import Config, DataConfig, TrainConfig, tiny_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import PARENT, Catalog, resolve_specs, scan
 from perceiver_cli.data.examples import Example
@@ -23,6 +27,7 @@ from perceiver_cli.hardware import memory_bytes
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import MAX_PARAMETERS, Cost, estimate
 from perceiver_cli.model.device import Compute, choose_compute
+from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.preprocess import modality
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
@@ -44,6 +49,7 @@ class RunRequest:
     latest: bool
     started_at: float
     dry_run: bool = False  # nothing is refused for the machine's size
+    ranks: Ranks = ALONE
 
 
 @dataclass(frozen=True)
@@ -197,15 +203,12 @@ def make_plan(request: RunRequest) -> Plan:
     place: dict[str, Any] = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
     place |= {"columns": dict(scanned.columns)} if scanned.columns else {}
+    train = config.train if saved is not None else shared_out(config.train, request.ranks.size, notes)
     settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
-    config = config.model_copy(update=settled)
-    try:
-        compute = choose_compute(config.train.device, config.train.precision)
-    except UsageError as error:
-        if not request.dry_run:
-            raise
-        notes.append(f"{error}; the plan is for the CPU")
-        compute = choose_compute("cpu", "fp32")
+    config = config.model_copy(update={**settled, "train": train})
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    compute = _compute_of(request, train, notes)
     num_classes = len(catalog.classes)
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
@@ -218,7 +221,59 @@ def make_plan(request: RunRequest) -> Plan:
         notes.append(str(reason))
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
+    _check_alike(plan)
     return plan
+
+
+def _compute_of(request: RunRequest, train: TrainConfig, notes: list[str]) -> Compute:
+    """Return the device and precision of this process; those of a dry run may lack the device."""
+    try:
+        return choose_compute(request.ranks.device(train.device), train.precision)
+    except UsageError as error:
+        if not request.dry_run:
+            raise
+        notes.append(f"{error}; the plan is for the CPU")
+        return choose_compute("cpu", "fp32")
+
+
+def shared_out(train: TrainConfig, size: int, notes: list[str]) -> TrainConfig:
+    """Return a recipe with a batch for each of `size` processes in every step, of the same number of examples.
+
+    Raises UsageError if the batch cannot be cut into equal parts.
+    """
+    if train.accumulate >= size:
+        return train
+    whole = train.batch_size * train.accumulate
+    count = next((count for count in range(size, whole + 1) if whole % count == 0 and count % train.accumulate == 0), 0)
+    if not count:
+        step = counted(whole, "example")
+        raise UsageError(f"a step of {step} cannot be cut for {size} processes", f"pass --batch-size {size} or more")
+    notes.append(
+        f"a step of {whole} examples is now {count} batches of {whole // count}, for {size} processes; "
+        f"for larger ones pass --batch-size with --set train.accumulate={size}"
+    )
+    return train.model_copy(update={"batch_size": whole // count, "accumulate": count})
+
+
+def _check_alike(plan: Plan) -> None:
+    """Raise UsageError if the processes of a run differ in version, recipe, data or saved state."""
+    if plan.request.ranks.size == 1:
+        return
+    recipe = plan.config.model_copy(update={"data": DataConfig()}).to_toml()
+    facts = {
+        "version": f"{perceiver_cli.__version__} with torch {torch.__version__}",
+        "recipe": f"{crc32(recipe.encode()):08x}",
+        "data": f"fingerprint {plan.catalog.fingerprint}",
+        "state": "nothing saved" if plan.saved is None else f"saved at step {plan.saved.fields['step']}",
+        "device": f"{plan.compute.device.type} in {plan.compute.precision}",
+        "threads": torch.get_num_threads() if plan.compute.device.type == "cpu" else 0,
+    }
+    first, *others = plan.request.ranks.exchange(facts)
+    for rank, theirs in enumerate(others, start=1):
+        for name, value in first.items():
+            if theirs[name] != value:
+                hint = "all processes need the same program, data, options and run folder"
+                raise UsageError(f"{name} of process {rank}: {theirs[name]}, of process 0: {value}", hint)
 
 
 def _scan(

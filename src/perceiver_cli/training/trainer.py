@@ -10,7 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,6 +26,7 @@ from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.machines import Name, training_estimate
+from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.report.model_card import card
 from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
@@ -48,6 +51,7 @@ class Trainer:
         latest: point runs/latest in the current folder at this run once it has saved a model.
         started_at: the start of the time limit by `time.monotonic`; None is now.
         dry_run: only for `dry_run`, which refuses no recipe for the size of this machine.
+        ranks: the processes that share the run, each with a Trainer of the same arguments.
     """
 
     def __init__(
@@ -63,10 +67,11 @@ class Trainer:
         latest: bool = False,
         started_at: float | None = None,
         dry_run: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         begun = time.monotonic() if started_at is None else started_at
         changes = list(overrides)
-        request = RunRequest(data, output, config, changes, resume, init_from, latest, begun, dry_run)
+        request = RunRequest(data, output, config, changes, resume, init_from, latest, begun, dry_run, ranks)
         self.plan = make_plan(request)
         self.replace = replace
         self.looked_at = 0  # files decoded before the first step
@@ -121,25 +126,37 @@ class Trainer:
         Raises DataError for too many unreadable files; DivergedError if the loss is not finite; ResourceError if the
         run folder cannot be written, holds another run, or is in use.
         """
+        ranks = self.plan.request.ranks
         if self.plan.request.output is None:  # another process may have begun a run of this number since
-            self.plan = replace(self.plan, output=make_next_run(self.plan.config.name))
+            name = ranks.from_first(lambda: os.fspath(make_next_run(self.plan.config.name)))
+            self.plan = replace(self.plan, output=Path(name))
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
-        with claim_run(output, resume=resume, replace=self.replace):
+        with ExitStack() as claimed:
+            ranks.from_first(lambda: claimed.enter_context(claim_run(output, resume=resume, replace=self.replace)))
             yield Started(plan.summary(), tuple(plan.notes), plan.account)
             num_told = len(plan.notes)
             yield from self._preload()
-            if self.stopping:
+            if any(ranks.totals([self.stopping])):
                 return
             run = self.new_run()
             # An older run is deleted only now, when nothing but training can still fail.
-            begin_run(output, plan.config.to_toml(), fresh=not resume)
-            if not (resume and (output / SPLIT_FILE).exists()):
-                save_split(output / SPLIT_FILE, plan.catalog)
+            ranks.from_first(lambda: self._begin(resume=resume))
             yield from map(Note, plan.notes[num_told:])
             for event in run.events(lambda: self.stopping):
                 if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == output / MODEL_FILE):
-                    write_text(output / "README.md", card(plan.summary(), read_info(output / MODEL_FILE)))
+                    ranks.from_first(lambda: self._write_card(output))
                 yield event
+            ranks.meet()
+
+    def _begin(self, *, resume: bool) -> None:
+        """Write what a run folder holds before the first step."""
+        output = self.plan.output
+        begin_run(output, self.plan.config.to_toml(), fresh=not resume)
+        if not (resume and (output / SPLIT_FILE).exists()):
+            save_split(output / SPLIT_FILE, self.plan.catalog)
+
+    def _write_card(self, output: Path) -> None:
+        write_text(output / "README.md", card(self.plan.summary(), read_info(output / MODEL_FILE)))
 
     def _preload(self) -> Iterator[Loaded]:
         """Decode the files that fit in memory and yield progress; raise DataError if too many are unreadable."""

@@ -1,0 +1,70 @@
+"""Commands as several processes: those that `--devices` starts here, or that torchrun and srun have started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from perceiver_cli.cli import options, terminal
+from perceiver_cli.errors import UsageError
+from perceiver_cli.hardware import LAUNCHED, place
+
+if TYPE_CHECKING:
+    from perceiver_cli.model.ranks import Ranks
+
+WATCH_S = 0.5  # between looks at the parent
+
+
+def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None] = ()) -> Ranks:
+    """Return the place of this process among those of the command, with only the first one's voice left.
+
+    With `--devices` it first starts them, waits, and ends with their status. Raises UsageError if one of `inputs` is
+    stdin, which several processes cannot share.
+    """
+    timeout_s = options.seconds(timeout, "--timeout")
+    count = 1 if devices is None or LAUNCHED in os.environ else _count(devices)
+    if "-" in inputs and max(count, place().size) > 1:
+        raise UsageError("stdin is for one process", "write it to a file first")
+    if count > 1:
+        if place().size > 1:
+            raise UsageError("--devices within torchrun or srun, which has started the processes", "leave it out")
+        from perceiver_cli.training.launch import launch
+
+        status = launch(count, sys.argv[1:])
+        if status < 0:
+            terminal.end_by_signal(-status)
+        raise typer.Exit(status)
+    from perceiver_cli.model import ranks
+
+    here = ranks.joined(ranks.TIMEOUT_S if timeout_s is None else timeout_s)
+    if not here.first:
+        terminal.hush()
+    if LAUNCHED in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    return here
+
+
+def _count(devices: str) -> int:
+    if devices.isdecimal() and int(devices) > 0:
+        return int(devices)
+    if devices != "all":
+        raise UsageError(f"--devices {devices}: expected a number of processes, or all for one per GPU")
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        raise UsageError("--devices all: found no GPU", "pass a number of processes, such as --devices 2")
+    return count
+
+
+def _end_with(parent: int) -> None:
+    """End this process as by SIGTERM, which saves a run, when its launcher is gone."""
+    while os.getppid() == parent:
+        time.sleep(WATCH_S)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,183 @@
+"""The processes that share a computation, and what they tell each other: numbers, JSON and bytes, never pickles.
+
+A process is a rank, as in MPI. `joined()` finds the others by the variables of torchrun, SLURM or `--devices`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from perceiver_cli.errors import LostError, PerceiverError, UsageError, error_facts, error_from
+from perceiver_cli.hardware import LAUNCHED, Place, place
+
+TIMEOUT_S = 1800.0  # the longest that a process waits for another; one of them may read all files first
+PORTS = 10_000, 50_000  # the first, and the number, of those from which a job of SLURM takes one
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among those of a job. Every method but `share` must be called by all of them."""
+
+    place: Place
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """The number of processes."""
+        return self.place.size
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that decides, writes files and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Return which of `count` equal pieces of work belong to a process (this one): neighbours, of equal number."""
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
+
+    def device(self, name: str) -> str:
+        """Return the device of this process, where `name` is the one asked for: each takes a GPU of its own."""
+        if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
+            if self.size > 1 and name.startswith(("cuda:", "mps")):
+                raise UsageError(f"--device {name}: one device for {self.size} processes", "pass --device cuda")
+            return name
+        found = torch.cuda.device_count()
+        if found == 1:  # SLURM shows each task its own
+            return "cuda"
+        if self.place.local_size > found:
+            raise UsageError(f"{self.place.local_size} processes on this machine, found {found} GPUs")
+        return f"cuda:{self.place.local}"
+
+    def totals(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums of numbers over all processes."""
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        with self.talking():
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def meet(self) -> None:
+        """Wait until all are here: the connection of one that leaves earlier breaks for those that still talk."""
+        self.totals([0.0])
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Return the bytes of every process, in their order, to the first; an empty list to the others."""
+        if self.size == 1:
+            return [payload]
+        sizes = torch.zeros(self.size, dtype=torch.long)
+        sizes[self.rank] = len(payload)
+        with self.talking():
+            dist.all_reduce(sizes)
+            if not self.first:
+                dist.send(_tensor(payload), 0)
+                return []
+            theirs = [torch.empty(size, dtype=torch.uint8) for size in sizes.tolist()[1:]]
+            for rank, data in enumerate(theirs, start=1):
+                dist.recv(data, rank)
+        return [payload, *(data.numpy().tobytes() for data in theirs)]
+
+    def told(self, payload: bytes) -> bytes:
+        """Return the bytes of the first process; those of the others are not looked at."""
+        if self.size == 1:
+            return payload
+        size = int(self.totals([len(payload) * self.first])[0])
+        data = _tensor(payload) if self.first else torch.empty(size, dtype=torch.uint8)
+        with self.talking():
+            dist.broadcast(data, 0)
+        return data.numpy().tobytes()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the values of all processes, which must be JSON, in their order."""
+        if self.size == 1:
+            return [value]
+        found = self.gather(json.dumps(value).encode())
+        every: list[Any] = json.loads(self.told(b"[" + b",".join(found) + b"]"))
+        return every
+
+    def from_first(self, make: Callable[[], Any]) -> Any:
+        """Return what the first process makes, which must be JSON; its error is raised by all."""
+        if self.size == 1:
+            return make()
+        value, error = None, None
+        if self.first:
+            try:
+                value = make()
+            except PerceiverError as raised:
+                error = raised
+        told = json.loads(self.told(json.dumps([value, error and error_facts(error)]).encode()))
+        if told[1] is not None:
+            raise error or error_from(told[1])
+        return value if self.first else told[0]
+
+    @contextmanager
+    def talking(self) -> Iterator[None]:
+        """Raise LostError in place of torch's error of a broken or silent connection."""
+        try:
+            yield
+        except RuntimeError as error:
+            which = f"process {self.rank} of {self.size}"
+            raise LostError(f"{which} lost the others: one ended or did not answer in time") from error
+
+
+ALONE = Ranks(Place())
+
+
+def _tensor(data: bytes) -> Tensor:
+    """Return bytes as a tensor; torch refuses a buffer without bytes."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def joined(timeout_s: float = TIMEOUT_S) -> Ranks:
+    """Return this process among those of its launcher, connected; ALONE without a launcher.
+
+    Raises UsageError if the variables of the launcher make no sense, LostError if the others do not come.
+    """
+    here = place()
+    if here.size == 1:
+        return ALONE
+    ranks = Ranks(here)
+    if not dist.is_initialized():
+        # Each kind of device has its own connection: numbers on the CPU never wait for a GPU.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with ranks.talking():
+            dist.init_process_group(backend, _meeting_point(), timedelta(seconds=timeout_s), here.size, here.rank)
+        atexit.register(_leave)
+    return ranks
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _meeting_point() -> str:
+    """Return where the processes of a launch find each other."""
+    if folder := os.environ.get(LAUNCHED):
+        return f"file://{folder}/store"
+    if "MASTER_ADDR" in os.environ:
+        return "env://"
+    # srun: the first of its nodes, at a port that all can compute.
+    nodes = os.environ.get("SLURM_STEP_NODELIST", "")
+    first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    port = PORTS[0] + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS[1]
+    host = socket.gethostname() if first is None else first[1] + (first[2] or "")
+    return f"tcp://{host}:{os.environ.get('MASTER_PORT', port)}"
