@@ -16,10 +16,10 @@ from perceiver_cli.config import load_config
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import Report, average_precision, evaluate
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.inference.statistics import average_precisions
+from perceiver_cli.inference.statistics import average_precisions, share_interval
 from perceiver_cli.report.html import save_report
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL, write_images
+from tests.conftest import SMALL, Perceive, write_images
 
 
 @pytest.fixture(scope="module")
@@ -273,3 +273,26 @@ def test_the_columns_of_training_hold_for_the_same_manifest_and_are_no_condition
     assert resumed.plan.config.data.label_column == "kind"
     again = Trainer(None, tmp_path / "again", load_config(tmp_path / "run" / "config.toml"))
     assert len(again.plan.train_examples) + len(again.plan.val_examples) == 16
+
+
+def test_accuracy_by_a_column_of_the_manifest(perceive: Perceive, trained: Path, bars: Path, tmp_path: Path) -> None:
+    files = sorted((bars / "test").rglob("*.png"))
+    rows = [f"{path},{path.parent.name if k % 3 else 'left'},{'ab'[k % 2]}" for k, path in enumerate(files)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,label,speaker", *rows]))
+    done = perceive("evaluate", tmp_path / "m.csv", "-m", trained, "--by", "speaker", "-o", tmp_path / "r", "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    answers = [json.loads(line) for line in (tmp_path / "r" / "predictions.jsonl").read_text().splitlines()]
+    assert facts["by"]["speaker"].keys() == {"a", "b"}
+    for value, row in facts["by"]["speaker"].items():
+        own = [answers[k]["correct"] for k in range(len(rows)) if rows[k].endswith(value)]
+        assert (row["count"], row["correct"]) == (15, sum(own))
+        assert row["interval_95"] == list(share_interval(sum(own), 15))
+    assert facts["num_examples"] == 30
+    assert "<h2>By speaker</h2>" in (tmp_path / "r" / "report.html").read_text()
+    table = perceive("evaluate", tmp_path / "m.csv", "-m", trained, "--by", "speaker").stdout.decode().splitlines()
+    assert table[-3].split()[:2] == ["speaker", "count"]
+    for column, data in (("age", tmp_path / "m.csv"), ("age", bars)):
+        assert perceive("evaluate", data, "-m", trained, "--by", column).returncode == 3
+    facts = json.loads(perceive("evaluate", bars, "-m", trained, "--by", "parent", "--json").stdout)
+    assert facts["by"]["parent"].keys() == {"left", "middle", "right"}

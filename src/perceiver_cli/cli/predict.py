@@ -49,6 +49,9 @@ def evaluate(
             help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png.",
         ),
     ] = None,
+    by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Also accuracy by a manifest's column, or by folder (parent).")
+    ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
     ] = False,
@@ -74,6 +77,7 @@ def evaluate(
     from perceiver_cli.report.html import save_report
 
     given = options.data_options(root, path_columns, label_column, None, columns)
+    given |= {} if by is None else {"group_by": by}
     predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
@@ -93,6 +97,7 @@ def evaluate(
         save_report(report, output)
         words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
         words += (["--use", use] if use is not None else []) + options.data_words(given)
+        words = ["--by" if word == "--group-by" else word for word in words]
         words += [word for raised in limit or [] for word in ("--limit", raised)]
         write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
@@ -320,3 +325,22 @@ def show_report(report: "Report", as_json: bool) -> None:
         for name, row in each
     )
     emit_table(["class", *columns], rows)
+    if report.by is not None:
+        show_by(report, report.by)
+
+
+def show_by(report: "Report", by: str) -> None:
+    """Print the accuracy of each value of a column, the lowest first."""
+    rows = sorted(report.by_value.items(), key=lambda pair: (pair[1]["accuracy"], pair[0]))
+    if len(rows) > MANY_CLASSES:
+        shown = f"the {WORST} of {len(rows):,} values of {show_path(by)} with the lowest accuracy"
+        say(f"{shown}; all are in --json and -o DIR")
+        rows = rows[:WORST]
+    cells = (
+        [
+            show_text(value) or "(none)", f"{row['count']:,}", f"{row['accuracy']:.3f}",
+            "{:.3f}-{:.3f}".format(*row["interval_95"]),
+        ]
+        for value, row in rows
+    )  # fmt: skip
+    emit_table([show_text(by), "count", "accuracy", "interval"], cells)

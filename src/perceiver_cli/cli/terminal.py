@@ -354,14 +354,14 @@ def emit_json(record: Mapping[str, Any]) -> None:
 
 
 def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> None:
-    """Write a table to stdout, names left-aligned and figures right-aligned; total: the cells of a last row."""
+    """Write a table to stdout, its first column left-aligned, figures right-aligned; total: the cells of a last row."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("class", "name", "") else "right", overflow="fold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     if total:

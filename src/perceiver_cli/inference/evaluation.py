@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from math import isfinite
 from typing import Any
 
@@ -15,8 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perceiver_cli.data.account import Account
-from perceiver_cli.data.catalog import Catalog, scan
+from perceiver_cli.data.catalog import PARENT, Catalog, scan
 from perceiver_cli.data.examples import Example
+from perceiver_cli.data.folders import parent
 from perceiver_cli.data.listing import fitting
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated
@@ -75,6 +78,23 @@ class Report:
     intervals_95: Mapping[str, Interval] = field(default_factory=dict)  # of the headline figures, by name
     examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
     files: Account = field(default_factory=Account)  # what became of every path of the data
+    by: str | None = None  # column of a manifest, or "parent", whose values divide the examples
+
+    @cached_property
+    def by_value(self) -> dict[str, dict[str, Any]]:
+        """By value of the column `by`: count, right answers, accuracy and its 95 % interval."""
+        right: dict[str, list[bool]] = defaultdict(list)
+        for example, record in zip(self.examples, self.records, strict=True):
+            value = example.group or (parent(example.id) if self.by == PARENT else "")
+            right[value].append(bool(record["correct"]))
+        rows = {value: (sum(own), len(own)) for value, own in sorted(right.items())}
+        return {
+            value: {
+                "count": count, "correct": hits, "accuracy": hits / count,
+                "interval_95": list(share_interval(hits, count)),
+            }
+            for value, (hits, count) in rows.items()
+        }  # fmt: skip
 
     @property
     def mean_average_precision(self) -> float | None:
@@ -134,6 +154,7 @@ class Report:
             "split_from": self.split_from,
             "modalities": list(self.modalities),
             "per_class": self.per_class,
+            **({} if self.by is None else {"by": {self.by: self.by_value}}),
             "num_bad": len(self.bad),
             "bad": [{"path": example.path, **example.names, "error": error} for example, error in self.bad],
             "num_unknown_class": self.strangers,
@@ -322,7 +343,13 @@ def evaluate_shared(
     if not isfinite(report.loss):
         raise predictor.broken()
     files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
-    return replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files)
+    report = replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files)
+    if (by := predictor.options.get("group_by")) is None:
+        return report
+    report = replace(report, by=by)
+    if set(report.by_value) == {""}:
+        raise UsageError(f"{show_path(data)}: no column {show_path(by)}", "pass a manifest with this column, or parent")
+    return report
 
 
 def calibrate(
@@ -395,6 +422,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> t
     """
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
         return catalog, "data"
+    catalog = replace(catalog, group_by=predictor.info.config.data.group_by)  # not that of the report
     path = predictor.path.parent / SPLIT_FILE
     saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
     if saved is not None:

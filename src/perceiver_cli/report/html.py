@@ -86,6 +86,9 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         gallery=gallery,
         reads=in_words(predictor.reader.specs, report.examples, predictor.reader.limits),
         rows=_rows(report),
+        by=sorted(report.by_value.items(), key=lambda pair: (pair[1]["accuracy"], pair[0]))[:MAX_ROWS]
+        if report.by is not None
+        else [],
         matrix=_matrix(report),
         reliability=charts.reliability_diagram(report.bins),
         curves=_curves(log, several=report.confusion is None),
