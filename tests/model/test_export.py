@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model import export as exporting
 from perceiver_cli.model.checkpoint import Calibration, ModelInfo, load_model, read_info, save_model, store_calibration
 from perceiver_cli.model.encoding import axis_features, grid_positions
+from perceiver_cli.model.ensemble import Ensemble
 from perceiver_cli.model.export import export_model, exported, made_up, segments_of
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess import modality, settled
@@ -240,3 +242,19 @@ def test_thresholds_travel_along(trained: Path, tmp_path: Path) -> None:
     _, metadata, _ = exported(model, several, ".pt2")
     assert metadata["probabilities"] == "sigmoid"
     assert metadata["decision"] == {"temperature": 2.0, "thresholds": {"left": 0.1, "middle": 0.2, "right": 0.3}}
+
+
+def test_an_ensemble_is_one_graph_with_the_mean_of_the_probabilities(trained: Path, tmp_path: Path) -> None:
+    one, info = load_model(trained / "model.safetensors")
+    assert isinstance(one, Perceiver)
+    other = Perceiver(info.config.model, one.encoding.layouts, len(info.classes), seed=1)
+    nn.init.normal_(other.head.weight, generator=torch.Generator().manual_seed(0))
+    both = Ensemble([one, other], multi_label=False)
+    save_model(tmp_path / "both.safetensors", both.state_dict(), replace(info, members=2))
+    found = export_model(tmp_path / "both.safetensors", tmp_path / "both.pt2")
+    assert found.difference < 1e-4
+    inputs = made_up(one.encoding.layouts, 2, 0, np.random.default_rng(0))
+    with torch.no_grad():
+        segments = segments_of(one.encoding.layouts, inputs)
+        own = torch.stack([model.eval()(segments).softmax(dim=1) for model in (one, other)])
+        assert torch.allclose(both.eval()(segments).softmax(dim=1), own.mean(dim=0), atol=1e-6)
