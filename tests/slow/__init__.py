@@ -1,1 +1,1 @@
-"""Tests and scripts that take minutes: `make slow`."""
+"""Checks that take minutes, as scripts: `python -m tests.slow.scale`."""

@@ -1,5 +1,7 @@
 """The commands `preprocess` and `lint`, and their output."""
 
+import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_lines, say_notes
 from perceiver_cli.cli.train import PLAIN_EVERY_S
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
@@ -46,6 +48,10 @@ def preprocess(
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of --fourier rows.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of NAME-%06d.tar, e.g. 64M or 1G.")] = "256M",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the shards of an earlier run.")] = False,
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only the I-th of N equal parts, from 1: one per process.")
+    ] = None,
+    devices: options.Devices = None,
     workers: options.Workers = 0,
     limit: options.Limit = None,
     quiet: options.Quiet = False,
@@ -64,20 +70,46 @@ def preprocess(
         return
     from perceiver_cli.data import prepare
 
+    own, output = _part_of(part, devices, output, [*(inputs or []), files_from])
     if output == "-" and terminal.is_terminal():
         raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
     given = options.data_options(root, path_columns, label_column, pair, columns)
     changes = [*(changes or []), *options.data_changes(given)]
     job = prepare.plan(
         named, model=model, preset=preset, changes=changes, raised=options.raised_limits(limit),
-        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None,
+        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None, part=own,
     )  # fmt: skip
     size = round(options.number(f"--shard-size {shard_size}", shard_size))
     done = prepare.write_records(job, output, terminal.emit_bytes, workers, size, resume=resume)
     say_notes(job.catalog.notes)
     bad = follow_preparing(done)
-    say_lines(job.catalog.accounted(bad).brief())
+    if own == (0, 1):  # the account is of all inputs
+        say_lines(job.catalog.accounted(bad).brief())
     raise typer.Exit(EXIT_DATA if bad else 0)
+
+
+def _part_of(
+    part: str | None, devices: str | None, output: str, inputs: list[str | None]
+) -> tuple[tuple[int, int], str]:
+    """Return (I, N) for the I-th of N parts of the inputs, from 0, and where it goes.
+
+    Among several processes each has its part, and a tar whose name says which.
+    """
+    here = processes.started(devices, inputs)
+    if here.size == 1:
+        match = re.fullmatch(r"(\d+)/(\d+)", part or "1/1")
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            raise UsageError(f"--part {part}: expected I/N with I from 1 to N, such as 3/8")
+        return (int(match[1]) - 1, int(match[2])), output
+    if part is not None:
+        raise UsageError(f"--part for {here.size} processes, which have their own", "leave one out")
+    if output == "-":
+        raise UsageError(f"stdout for {here.size} processes", "pass -o NAME.tar: each writes one of its own")
+    stem, suffix = os.path.splitext(output)
+    number = re.search(r"-?%0?\d*d$", stem)
+    place = len(stem) if number is None else number.start()
+    name = f"{stem[:place]}-{here.rank + 1}of{here.size}{stem[place:]}{suffix}"
+    return (here.rank, here.size), name
 
 
 def _byte_array(named: Any, output: str, model: str | None, preset: str | None, limit: list[str] | None) -> None:

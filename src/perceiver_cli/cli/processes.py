@@ -14,7 +14,7 @@ import typer
 
 from perceiver_cli.cli import options, terminal
 from perceiver_cli.errors import UsageError
-from perceiver_cli.hardware import LAUNCHED, place
+from perceiver_cli.hardware import LAUNCHED, Place, place
 
 if TYPE_CHECKING:
     from perceiver_cli.model.ranks import Ranks
@@ -29,6 +29,14 @@ def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None
     stdin, which several processes cannot share.
     """
     timeout_s = options.seconds(timeout, "--timeout")
+    started(devices, inputs)
+    from perceiver_cli.model import ranks
+
+    return ranks.joined(ranks.TIMEOUT_S if timeout_s is None else timeout_s)
+
+
+def started(devices: str | None, inputs: Sequence[str | None] = ()) -> Place:
+    """Return what `shared` does for processes that tell each other nothing."""
     count = 1 if devices is None or LAUNCHED in os.environ else _count(devices)
     if "-" in inputs and max(count, place().size) > 1:
         raise UsageError("stdin is for one process", "write it to a file first")
@@ -37,14 +45,12 @@ def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None
             raise UsageError("--devices within torchrun or srun, which has started the processes", "leave it out")
         from perceiver_cli.training.launch import launch
 
-        status = launch(count, sys.argv[1:])
+        status = launch(count, sys.argv[1:], terminal.stderr_number())
         if status < 0:
             terminal.end_by_signal(-status)
         raise typer.Exit(status)
-    from perceiver_cli.model import ranks
-
-    here = ranks.joined(ranks.TIMEOUT_S if timeout_s is None else timeout_s)
-    if not here.first:
+    here = place()
+    if here.rank:
         terminal.hush()
     if LAUNCHED in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()

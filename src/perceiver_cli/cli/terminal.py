@@ -66,6 +66,12 @@ def stderr_is_terminal() -> bool:
     return stream is not None and stream.isatty()
 
 
+def stderr_number() -> int | None:
+    """Return the file number of stderr, which is not 2 while lines of libraries are kept; None if it is closed."""
+    stream = _stderr or sys.stderr
+    return None if stream is None else stream.fileno()
+
+
 def guarded(app: Callable[[], None]) -> None:
     """Run the command line: an expected error becomes one line and its exit code, a bug one line and exit code 1."""
     _guard_streams()

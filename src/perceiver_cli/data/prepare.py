@@ -76,11 +76,13 @@ def plan(
     label_from_parent: bool = False,
     augment: int = 0,
     fourier: Dtype | None = None,
+    part: tuple[int, int] = (0, 1),
 ) -> Job:
     """Return the job for inputs: files, folders and manifests, or the bytes of one.
 
     The recipe is a model's or a preset's, else the tiny preset for their modalities; the training files settle "auto"
-    as in training. label_from_parent: a file's label is the name of its folder. Raises UsageError for options that
+    as in training. label_from_parent: a file's label is the name of its folder. part: (I, N) for the I-th of N parts,
+    from 0, of neighbouring examples; the recipe is settled by all. Raises UsageError for options that
     contradict each other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
@@ -114,6 +116,8 @@ def plan(
     splits = (held if augment else catalog).splits
     examples = [(split, example) for split in splits for example in splits[split]]
     examples.sort(key=lambda pair: min((order.get(s.name, 0) for s in pair[1].sources.values()), default=0))
+    number, parts = part
+    examples = examples[len(examples) * number // parts : len(examples) * (number + 1) // parts]
     seed, dtype = config.train.seed, fourier or "float32"
     return Job(header, examples, listing.folder, limits, catalog, seed, augment, dtype)
 

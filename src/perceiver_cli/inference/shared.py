@@ -39,7 +39,7 @@ def predict_shared(
     """
     size = predictor.rows_at_once(batch_size, windows)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "windows": windows}
-    options |= {"min_prob": min_prob, "embeddings": embeddings, "account": account}
+    options |= {"min_prob": min_prob, "embeddings": embeddings, "account": (answered := Account())}
     every = (example for named in inputs for example in predictor.examples(named, account))
     own = (example for number, example in enumerate(every) if number // size % ranks.size == ranks.rank)
     errors: list[PerceiverError] = []
@@ -52,12 +52,14 @@ def predict_shared(
         for packed in ranks.gather(_packed(batch)):
             for facts in json.loads(packed):
                 yield from (_prediction(blank, each) for each in facts)
-    bad = account.unreadable
-    facts = [account.used, [bad.count, bad.first], error_facts(errors[0]) if errors else None]
-    for used, (count, first), error in ranks.exchange(facts)[1:]:
-        for split, number in used.items() if ranks.first else ():
+    bad = answered.unreadable
+    facts = [answered.used, [bad.count, bad.first], error_facts(errors[0]) if errors else None]
+    errors.clear()
+    for used, (count, first), error in ranks.exchange(facts):
+        for split, number in used.items():
             account.used[split] = account.used.get(split, 0) + number
-        bad.count, bad.first = bad.count + count, [*bad.first, *first][:NAMED]
+        account.unreadable.count += count
+        account.unreadable.first = [*account.unreadable.first, *first][:NAMED]
         errors += [] if error is None else [error_from(error)]
     if errors:
         raise errors[0]

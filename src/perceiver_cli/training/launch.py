@@ -22,14 +22,15 @@ GRACE_S = 10.0  # for the others to end by themselves after one has failed
 FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
-def launch(count: int, words: Sequence[str]) -> int:
+def launch(count: int, words: Sequence[str], stderr: int | None = None) -> int:
     """Run `perceiver WORDS` as `count` processes; return their exit status, or minus the signal that ended them.
 
-    The first process has the streams of this one; the others print errors only. Raises the error of the process that
-    failed first, or a ResourceError that names one that was killed.
+    The first process has the streams of this one, with `stderr` as file 2; the others print errors only. Raises the
+    error of the process that failed first, or a ResourceError that names one that was killed.
     """
     with tempfile.TemporaryDirectory(prefix="perceiver-") as folder:
-        processes = [subprocess.Popen(**_process(rank, count, words, folder)) for rank in range(count)]
+        each = (_process(rank, count, words, folder) for rank in range(count))
+        processes = [subprocess.Popen(**arguments, stderr=stderr) for arguments in each]
         with _forwarding(processes) as received:
             codes = _ended(processes, Path(folder))
         if received and all(code in (0, -received[0]) for code in codes):
