@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 
 from perceiver_cli.config import tiny_config
+from perceiver_cli.data.decoder import Decoded
+from perceiver_cli.data.examples import Example
 from perceiver_cli.errors import DataError, LostError, PerceiverError, UsageError
 from perceiver_cli.hardware import LAUNCHED, Place
 from perceiver_cli.model.encoding import ConvStem
 from perceiver_cli.model.ranks import ALONE, Ranks, joined
 from perceiver_cli.run_folder import MODEL_FILE
+from perceiver_cli.training.cache import preload_shared
 from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.plan import shared_out
 from perceiver_cli.training.state import load_state
@@ -233,3 +236,31 @@ def test_a_step_is_cut_for_more_processes_than_batches() -> None:
     assert shared_out(cut, 3, notes) is cut
     with pytest.raises(UsageError, match="a step of 3 examples cannot be cut for 4 processes"):
         shared_out(train.model_copy(update={"batch_size": 3}), 4, notes)
+
+
+def test_processes_of_a_machine_decode_each_file_once(bars: Path, tmp_path: Path) -> None:
+    """Each decodes half, and both have all: in a file that is gone, so that the memory is one."""
+
+    def work(ranks: Ranks) -> Any:
+        plan = Trainer(bars, tmp_path / "run", overrides=RECIPE, ranks=ranks).plan
+        decoded, decode = 0, plan.reader.decode
+
+        def counted(example: Example) -> Decoded:
+            nonlocal decoded
+            decoded += 1
+            return decode(example)
+
+        plan.reader.decode = counted  # type: ignore[method-assign]
+        *_, done = preload_shared(plan.reader, plan.train_examples, 1 << 30, 0, ranks, lambda: False)
+        arrays = [plan.reader.decode(example).arrays["image"] for example in plan.train_examples]
+        alone = Trainer(bars, tmp_path / "other", overrides=RECIPE).plan.reader
+        same = all(
+            (alone.decode(e).arrays["image"] == a).all() for e, a in zip(plan.train_examples, arrays, strict=True)
+        )
+        return [done, decoded - len(arrays), same, any(array.flags.writeable for array in arrays)]
+
+    found = as_ranks(2, tmp_path / "decoding", work)
+    count = found[0][0]
+    assert [done for done, *_ in found] == [count, count]
+    assert sum(decoded for _, decoded, *_ in found) == count
+    assert all(same and not writeable for *_, same, writeable in found)

@@ -60,13 +60,13 @@ class Decoder:
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
         self.notes: dict[str, str] = {}  # example id -> what was left out of it, of those that `preload` decoded
-        self._decoded: dict[str, Decoded] = {}
+        self.decoded: dict[str, Decoded] = {}
         self._seconds: dict[tuple[str, object], float] = {}  # (modality, state of a file) -> its length
         self.timed = {name: timed for name in self.specs if (timed := timed_modality(name)) is not None}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for a spawned worker, which decodes by itself: arrays would travel to each."""
-        return {**self.__dict__, "_decoded": {}}
+        return {**self.__dict__, "decoded": {}}
 
     @property
     def layouts(self) -> dict[str, Layout]:
@@ -80,8 +80,8 @@ class Decoder:
 
     def decode(self, example: Example) -> Decoded:
         """Return the decoded arrays of an example. Raises DataError if a file is bad or no modality is read here."""
-        if example.id in self._decoded:
-            return self._decoded[example.id]
+        if example.id in self.decoded:
+            return self.decoded[example.id]
         arrays: dict[str, Array] = {}
         long: dict[str, Input] = {}
         ready: dict[str, ByteArray] = {}
@@ -149,14 +149,14 @@ class Decoder:
 
     def preload(self, examples: Sequence[Example], budget_bytes: int, workers: int) -> Iterator[int]:
         """Decode examples into memory until `budget_bytes` are full, note bad ones; yield the number done."""
-        used = sum(decoded.nbytes for decoded in self._decoded.values())
-        todo = [example for example in examples if example.id not in self.bad and example.id not in self._decoded]
+        used = sum(decoded.nbytes for decoded in self.decoded.values())
+        todo = [example for example in examples if example.id not in self.bad and example.id not in self.decoded]
         outcomes = zip(todo, in_order(self._outcome, todo, workers), strict=False)
         for done, (example, outcome) in enumerate(outcomes, start=len(examples) - len(todo) + 1):
             if isinstance(outcome, str):
                 self.bad[example.id] = outcome
             else:
-                self._decoded[example.id] = outcome
+                self.decoded[example.id] = outcome
                 if outcome.notes:
                     self.notes[example.id] = "; ".join(outcome.notes)
                 used += outcome.nbytes

@@ -29,6 +29,7 @@ from perceiver_cli.model.machines import Name, training_estimate
 from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.report.model_card import card
 from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run
+from perceiver_cli.training.cache import preload_shared
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
 from perceiver_cli.training.plan import RunRequest, make_plan, too_large
@@ -165,10 +166,13 @@ class Trainer:
         total, done = len(examples), 0
         if catalog.prepared is None:  # prepared arrays are mapped from disk, with nothing to decode or keep
             workers = cores() if data.workers is None else data.workers
-            for done in reader.preload(examples, data.cache_bytes, workers):
+            ranks, options = self.plan.request.ranks, (reader, examples, data.cache_bytes, workers)
+            alone = ranks.size == 1
+            steps = reader.preload(*options[1:]) if alone else preload_shared(*options, ranks, lambda: self.stopping)
+            for done in steps:
                 if done % 100 == 0 or done == total:
                     yield Loaded(done, total, len(reader.bad))
-                if self.stopping:
+                if self.stopping and alone:
                     return
         self.looked_at = done or total
         self.plan.notes.extend(told_once(reader.notes))
