@@ -310,7 +310,7 @@ def test_explains_an_image(trained: Path, bars: Path, tmp_path: Path, perceive: 
     ("arguments", "words", "status"),
     [
         (["FILE"], "nothing to write to; pass -o FILE.png, or --json", 2),
-        (["FILE", "-o", "x.jpg"], "expected .png or .ply", 2),
+        (["FILE", "-o", "x.jpg"], "expected .png or .ply or .npz", 2),
         (["FILE", "--json", "--class", "dog"], "no class 'dog' in ", 2),
         (["FILE", "-o", "x.ply"], "a PLY holds points, ", 2),
         (["FOLDER", "--json"], "several inputs; explain one file at a time", 2),
@@ -387,6 +387,20 @@ def test_points_are_written_as_a_coloured_cloud(tmp_path: Path) -> None:
     assert explain._folded(picture.heat, 20).sum() == pytest.approx(1, abs=1e-5)
     with pytest.raises(UsageError, match="a PLY holds points"):
         explanation.to_ply(explain.Explanation("a", "b", 1, "b", 1, {}, ()))
+
+
+def test_maps_are_written_as_arrays(tmp_path: Path) -> None:
+    pixels, heat = np.zeros((4, 6, 3), np.uint8), np.full((2, 3), 1 / 6, np.float32)
+    shown = explain.ExplainedInput(pixels, ImageSpec(), heat, heat)
+    maps = tuple(explain.ScoreMap(1, latent, 1, {"image": latent * heat}) for latent in (3, 7))
+    explanation.save(explain.Explanation("a.png", "b", 0.9, "b", 0.9, {"image": shown}, maps), tmp_path / "maps.npz")
+    arrays = np.load(tmp_path / "maps.npz")
+    assert {name: array.shape for name, array in arrays.items()} == {
+        "label": (), "image": (4, 6, 3), "image_heat": (2, 3), "image_attention": (2, 3), "image_scores": (2, 2, 3),
+        "cross_attend": (2,), "latent": (2,), "head": (2,),
+    }  # fmt: skip
+    assert arrays["latent"].tolist() == [3, 7]
+    np.testing.assert_allclose(arrays["image_scores"][1], 7 * heat)
 
 
 # ---------------------------------------------------------------- drawing

@@ -17,6 +17,7 @@ from torch import nn
 
 from perceiver_cli.config import Config, load_preset
 from perceiver_cli.data.loader import collate
+from perceiver_cli.data.model_inputs import write_model_inputs
 from perceiver_cli.errors import IntegrityError, UsageError
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model import export as exporting
@@ -258,3 +259,26 @@ def test_an_ensemble_is_one_graph_with_the_mean_of_the_probabilities(trained: Pa
         segments = segments_of(one.encoding.layouts, inputs)
         own = torch.stack([model.eval()(segments).softmax(dim=1) for model in (one, other)])
         assert torch.allclose(both.eval()(segments).softmax(dim=1), own.mean(dim=0), atol=1e-6)
+
+
+def test_model_inputs_are_what_the_graph_takes(paired: Path, pairs: Path, tmp_path: Path) -> None:
+    """`preprocess -o one.npy` wrote rows with Fourier features where the graph takes patches and a presence."""
+    folder = pairs / "test" / "top-low"
+    named = [str(folder), str(folder / "000.png"), str(pairs / "none.png")]
+    *lines, bad = write_model_inputs(named, str(paired), tmp_path / "inputs.npz", {})
+    assert [line["rows"] for line in lines] == [[row] for row in range(9)]
+    assert "No such file" in bad["error"]
+    arrays = dict(np.load(tmp_path / "inputs.npz"))
+    model, info = load_model(paired / "model.safetensors")
+    assert isinstance(model, Perceiver)
+    expected = exporting.metadata_of(model, info)["inputs"]
+    assert {name: (array.shape[1:], str(array.dtype)) for name, array in arrays.items()} == {
+        name: (tuple(facts.get("trained_shape", ())), facts["dtype"]) for name, facts in expected.items()
+    }
+    assert arrays["audio_present"].tolist() == [True] * 8 + [False]
+    with torch.no_grad():
+        found = model(segments_of(model.encoding.layouts, arrays)).softmax(dim=1)
+    answers = list(Predictor(paired).predict(named[:2]))
+    np.testing.assert_allclose(found, [answer.probs for answer in answers], atol=1e-5)
+    with pytest.raises(UsageError, match=r"expected \.npz"):
+        next(write_model_inputs(named, str(paired), tmp_path / "inputs.tar", {}))

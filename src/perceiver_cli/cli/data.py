@@ -45,6 +45,9 @@ def preprocess(
     pair: options.Pair = None,
     augment: Annotated[int, typer.Option(min=0, help="Number of random variants of each training example.")] = 0,
     fourier: Annotated[bool, typer.Option("--fourier", help="Write M x C rows with Fourier features.")] = False,
+    model_input: Annotated[
+        bool, typer.Option("--model-input", help="Write what an exported model takes to -o FILE.npz.")
+    ] = False,
     dtype: Annotated[Literal["float32", "float16"], typer.Option(help="Type of --fourier rows.")] = "float32",
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of NAME-%06d.tar, e.g. 64M or 1G.")] = "256M",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the shards of an earlier run.")] = False,
@@ -63,8 +66,12 @@ def preprocess(
     for the data is the recipe, and the data settles its "auto" values as in training. FILE.npy and FILE.safetensors
     hold one input as the paper's byte array with Fourier features (ImageNet: 50176 x 261). An unreadable input gets a
     record with its error, and the exit status is 3.
+
+    --model-input writes an array for each input of an exported model to FILE.npz, and a line for each file to stdout.
     """
     named = options.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
+    if model_input:
+        raise typer.Exit(_model_input(named, output, options.model_file(model), limit))
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
         _byte_array(named, output, model, preset, limit)
         return
@@ -122,6 +129,21 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
     spec, limits = input_recipe(source, model, preset, options.raised_limits(limit))
     shape = write_byte_array(source, spec, limits, output)
     say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
+
+
+def _model_input(named: Any, output: str, model: Path, limit: list[str] | None) -> int:
+    """Write the inputs of an exported model and print a line for each example; return the exit code."""
+    from perceiver_cli.data.model_inputs import write_model_inputs
+
+    exit_code = 0
+    every = named if isinstance(named, list) else [named]
+    for line in write_model_inputs(every, str(model), output, options.raised_limits(limit)):
+        if "error" in line:
+            exit_code = EXIT_DATA
+            complain(f"perceiver preprocess: {line['error']}")
+        emit_json(line)
+    say(f"wrote {show_path(output)}")
+    return exit_code
 
 
 def lint(

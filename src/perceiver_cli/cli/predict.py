@@ -177,7 +177,11 @@ def explain(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", parser=options.named, metavar="PATH", help="FILE.png, or FILE.ply with colours."
+            "--output",
+            "-o",
+            parser=options.named,
+            metavar="PATH",
+            help="FILE.png, FILE.ply (colours) or FILE.npz (maps).",
         ),
     ] = None,
     model: options.Model = None,
@@ -191,7 +195,7 @@ def explain(
     if output is None and not json:
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
-        check_suffix(output, (".png", ".ply"), "-o", "not a format of explanations")
+        check_suffix(output, (".png", ".ply", ".npz"), "-o", "not a format of explanations")
     named = list(options.inputs_to_predict(inputs, None, False, "-"))
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained

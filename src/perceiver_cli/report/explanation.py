@@ -1,4 +1,4 @@
-"""The page of an explanation as PNG, or its points as PLY."""
+"""The page of an explanation as PNG, its points as PLY, its maps as NPZ."""
 
 from __future__ import annotations
 
@@ -39,11 +39,29 @@ def to_ply(explanation: Explanation) -> bytes:
     return header.encode() + b"".join(struct.pack("<3f3Bf", *point, *tint, heat) for point, tint, heat in rows)
 
 
+def to_arrays(explanation: Explanation) -> dict[str, Any]:
+    """Return the arrays of an NPZ: label, and for each modality what the model read and one number for each input.
+
+    NAME is the decoded array or clip; NAME_heat and NAME_attention have the shape of its inputs; NAME_scores (maps,
+    *inputs) are the score maps of single latents, whose cross_attend, latent and head (maps,) are counted from 1. The
+    score maps of a short clip hold its repetitions, over which the others are summed.
+    """
+    arrays: dict[str, Any] = {"label": np.array(explanation.label)}
+    for name, shown in explanation.shown.items():
+        arrays |= {name: shown.raw, f"{name}_heat": shown.heat, f"{name}_attention": shown.attention}
+        arrays[f"{name}_scores"] = np.stack([each.scores[name] for each in explanation.maps])
+    for fact in ("cross_attend", "latent", "head"):
+        arrays[fact] = np.array([getattr(each, fact) for each in explanation.maps])
+    return arrays
+
+
 def save(explanation: Explanation, path: Path) -> None:
-    """Write the page as PNG, or the coloured points if `path` ends in .ply."""
+    """Write the page as PNG, the coloured points if `path` ends in .ply, or all maps as arrays if it ends in .npz."""
     with atomic_write(path) as file:
         if path.suffix.lower() == ".ply":
             file.write(to_ply(explanation))
+        elif path.suffix.lower() == ".npz":
+            np.savez(file, **to_arrays(explanation))
         else:
             to_picture(explanation).save(file, format="PNG", optimize=True)
 
