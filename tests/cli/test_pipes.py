@@ -209,6 +209,23 @@ def test_a_killed_command_leaves_no_process(here: Path, command: str) -> None:
         time.sleep(0.1)
 
 
+def test_a_resident_predictor_answers_a_path_while_the_pipe_stays_open(here: Path, warm_bin: Path) -> None:
+    """The shell function of docs/predict.md; it would wait for ever for a batch that is never full."""
+    done = shell(
+        f"coproc PERCEIVER {{ {warm_bin}/perceiver predict --files-from -; }}\n"
+        'classify() { printf "%s\\n" "$1" >&"${PERCEIVER[1]}"; read -r -u "${PERCEIVER[0]}" answer; }\n'
+        'for file in data/test/left/00[0-2].png data/none.png; do classify "$file"; echo "$answer"; done\n'
+        'pid=$PERCEIVER_PID; eval "exec ${PERCEIVER[1]}>&-"; wait "$pid"; echo "status $?"\n',
+        here,
+        timeout=60,
+    )
+    *lines, status = done.stdout.decode().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer.get("label") for answer in answers] == ["left", "left", "left", None]
+    assert "No such file" in answers[3]["error"]
+    assert status == "status 3"
+
+
 def test_terminals_get_help_instead_of_silence(here: Path) -> None:
     main, terminal = os.openpty()
     for command in ("train", "evaluate", "predict", "preprocess"):

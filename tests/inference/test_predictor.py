@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import soundfile
 import torch
 
 from perceiver_cli.config import load_preset
+from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.loader import collate
 from perceiver_cli.errors import UsageError
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows, aggregated, forward
@@ -49,6 +51,26 @@ def test_bytes_and_workers_answer_the_same(predictor: Predictor, bars: Path) -> 
     plain = list(predictor.predict(files, 4))
     assert [p.probs for p in predictor.predict(files, 4, workers=2)] == [p.probs for p in plain]
     assert [p.probs for p in predictor.predict([f.read_bytes() for f in files], 4)] == [p.probs for p in plain]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_pause_is_answered_before_more_is_asked_for(predictor: Predictor, bars: Path, workers: int) -> None:
+    files = sorted((bars / "test").rglob("*.png"))[:7]
+    asked: list[int] = []
+
+    def pauses() -> Iterator[Path | Example]:
+        for number, file in enumerate(files):
+            asked.append(number)
+            yield file
+            if number in (0, 3):
+                yield PAUSE
+
+    answers = predictor.predict(pauses(), 32, workers)
+    first = next(answers)
+    assert (first.path, asked[-1]) == (str(files[0]), 0)
+    assert [next(answers).path for _ in range(3)] == [str(file) for file in files[1:4]]
+    assert asked[-1] == 3
+    assert [answer.path for answer in answers] == [str(file) for file in files[4:]]
 
 
 def test_prediction_lines() -> None:
@@ -178,6 +200,22 @@ def test_windows_of_several_inputs_keep_the_order_and_the_bad(filmed: Path, tmp_
     each = list(Predictor(filmed).predict(inputs, 4, windows=Windows(1.0, 1.0, "none")))
     assert [p.path for p in each if p.start_s == 0] == [str(long), str(short), str(long)]
     assert [p.end_s for p in each if p.path == str(short)] == [0.5]
+
+
+def test_windows_before_a_pause_are_answered(filmed: Path, tmp_path: Path) -> None:
+    clips = [write_clip(tmp_path / f"{n}.mp4", 0, 300, 1.0) for n in range(2)]
+    asked: list[Path] = []
+
+    def pauses() -> Iterator[Path | Example]:
+        for clip in clips:
+            asked.append(clip)
+            yield clip
+            yield PAUSE
+
+    answers = Predictor(filmed).predict(pauses(), 8, windows=Windows(0.5, 0.5))
+    assert next(answers).path == str(clips[0])
+    assert asked == clips[:1]
+    assert [answer.path for answer in answers] == [str(clips[1])]
 
 
 def test_an_input_with_a_bad_window_is_bad() -> None:

@@ -5,6 +5,7 @@ import glob
 import io
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -19,6 +20,7 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path, status_of
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
+LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop of the shell writes one in less
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT, Parquet), tar, zip, or - for stdin."
 
 Aggregate = Literal["mean", "max", "none"]
@@ -228,12 +230,13 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
         raise UsageError("stdin can be read once", "pass - once, or --files-from -")
     if "-" in inputs or files_from == "-":
         _piped_stdin()
+    from perceiver_cli.data.examples import PAUSE
     from perceiver_cli.data.inputs import Pipe
 
     def opened(path: str) -> Any:
         return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
 
-    return chain(map(opened, inputs), _listed(files_from, null))
+    return chain(map(opened, inputs), _listed(files_from, null, PAUSE))
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
@@ -243,8 +246,8 @@ def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> 
     return sys.stdin.fileno()
 
 
-def _listed(path: str | None, null: bool) -> Iterator[str]:
-    """Yield the paths in a list as they arrive."""
+def _listed(path: str | None, null: bool, pause: Any = None) -> Iterator[Any]:
+    """Yield the paths in a list as they arrive, and `pause` each time that its writer has no more of them yet."""
     if path is None:
         return
     try:
@@ -256,7 +259,17 @@ def _listed(path: str | None, null: bool) -> Iterator[str]:
         for chunk in _chunks(stream):
             *names, rest = (rest + chunk).split(end)
             yield from filter(None, (_path_in_list(name, path, null) for name in names))
+            if pause is not None and _is_idle(stream):
+                yield pause
     yield from filter(None, [_path_in_list(rest, path, null)])
+
+
+def _is_idle(stream: io.BufferedReader) -> bool:
+    """Return whether nothing more comes from a pipe within LINGER_S; False where the system does not tell: Windows."""
+    try:
+        return not select.select([stream], [], [], LINGER_S)[0]
+    except OSError:
+        return False
 
 
 def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:

@@ -63,6 +63,9 @@ class Example:
         return key_of(self.id)
 
 
+PAUSE = Example("", {})  # in a stream of examples: nothing more has come yet, so that none waits for a full batch
+
+
 class Examples(Sequence[Example]):
     """The examples of one split, in order. A subclass may answer for all of them without making each."""
 

@@ -20,7 +20,7 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import unpacked
 from perceiver_cli.data.containers import kind_of_stream
-from perceiver_cli.data.examples import Example
+from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
 from perceiver_cli.data.manifest import NO_OPTIONS, Row
@@ -140,7 +140,7 @@ def examples_of(
         raise DataError(f"{show_path(listing.folder)}: nothing to predict: {found}", f"expected {either(reads)}")
     account.add(listing.account)
     for example in chain(_held_examples(named, reads, limits, use), _tar_examples(listing.tars, reads, limits)):
-        account.paths += len(example.files)
+        account.paths += 0 if example is PAUSE else len(example.files)
         yield example
 
 

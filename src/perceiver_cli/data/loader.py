@@ -15,6 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from math import prod
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from perceiver_cli.data.decoder import Decoder, View
-from perceiver_cli.data.examples import Example
+from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.workers import (
     WATCH_S,
     begin_worker,
@@ -128,14 +129,18 @@ class Reader(Decoder, Dataset[Batch]):
         return labels
 
     def batches(self, tasks: Iterable[Task], workers: int = 0, *, pin: bool = False) -> Iterator[Batch]:
-        """Yield the batch of each task, read by `workers` processes (0: this one). Raises ResourceError if one dies."""
+        """Yield the batch of each task, read by `workers` processes (0: this one).
+
+        A task without examples brings those before it to an end: its own batches are empty. Raises ResourceError if a
+        process dies.
+        """
         if workers:
             check_room()
             check_files(workers)
             check_sockets()
         loader: DataLoader[Batch] = DataLoader(
             self,
-            sampler=tasks,
+            sampler=_pushed(tasks, AHEAD * workers),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=AHEAD if workers else None,
@@ -165,6 +170,15 @@ class Reader(Decoder, Dataset[Batch]):
         finally:
             batches = None  # the loader asks its workers to end
             kill_all(processes)
+
+
+def _pushed(tasks: Iterable[Task], ahead: int) -> Iterator[Task]:
+    """Yield tasks, and those without examples as often as it takes to get the batches before them from workers.
+
+    torch's loader gives a batch only after it has taken the task `ahead` places later, for which it waits.
+    """
+    for task in tasks:
+        yield from repeat(task, 1 if task.examples else ahead)
 
 
 def _received(batches: Iterator[Batch], processes: Sequence[BaseProcess]) -> Iterator[Batch]:
@@ -270,14 +284,19 @@ def training_tasks(
 
 
 def ordered_tasks(examples: Iterable[Example], batch_size: int) -> Iterator[Task]:
-    """Yield the tasks of an evaluation: examples in the given order, without augmentation."""
+    """Yield the tasks of an evaluation: examples in the given order, without augmentation.
+
+    At a PAUSE the examples so far are a task, and one without examples follows.
+    """
     chunk: list[Example] = []
     try:
         for example in examples:
-            chunk.append(example)
-            if len(chunk) == batch_size:
+            chunk += () if example is PAUSE else (example,)
+            if len(chunk) == batch_size or (example is PAUSE and chunk):
                 yield Task(tuple(chunk))
                 chunk = []
+            if example is PAUSE:
+                yield Task(())
     except PerceiverError:  # such as a stream cut short: the examples before it still get answers
         if chunk:
             yield Task(tuple(chunk))

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice, takewhile
 from math import inf, log
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from torch import Tensor
 from perceiver_cli.config import DataConfig, load_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
-from perceiver_cli.data.examples import Example
+from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
@@ -199,7 +199,8 @@ class Predictor:
         one stem are one input of a model of several modalities), a manifest for its rows, a tar for its records. With
         `windows` an input has several predictions, or one that aggregates them; memory holds one batch of windows.
         `batch_size` is `batch_that_fits` by default; for windows on a CPU it is 1, which is as fast. `workers` read
-        whole inputs only. `min_prob`, `embeddings`: see Prediction. `account` gets what became of every path.
+        whole inputs only. `min_prob`, `embeddings`: see Prediction. `account` gets what became of every path. At a
+        PAUSE among the inputs all before it are answered, whatever the size of the batch.
 
         Raises DataError for an unreadable manifest or records prepared with other options; IntegrityError for damaged
         records, after the predictions of those before them; UsageError for windows without a time axis.
@@ -301,13 +302,16 @@ class Predictor:
         account: Account,
     ) -> Iterator[Prediction]:
         """Yield the predictions of examples cut into windows; `blank` holds their common fields."""
-        predicted = self._predicted(self._cut(examples, windows, blank, account), batch_size, embeddings)
-        for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
-            predictions = (prediction for _, prediction in of_one)
-            if windows.aggregate == "none":
-                yield from predictions
-            else:
-                yield aggregated(predictions, windows.aggregate)
+        rest = iter(examples)
+        for first in rest:
+            before_pause = takewhile(lambda example: example is not PAUSE, chain([first], rest))
+            predicted = self._predicted(self._cut(before_pause, windows, blank, account), batch_size, embeddings)
+            for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
+                predictions = (prediction for _, prediction in of_one)
+                if windows.aggregate == "none":
+                    yield from predictions
+                else:
+                    yield aggregated(predictions, windows.aggregate)
 
     def _cut(
         self, examples: Iterable[Example], windows: Windows, blank: Prediction, account: Account
