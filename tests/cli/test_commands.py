@@ -275,6 +275,38 @@ def test_windows_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path
     assert "start_s" not in one
 
 
+def test_events_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
+    run = ("predict", clip, "-m", filmed, "--merge")
+    events = lines(perceive(*run).stdout)
+    assert [list(event) for event in events] == [["path", "start_s", "end_s", "label", "prob"]] * len(events)
+    ends = [event["end_s"] for event in events]
+    assert [event["start_s"] for event in events] == [0.0, *ends[:-1]]
+    first, *_ = perceive(*run, "--format", "audacity").stdout.decode().splitlines()
+    assert first.split("\t") == ["0.000000", f"{ends[0]:.6f}", events[0]["label"]]
+    number, times, label, blank, *_ = perceive(*run, "--format", "srt").stdout.decode().split("\n")
+    assert (number, times[:17], label, blank) == ("1", "00:00:00,000 --> ", events[0]["label"], "")
+    head, *rows = perceive(*run, "--format", "csv").stdout.decode().splitlines()
+    assert head == "path,start_s,end_s,label,prob,error"
+    assert len(rows) == len(events)
+    assert perceive(*run, "--min-prob", "1").stdout == b""
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    shutil.copy(clip, tmp_path / "d.mp4")
+    two = perceive(*run, tmp_path / "bad.mp4")
+    assert two.returncode == 3
+    assert lines(two.stdout)[-1].keys() == {"path", "error"}
+    for more, message in (
+        ([tmp_path / "d.mp4", "--format", "srt"], b"--format srt holds the events of one input"),
+        (["--aggregate", "mean"], b"--merge keeps windows apart"),
+        (["--all-probs"], b"--all-probs is of inputs or windows"),
+        (["--every", "1", "--hop", "1"], b"--every and --hop are both"),
+    ):
+        refused = perceive(*run, *more)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+    assert b"pass --merge" in perceive("predict", clip, "-m", filmed, "--max-gap", "1").stderr
+
+
 # ---------------------------------------------------------------- preprocess and info
 
 

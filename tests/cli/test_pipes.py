@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -224,6 +225,36 @@ def test_a_resident_predictor_answers_a_path_while_the_pipe_stays_open(here: Pat
     assert [answer.get("label") for answer in answers] == ["left", "left", "left", None]
     assert "No such file" in answers[3]["error"]
     assert status == "status 3"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_an_interrupted_command_says_what_goes_on(here: Path, warm_bin: Path, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("\n".join(["data/test/left/000.png"] * 5000) + "\n")
+    list_ = ["predict", "--files-from", "list.txt", "--batch-size", "1"]
+    shards = ["preprocess", *["data"] * 60, "-m", "runs/latest", "-o", "s/x-%d.tar", "--shard-size", "100k"]
+    for command in (list_, shards):
+        with subprocess.Popen(
+            [warm_bin / "perceiver", *command], cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None
+            assert process.stderr is not None
+            if command is shards:
+                while not (here / "s").exists() or not any((here / "s").iterdir()):
+                    time.sleep(0.02)
+            else:
+                first = [process.stdout.readline() for _ in range(3)]
+            process.send_signal(signal.SIGINT)
+            answers = process.stdout.read().splitlines()
+            said = process.stderr.read().decode().splitlines()
+        assert process.returncode == -signal.SIGINT
+        if command is list_:
+            done = int(said[-2].removeprefix("stopped after ").removesuffix(" inputs"))
+            assert 0 <= len(first) + len(answers) - done <= 1  # a signal may come right after a line
+            rest = "perceiver predict --files-from - --batch-size 1"
+            assert said[-1] == f"to continue: tail -n +{done + 1} list.txt | {rest}"
+        else:
+            assert said[-1].startswith("to continue: perceiver preprocess data data ")
+            assert said[-1].endswith(" -o s/x-%d.tar --shard-size 100k --resume")
 
 
 def test_terminals_get_help_instead_of_silence(here: Path) -> None:

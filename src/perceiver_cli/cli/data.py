@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
-from perceiver_cli.cli.terminal import complain, counting, emit, emit_json, emit_table, say, say_lines, say_notes
-from perceiver_cli.cli.train import PLAIN_EVERY_S
+from perceiver_cli.cli.progress import counting, this_command, working
+from perceiver_cli.cli.terminal import complain, emit, emit_json, emit_table, say, say_lines, say_notes, size
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import show_path, show_text
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 LISTED = 20  # findings of a kind in the text report
 NAMED = 5  # names on a line
+LEAST_FOR_SIZE = 50  # inputs before the size of all is told
 
 
 def preprocess(
@@ -82,14 +82,15 @@ def preprocess(
         raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
     given = options.data_options(root, path_columns, label_column, pair, columns)
     changes = [*(changes or []), *options.data_changes(given)]
-    job = prepare.plan(
-        named, model=model, preset=preset, changes=changes, raised=options.raised_limits(limit),
-        label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None, part=own,
-    )  # fmt: skip
-    size = round(options.number(f"--shard-size {shard_size}", shard_size))
-    done = prepare.write_records(job, output, terminal.emit_bytes, workers, size, resume=resume)
+    with working("looking at the files"):
+        job = prepare.plan(
+            named, model=model, preset=preset, changes=changes, raised=options.raised_limits(limit),
+            label_from_parent=label_from is not None, augment=augment, fourier=dtype if fourier else None, part=own,
+        )  # fmt: skip
+    shard_bytes = round(options.number(f"--shard-size {shard_size}", shard_size))
+    done = prepare.write_records(job, output, terminal.emit_bytes, workers, shard_bytes, resume=resume)
     say_notes(job.catalog.notes)
-    bad = follow_preparing(done)
+    bad = follow_preparing(done, output)
     if own == (0, 1):  # the account is of all inputs
         say_lines(job.catalog.accounted(bad).brief())
     raise typer.Exit(EXIT_DATA if bad else 0)
@@ -178,21 +179,41 @@ def lint(
         raise typer.Exit(EXIT_DATA)
 
 
-def follow_preparing(done: Iterator["Done"]) -> set[str]:
+def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
     """Print progress and errors while inputs are prepared; return the ids of bad ones."""
-    last, bad, said = None, set(), time.monotonic()
-    with counting("preparing") as progress:
+    last, bad, kept = None, set(), 0
+    free = None if output == "-" else _free_bytes(Path(output).parent)
+
+    def last_words() -> Iterator[str]:
+        if "%" in output:
+            yield f"to continue: {this_command('--resume')}"
+        elif output != "-":
+            yield f"nothing is kept: {show_path(output)} appears once it is complete"
+            yield "shards, such as -o 'x-%06d.tar', can be continued with --resume"
+
+    with counting("preparing", last_words=last_words) as progress:
         for last in done:
             if last.error is not None:
                 bad.add(last.example)
                 complain(f"perceiver preprocess: {last.error}")
-            progress(last.count, last.total)
-            if not terminal.stderr_is_terminal() and time.monotonic() - said > PLAIN_EVERY_S:
-                said = time.monotonic()
-                say(f"prepared {last.count} of {last.total}")
+            kept = last.count if not last.num_bytes else kept  # by an earlier run
+            in_all = last.num_bytes * (last.total - kept) / max(1, last.count - kept)
+            sizes = f"{size(last.num_bytes)} of about {size(in_all)}"
+            progress(last.count, last.total, f"{(last.count - kept) / progress.seconds:,.0f}/s  {sizes}")
+            if free is not None and in_all > free and last.count - kept >= LEAST_FOR_SIZE:
+                say(f"note: about {size(in_all)} in all, and {size(free)} are free where it is written")
+                free = None
     failed = f", {len(bad)} of them unreadable: their records hold the error" if bad else ""
-    say(f"prepared {counted(0 if last is None else last.total, 'input')}{failed}")
+    written = f"; {size(last.num_bytes)}" if last is not None and last.num_bytes else ""
+    say(f"prepared {counted(0 if last is None else last.total, 'input')}{failed}{written}")
     return bad
+
+
+def _free_bytes(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder that may not exist yet."""
+    import shutil
+
+    return shutil.disk_usage(next(each for each in (folder, *folder.absolute().parents) if each.is_dir())).free
 
 
 def show_lint(report: "LintReport", as_json: bool) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli.progress import working
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
@@ -22,7 +23,8 @@ def import_weights(
     """Convert a transformers image classifier into a model file. Expects one of deepmind/vision-perceiver-*."""
     from perceiver_cli.model.pretrained import import_model
 
-    info = import_model(source, output, variant)
+    with working("importing"):
+        info = import_model(source, output, variant)
     say(f"wrote {show_path(output)}: {info.config.name}, {counted(len(info.classes), 'class')}")
 
 
@@ -40,7 +42,8 @@ def export(
     path = options.model_file(model)
     from perceiver_cli.model.export import export_model
 
-    written = export_model(path, output)
+    with working("exporting, and comparing with the model"):
+        written = export_model(path, output)
     say(f"wrote {show_path(output)}: largest difference {written.difference:.2g} from the model")
     terminal.show_facts(vars(written), json)
 
@@ -77,7 +80,8 @@ def doctor(
 
     facts = examine()
     if run:
-        facts["self_test"] = self_test(device)
+        with working("training, saving, loading"):
+            facts["self_test"] = self_test(device)
     terminal.show_facts(facts, json)
 
 

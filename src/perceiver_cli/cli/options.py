@@ -7,17 +7,19 @@ import os
 import re
 import select
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.files import show_path, status_of
+from perceiver_cli.files import show_command, show_path, status_of
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop of the shell writes one in less
@@ -209,21 +211,79 @@ def open_predictor(
     return predictor
 
 
-def windows_of(window: float | None, hop: float | None, aggregate: Aggregate | None, workers: int) -> Any:
-    """Return the Windows that the options describe, or None without --window."""
-    if window is None:
-        if hop is not None or aggregate is not None:
-            raise UsageError(f"--{'hop' if hop is not None else 'aggregate'} needs windows", "pass --window SECONDS")
+class Cut(NamedTuple):
+    """How long inputs are cut into windows, as options say; see `windows_of`."""
+
+    window: float | None
+    hop: float | None
+    every: float | None
+    aggregate: Aggregate | None
+    merge: bool
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there are windows at all."""
+        return self.merge or self.window is not None or self.every is not None
+
+    def check(self, workers: int) -> None:
+        """Raise UsageError for options that contradict each other."""
+        one = "--merge" if self.merge else "--every"
+        if not self.is_wanted:
+            if self.hop is not None or self.aggregate is not None:
+                fault = f"--{'hop' if self.hop is not None else 'aggregate'} needs windows"
+                raise UsageError(fault, "pass --window SECONDS")
+        elif workers:
+            raise UsageError("--workers reads whole files", "leave it out: windows are of one file at a time")
+        elif self.hop is not None and self.every is not None:
+            raise UsageError("--every and --hop are both the seconds between windows", "pass one of them")
+        elif (self.merge or self.every is not None) and self.aggregate not in (None, "none"):
+            raise UsageError(f"{one} keeps windows apart, --aggregate makes one answer of them", "pass one of them")
+
+
+def windows_of(cut: Cut, predictor: Any) -> Any:
+    """Return the Windows that the options describe for a Predictor, or None.
+
+    A window is the model's clip by default. One follows another, or with --merge half over it.
+    """
+    if not cut.is_wanted:
         return None
-    if workers:
-        raise UsageError("--workers reads whole files", "leave it out with --window, which reads one file at a time")
     from perceiver_cli.inference.predictor import Windows
 
-    return Windows(window, window if hop is None else hop, aggregate or "mean")
+    window = predictor.clip_s if cut.window is None else cut.window
+    hops = (cut.hop, cut.every, window / 2 if cut.merge else window)
+    kept_apart = cut.merge or cut.every is not None
+    return Windows(
+        window, next(hop for hop in hops if hop is not None), cut.aggregate or ("none" if kept_apart else "mean")
+    )
 
 
-def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, stdin_name: str) -> Iterator[Any]:
-    """Return the paths to predict, those listed in a file, and the bytes on stdin as a Pipe."""
+@dataclass
+class ListPlace:
+    """How far the paths of a list are answered. list: its name, None without a list; "-" is stdin."""
+
+    list: str | None = None
+    null: bool = False
+    waiting: deque[tuple[int, str]] = field(default_factory=deque)  # the lines that are taken, and not answered
+
+    def answered(self, path: str, *, is_part: bool) -> None:
+        """Note an answer to a path, or to a part of its input."""
+        places = [place for place, (_, own) in enumerate(self.waiting) if own == path]  # none for a file of a folder
+        for _ in range(places[0] + (not is_part) if places else 0):
+            self.waiting.popleft()
+
+    def command(self) -> str | None:
+        """Return the command that goes on with the rest of a list, or None if the list is a pipe or ends in NULs."""
+        if self.list in (None, "-") or self.null or not self.waiting:
+            return None
+        words = [re.sub(f"^(--files-from=)?{re.escape(str(self.list))}$", r"\1-", word) for word in sys.argv[1:]]
+        tail = show_command(["tail", "-n", f"+{self.waiting[0][0]}", str(self.list)])
+        return f"{tail} | {show_command(['perceiver', *words])}"
+
+
+def listed_to_predict(
+    inputs: list[str], files_from: str | None, null: bool, stdin_name: str
+) -> tuple[Iterator[Any], ListPlace]:
+    """Return the paths to predict, those in a list, and the bytes on stdin as a Pipe; and the ListPlace in the list."""
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
@@ -236,7 +296,15 @@ def inputs_to_predict(inputs: list[str], files_from: str | None, null: bool, std
     def opened(path: str) -> Any:
         return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
 
-    return chain(map(opened, inputs), _listed(files_from, null, PAUSE))
+    place = ListPlace(files_from, null)
+
+    def taken() -> Iterator[Any]:
+        for line, path in _lines(files_from, null, is_live=True):
+            if path:
+                place.waiting.append((line, path))
+            yield path or PAUSE
+
+    return chain(map(opened, inputs), taken()), place
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
@@ -246,22 +314,29 @@ def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> 
     return sys.stdin.fileno()
 
 
-def _listed(path: str | None, null: bool, pause: Any = None) -> Iterator[Any]:
-    """Yield the paths in a list as they arrive, and `pause` each time that its writer has no more of them yet."""
+def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[tuple[int, str]]:
+    """Yield the number of each line of a list and its path, as they arrive; blank lines are left out.
+
+    is_live: also yield "" each time that the writer of the list has no more of it yet.
+    """
     if path is None:
         return
     try:
         stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
     except OSError as error:
         raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
-    rest, end = b"", b"\0" if null else b"\n"
+    rest, end, number = b"", b"\0" if null else b"\n", 0  # the number of whole lines so far
     with stream:
         for chunk in _chunks(stream):
             *names, rest = (rest + chunk).split(end)
-            yield from filter(None, (_path_in_list(name, path, null) for name in names))
-            if pause is not None and _is_idle(stream):
-                yield pause
-    yield from filter(None, [_path_in_list(rest, path, null)])
+            for name in names:
+                number += 1
+                if shown := _path_in_list(name, path, null):
+                    yield number, shown
+            if is_live and _is_idle(stream):
+                yield number, ""
+    if shown := _path_in_list(rest, path, null):
+        yield number + 1, shown
 
 
 def _is_idle(stream: io.BufferedReader) -> bool:
@@ -311,7 +386,7 @@ def inputs_to_prepare(
             return Source(stdin_name, received(stream, Limits.model_validate(raised_limits(limit))))
     if files_from == "-":
         _piped_stdin()
-    return [*inputs, *_listed(files_from, null)]
+    return [*inputs, *(path for _, path in _lines(files_from, null))]
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:

@@ -1,18 +1,19 @@
 """The commands `predict`, `evaluate` and `explain`, and their output."""
 
-import csv
-import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perceiver_cli.cli import options, processes, terminal
+from perceiver_cli.cli import options, processes
+from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions
+from perceiver_cli.cli.progress import BESIDE_AFTER_S, Counter, counting, working
 from perceiver_cli.cli.terminal import (
     complain,
-    counting,
     emit,
     emit_json,
     emit_table,
@@ -28,10 +29,7 @@ if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
     from perceiver_cli.inference.predictor import Prediction
 
-EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
 MANY_CLASSES, WORST = 100, 20  # classes up to which an evaluation prints all; beyond, those with the lowest figures
-FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
-Format = Literal["auto", "table", "jsonl", "csv", "tsv"]
 
 
 def evaluate(
@@ -112,8 +110,18 @@ def predict(
     use: options.Use = None,
     window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of this many seconds.")] = None,
     hop: Annotated[float | None, typer.Option(help="Seconds between window starts [default: --window].")] = None,
+    every: Annotated[float | None, typer.Option(help="Answer every so many seconds, each window for itself.")] = None,
     aggregate: Annotated[
         options.Aggregate | None, typer.Option(help="Combine windows' probabilities [default: mean]; none keeps each.")
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Join windows into events, of one class each, with their start and end.")
+    ] = False,
+    max_gap: Annotated[
+        float | None, typer.Option(min=0, help="Seconds that an event may pause, for --merge [default: 0].")
+    ] = None,
+    min_length: Annotated[
+        float | None, typer.Option(min=0, help="Seconds of the shortest event, for --merge [default: 0].")
     ] = None,
     style: Annotated[Format, typer.Option("--format", help="Format; auto: table on a terminal, else jsonl.")] = "auto",
     top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
@@ -146,27 +154,40 @@ def predict(
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
     from perceiver_cli.inference.shared import predict_shared
 
+    merge = merge or style in OF_EVENTS
+    cut = options.Cut(window, hop, every, aggregate, merge)
+    cut.check(workers)
+    _check_merge(merge, all_probs, embeddings, max_gap, min_length)
     ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
-    sources = options.inputs_to_predict(inputs or [], files_from, null, stdin_name)
-    windows = options.windows_of(window, hop, aggregate, workers)
+    sources, place = options.listed_to_predict(inputs or [], files_from, null, stdin_name)
     if embeddings is not None:
         check_embeddings(embeddings)
     given = options.data_options(root, path_columns, None, None, columns)
     predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
-    account = Account()
+    windows, account = options.windows_of(cut, predictor), Account()
+    apart = windows is not None and windows.aggregate == "none"
+    follow = _Following(inputs or [], place, pairs=len(predictor.modalities) > 1, apart=apart)
     wanted: dict[str, Any] = {"min_prob": min_prob, "embeddings": embeddings is not None, "account": account}
     if ranks.size == 1:
-        predictions = predictor.predict(sources, batch_size, workers, windows, **wanted)
+        predictions = predictor.predict(sources, batch_size, workers, windows, progress=follow.window, **wanted)
     else:
         predictions = predict_shared(predictor, sources, ranks, batch_size, workers, windows, **wanted)
         if not ranks.first:
             predictions, embeddings = iter([*predictions]), None
-    extra = ["start_s", "end_s"] if windows is not None and windows.aggregate == "none" else []
+    extra = ["start_s", "end_s"] if apart else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
     extra += ["labels"] if predictor.info.config.multi_label else []
     if embeddings is not None:
         predictions = keeping_embeddings(predictions, embeddings, predictor.info.config.model.latent_channels)
-    exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)
+    with counting("predicting", beside_data=True, last_words=follow.last_words) as follow.counter:
+        predictions = follow.each(predictions)
+        if merge:
+            from perceiver_cli.inference.merging import merged
+
+            events = merged(predictions, max_gap or 0.0, min_length or 0.0)
+            exit_code = show_events(events, style, predictor.modalities)
+        else:
+            exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)
     if account.folders:
         say_lines(account.brief())
     raise typer.Exit(exit_code)
@@ -196,16 +217,18 @@ def explain(
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
         check_suffix(output, (".png", ".ply", ".npz"), "-o", "not a format of explanations")
-    named = list(options.inputs_to_predict(inputs, None, False, "-"))
+    named = list(options.listed_to_predict(inputs, None, False, "-")[0])
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save
 
     give_back_freed()  # the process computes a large model's gradient once
-    explanation = explained(predictor, named, label)
+    with working("explaining"):
+        explanation = explained(predictor, named, label)
+        if output is not None:
+            save(explanation, output)
     if output is not None:
-        save(explanation, output)
         say(f"wrote {show_path(output)}")
     say_notes(explanation.notes)
     facts = explanation.to_dict()
@@ -217,89 +240,66 @@ def explain(
         emit(f"{name}: {shares['attention_share']:.1%} of the attention, {shares['share']:.1%} of the heat\n")
 
 
-def show_predictions(
-    predictions: Iterable["Prediction"],
-    style: str,
-    top_k: int,
-    all_probs: bool,
-    extra: Sequence[str] = (),
-    reads: Sequence[str] = (),
-) -> int:
-    """Print predictions as they come; return the exit code, 3 if any input was bad.
+class _Following:
+    """What `predict` has done so far: inputs, and seconds of a long one."""
 
-    extra: columns of EXTRA_WIDTH. reads: the modalities whose formats are listed after files of an unknown format.
-    """
-    from perceiver_cli.preprocess.detection import UNKNOWN, formats
+    def __init__(self, inputs: Sequence[str], place: options.ListPlace, *, pairs: bool, apart: bool) -> None:
+        self.inputs, self.place, self.pairs, self.apart = inputs, place, pairs, apart
+        self.counter: Counter | None = None
+        self.done, self.window_s, self.whole_s, self.path = 0, 0.0, 0.0, ""
 
-    if style == "auto":
-        style = "table" if terminal.is_terminal() else "jsonl"
-    if style == "table":
-        emit(f"{'file':<40} {_padded({name: name for name in extra})}{'label':<16} {'prob':>6}  others\n")
-    exit_code, header, is_unknown = 0, True, False
-    for prediction in predictions:
-        if prediction.error is not None:
-            exit_code = EXIT_DATA
-            is_unknown |= prediction.error.endswith(UNKNOWN)
-            complain(f"perceiver predict: {prediction.error}")
-        if style == "table":
-            emit(_table_row(prediction, top_k, all_probs, extra))
-        elif style == "jsonl":
-            emit_json(prediction.to_dict(top_k, all_probs=all_probs))
-        else:
-            cells = _cells(prediction, top_k, all_probs, extra)
-            emit((_csv_row(cells.keys(), style) if header else "") + _csv_row(cells.values(), style))
-            header = False
-    if is_unknown:
-        say(f"formats: {formats(reads)}")
-    return exit_code
+    @cached_property
+    def total(self) -> int | None:
+        """The number of files, without looking into them, or None: a list or a tar holds any number."""
+        if self.place.list is not None or "-" in self.inputs or self.pairs:
+            return None
+        folders = [sum(len(files) for _, _, files in os.walk(name)) for name in self.inputs if os.path.isdir(name)]
+        return sum(folders) + len(self.inputs) - len(folders)
 
+    def window(self, end_s: float, whole_s: float) -> None:
+        """Note the window of an input that is being answered."""
+        self.window_s, self.whole_s = end_s, whole_s
+        self._show()
 
-def _csv_row(cells: Iterable[Any], style: str) -> str:
-    """Return a row of CSV or TSV in which a spreadsheet finds no formula."""
-    safe = [f"'{c}" if isinstance(c, str) and c != "-" and c.startswith(FORMULAS) else c for c in cells]
-    stream = io.StringIO()
-    # The writer quotes every character of its line end: \r and \n both.
-    csv.writer(stream, delimiter="\t" if style == "tsv" else ",").writerow(safe)
-    return stream.getvalue().removesuffix("\r\n") + "\n"
+    def each(self, predictions: Iterable["Prediction"]) -> Iterator["Prediction"]:
+        """Yield predictions, and note how many inputs have one."""
+        for prediction in predictions:
+            yield prediction
+            # It is printed now.
+            self.done += not self.apart or prediction.path != self.path
+            self.path = prediction.path
+            self.place.answered(prediction.path, is_part=self.apart)
+            if not self.apart:
+                self.window_s = self.whole_s = 0.0
+                self._show()
 
+    def _show(self) -> None:
+        assert self.counter is not None
+        if time.monotonic() - self.counter.began < BESIDE_AFTER_S:
+            return
+        share = self.window_s / self.whole_s if self.whole_s else 0.0
+        facts = f"{self.window_s:,.0f} of {self.whole_s:,.0f} s of {show_path(self.path)}" if self.whole_s else None
+        self.counter(self.done - (self.apart and share < 1) + share, self.total, facts)
 
-def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> dict[str, Any]:
-    """Return the cells of a row of CSV by column; those of a bad input are empty."""
-    classes = prediction.classes
-    cells: dict[str, Any] = {"path": prediction.path, **_extra(prediction, extra)}
-    for rank, (name, prob) in enumerate(prediction.top(top_k) or [("", "")] * min(top_k, len(classes)), 1):
-        suffix = "" if rank == 1 else f"_{rank}"
-        cells |= {f"label{suffix}": name, f"prob{suffix}": prob}
-    if prediction.error is None:
-        cells["label"] = prediction.label  # or "unknown"
-    if prediction.min_prob:
-        cells["best"] = prediction.best if prediction.error is None else ""
-    if all_probs:
-        cells |= dict(zip((f"p_{name}" for name in classes), prediction.probs or [""] * len(classes), strict=True))
-    return {**cells, "error": prediction.error or ""}
+    def last_words(self) -> Iterator[str]:
+        """Yield what Ctrl-C says: how far it came, and what goes on."""
+        if self.done:
+            yield f"stopped after {counted(self.done, 'input')}"
+        if self.done and not self.inputs and (command := self.place.command()) is not None:
+            yield f"to continue: {command}"
 
 
-def _extra(prediction: "Prediction", names: Sequence[str]) -> dict[str, str]:
-    """Return the cells of the columns in EXTRA_WIDTH by name."""
-    facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
-    if "labels" in names:
-        facts["labels"] = ";".join(prediction.labels) if prediction.error is None else ""
-    return {name: "" if facts[name] is None else str(facts[name]) for name in names}
-
-
-def _padded(cells: Mapping[str, str]) -> str:
-    return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells.items())
-
-
-def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
-    shown = show_text(prediction.path)
-    if prediction.error is not None:
-        return f"{shown:<40} (not read)\n"
-    (best, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
-    rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
-    further = _padded(_extra(prediction, extra))
-    label = prediction.label if prediction.label == best else f"{prediction.label} ({best})"
-    return f"{shown:<40} {further}{show_text(label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+def _check_merge(
+    merge: bool, all_probs: bool, embeddings: Path | None, max_gap: float | None, min_length: float | None
+) -> None:
+    """Raise UsageError for options that say nothing without --merge, or with it."""
+    options_of_events = {"--max-gap": max_gap, "--min-length": min_length}
+    options_of_lines = {"--all-probs": all_probs or None, "--embeddings": embeddings}
+    named = [name for name, value in (options_of_lines if merge else options_of_events).items() if value is not None]
+    if named and merge:
+        raise UsageError(f"{named[0]} is of inputs or windows, not of events", "leave it out, or --merge")
+    if named:
+        raise UsageError(f"{named[0]} is of events", "pass --merge")
 
 
 def show_report(report: "Report", as_json: bool) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -43,6 +44,8 @@ SIGPIPE = 13  # where the system does not have it
 debug = False
 quiet = False  # -q: errors only
 verbose = False  # -v: also messages of libraries
+_at_signal: list[Callable[[], object]] = []
+_before_data: Callable[[], object] | None = None
 _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe took its place
 
 
@@ -303,6 +306,8 @@ def emit(text: str, *, styled: bool = False) -> None:
     """
     if is_terminal() and not styled:
         text = printable(text, "\n\t")
+    if _before_data is not None:
+        _before_data()
     emit_bytes(text.encode("utf-8", "surrogateescape"))
 
 
@@ -378,21 +383,56 @@ def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Seq
     emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
-def bar(*more: str) -> Progress:
-    """Return a progress bar on stderr with more text columns; it is hidden without a terminal and with -q."""
+def is_mute() -> bool:
+    """Return whether nothing is drawn: with -q, and where stderr is no terminal."""
+    return quiet or not stderr_is_terminal()
+
+
+def bar(*more: str, by_hand: bool = False) -> Progress:
+    """Return a progress bar on stderr with more text columns, hidden if `is_mute`. by_hand: no thread refreshes it."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    disable = not stderr_is_terminal() or quiet
-    return Progress(*columns, *map(TextColumn, more), console=talk(), transient=True, disable=disable)
+    return Progress(
+        *columns, *map(TextColumn, more), console=talk(), transient=True, disable=is_mute(), auto_refresh=not by_hand
+    )
 
 
 @contextmanager
-def counting(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar; yield the function that sets its (done, total)."""
-    with bar() as progress:
-        task = progress.add_task(description, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+def at_signal(act: Callable[[], object]) -> Iterator[None]:
+    """Call `act` if SIGINT or SIGTERM ends the process in the `with`, the innermost one first.
+
+    The second signal ends it at once. Without `act` the first one does: a hidden cursor would stay hidden.
+    """
+    before: dict[int, Any] = {}
+
+    def handle(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        for each in reversed(_at_signal):
+            with suppress(Exception):  # such as a write into the middle of another one
+                each()
+        end_by_signal(number)
+
+    _at_signal.append(act)
+    try:
+        if len(_at_signal) == 1 and threading.current_thread() is threading.main_thread():
+            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _at_signal.remove(act)
+
+
+@contextmanager
+def before_data(act: Callable[[], object] | None) -> Iterator[None]:
+    """Call `act` before data is written to a terminal in the `with`."""
+    global _before_data
+    _before_data, outer = act, _before_data
+    try:
+        yield
+    finally:
+        _before_data = outer
 
 
 def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
@@ -403,6 +443,13 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
     rows = list(flat_items(facts, ""))
     width = max(len(name) for name, _ in rows)
     emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes as 1.2 MB."""
+    from rich.filesize import decimal
+
+    return decimal(round(num_bytes))
 
 
 def figure(value: float | None, style: str) -> str:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
+from perceiver_cli.cli.progress import PLAIN_EVERY_S, counting, working
 from perceiver_cli.cli.several import folder_for, is_several, train_several
 from perceiver_cli.cli.terminal import (
     bar,
     clock,
-    counting,
     emit,
     emit_json,
     end_by_signal,
@@ -32,10 +32,10 @@ from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, No
 if TYPE_CHECKING:
     from perceiver_cli.config import Config
     from perceiver_cli.model.ranks import Ranks
+    from perceiver_cli.training.trainer import Trainer
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
 ORDER = {"train": 0, "val": 1, "test": 2}  # of splits, for people
-PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
 
 
 def train(
@@ -144,13 +144,13 @@ def train(
         resume, replace = _where_it_was_cut(output, ranks)
     from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
 
-    trainer = Trainer(
-        data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
-        started_at=STARTED_AT, dry_run=dry_run or on is not None, ranks=ranks,
-    )  # fmt: skip
+    with working("looking at the files"):
+        trainer = Trainer(
+            data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
+            started_at=STARTED_AT, dry_run=dry_run or on is not None, ranks=ranks,
+        )  # fmt: skip
     if dry_run or on is not None:
-        say_notes(trainer.plan.notes)
-        show_plan(trainer.dry_run(on), trainer.plan.account)
+        show_dry_run(trainer, on)
         ranks.meet()
         return
     events = trainer.fit()
@@ -353,6 +353,14 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
         f"{show_path(summary['output'])}",
     ]
+
+
+def show_dry_run(trainer: "Trainer", on: Any) -> None:
+    """Print the plan of a run with what it costs here or on a named machine."""
+    say_notes(trainer.plan.notes)
+    with working("measuring a step"):
+        summary = trainer.dry_run(on)
+    show_plan(summary, trainer.plan.account)
 
 
 def show_plan(summary: Mapping[str, Any], account: Account) -> None:

@@ -32,7 +32,7 @@ class Decoded:
     """The data of an example that is the same at every visit, by modality.
 
     arrays: decoded. long: sound and video too long to keep: each visit decodes a span. seconds: lengths on the time
-    axis. ready: prepared arrays of records. notes: what decoders left out.
+    axis. ready: prepared arrays of records. notes: what decoders left out. whole_s: of a window, the input's length.
     """
 
     arrays: Mapping[str, Array]
@@ -40,6 +40,7 @@ class Decoded:
     seconds: Mapping[str, float]
     ready: Mapping[str, ByteArray] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    whole_s: float = 0.0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -115,9 +116,10 @@ class Decoder:
         for at_once in zip_longest(*(inputs[name].windows(window_s, hop_s) for name in seconds)):
             moving = {name: window for name, window in zip(seconds, at_once, strict=True) if window is not None}
             start, _ = next(iter(moving.values()))  # sound comes first: frames are coarser
-            end = min(start + window_s, max(start, *seconds.values()))
+            whole_s = max(seconds.values())
+            end = min(start + window_s, max(start, whole_s))
             arrays = still | {name: array for name, (_, array) in moving.items()}
-            yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start))
+            yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start), whole_s=whole_s)
 
     def inputs(self, example: Example) -> dict[str, Input]:
         """Return an example's inputs by modality, not decoded yet. Raises as `decode`."""

@@ -187,13 +187,14 @@ def _check_rows(spec: InputSpec, hint: str) -> None:
 class Done:
     """Progress after one example: its records, or the error in their place, are written. count: examples so far.
 
-    example: the id of an unreadable one, with its error.
+    example: the id of an unreadable one, with its error. num_bytes: written so far by this process.
     """
 
     count: int
     total: int
     example: str = ""
     error: str | None = None
+    num_bytes: int = 0
 
 
 Npys = dict[str, bytes | memoryview]
@@ -290,7 +291,7 @@ def write_records(
             file = stack.enter_context(atomic_write(path, new=sharded))
             return Writer(file.write, job.header)
 
-        writer = None if sharded else started()
+        writer, num_bytes = None if sharded else started(), 0
         for count, outcome in enumerate(made(job, job.examples[skipped:], workers), start=skipped + 1):
             error = outcome[0][0].error
             members = b"".join(pack(*record, number, job.header) for number, record in enumerate(outcome, first))
@@ -302,7 +303,8 @@ def write_records(
                 writer, shard = None, shard + 1
             writer = writer or started()
             writer.packed(members, added, int(error is not None))
-            yield Done(count, len(job.examples), outcome[0][0].id, error)
+            num_bytes += len(members)
+            yield Done(count, len(job.examples), outcome[0][0].id, error, num_bytes)
         if writer is not None:
             writer.close()
 

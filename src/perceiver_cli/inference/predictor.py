@@ -6,7 +6,7 @@ Axes: B batch, N latents, D latent channels.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, takewhile
@@ -173,6 +173,17 @@ class Predictor:
         """All modalities of the model, sorted; `reader` has those to predict from."""
         return tuple(sorted(self.info.config.inputs))
 
+    def check_timed(self) -> None:
+        """Raise UsageError if no modality in use has a time axis that could be cut into windows."""
+        if not self.reader.timed:
+            raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
+
+    @property
+    def clip_s(self) -> float:
+        """The seconds of sound or film that one answer is from. Raises UsageError for a model without a time axis."""
+        self.check_timed()
+        return max(timed.clip_s(self.reader.specs[name]) for name, timed in self.reader.timed.items())
+
     @property
     def batch_that_fits(self) -> int:
         """The largest batch that fits FORWARD_BYTES, or half of a GPU's free memory, up to MOST_AT_ONCE."""
@@ -192,6 +203,7 @@ class Predictor:
         min_prob: float = 0.0,
         embeddings: bool = False,
         account: Account | None = None,
+        progress: Callable[[float, float], None] | None = None,
     ) -> Iterator[Prediction]:
         """Yield one prediction per input, in order; an unreadable input has `error` set.
 
@@ -199,8 +211,9 @@ class Predictor:
         one stem are one input of a model of several modalities), a manifest for its rows, a tar for its records. With
         `windows` an input has several predictions, or one that aggregates them; memory holds one batch of windows.
         `batch_size` is `batch_that_fits` by default; for windows on a CPU it is 1, which is as fast. `workers` read
-        whole inputs only. `min_prob`, `embeddings`: see Prediction. `account` gets what became of every path. At a
-        PAUSE among the inputs all before it are answered, whatever the size of the batch.
+        whole inputs only. `min_prob`, `embeddings`: see Prediction. `account` gets what became of every path.
+        `progress` is called with the end of each window and the length of its input, in seconds. At a PAUSE among the
+        inputs all before it are answered, whatever the size of the batch.
 
         Raises DataError for an unreadable manifest or records prepared with other options; IntegrityError for damaged
         records, after the predictions of those before them; UsageError for windows without a time axis.
@@ -214,9 +227,8 @@ class Predictor:
         examples = (example for named in inputs for example in self.examples(named, account))
         batch_size, blank = self.rows_at_once(batch_size, windows), self.blank(min_prob)
         if windows is not None:
-            if not self.reader.timed:
-                raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
-            yield from self._in_windows(examples, windows, batch_size, blank, embeddings, account)
+            self.check_timed()
+            yield from self._in_windows(examples, windows, batch_size, blank, embeddings, account, progress)
             return
         tasks = ordered_tasks(examples, batch_size)
         for batch, outputs in forward_batches(self.model, self.reader, tasks, self.compute, workers):
@@ -300,12 +312,14 @@ class Predictor:
         blank: Prediction,
         embeddings: bool,
         account: Account,
+        progress: Callable[[float, float], None] | None,
     ) -> Iterator[Prediction]:
         """Yield the predictions of examples cut into windows; `blank` holds their common fields."""
         rest = iter(examples)
         for first in rest:
             before_pause = takewhile(lambda example: example is not PAUSE, chain([first], rest))
-            predicted = self._predicted(self._cut(before_pause, windows, blank, account), batch_size, embeddings)
+            cut = self._cut(before_pause, windows, blank, account, progress)
+            predicted = self._predicted(cut, batch_size, embeddings)
             for _, of_one in groupby(predicted, key=lambda pair: pair[0]):
                 predictions = (prediction for _, prediction in of_one)
                 if windows.aggregate == "none":
@@ -314,8 +328,9 @@ class Predictor:
                     yield aggregated(predictions, windows.aggregate)
 
     def _cut(
-        self, examples: Iterable[Example], windows: Windows, blank: Prediction, account: Account
-    ) -> Iterator[tuple[int, Prediction, list[View]]]:
+        self, examples: Iterable[Example], windows: Windows, blank: Prediction, account: Account,
+        progress: Callable[[float, float], None] | None,
+    ) -> Iterator[tuple[int, Prediction, list[View]]]:  # fmt: skip
         """Yield for each window the number of its example, its prediction without probabilities, and its views."""
         for number, example in enumerate(examples):
             fault = None
@@ -327,6 +342,8 @@ class Predictor:
                         blank, path=example.path, names=example.names, used=used, start_s=start_s, end_s=end_s
                     )
                     yield number, window, self.reader.views(decoded)
+                    if progress is not None:
+                        progress(end_s or 0.0, decoded.whole_s)
             except DataError as error:
                 fault = "unreadable"
                 yield number, replace(blank, path=example.path, names=example.names, error=str(error)), []

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from perceiver_cli.data.account import NAMED, Account
-from perceiver_cli.data.examples import Example
+from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.inputs import Named
 from perceiver_cli.errors import PerceiverError, error_facts, error_from
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows
@@ -40,7 +40,8 @@ def predict_shared(
     size = predictor.rows_at_once(batch_size, windows)
     options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "windows": windows}
     options |= {"min_prob": min_prob, "embeddings": embeddings, "account": (answered := Account())}
-    every = (example for named in inputs for example in predictor.examples(named, account))
+    given = (named for named in inputs if named is not PAUSE)
+    every = (example for named in given for example in predictor.examples(named, account))
     own = (example for number, example in enumerate(every) if number // size % ranks.size == ranks.rank)
     errors: list[PerceiverError] = []
     answers = _until_error(_by_example(predictor, own, options), errors)
