@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +14,14 @@ from PIL import Image
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.inputs import Pipe
 from perceiver_cli.data.lint import lint
 from perceiver_cli.data.manifest import ColumnError, read_manifest
-from perceiver_cli.errors import DataError
+from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
 from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.inference.worth import worth
 from perceiver_cli.report.explanation import to_picture
 from perceiver_cli.report.html import page
 from perceiver_cli.training.trainer import Trainer
@@ -106,6 +110,41 @@ def test_a_model_answers_from_rows(sold: tuple[Path, Predictor], tmp_path: Path)
     assert wrong.error is not None
     assert "expected a number" in wrong.error
     assert right.label == "0"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"title": "one red shoe", "price": 10}\n{"title": "one blue shoe", "price": "15"}\n',
+        b"price;title\n10;one red shoe\n15;one blue shoe\n",
+        b'\xef\xbb\xbf"title","price"\n"one red shoe",10\n"one blue shoe",15\n',
+    ],
+)
+def test_rows_on_stdin(sold: tuple[Path, Predictor], data: bytes) -> None:
+    answers = list(sold[1].predict(Pipe("-", io.BytesIO(data))))
+    assert [(answer.path, answer.label) for answer in answers] == [("row 1", "0"), ("row 2", "1")]
+
+
+def test_one_row_on_the_command_line(sold: tuple[Path, Predictor], perceive: Perceive) -> None:
+    row = ("--row", "title=one blue shoe", "--row", "price=15")
+    done = perceive("predict", "-m", sold[1].path, *row)
+    answer = json.loads(done.stdout)
+    assert (answer["label"], answer["used"]) == ("1", ["table", "text"])
+    assert b"each key once" in perceive("predict", "-m", sold[1].path, "--row", "price").stderr
+    assert b"--row is the only input" in perceive("predict", "a.png", "-m", sold[1].path, *row).stderr
+
+
+def test_the_worth_of_inputs_adds_up(sold: tuple[Path, Predictor]) -> None:
+    data, predictor = sold
+    report = evaluate(predictor, data)
+    measured = worth(predictor, report)
+    assert sum(each.share for each in measured.shares.values()) + measured.chance == pytest.approx(report.accuracy)
+    assert measured.shares["text"].share > 0.1
+    for each in measured.shares.values():
+        assert each.interval_95[0] <= each.share <= each.interval_95[1]
+    assert {*measured.per_class} == {"0", "1"}
+    with pytest.raises(UsageError, match="2 to 8 inputs"):
+        worth(predictor, replace(report, modalities=("text",)))
 
 
 def test_words_and_columns_are_explained_and_shown(sold: tuple[Path, Predictor], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import codecs
 import glob
 import io
+import json
 import os
 import re
 import select
@@ -65,6 +66,10 @@ Root = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a manif
 PathColumns = Annotated[
     list[str] | None,
     typer.Option("--path-column", metavar="NAME", help="Manifest's column of paths, or image=NAME for one modality."),
+]
+Rows = Annotated[
+    list[str] | None,
+    typer.Option("--row", metavar="KEY=VALUE", help="Cell of one row to answer, for a model of a table's columns."),
 ]
 TABLE = "table"  # in `--column`: a number, a category or a date, by its cells
 Columns = Annotated[
@@ -281,9 +286,13 @@ class ListPlace:
 
 
 def listed_to_predict(
-    inputs: list[str], files_from: str | None, null: bool, stdin_name: str
+    inputs: list[str], files_from: str | None, null: bool, stdin_name: str, row: list[str] | None = None
 ) -> tuple[Iterator[Any], ListPlace]:
     """Return the paths to predict, those in a list, and the bytes on stdin as a Pipe; and the ListPlace in the list."""
+    if row:
+        if inputs or files_from is not None:
+            raise UsageError("--row is the only input", "leave out the files, or name them in the row")
+        return iter([_row(row)]), ListPlace()
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
@@ -305,6 +314,19 @@ def listed_to_predict(
             yield path or PAUSE
 
     return chain(map(opened, inputs), taken()), place
+
+
+def _row(cells: list[str]) -> Any:
+    """Return the row that KEY=VALUE words describe, as JSON."""
+    from perceiver_cli.preprocess.source import Source
+
+    values: dict[str, str] = {}
+    for cell in cells:
+        name, equals, value = cell.partition("=")
+        if not equals or not name or name in values:
+            raise UsageError(f"--row {cell}: expected KEY=VALUE, each key once", "such as --row title='red shoe'")
+        values[name] = value
+    return Source("row.jsonl", json.dumps(values).encode())
 
 
 def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:

@@ -2,7 +2,8 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,6 +54,9 @@ def evaluate(
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
     ] = False,
+    worth: Annotated[
+        bool, typer.Option("--worth", help="Share of each input (image, text, ...) in the accuracy, by Shapley.")
+    ] = False,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
@@ -85,6 +89,12 @@ def evaluate(
     ranks.meet()
     if report is None:  # the first process has it
         return
+    if worth:
+        from perceiver_cli.inference.worth import worth as shares_of
+
+        with counting("sets of inputs") as progress:
+            measured = shares_of(predictor, report, batch_size, workers, progress)
+        report = replace(report, worth=measured.to_dict())
     say_notes(report.notes)
     say_lines(report.files.brief())
     for _, error in report.bad[:20]:
@@ -106,6 +116,7 @@ def evaluate(
 
 def predict(
     inputs: options.Inputs = None,
+    row: options.Rows = None,
     model: options.Model = None,
     use: options.Use = None,
     window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of this many seconds.")] = None,
@@ -159,7 +170,7 @@ def predict(
     cut.check(workers)
     _check_merge(merge, all_probs, embeddings, max_gap, min_length)
     ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
-    sources, place = options.listed_to_predict(inputs or [], files_from, null, stdin_name)
+    sources, place = options.listed_to_predict(inputs or [], files_from, null, stdin_name, row)
     if embeddings is not None:
         check_embeddings(embeddings)
     given = options.data_options(root, path_columns, None, None, columns)
@@ -194,7 +205,10 @@ def predict(
 
 
 def explain(
-    inputs: Annotated[list[str], typer.Argument(metavar="INPUT...", help="A file, or one per modality; - for stdin.")],
+    inputs: Annotated[
+        list[str] | None, typer.Argument(metavar="INPUT...", help="A file, or one per modality; - for stdin.")
+    ] = None,
+    row: options.Rows = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -217,7 +231,7 @@ def explain(
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
         check_suffix(output, (".png", ".ply", ".npz"), "-o", "not a format of explanations")
-    named = list(options.listed_to_predict(inputs, None, False, "-")[0])
+    named = list(options.listed_to_predict(inputs or [], None, False, "-", row)[0])
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
@@ -331,6 +345,8 @@ def show_report(report: "Report", as_json: bool) -> None:
     emit_table(["class", *columns], rows)
     if report.by is not None:
         show_by(report, report.by)
+    if report.worth is not None:
+        show_worth(report.worth)
 
 
 def show_by(report: "Report", by: str) -> None:
@@ -348,3 +364,17 @@ def show_by(report: "Report", by: str) -> None:
         for value, row in rows
     )  # fmt: skip
     emit_table([show_text(by), "count", "accuracy", "interval"], cells)
+
+
+def show_worth(worth: Mapping[str, Any]) -> None:
+    """Print what each input adds to the accuracy, overall and for each class."""
+    emit(f"\nworth: accuracy {worth['accuracy']:.4f} = {worth['chance']:.4f} by chance + the share of each input\n")
+    rows = []
+    for name, each in worth["shares"].items():
+        low, high = each["interval_95"]
+        rows.append([name, f"{each['share']:.4f}", f"{low:.4f} to {high:.4f}", f"{worth['alone'][name]:.4f}"])
+    emit_table(["input", "share", "95 %", "accuracy alone"], rows)
+    names, classes = list(worth["shares"]), list(worth["per_class"].items())
+    if len(classes) <= MANY_CLASSES:
+        by_class = ([show_text(name), *(f"{of[each]['share']:.3f}" for each in names)] for name, of in classes)
+        emit_table(["class", *names], by_class)

@@ -23,7 +23,7 @@ from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
-from perceiver_cli.data.manifest import NO_OPTIONS, Row
+from perceiver_cli.data.manifest import NO_OPTIONS, Row, is_manifest, read_manifest
 from perceiver_cli.data.pairing import TABLE, as_points, assemble, either, identity, sources_of, stem, tables_beside
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
@@ -139,13 +139,15 @@ def examples_of(
         found = "; ".join(listing.account.brief())
         raise DataError(f"{show_path(listing.folder)}: nothing to predict: {found}", f"expected {either(reads)}")
     account.add(listing.account)
-    for example in chain(_held_examples(named, reads, limits, use), _tar_examples(listing.tars, reads, limits)):
+    for example in chain(
+        _held_examples(named, reads, limits, use, options), _tar_examples(listing.tars, reads, limits)
+    ):
         account.paths += 0 if example is PAUSE else len(example.files)
         yield example
 
 
 def _held_examples(
-    named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str]
+    named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str], options: Sequence[DataConfig]
 ) -> Iterator[Example]:
     """Yield the examples of an input that is no path: one, but those of all records of a pipe."""
     if isinstance(named, Example):
@@ -161,9 +163,41 @@ def _held_examples(
         elif kind == "archives":
             yield from _listing_examples(listed_stream(stream, named.name, "ignored"), [*reads], use)
         else:
-            yield _file_example(piped(Source(named.name, received(stream, limits)), only(use)), use)
+            source = Source(named.name, received(stream, limits))
+            if (suffix := _suffix_of_rows(source, options)) is not None:
+                yield from _row_examples(replace(source, name=f"stdin{suffix}"), reads, use, options)
+            else:
+                yield _file_example(piped(source, only(use)), use)
+    elif isinstance(named, Source) and _suffix_of_rows(named, options) is not None:
+        yield from _row_examples(named, reads, use, options)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
+
+
+def _suffix_of_rows(source: Source, options: Sequence[DataConfig]) -> str | None:
+    """Return the suffix of the manifest that bytes are, to a model that reads columns; None if they are one file.
+
+    JSON begins with a bracket; the first line of a CSV names a column of the model.
+    """
+    columns = options[0].columns
+    if not columns or not isinstance(source.data, bytes):
+        return None
+    if is_manifest(source.name, labelled=False):
+        return os.path.splitext(source.name)[1]
+    first = (
+        source.data.removeprefix(codecs.BOM_UTF8).lstrip()[:HEAD_BYTES].partition(b"\n")[0].decode("utf-8", "replace")
+    )
+    if first.startswith(("{", "[")):
+        return ".jsonl"
+    return ".csv" if {cell.strip().strip('"') for cell in re.split(r"[,;\t|]", first)} & columns.keys() else None
+
+
+def _row_examples(
+    source: Source, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
+) -> Iterator[Example]:
+    """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder."""
+    manifest = fitting(lambda each: read_manifest(source, each, "ignored"), options)
+    yield from _listing_examples(Listing(manifest.rows, folder=options[0].root or "", by_stem=False), [*reads], use)
 
 
 def piped(source: Source, wanted: str | None = None) -> File:

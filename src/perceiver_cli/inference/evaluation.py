@@ -79,6 +79,7 @@ class Report:
     examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
     files: Account = field(default_factory=Account)  # what became of every path of the data
     by: str | None = None  # column of a manifest, or "parent", whose values divide the examples
+    worth: Mapping[str, Any] | None = None  # of each input, see `inference.worth`
 
     @cached_property
     def by_value(self) -> dict[str, dict[str, Any]]:
@@ -161,6 +162,7 @@ class Report:
             "notes": list(self.notes),
             "files": self.files.to_dict(),
         }
+        facts |= {} if self.worth is None else {"worth": self.worth}
         if self.confusion is None:
             return facts | {"mAP": self.mean_average_precision}
         if len(self.classes) <= WHOLE_MATRIX:
