@@ -21,7 +21,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, Val
 from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import cause, open_file, show_path
-from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size, Table
+from perceiver_cli.preprocess.spec import Auto, Fraction, InputSpec, Limits, Positive, Size, Table
 from perceiver_cli.presets import preset_names, preset_text
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -181,13 +181,15 @@ def duration_steps(duration: Duration, total_steps: int, steps_per_epoch: int) -
     return round(amount * (steps_per_epoch if unit.startswith("epoch") else 1))
 
 
+AUTO_EPOCHS, AUTO_STEPS = 40, 2000  # of epochs = "auto": at least both
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Table):
     """Optimiser, schedule and length of a run."""
 
-    epochs: Annotated[float, Field(gt=0)] = 120.0  # passes over the training examples
+    # Passes over the training examples; "auto": 40, or as many as make 2,000 steps.
+    epochs: Annotated[float, Field(gt=0)] | Auto = 120.0
     max_steps: Annotated[int, Field(gt=0)] | None = None  # upper bound of the steps of `epochs`
     steps: Annotated[int, Field(gt=0)] | None = None  # overrides epochs and max_steps
     max_time_s: Positive | None = None  # overrides every other length: the schedule is planned to end with it
@@ -208,9 +210,10 @@ class TrainConfig(Table):
     decay_factor: Positive = 0.1  # factor of the learning rate at each of decay_at
     clip_norm: Positive | None = None  # largest norm of the gradient
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
-    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Images only.
-    mixup: Annotated[float, Field(ge=0)] = 0.0
-    cutmix: Annotated[float, Field(ge=0)] = 0.0  # as mixup
+    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Pictures or sound
+    # only. "auto": MixUp for fewer than 1,000 of these, CutMix too for pictures.
+    mixup: Annotated[float, Field(ge=0)] | Auto = 0.0
+    cutmix: Annotated[float, Field(ge=0)] | Auto = 0.0  # as mixup
     ema_decay: Decay = 0.0  # 0: no averaging
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
     eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
@@ -221,6 +224,12 @@ class TrainConfig(Table):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 on a GPU, else fp32
     recompute: bool = False  # compute latent Transformers again in the backward pass: less memory, a third more time
     compile: bool = False  # compile latent Transformers, for GPUs: a minute at the start
+
+    def epochs_for(self, count: int) -> float:
+        """Return the epochs of a run on `count` training examples."""
+        if self.epochs != "auto":
+            return self.epochs
+        return max(AUTO_EPOCHS, AUTO_STEPS * self.batch_size * self.accumulate / max(1, count))
 
 
 def _validation(key: str, table: Any) -> Callable[[], InputSpec]:
@@ -370,7 +379,8 @@ def tiny_config(modalities: Iterable[str]) -> Config:
     for name, tiny in zip(names, presets, strict=True):
         spec = tiny.inputs[name] if name in tiny.inputs else InputSpec.kinds[name](modality=name)
         inputs[name] = spec.model_copy(update=dropout)
-    length = {"epochs": max(p.train.epochs for p in presets), "batch_size": min(p.train.batch_size for p in presets)}
+    epochs = [p.train.epochs for p in presets if p.train.epochs != "auto"]
+    length = {"epochs": max(epochs, default="auto"), "batch_size": min(p.train.batch_size for p in presets)}
     train = presets[0].train.model_copy(update=length)
     return Config(name=f"tiny-{'-'.join(names)}", model=presets[0].model, inputs=inputs, train=train)
 

@@ -573,3 +573,9 @@ def test_too_few_files_for_workers_are_told_before_they_start() -> None:
                 next(begin())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, old)
+
+
+def test_weights_of_several_labels_are_those_of_the_present_ones() -> None:
+    weights = class_weights([10, 50, 1, 0], 1.0, 100)
+    assert weights.tolist() == pytest.approx([9, 1, 99, 99])
+    assert class_weights([1], 1.0, 1000).tolist() == [100]

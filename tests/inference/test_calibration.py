@@ -212,3 +212,11 @@ def test_several_labels_have_thresholds(perceive: Perceive, tmp_path: Path) -> N
     table = perceive("predict", "-m", run, "--format", "tsv", "--min-prob", "1", *files[:1]).stdout.splitlines()
     assert table[0].split(b"\t")[:3] == [b"path", b"labels", b"label"]
     assert table[1].split(b"\t")[1:3] == [b"", b"unknown"]
+
+
+def test_smoothed_targets_bound_the_temperature_of_answers_that_are_all_right() -> None:
+    logits = 3.0 * np.eye(3)[[0, 1, 2, 0] * 8]
+    labels = np.array([0, 1, 2, 0] * 8)
+    assert 0.3 < fit_temperature(logits, labels, 1 / 34) < 1.5
+    logits, labels = drawn(2.5)
+    assert fit_temperature(logits, labels, 1 / 4002) == pytest.approx(2.5, rel=0.06)

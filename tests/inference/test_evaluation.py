@@ -296,3 +296,20 @@ def test_accuracy_by_a_column_of_the_manifest(perceive: Perceive, trained: Path,
         assert perceive("evaluate", data, "-m", trained, "--by", column).returncode == 3
     facts = json.loads(perceive("evaluate", bars, "-m", trained, "--by", "parent", "--json").stdout)
     assert facts["by"]["parent"].keys() == {"left", "middle", "right"}
+
+
+def test_views_are_averaged_and_the_same_every_time(trained: Path, bars: Path) -> None:
+    one, three, again = (evaluate(Predictor(trained, views=n), bars) for n in (None, 3, 3))
+    assert three.records == again.records
+    assert [record["prob"] for record in three.records] != [record["prob"] for record in one.records]
+    assert three.accuracy > 0.9
+
+
+def test_the_interval_comes_before_the_accuracy(
+    predictor: Predictor, bars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = evaluate(predictor, bars)
+    show_report(report, False)
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("test: accuracy between ")
+    assert second.startswith("test: accuracy ")

@@ -91,7 +91,7 @@ def test_parameters_of_learned_positions_and_perceiver_io(
     assert count(built) == estimate(config, layouts, 1000).parameters == parameters
 
 
-@pytest.mark.parametrize("stem", ["none", "linear", "conv-same", "conv-valid"])
+@pytest.mark.parametrize("stem", ["none", "linear", "conv", "conv-same", "conv-valid"])
 @pytest.mark.parametrize("head", ["mean", "query"])
 def test_flops_and_parameters_of_stems_and_heads(stem: str, head: str) -> None:
     spec = ImageSpec.model_validate({"size": [30, 25], "stem": stem, "stem_channels": 8, "bands": 3})

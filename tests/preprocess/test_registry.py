@@ -241,7 +241,7 @@ def test_every_modality_says_what_others_ask_of_it() -> None:
         assert modality(name).num_views(spec) == 3
     assert modality("video").contains == ("audio",)
     assert all(modality(name).preparation for name in views)
-    assert [name for name in views if modality(name).can_mix] == ["image"]
+    assert [name for name in views if modality(name).can_mix] == ["audio", "image"]
     from perceiver_cli.config import load_preset
 
     for name in views:

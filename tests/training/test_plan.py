@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_cli.config import load_preset
+from perceiver_cli.config import load_preset, tiny_config
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.training.events import Started
+from perceiver_cli.training.plan import settled_training
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, write_images
 
@@ -63,7 +64,9 @@ def test_a_recipe_takes_its_part_of_what_there_is(clips: Path, pairs: Path, tmp_
     assert len(trainer.plan.train_examples) + len(trainer.plan.val_examples) == 96
     with pytest.raises(DataError, match=r"holds audio\+image, but tiny-av reads audio\+video"):
         Trainer(pairs, tmp_path / "run", load_preset("tiny-av"), overrides=SMALL)
-    with pytest.raises(UsageError, match=r"mixup and train\.cutmix need images alone, this run reads audio\+image"):
+    with pytest.raises(
+        UsageError, match=r"mixup and train\.cutmix need pictures or sound alone, this run reads audio\+image"
+    ):
         Trainer(pairs, tmp_path / "run", overrides=["train.mixup=0.2"])
 
 
@@ -74,7 +77,10 @@ def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
     assert plan["steps"] == 66  # 10 x 105 / 16, rounded up
     assert plan["val_from"] == "held out by a hash of each name"
     assert plan["inputs"]["image"]["shape"] == [12, 12]
-    assert plan["inputs"]["image"]["words"] == "12 x 12 grey, single pixels"
+    assert (
+        plan["inputs"]["image"]["words"]
+        == "12 x 12 grey, whole, single pixels; varied in training by colours, crops from 35% on"
+    )
     assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
     assert plan["training_bytes"] > plan["parameters"] * 16
 
@@ -97,3 +103,16 @@ def test_stopped_before_the_first_step_leaves_nothing(bars: Path, tmp_path: Path
     assert isinstance(events[0], Started)
     assert not [event for event in events if hasattr(event, "step")]
     assert not (tmp_path / "run").exists()
+
+
+def test_length_and_mixing_follow_the_number_of_examples() -> None:
+    recipe = load_preset("tiny-image")
+    few, many = (settled_training(recipe, count) for count in (200, 60_000))
+    assert (few.epochs, few.mixup, few.cutmix) == (640, 0.2, 1.0)  # 2,000 steps of 64
+    assert (many.epochs, many.mixup, many.cutmix) == (40, 0, 0)
+    sound = settled_training(load_preset("tiny-audio"), 200)
+    assert (sound.mixup, sound.cutmix) == (0.2, 0)
+    mine = settled_training(recipe.override(["train.epochs=3", "train.mixup=0"]), 200)
+    assert (mine.epochs, mine.mixup) == (3, 0)
+    pair = tiny_config(["image", "points"])
+    assert settled_training(pair, 200).mixup == 0

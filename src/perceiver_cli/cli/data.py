@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,11 +12,12 @@ from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.progress import counting, this_command, working
 from perceiver_cli.cli.terminal import complain, emit, emit_json, emit_table, say, say_lines, say_notes, size
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
-from perceiver_cli.files import show_path, show_text
+from perceiver_cli.files import check_suffix, show_path, show_text, write_text
 
 if TYPE_CHECKING:
     from perceiver_cli.data.lint import Copies, LintReport
     from perceiver_cli.data.prepare import Done
+    from perceiver_cli.inference.labels import LabelReport
 
 LISTED = 20  # findings of a kind in the text report
 NAMED = 5  # names on a line
@@ -154,6 +155,19 @@ def lint(
     columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels",
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="Judge labels by a run or model file: report probably wrong ones, and near-copies.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Page of --labels: FILE.html."),
+    ] = None,
     json: options.Json = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,
     limit: options.Limit = None,
@@ -167,6 +181,11 @@ def lint(
     unreadable or content is in several splits.
     """
     options.check_data(data)
+    if labels is not None:
+        _lint_labels(data, labels, output, limit, options.data_options(root, path_columns, label_column, pair), json)
+        return
+    if output is not None:
+        raise UsageError("-o needs --labels", "--json prints the report of faults")
     from perceiver_cli.config import DataConfig
     from perceiver_cli.data.lint import lint as check
 
@@ -177,6 +196,53 @@ def lint(
     show_lint(report, json)
     if report.failed:
         raise typer.Exit(EXIT_DATA)
+
+
+def _lint_labels(
+    data: str, model: str, output: Path | None, limit: list[str] | None, read: Mapping[str, Any], as_json: bool
+) -> None:
+    from perceiver_cli.inference.labels import check_labels
+
+    if output is not None:
+        check_suffix(output, (".html",), "-o", "not a page")
+    predictor = options.open_predictor(model, "auto", "auto", limit, None, read)
+    with counting("judging") as progress:
+        report = check_labels(predictor, data, progress)
+    say_notes(report.notes)
+    if output is not None:
+        from perceiver_cli.report.labels import labels_page
+
+        write_text(output, labels_page(report, predictor, data))
+        say(f"wrote {show_path(output)}")
+    show_labels(report, as_json)
+
+
+def show_labels(report: "LabelReport", as_json: bool) -> None:
+    """Print suspect labels and near-copies: the first of each kind, or one JSON object."""
+    if as_json:
+        emit_json(report.to_dict())
+        return
+    suspects = [
+        f"{suspect.split}: {show_path(suspect.path)}: {show_text(suspect.label)} ({suspect.prob:.2f}), "
+        f"rather {show_text(suspect.suggested)} ({suspect.suggested_prob:.2f})"
+        for suspect in report.suspects
+    ]
+    copies = [
+        f"{copy.split}: {show_path(copy.path)} = {copy.other_split}: {show_path(copy.other)}"
+        + ("" if copy.labels[0] == copy.labels[1] else f" ({', '.join(map(show_text, copy.labels))})")
+        for copy in report.copies
+    ]
+    for kind, findings in (("suspect labels", suspects), ("near-copies", copies)):
+        emit_findings(kind, findings)
+    if not suspects and not copies:
+        emit(f"no suspect label and no near-copy among {counted(report.num_examples, 'example')}\n")
+
+
+def emit_findings(kind: str, findings: Sequence[str]) -> None:
+    """Print the findings of a kind: their number, and the first ones; nothing without any."""
+    if findings:
+        more = [f"... and {len(findings) - LISTED} more, all with --json"] if len(findings) > LISTED else []
+        emit(f"{kind}: {len(findings)}\n" + "".join(f"  {line}\n" for line in [*findings[:LISTED], *more]))
 
 
 def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
@@ -238,9 +304,7 @@ def show_lint(report: "LintReport", as_json: bool) -> None:
         "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
     }
     for kind, findings in kinds.items():
-        if findings:
-            more = [f"... and {len(findings) - LISTED} more, all with --json"] if len(findings) > LISTED else []
-            emit(f"{kind}: {len(findings)}\n" + "".join(f"  {line}\n" for line in [*findings[:LISTED], *more]))
+        emit_findings(kind, findings)
     emit("\n".join(report.files.lines()) + "\n")
     if not any(kinds.values()):
         emit("nothing unreadable, no duplicates, nothing silent, constant or tiny\n")

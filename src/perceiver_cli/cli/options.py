@@ -39,6 +39,12 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
+Views = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=64, help="Views of each input to average: crops, draws of points, clips of sound and video."
+    ),
+]
 Precision = Annotated[Floats, typer.Option(help="Precision of matrix products; auto is bf16 on a GPU, else fp32.")]
 Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
 Devices = Annotated[
@@ -203,6 +209,7 @@ def open_predictor(
     limit: list[str] | None,
     use: str | None,
     data: Mapping[str, Any] | None = None,
+    views: int | None = None,
 ) -> Any:
     """Return the Predictor that the options ask for. data: see `data_options`."""
     from perceiver_cli.preprocess.spec import Limits
@@ -210,7 +217,8 @@ def open_predictor(
     path = model_file(model)
     from perceiver_cli.inference.predictor import Predictor
 
-    predictor = Predictor(path, device, precision, use=None if use is None else re.split(r"[,\s]+", use.strip()))
+    used = None if use is None else re.split(r"[,\s]+", use.strip())
+    predictor = Predictor(path, device, precision, use=used, views=views)
     predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **raised_limits(limit)})
     predictor.options = data or {}
     return predictor
@@ -446,6 +454,14 @@ def raised_limits(assignments: list[str] | None) -> dict[str, float]:
         value = (duration if name.endswith("_seconds") else number)(f"--limit {assignment}", text)
         raised[name] = int(value) if value.is_integer() else value
     return raised
+
+
+def limit_changes(assignments: list[str] | None) -> list[str]:
+    """Return the overrides of a recipe that raise the limits in NAME=VALUE assignments."""
+    from perceiver_cli.config import Flag
+
+    raised = raised_limits(assignments).items()
+    return [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
 
 
 def number(option: str, text: str) -> float:

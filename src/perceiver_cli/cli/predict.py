@@ -61,6 +61,7 @@ def evaluate(
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
     label_column: options.LabelColumn = None,
+    views: options.Views = None,
     json: options.Json = False,
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
@@ -80,7 +81,7 @@ def evaluate(
 
     given = options.data_options(root, path_columns, label_column, None, columns)
     given |= {} if by is None else {"group_by": by}
-    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
+    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
@@ -107,6 +108,7 @@ def evaluate(
         words += (["--use", use] if use is not None else []) + options.data_words(given)
         words = ["--by" if word == "--group-by" else word for word in words]
         words += [word for raised in limit or [] for word in ("--limit", raised)]
+        words += [] if views is None else ["--views", str(views)]
         write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     show_report(report, json)
@@ -144,6 +146,7 @@ def predict(
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
     min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
+    views: options.Views = None,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = 0,
@@ -174,7 +177,7 @@ def predict(
     if embeddings is not None:
         check_embeddings(embeddings)
     given = options.data_options(root, path_columns, None, None, columns)
-    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given)
+    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
     windows, account = options.windows_of(cut, predictor), Account()
     apart = windows is not None and windows.aggregate == "none"
     follow = _Following(inputs or [], place, pairs=len(predictor.modalities) > 1, apart=apart)
@@ -325,6 +328,9 @@ def show_report(report: "Report", as_json: bool) -> None:
     calibration = "" if report.ece is None else f"ECE {report.ece:.4f}  "
     if report.ece != report.ece_uncalibrated:
         calibration += f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})  "
+    low, high = report.intervals_95.get("accuracy", (None, None))
+    if low is not None and high is not None:
+        emit(f"{report.split}: accuracy between {low:.3f} and {high:.3f} (95 % interval)\n")
     emit(
         f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
         f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"

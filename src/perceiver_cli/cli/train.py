@@ -75,6 +75,9 @@ def train(
     columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
+    balance: Annotated[
+        bool, typer.Option("--balance", help="Weigh classes, or labels, by how rare they are: each counts alike.")
+    ] = False,
     group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
     seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train as many runs of different seeds.")] = None,
     folds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train a run for each fold of the data.")] = None,
@@ -118,6 +121,7 @@ def train(
         "--workers": ("data.workers", workers),
         "--max-bad": ("data.max_bad", max_bad),
         "--group-by": ("data.group_by", group_by),
+        "--balance": ("data.class_weight_power", 1.0 if balance else None),
     }
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
@@ -127,8 +131,7 @@ def train(
         overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
     overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair, columns))
-    raised = options.raised_limits(limit).items()
-    overrides += [Flag(f"--limit {name}={value}", f"data.limits.{name}", value) for name, value in raised]
+    overrides += options.limit_changes(limit)
     if resume and output is None:
         output = Path("runs/latest").resolve()
     options.check_data(data)
@@ -270,6 +273,8 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     say(f"{ending}: {counted(event.step, 'step')} in {clock(event.elapsed_s)}")
     if "val_accuracy" in event.metrics:
         say(kept_line(event.metrics, display.highest))
+        if "temperature" in event.metrics:
+            say(calibration_line(event.metrics))
     if received:
         say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
@@ -286,6 +291,13 @@ def kept_line(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
     if several or highest is None or not highest.accuracy > accuracy:
         return line
     return f"{line}; step {highest.step} had {highest.accuracy:.4f}, no more than chance apart"
+
+
+def calibration_line(metrics: Mapping[str, float]) -> str:
+    """Return a line about the temperature that the model file holds."""
+    ece, before = metrics["val_ece"], metrics["val_ece_uncalibrated"]
+    told = f"temperature {metrics['temperature']:.3f}, fitted on validation"
+    return f"calibrated: {told}; calibration error (ECE) {ece:.4f} there, {before:.4f} without"
 
 
 class _Display:
@@ -340,7 +352,11 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         for layout in summary["inputs"].values()
     )
     steps = summary["steps"]
-    length = counted(steps, "step") if steps else f"as many steps as fit in {clock(summary['max_time_s'])}"
+    if steps:
+        epochs = steps * summary["batch_size"] / summary["splits"]["train"]
+        length = f"{counted(steps, 'step')} ({epochs:.3g} epochs)"
+    else:
+        length = f"as many steps as fit in {clock(summary['max_time_s'])}"
     data = Path(summary["data"])
     place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
     return [

@@ -46,6 +46,7 @@ from perceiver_cli.data.pairing import (
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.detection import (
     UNKNOWN,
     File,
@@ -478,6 +479,8 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
 
     Raises DataError, which names the first option that differs, for records of another preparation.
     """
+    known = TrainingSet(len(catalog.splits["train"]), tuple(catalog.classes))
+    specs = {name: modality(name).adapt(spec, known) for name, spec in specs.items()}
     if catalog.prepared is not None:
         settled = catalog.prepared.settled(specs)
         catalog.prepared.check(show_path(catalog.root), settled, "this run")

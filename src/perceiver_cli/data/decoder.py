@@ -20,6 +20,7 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import Stored
 
+VIEW_SEED = 1
 NOTED = 1 << 16  # maximum number of files whose length is remembered
 LONG_CLIPS = 8  # clips; each visit of a longer file decodes one span, and nothing is kept
 DROPOUT_STREAM = 1  # separates the random numbers of modality dropout from those of augmentation
@@ -57,6 +58,7 @@ class Decoder:
     """Turns examples into arrays and arrays into views. Keeps arrays in memory up to a budget."""
 
     def __init__(self, specs: Mapping[str, InputSpec], limits: Limits, bad: Mapping[str, str] | None = None) -> None:
+        self.asked_views: int | None = None  # views of an example in evaluation; None leaves it to the specs
         self.specs = dict(sorted(specs.items()))
         self.limits = limits
         self.bad: dict[str, str] = dict(bad or {})  # example id -> error
@@ -76,7 +78,9 @@ class Decoder:
 
     @property
     def num_views(self) -> int:
-        """Number of windows of an example in evaluation."""
+        """Number of views of an example in evaluation."""
+        if self.asked_views is not None:
+            return self.asked_views
         return max((modality(name).num_views(spec) for name, spec in self.specs.items()), default=1)
 
     def decode(self, example: Example) -> Decoded:
@@ -183,13 +187,22 @@ class Decoder:
             dropout = {name: self.specs[name].dropout for name in names}
             names = kept(dropout, np.random.default_rng([*seeds, DROPOUT_STREAM]))
         starts = self.starts(decoded, rng)
-        return [{name: self._prepare(name, decoded, rng, start_s) for name in names} for start_s in starts]
+        rngs = [rng] if rng is not None else [self._view_rng(place) for place in range(len(starts))]
+        looks = zip(starts, rngs, strict=True)
+        specs = self.specs if rng is not None else {name: modality(name).viewed(self.specs[name]) for name in names}
+        return [{name: self._prepare(name, specs[name], decoded, r, start_s) for name in names} for start_s, r in looks]
+
+    def _view_rng(self, place: int) -> np.random.Generator | None:
+        """Return the random numbers of a view that was asked for; the first is that of one view alone."""
+        return None if self.asked_views is None or place == 0 else np.random.default_rng([VIEW_SEED, place])
 
     def starts(self, decoded: Decoded, rng: np.random.Generator | None = None) -> list[float | None]:
         """Return the start of each view in seconds; None lets the modality choose, which is exact to the sample."""
         clips = [self.timed[name].clip_s(self.specs[name]) for name in decoded.seconds]
         count = 1 if rng is not None else self.num_views
-        if not clips or (count == 1 and len(clips) == 1 and not decoded.long):
+        alone = len(clips) == 1 and not decoded.long
+        itself = any(timed.starts_itself(self.specs[name]) for name, timed in self.timed.items())
+        if not clips or (alone and (count == 1 or itself)):
             return [None] * count
         spare_s = max(0.0, min(decoded.seconds.values()) - max(clips))
         if rng is not None:
@@ -200,16 +213,18 @@ class Decoder:
         """Return the decoded array of the view from `start_s` on (None: the middle), and its start in seconds."""
         spec, seconds = self.specs[name], decoded.seconds[name]
         clip_s = self.timed[name].clip_s(spec)
-        start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
         if name in decoded.long:
+            start_s = max(0.0, seconds - clip_s) / 2 if start_s is None else start_s
             return decoded.long[name].array((start_s, clip_s)), start_s
+        if start_s is None:
+            start_s = self.timed[name].first_s(decoded.arrays[name], spec)
         rate_hz = self.timed[name].steps_hz(spec)
         return decoded.arrays[name][round(start_s * rate_hz) :][: max(1, round(clip_s * rate_hz))], start_s
 
     def _prepare(
-        self, name: str, decoded: Decoded, rng: np.random.Generator | None, start_s: float | None
+        self, name: str, spec: InputSpec, decoded: Decoded, rng: np.random.Generator | None, start_s: float | None
     ) -> ByteArray:
-        spec, timed = self.specs[name], self.timed.get(name)
+        timed = self.timed.get(name)
         if name in decoded.ready:
             return decoded.ready[name]
         if timed is None:

@@ -319,7 +319,7 @@ def evaluate_shared(
     progress: Callable[[int, int], None] | None = None,
 ) -> Report | None:
     """Return in the first of several processes what `evaluate` does, None in the others."""
-    reads, (catalog, used) = predictor.modalities, _catalog(predictor, data)
+    reads, (catalog, used) = predictor.modalities, labelled_catalog(predictor, data)
     catalog, origin = split_of_run(catalog, predictor, split)
     name, examples = choose_split(catalog, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
@@ -334,7 +334,7 @@ def evaluate_shared(
     if name == "val" and predictor.info.calibration is not None:
         notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
     scored = label_logits(
-        predictor.model, _reader(predictor, catalog), examples, predictor.compute,
+        predictor.model, reader_of(predictor, catalog), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
         None if progress is None else lambda done: progress(done, len(examples)), ranks,
     )  # fmt: skip
@@ -368,10 +368,10 @@ def calibrate(
     """
     if predictor.reader.specs.keys() != set(predictor.modalities):
         raise UsageError("a calibration needs all modalities of the model", "leave out --use")
-    catalog, _ = split_of_run(_catalog(predictor, data)[0], predictor, "val")
+    catalog, _ = split_of_run(labelled_catalog(predictor, data)[0], predictor, "val")
     _, examples = choose_split(catalog, "val")
     scored = label_logits(
-        predictor.model, _reader(predictor, catalog), examples, predictor.compute,
+        predictor.model, reader_of(predictor, catalog), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers, None, ranks,
     )  # fmt: skip
     temperature, thresholds = ranks.from_first(lambda: _fitted(predictor, scored))
@@ -394,12 +394,26 @@ def _fitted(predictor: Predictor, scored: LabelledLogits | None) -> tuple[float,
     return temperature, thresholds
 
 
-def _reader(predictor: Predictor, catalog: Catalog) -> Reader:
+def calibrated(scored: LabelledLogits) -> tuple[float, float]:
+    """Return the temperature that training stores, and the ECE with it, on validation examples.
+
+    Targets are smoothed by one example's weight, as Platt did: few examples may all be right.
+    """
+    logits, targets = scored.logits.numpy(), scored.targets.numpy()
+    temperature = fit_temperature(logits, targets, 1 / (len(logits) + 2))
+    soft = scored.logits / temperature
+    probabilities = soft.sigmoid() if targets.ndim == 2 else soft.softmax(dim=1)
+    return temperature, calibration_error(*_judged(probabilities, scored.targets))
+
+
+def reader_of(predictor: Predictor, catalog: Catalog) -> Reader:
     reader = predictor.reader
-    return Reader(reader.specs, reader.limits, catalog.bad, reader.multi_label_classes)
+    mine = Reader(reader.specs, reader.limits, catalog.bad, reader.multi_label_classes)
+    mine.asked_views = reader.asked_views
+    return mine
 
 
-def _catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
+def labelled_catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
     """Return labelled data for the model and the modalities that both have. Raises DataError if there are none."""
     classes, reads = predictor.classes, predictor.modalities
     catalog = fitting(lambda options: scan(data, classes, reads, options, "scored"), predictor.data_options(data))

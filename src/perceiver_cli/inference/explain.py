@@ -43,9 +43,11 @@ from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend, split
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.kernels import NEVER
 from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.model.stems import nearest_points
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Array, Layout
 from perceiver_cli.preprocess.detection import looked_at
+from perceiver_cli.preprocess.points import PointsSpec, picked_points
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec
 
@@ -217,13 +219,17 @@ def _explained(
     if name not in reader.timed:
         raw = decoded.arrays[name]
         if name == "points":  # the model reads each of too few points several times
-            count = min(len(raw), len(heat))
-            return ExplainedInput(raw[:count], spec, _folded(heat, count), _folded(attention, count))
+            assert isinstance(spec, PointsSpec)
+            picked = picked_points(spec, len(raw))[: min(len(raw), len(heat))]
+            count = len(picked)
+            return ExplainedInput(raw[picked], spec, _folded(heat, count), _folded(attention, count))
         return ExplainedInput(raw, spec, heat, attention)
     raw, start_s = reader.clip(name, decoded, start_s)
     seconds, clip_s = decoded.seconds[name], reader.timed[name].clip_s(spec)
     own = max(1, min(len(heat), round(len(heat) * (seconds - start_s) / clip_s)))
     end_s = start_s + min(clip_s, seconds)
+    if getattr(spec, "short", "loop") == "pad":  # silence follows, and is not shown
+        return ExplainedInput(raw, spec, heat[:own], attention[:own], start_s, end_s)
     return ExplainedInput(raw, spec, _folded(heat, own), _folded(attention, own), start_s, end_s)
 
 
@@ -357,8 +363,11 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
     reads.reverse()
     grids = {name: layout.grid for name, layout in model.encoding.layouts.items() if name in segments}
 
+    nearest = {name: _nearest_input(segments[name], grid) for name, grid in grids.items()}
+
     def shaped(rows: Iterable[Tensor]) -> dict[str, Tensor]:
-        return {name: x.cpu().view(grid) for (name, grid), x in zip(grids.items(), rows, strict=True)}
+        named = {name: x.cpu().view(grid) for (name, grid), x in zip(grids.items(), rows, strict=True)}
+        return {name: x if (at := nearest[name]) is None else x[at] for name, x in named.items()}
 
     maps = []
     for place in dict.fromkeys((0, min(1, len(reads) - 1), len(reads) - 1)):
@@ -380,6 +389,14 @@ def _without_hidden(scores: Heat) -> Heat:
     """Return scores with the lowest in place of those of inputs that are hidden from attention."""
     shown = scores > NEVER / 2
     return np.where(shown, scores, scores[shown].min(initial=0.0) if shown.any() else 0.0)
+
+
+def _nearest_input(segment: Segment, grid: tuple[int, ...]) -> Tensor | None:
+    """Return the input (M,) that stands for each point where a stem makes fewer inputs than points, else None."""
+    positions = segment.positions
+    if positions is None or positions.shape[1] == grid[0]:
+        return None
+    return nearest_points(positions, positions[:, : grid[0]], 1)[1][0, :, 0].cpu()
 
 
 def _mixing(block: SelfAttend, latents: Tensor) -> Tensor:

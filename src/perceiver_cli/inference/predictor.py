@@ -132,6 +132,8 @@ class Predictor:
         device, precision: as on the command line; "auto" uses a GPU if there is one.
         limits: limits of one input; None takes the model's.
         use: the model's modalities to predict from; None is all. The others count as missing.
+        views: views of each input whose answers are averaged: crops and mirrors, draws of points, clips of sound and
+            video; None is the model's own number, mostly 1.
 
     Raises UsageError if there is no such model or it does not read a modality; IntegrityError for a damaged file.
     """
@@ -143,6 +145,7 @@ class Predictor:
         precision: str = "auto",
         limits: Limits | None = None,
         use: Iterable[str] | None = None,
+        views: int | None = None,
     ) -> None:
         self.path: Path = find_model(None if model is None else os.fspath(model))
         self.compute = choose_compute(device, precision)
@@ -157,6 +160,7 @@ class Predictor:
         several = len(self.classes) if config.multi_label else 0
         self.options: Mapping[str, Any] = {}  # those of `DataConfig` that go before the model's
         self.reader = Reader(specs, limits or config.data.limits, multi_label_classes=several)
+        self.reader.asked_views = views
 
     @property
     def classes(self) -> tuple[str, ...]:

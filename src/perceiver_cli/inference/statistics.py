@@ -22,11 +22,14 @@ TEMPERATURES = (0.05, 20.0)  # limits; the best temperature of a model without m
 MIN_PROB = 1e-12  # makes the logit of a probability of 0 or 1 finite
 
 
-def fit_temperature(logits: Floats, targets: NDArray[Any]) -> float:
+def fit_temperature(logits: Floats, targets: NDArray[Any], smoothing: float = 0.0) -> float:
     """Return the temperature that gives logits (n, classes) the lowest cross-entropy.
 
     targets: (n,) class indices, or (n, classes) of 0 and 1 with several labels an example. Cross-entropy is convex in
     1 / temperature, with the slope mean(expected logit - true logit); the best temperature is the root of the slope.
+
+    smoothing: share of each target that is spread over all classes. Without it, answers that are all right have no best
+    temperature: the lowest is always better.
     """
     from scipy.optimize import brentq
     from scipy.special import expit, softmax
@@ -34,9 +37,10 @@ def fit_temperature(logits: Floats, targets: NDArray[Any]) -> float:
     def slope(log_sharpness: float) -> float:
         sharp = logits * exp(log_sharpness)
         if targets.ndim == 2:
-            return float(((expit(sharp) - targets) * logits).mean())
+            return float(((expit(sharp) - targets * (1 - smoothing) - smoothing / 2) * logits).mean())
         weights = softmax(sharp, axis=1)
-        return float(((weights * logits).sum(axis=1) - logits[np.arange(len(logits)), targets]).mean())
+        true = (1 - smoothing) * logits[np.arange(len(logits)), targets] + smoothing * logits.mean(axis=1)
+        return float(((weights * logits).sum(axis=1) - true).mean())
 
     low, high = (-log(temperature) for temperature in reversed(TEMPERATURES))
     if slope(low) > 0:

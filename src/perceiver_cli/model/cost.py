@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from perceiver_cli.config import ModelConfig
 from perceiver_cli.preprocess.base import Layout
 
 MIN_TILED_INPUTS = 1024  # the byte array of a smaller grid is built
 TILE_KEY = 40  # typical width of a tile's keys, without the values
+CONV_STEM_LAYERS = 3
 MAX_PARAMETERS = 2_000_000_000  # a larger model is refused
 
 
@@ -112,8 +114,39 @@ def _front(layout: Layout) -> tuple[int, int]:
         return positions + layout.codes * layout.stem_channels, layout.num_inputs * weights
     if layout.stem == "linear":
         return positions + weights + layout.stem_channels, 2 * layout.num_inputs * weights
+    if layout.stem == "neighbours":
+        first, second = _linear(layout.dims + layout.channels, out := layout.stem_channels), _linear(out, out)
+        places, (points, _) = layout.num_inputs, layout.prepared_shape
+        search, offsets = places * points * layout.dims, places * layout.dims * out
+        return positions + first + second, 2 * (points * (first - out) + search + offsets + places * (second - out))
+    if layout.stem == "conv":
+        count, flops, sides = positions, 0, layout.prepared_shape[:-1]
+        for channels, out, kernel, stride in conv_stem_layers(layout):
+            sides = tuple(-(-side // step) for side, step in zip(sides, stride, strict=True))
+            count += prod(kernel) * channels * out + 2 * out
+            flops += 2 * prod(sides) * prod(kernel) * channels * out
+        return count, flops
     height, width, _ = layout.prepared_shape  # 7 x 7 convolution of stride 2, then batch norm
     return positions + 49 * weights + 2 * layout.stem_channels, 2 * -(-height // 2) * -(-width // 2) * 49 * weights
+
+
+def conv_stem_layers(layout: Layout) -> list[tuple[int, int, tuple[int, int], tuple[int, int]]]:
+    """Return (channels, output channels, kernel, stride) of each convolution of the stem "conv".
+
+    The first ones halve a side until the stride of its patch is reached; the last takes what remains.
+    """
+    assert layout.stem_stride is not None
+    left, channels, layers = list(layout.stem_stride), layout.channels, []
+    for place in range(CONV_STEM_LAYERS):
+        is_last = place == CONV_STEM_LAYERS - 1
+        stride = tuple(side if is_last else min(2, side) for side in left)
+        left = [side // step for side, step in zip(left, stride, strict=True)]
+        out = layout.stem_channels if place else max(1, layout.stem_channels // 2)
+        least = 1 if is_last and max(stride) == 1 else 3  # the last one mixes channels alone (Xiao et al. 2021)
+        kernel = tuple(max(least, 2 * (step // 2) + 1) for step in stride)
+        layers.append((channels, out, (kernel[0], kernel[1]), (stride[0], stride[1])))
+        channels = out
+    return layers
 
 
 def _linear(inputs: int, outputs: int) -> int:

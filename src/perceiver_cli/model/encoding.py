@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.model.cost import input_channels
+from perceiver_cli.model.stems import make_stem
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import ByteArray, Layout
 from perceiver_cli.preprocess.spec import InputSpec
@@ -146,12 +147,8 @@ class ByteArrayEncoding(nn.Module):
                 self.modality_encodings[name] = nn.Parameter(torch.empty(self.num_channels - layout.num_channels))
             if layout.learned_channels:
                 self.learned_positions[name] = nn.Parameter(torch.empty(layout.num_inputs, layout.learned_channels))
-            if layout.stem == "embed":
-                self.stems[name] = Embeddings(layout.codes, layout.stem_channels)
-            elif layout.stem == "linear":
-                self.stems[name] = nn.Linear(layout.channels, layout.stem_channels)
-            elif layout.stem != "none":
-                self.stems[name] = ConvStem(layout.channels, layout.stem_channels, same=layout.stem == "conv-same")
+            if (stem := make_stem(layout)) is not None:
+                self.stems[name] = stem
             self.register_buffer(f"mean_{name}", torch.tensor(layout.mean), persistent=False)
             self.register_buffer(f"std_{name}", torch.tensor(layout.std), persistent=False)
         self._axis_features: dict[tuple[str, torch.device], tuple[Tensor, ...]] = {}  # made once per device
@@ -179,7 +176,7 @@ class ByteArrayEncoding(nn.Module):
                 expected = ", ".join(map(str, layout.prepared_shape))
                 raise ValueError(f"{name} values of shape {tuple(values.shape)}, expected (B, {expected})")
             shape = None if positions is None else tuple(positions.shape)
-            if not layout.is_grid and shape != (points := (len(values), layout.num_inputs, layout.dims)):
+            if not layout.is_grid and shape != (points := (*values.shape[:-1], layout.dims)):
                 raise ValueError(f"{name} positions of shape {shape}, expected {points}")
         return {name: self.modality_inputs(name, segments[name]) for name in self.layouts if name in segments}
 
@@ -189,7 +186,8 @@ class ByteArrayEncoding(nn.Module):
         values = (values.float() - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"std_{name}")
         present = (values[..., -layout.presence :] != 0).any(dim=-1).flatten(1) if layout.presence else None
         if name in self.stems:
-            values = self.stems[name](values)
+            values = self.stems[name](values) if positions is None else self.stems[name](values, positions)
+            positions = None if positions is None else positions[:, : layout.num_inputs]
         batch, grid = values.shape[0], values.shape[1:-1]  # sizes, not len(): they may be symbols
         if mask is not None:
             mask = mask.expand(batch, prod(grid))
@@ -217,48 +215,6 @@ class ByteArrayEncoding(nn.Module):
             places = [grid_positions((side,), device) for side in layout.grid]
             self._axis_features[name, device] = axis_features(layout, places)
         return self._axis_features[name, device]
-
-
-class Embeddings(nn.Module):
-    """Learned vectors by code: an input is the sum of some of them, each with a weight."""
-
-    def __init__(self, codes: int, channels: int) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(torch.empty(codes, channels))
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return (B, *grid, channels) of values (B, *grid, 2 k): k codes, then their weights."""
-        codes, weights = values.chunk(2, dim=-1)
-        each = F.embedding(codes.long().clamp(0, len(self.vectors) - 1), self.vectors)  # (B, *grid, k, channels)
-        return (weights.unsqueeze(-2) @ each).squeeze(-2)
-
-
-class ConvStem(nn.Module):
-    """Convolution of 7, batch norm, ReLU, max pooling of 3, each halving the sides (Perceiver IO's conv variant).
-
-    same: pad as TensorFlow's SAME, the larger half at the end; else pad the convolution by 3 and the pooling by 0.
-    """
-
-    def __init__(self, channels: int, out_channels: int, *, same: bool) -> None:
-        super().__init__()
-        self.same = same
-        self.conv = nn.Conv2d(channels, out_channels, kernel_size=7, stride=2, bias=False)
-        self.norm = nn.BatchNorm2d(out_channels)
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return (B, H / 4, W / 4, out_channels) of values (B, H, W, channels)."""
-        x = values.movedim(-1, 1)
-        x = F.pad(x, _same_padding(x, 7) if self.same else (3, 3, 3, 3))
-        x = F.relu(self.norm(self.conv(x)))
-        if self.same:
-            x = F.pad(x, _same_padding(x, 3), value=-torch.inf)
-        return F.max_pool2d(x, kernel_size=3, stride=2).movedim(1, -1)
-
-
-def _same_padding(x: Tensor, kernel: int) -> tuple[int, int, int, int]:
-    """Return the padding (left, right, top, bottom) with which a stride of 2 halves each side, rounded up."""
-    height, width = (max(0, (-(-side // 2) - 1) * 2 + kernel - side) for side in x.shape[-2:])
-    return width // 2, width - width // 2, height // 2, height - height // 2
 
 
 def with_features(prepared: ByteArray, spec: InputSpec) -> NDArray[np.float32]:

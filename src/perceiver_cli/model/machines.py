@@ -138,7 +138,7 @@ def _num_steps(config: Config, examples: int, per_step: int) -> int:
     train = config.train
     if train.steps is not None:
         return train.steps
-    whole = max(1, ceil(train.epochs * examples / per_step))
+    whole = max(1, ceil(train.epochs_for(examples) * examples / per_step))
     return min(whole, train.max_steps or whole)
 
 
@@ -149,7 +149,7 @@ def _record_bytes(spec: InputSpec, layout: Layout) -> float:
     if timed is not None:
         count = timed.clip_s(spec) * timed.steps_hz(spec) * prod(filter(None, shape[1:]))
     else:
-        count = prod(layout.prepared_shape) + (0 if layout.is_grid else layout.grid[0] * layout.dims)
+        count = prod(layout.prepared_shape) + (0 if layout.is_grid else layout.prepared_shape[0] * layout.dims)
     return np.dtype(dtype).itemsize * count
 
 

@@ -19,7 +19,8 @@ from perceiver_cli.files import show_text
 from perceiver_cli.model.attention import CrossAttend, Memory, SelfAttend
 from perceiver_cli.model.cost import cross_width
 from perceiver_cli.model.device import Compute
-from perceiver_cli.model.encoding import ByteArrayEncoding, Embeddings, ModalityInputs, Segment
+from perceiver_cli.model.encoding import ByteArrayEncoding, ModalityInputs, Segment
+from perceiver_cli.model.stems import Embeddings
 from perceiver_cli.preprocess.base import Layout
 
 LATENT_STD = 0.02

@@ -8,10 +8,11 @@ imported with the first file.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache
-from typing import Annotated, Literal, Self
+from functools import lru_cache, partial
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -26,27 +27,35 @@ from perceiver_cli.preprocess.base import (
     Rng,
     Span,
     TimedModality,
+    TrainingSet,
     check_contract,
     lengths_in_words,
     patchify,
     share_in_words,
+    varied_in_words,
 )
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound
 from perceiver_cli.preprocess.source import Source, probed
-from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Positive, Size
+from perceiver_cli.preprocess.spec import Auto, Fraction, InputSpec, Limits, Positive, Size
 
 
 class AudioSpec(InputSpec):
     """Sound as raw samples in segments, or as a log-mel spectrogram (paper 4.2)."""
 
+    newer = ("start", "max_auto_clip_s", "floor_db", "stem", "stem_channels", "speed", "equalizer_db", "noise")
     modality: Literal["audio"] = "audio"
     features: Literal["raw", "mel"] = "raw"  # raw samples, or a log-mel spectrogram
     # "auto": the lowest rate that keeps all of nine in ten training files, at most max_auto_rate_hz.
     rate_hz: Annotated[int, Field(ge=1000, le=768_000)] | Literal["auto"] = 48_000
     max_auto_rate_hz: int = 16_000  # see rate_hz
-    clip_s: Annotated[float, Field(gt=0, le=3600)] = 1.28  # seconds of a clip
+    # Seconds of a clip. "auto": the length of nine tenths of the training files, at most max_auto_clip_s.
+    clip_s: Annotated[float, Field(gt=0, le=3600)] | Auto = 1.28
+    max_auto_clip_s: Positive = 2.0  # see clip_s
     channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"  # its number, or "mix": the mean
     short: Literal["loop", "pad"] = "loop"  # how a file shorter than the clip is filled up
+    # Where a clip begins: anywhere in training and in the middle in evaluation, or with the first audible sample
+    # (onset). "auto": onset if most training files are loud at their beginning and then die away, as drums do.
+    start: Literal["random", "onset", "auto"] = "random"
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     patch: tuple[Size, ...] = (128,)
     # Mel mode only.
@@ -54,8 +63,18 @@ class AudioSpec(InputSpec):
     window_s: Positive = 0.025  # seconds of a window of the spectrogram
     hop_s: Positive = 0.010  # seconds between windows
     min_hz: Annotated[float, Field(ge=0)] = 20.0  # lowest frequency of the filters
-    # Training: a random window, a random gain of up to +- gain_db, SpecAugment (mel mode).
-    gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0
+    # Power below the loudest of the clip, in dB, that counts as silence; unset, 100 dB below full scale.
+    floor_db: Annotated[float, Field(gt=0, le=200)] | None = None
+    # Learned layers before positions are attached: none (the paper), or three small convolutions over the spectrogram,
+    # whose stride is the patch.
+    stem: Literal["none", "conv"] = "none"
+    stem_channels: Size = 64  # channels after the stem
+    # Training: a random window, changes of the sound, SpecAugment (mel mode). "auto": by the number of training
+    # files and, for the speed, the names of the classes.
+    speed: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0  # largest change of speed and so of pitch, as a share
+    equalizer_db: Annotated[float, Field(ge=0, le=60)] | Auto = 0.0  # random slope and bend of the spectrum (mel mode)
+    noise: Fraction | Auto = 0.0  # largest amplitude of white noise, as a share of the clip's own
+    gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0  # largest change of level
     time_masks: Annotated[int, Field(ge=0, le=100)] = 0  # number of masks over time
     time_mask_share: Fraction = 0.1  # largest share of the clip that a mask hides
     frequency_masks: Annotated[int, Field(ge=0, le=100)] = 0  # number of masks over frequency
@@ -66,6 +85,8 @@ class AudioSpec(InputSpec):
         axes = 1 if self.features == "raw" else 2
         if len(self.patch) != axes:
             raise ValueError(f"patch of {self.features} audio has {axes} side(s), found {list(self.patch)}")
+        if self.stem != "none" and self.features == "raw":
+            raise ValueError("stem conv needs features mel: raw samples have one axis")
         return self
 
 
@@ -73,6 +94,15 @@ RESAMPLING_MARGIN = 4096  # samples of the lower rate, several times the span of
 POWER_FLOOR = 1e-10  # power relative to a full-scale sine: -100 dB, below the noise of 16-bit sound
 MIN_STD = 1e-4  # standard deviation of log power; a flatter spectrogram is silence
 MOST_CUT = 0.1  # share of the files that may lose high frequencies at the "auto" rate
+CLIP_PROBES = 24  # sounds decoded to settle the length and the beginning of a clip
+SHORTEST_CLIP_S = 0.4
+ONE_SHOT, ONE_SHOT_SHARE = 4.0, 0.7  # clips of a sound that are looked at; share of energy in the first quarter
+AUDIBLE_DB = 40.0  # below the loudest sample, from which on a sound counts as heard
+ONSET_MARGIN_S = 0.01  # kept before the first audible sample
+SKETCH_TIMES, SKETCH_BANDS, SKETCH_WINDOW = 48, 12, 512
+VARIATIONS = ("speed", "equalizer_db", "noise")
+# Names of classes that a change of speed would change: notes, numbers of hertz or beats.
+PITCH = re.compile(r"^[A-Ga-g](?:#|b|is|es|s)?-?\d?$|pitch|note|chord|tempo|speed|\d\s*(?:hz|bpm)", re.IGNORECASE)
 SILENT_PEAK = 1e-3  # amplitude relative to full scale, about the mean: -60 dB; a quieter sound is a fault
 
 
@@ -90,17 +120,23 @@ class AudioModality(TimedModality[AudioSpec]):
     decides = ("rate_hz", "channel")
     surveyed = 256
     paper_preset = "audioset-audio"
+    can_mix = True
     preparation = (
-        "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, a shorter sound repeated "
-        "(or zero-padded, as short says); raw samples, or a log-mel spectrogram of zero mean and unit variance; cut "
-        "into patches"
+        "decode to float32 in -1..1, one channel, at rate_hz; the middle clip_s seconds, or those from the first "
+        "audible sample on (start), a shorter sound repeated or zero-padded (short); raw samples, or a log-mel "
+        "spectrogram of zero mean and unit variance; cut into patches"
     )
 
     def sniff(self, head: bytes, name: str) -> bool:
         return is_sound(head) or container.format_of(head, name) is not None
 
     def clip_s(self, spec: AudioSpec) -> float:
-        return spec.clip_s
+        return _clip_s(spec)
+
+    def first_s(self, raw: Array, spec: AudioSpec) -> float:
+        if spec.start == "onset" and (loud := _audible(raw)).size:
+            return max(0.0, int(loud[0]) / _rate(spec) - ONSET_MARGIN_S)
+        return super().first_s(raw, spec)
 
     def steps_hz(self, spec: AudioSpec) -> float:
         return _rate(spec)
@@ -147,11 +183,43 @@ class AudioModality(TimedModality[AudioSpec]):
             yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
-        """Return `spec` with a rate: the lowest of `sources` that at most MOST_CUT of them exceed, by their headers.
+        """Return `spec` with a rate, by the headers of `sources`, and with clips that fit their sound.
+
+        The rate is the lowest of `sources` that at most MOST_CUT of them exceed.
 
         A lower rate loses what is above half of it, a higher one adds nothing but empty bands. Rates above
         `max_auto_rate_hz` count as that, which is the rate without sources. Raises DataError if no source can be read.
         """
+        spec = self._with_rate(spec, sources, limits)
+        if "auto" in (spec.clip_s, spec.start):
+            spec = self._with_clip(spec, sources, limits)
+        return spec.model_copy(update={key: 0.0 for key in VARIATIONS if getattr(spec, key) == "auto"})
+
+    def _with_clip(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
+        """Return `spec` with length and beginning of a clip, from the sound of a few sources."""
+        longest = spec.max_auto_clip_s
+        known = spec.model_copy(update={"clip_s": longest})
+        read = partial(self.load, spec=known, limits=limits, span=(0.0, ONE_SHOT * longest))
+        sounds = list(probed(sources[:CLIP_PROBES], read, "inputs.audio.clip_s")) if sources else []
+        lengths = [audible_samples(sound) / _rate(spec) for sound in sounds] or [longest]
+        fits = math.ceil(10 * float(np.quantile(lengths, 0.9))) / 10
+        dying = sum(is_one_shot(sound) for sound in sounds)
+        chosen: dict[str, Any] = {"clip_s": min(longest, max(SHORTEST_CLIP_S, fits))}
+        chosen["start"] = "onset" if 2 * dying > len(sounds) else "random"
+        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+
+    def adapt(self, spec: AudioSpec, training_set: TrainingSet) -> AudioSpec:
+        """Return `spec` with its "auto" variations: strong ones for few sounds, which are heard hundreds of times."""
+        small = training_set.is_small
+        has_pitch = any(PITCH.search(name) for name in training_set.classes)
+        chosen = {
+            "speed": 0.2 if small and not has_pitch else 0.0,
+            "equalizer_db": 6.0 if small else 0.0,
+            "noise": 0.02 if small else 0.0,
+        }
+        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+
+    def _with_rate(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         if spec.rate_hz != "auto":
             return spec
 
@@ -165,7 +233,11 @@ class AudioModality(TimedModality[AudioSpec]):
     def in_words(self, spec: AudioSpec) -> str:
         features = "raw samples" if spec.features == "raw" else f"{spec.num_mels} mel bands"
         channel = "" if spec.channel == "mix" else f", channel {spec.channel}"
-        return f"{spec.clip_s:g} s at {_khz(_rate(spec))} kHz, {features}{channel}"
+        start = " from the first audible sample on" if spec.start == "onset" else ""
+        changes = {"speed": spec.speed, "equaliser": spec.equalizer_db, "noise": spec.noise, "level": spec.gain_db}
+        changes |= {"masks": spec.time_masks + spec.frequency_masks}
+        varied = varied_in_words(name for name, strength in changes.items() if strength)
+        return f"{_clip_s(spec):g} s{start} at {_khz(_rate(spec))} kHz, {features}{channel}{varied}"
 
     def survey(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
         """Return the shares of files of lower and of higher rates than the model's, and the lengths of files."""
@@ -181,7 +253,7 @@ class AudioModality(TimedModality[AudioSpec]):
                 ends = dict.fromkeys((_khz(min(others)), _khz(max(others))))
                 facts.append(f"{share_in_words(len(others), len(rates))}{counted_files} are {' to '.join(ends)} kHz")
                 counted_files = ""
-        return facts + lengths_in_words(seconds, spec.clip_s)
+        return facts + lengths_in_words(seconds, _clip_s(spec))
 
     def loaded(self, spec: AudioSpec) -> tuple[str, tuple[int | None, ...]]:
         return "float32", (None,)
@@ -191,7 +263,9 @@ class AudioModality(TimedModality[AudioSpec]):
 
         Paper 4.2: 1.28 s at 48 kHz are 61,440 samples; in segments of 128 they are a byte array of 480 x 128.
         """
-        shape = (_num_samples(spec, spec.clip_s),) if spec.features == "raw" else _mel_shape(spec)
+        shape = (_num_samples(spec, _clip_s(spec)),) if spec.features == "raw" else _mel_shape(spec)
+        if spec.stem == "conv":
+            return Layout.of_conv_stem(spec, shape, 1)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
             raise UsageError(f"inputs.audio.patch {list(spec.patch)} is larger than the clip, {list(shape)}")
@@ -199,16 +273,44 @@ class AudioModality(TimedModality[AudioSpec]):
 
     def prepare(self, raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
+        speed = _varied(spec.speed)
+        if rng is not None and speed:
+            raw = _at_speed(raw, float(rng.uniform(1 - speed, 1 + speed)))
         clip = _clip(raw, spec, rng, start_s)
+        if rng is not None and (noise := _varied(spec.noise)):
+            level = rng.uniform(0, noise) * float(np.sqrt(np.mean(np.square(clip))))
+            clip = clip + rng.normal(0, level, clip.size).astype(np.float32)
         if rng is not None and spec.gain_db:
             clip = clip * np.float32(10 ** (rng.uniform(-spec.gain_db, spec.gain_db) / 20))
         if spec.features == "raw":
             return ByteArray(patchify(clip[:, None], spec.patch))
-        features = _log_mel(clip, spec)
+        features = _log_mel(clip, spec, rng)
         if rng is not None:
             _mask(features, 0, spec.time_masks, spec.time_mask_share, rng)
             _mask(features, 1, spec.frequency_masks, spec.frequency_mask_share, rng)
-        return ByteArray(patchify(features[:, :, None], spec.patch))
+        return ByteArray(patchify(features[:, :, None], (1, 1) if spec.stem == "conv" else spec.patch))
+
+    def sketch(self, raw: Array, spec: AudioSpec) -> Array | None:
+        """Return loudness in dB by time and frequency, without its mean, of what is audible: level does not tell."""
+        loud = _audible(raw)
+        if not loud.size:
+            return None
+        sound = raw[loud[0] : loud[-1] + 1]
+        window = max(SKETCH_WINDOW, sound.size // SKETCH_TIMES)
+        places = np.linspace(0, max(0, sound.size - window), SKETCH_TIMES).astype(int)
+        frames = np.stack([np.resize(sound[at : at + window], window)[:SKETCH_WINDOW] for at in places])
+        power = np.square(np.abs(np.fft.rfft(frames, axis=1)))[:, 1:]
+        bands = np.add.reduceat(power, np.geomspace(1, power.shape[1], SKETCH_BANDS, dtype=int) - 1, axis=1)
+        level = np.log(bands + bands.max() * 1e-6)
+        return np.asarray(level - level.mean(), np.float32).reshape(-1)
+
+    def viewed(self, spec: AudioSpec) -> AudioSpec:
+        """Return `spec` without variations: another view is another clip."""
+        calm = {"gain_db": 0.0, "time_masks": 0, "frequency_masks": 0, "speed": 0.0, "equalizer_db": 0.0, "noise": 0.0}
+        return spec.model_copy(update=calm)
+
+    def starts_itself(self, spec: AudioSpec) -> bool:
+        return spec.start == "onset"
 
     def num_views(self, spec: AudioSpec) -> int:
         return spec.eval_windows
@@ -251,6 +353,44 @@ def _rate(spec: AudioSpec) -> int:
     return spec.rate_hz
 
 
+def _clip_s(spec: AudioSpec) -> float:
+    if spec.clip_s == "auto":
+        raise UsageError("inputs.audio.clip_s is still 'auto', expected a number", "set it in seconds")
+    return spec.clip_s
+
+
+def _varied(strength: float | Literal["auto"]) -> float:
+    """Return the strength of a variation; "auto", which training data settles, is none."""
+    return 0.0 if strength == "auto" else strength
+
+
+def audible_samples(sound: Samples) -> int:
+    """Return the number of samples from the first to the last that is within AUDIBLE_DB of the loudest."""
+    loud = _audible(sound)
+    return int(loud[-1] - loud[0] + 1) if loud.size else 0
+
+
+def _audible(sound: Samples) -> Array:
+    level = np.abs(sound)
+    return np.flatnonzero(level > level.max(initial=0.0) * np.float32(10 ** (-AUDIBLE_DB / 20)))
+
+
+def is_one_shot(sound: Samples) -> bool:
+    """Return whether a sound has most of its energy in its first quarter, as a drum or a plucked string."""
+    loud = _audible(sound)
+    if not loud.size:
+        return False
+    energy = np.square(sound[loud[0] : loud[-1] + 1], dtype=np.float64)
+    return bool(energy[: max(1, energy.size // 4)].sum() > ONE_SHOT_SHARE * energy.sum())
+
+
+def _at_speed(sound: Samples, factor: float) -> Samples:
+    """Return a sound played `factor` times as fast, by linear interpolation: good enough for training."""
+    places = np.arange(0, max(1, sound.size - 1), factor)
+    faster: Samples = np.interp(places, np.arange(sound.size), sound).astype(np.float32)
+    return faster
+
+
 def _num_samples(spec: AudioSpec, seconds: float) -> int:
     return math.floor(seconds * _rate(spec) + 0.5)
 
@@ -261,7 +401,7 @@ def _window_and_hop(spec: AudioSpec) -> tuple[int, int]:
 
 def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     """Return (frames, mels) of a clip. Frames lie wholly inside the clip, without padding."""
-    samples, (window, hop) = _num_samples(spec, spec.clip_s), _window_and_hop(spec)
+    samples, (window, hop) = _num_samples(spec, _clip_s(spec)), _window_and_hop(spec)
     if samples < window:
         raise UsageError(f"inputs.audio.clip_s is {samples} samples, shorter than one window of {window}")
     if spec.min_hz >= _rate(spec) / 2:
@@ -271,7 +411,11 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
 
 def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
-    samples = _num_samples(spec, spec.clip_s)
+    samples = _num_samples(spec, _clip_s(spec))
+    if spec.start == "onset" and start_s is None and (loud := _audible(raw)).size:
+        early = ONSET_MARGIN_S if rng is None else rng.uniform(0, 4 * ONSET_MARGIN_S)
+        raw = raw[max(0, int(loud[0]) - round(early * _rate(spec))) :]
+        start_s = 0.0
     spare = raw.size - samples
     at = None if start_s is None else round(start_s * _rate(spec))
     places = raw.size if spare < 0 and spec.short == "loop" else abs(spare) + 1
@@ -285,8 +429,11 @@ def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -
     return np.pad(kept, (before, samples - before - kept.size))
 
 
-def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:
-    """Return the log-mel spectrogram (frames, mels), standardised: the level depends on the microphone."""
+def _log_mel(clip: Samples, spec: AudioSpec, rng: Rng | None) -> Samples:
+    """Return the log-mel spectrogram (frames, mels), standardised: the level depends on the microphone.
+
+    With `rng`, through a random equaliser: a slope and a bend over all mels, up to +- equalizer_db each.
+    """
     window, hop = _window_and_hop(spec)
     taper, filters = _filters(_rate(spec), window, spec.num_mels, spec.min_hz)
     frames = sliding_window_view(clip, window)[::hop] * taper
@@ -295,7 +442,13 @@ def _log_mel(clip: Samples, spec: AudioSpec) -> Samples:
     # One product for each band: the matrix of all filters is mostly zeros, and BLAS would start threads for it that
     # slow down other processes (8 ms instead of 0.3 ms).
     mel = [power[:, first : first + len(weights)] @ weights for first, weights in filters]
-    features: Samples = np.log(np.stack(mel, axis=1) + np.float32(POWER_FLOOR))
+    power = np.stack(mel, axis=1)
+    floor = POWER_FLOOR if spec.floor_db is None else max(POWER_FLOOR, power.max() * 10 ** (-spec.floor_db / 10))
+    features: Samples = np.log(power + np.float32(floor))
+    if rng is not None and (strength := _varied(spec.equalizer_db)):
+        place = np.linspace(-1, 1, spec.num_mels)
+        slope, bend = rng.uniform(-strength, strength, 2) * (math.log(10) / 10)  # of power, in nepers
+        features += (slope * place + bend * (place**2 - 1 / 3)).astype(np.float32)
     features -= features.mean()
     std = features.std()
     return features / std if std > MIN_STD else np.zeros_like(features)

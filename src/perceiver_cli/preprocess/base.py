@@ -78,6 +78,8 @@ class Layout:
     codes: number of learned vectors of the stem "embed", whose values are codes, then as many weights.
     presence: number of last channels of the values that are all 0 where there is no input, which is hidden.
     values_grid: shape of the values as prepared if a stem makes the grid smaller; else None.
+    stem_stride: values along each axis for one input of the stem "conv".
+    stem_neighbours: points that the stem "neighbours" sees around each input.
     """
 
     grid: tuple[int, ...]
@@ -94,8 +96,23 @@ class Layout:
     stem: str = "none"
     stem_channels: int = 0
     values_grid: tuple[int, ...] | None = None
+    stem_stride: tuple[int, ...] | None = None
+    stem_neighbours: int = 0
     codes: int = 0
     presence: int = 0
+
+    @classmethod
+    def of_conv_stem(cls, spec: Any, sides: tuple[int, ...], channels: int, **options: Any) -> Layout:
+        """Return the layout of a grid (*sides, channels) after the stem "conv", which strides by the patch of `spec`.
+
+        Raises UsageError for a patch that convolutions of stride 2 cannot make.
+        """
+        if any(side & (side - 1) for side in spec.patch):
+            found = f"inputs.{spec.modality}.patch {list(spec.patch)}"
+            raise UsageError(f"{found}: the stem conv halves sides", "expected powers of 2, or another stem")
+        grid = tuple(-(-side // step) for side, step in zip(sides, spec.patch, strict=True))
+        stem = {"stem": "conv", "stem_channels": spec.stem_channels, "stem_stride": tuple(spec.patch)}
+        return cls.of_grid(spec, grid, channels, values_grid=sides, **stem, **options)
 
     @classmethod
     def of_grid(cls, spec: InputSpec, grid: tuple[int, ...], channels: int, **options: Any) -> Layout:
@@ -129,6 +146,20 @@ class Layout:
         return (self.channels if self.stem == "none" else self.stem_channels) + self.position_channels
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """Facts about the training examples that settle how strongly they are varied."""
+
+    count: int
+    classes: tuple[str, ...]
+
+    @property
+    def is_small(self) -> bool:
+        """Whether strong variation pays: each example is seen so often that the model would know it by heart."""
+        return self.count < SMALL_SET
+
+
+SMALL_SET = 1000  # training examples
 S = TypeVar("S", bound=InputSpec)
 
 
@@ -203,12 +234,24 @@ class Modality(ABC, Generic[S]):
         """
         return []
 
+    def adapt(self, spec: S, training_set: TrainingSet) -> S:
+        """Return `spec` with a value for every "auto" that number and names of the training examples settle."""
+        return spec
+
     def num_views(self, spec: S) -> int:
         """Return the number of byte arrays of one example over which evaluation averages."""
         return 1
 
     def parts(self, raw: Array, spec: S) -> Parts | None:
         """Return the parts of a decoded array that have names, to explain and to show it; None if it has none."""
+        return None
+
+    def viewed(self, spec: S) -> S:
+        """Return `spec` for further views of an example in evaluation: `prepare` varies them, but mildly."""
+        return spec
+
+    def sketch(self, raw: Array, spec: S) -> Array | None:
+        """Return what is left of an array at a glance, by which near-copies are found, or None if nothing tells."""
         return None
 
     def fault(self, raw: Array) -> str | None:
@@ -225,6 +268,14 @@ class TimedModality(Modality[S]):
     @abstractmethod
     def clip_s(self, spec: S) -> float:
         """Return the length in seconds of the byte arrays of `prepare`."""
+
+    def starts_itself(self, spec: S) -> bool:
+        """Return whether `prepare` finds the start of each clip of a file that was decoded whole."""
+        return False
+
+    def first_s(self, raw: Array, spec: S) -> float:
+        """Return the start in seconds of the clip that evaluation takes of the array of `load`: the middle one's."""
+        return max(0.0, len(raw) / self.steps_hz(spec) - self.clip_s(spec)) / 2
 
     @abstractmethod
     def steps_hz(self, spec: S) -> float:
@@ -260,6 +311,12 @@ class TimedModality(Modality[S]):
             raise DataError(f"{source.shown}: no {self.steps} in the file")
         yield first
         yield from windows
+
+
+def varied_in_words(changes: Iterable[str]) -> str:
+    """Return what training varies, after a semicolon: "; varied in training by mirror, crops"; "" without changes."""
+    named = ", ".join(changes)
+    return f"; varied in training by {named}" if named else ""
 
 
 def patchify(values: Array, patch: tuple[int, ...]) -> Array:

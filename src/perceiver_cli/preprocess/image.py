@@ -30,40 +30,60 @@ from perceiver_cli.preprocess.base import (
     Layout,
     Modality,
     Rng,
+    TrainingSet,
     check_contract,
     patchify,
     share_in_words,
+    varied_in_words,
 )
 from perceiver_cli.preprocess.foreign import is_camera_raw
-from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize, upright
+from perceiver_cli.preprocess.pixels import (
+    center_box,
+    color_statistics,
+    crop_area,
+    opaque,
+    padded,
+    random_box,
+    recoloring,
+    resize,
+    to_array,
+    to_image,
+    upright,
+)
 from perceiver_cli.preprocess.randaugment import randaugment
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors, probed
-from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
+from perceiver_cli.preprocess.spec import Auto, Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
 
 class ImageSpec(InputSpec):
     """Pixels as a grid, height x width (paper 4.1). Values stay uint8 until the model."""
 
+    newer = ("fit", "color_jitter")
     modality: Literal["image"] = "image"
     # "auto": the median size of the training images, at most max_auto_size on the longer side.
     size: Pair | Literal["auto"] = (224, 224)
     max_auto_size: Size = 64  # see size
+    # A picture of another shape than size: its centre (crop), or the whole with borders of its own edge's colour (pad).
+    fit: Literal["crop", "pad"] = "crop"
     # "auto": grey if no probed training image has a colour; until that is known, images are read as rgb.
     color: Literal["rgb", "grey", "auto"] = "rgb"
     # "auto": the smallest square patch that gives at most max_auto_inputs inputs; 1 is the paper's single pixels.
     patch: Pair | Literal["auto"] = (1, 1)  # type: ignore[assignment]
     max_auto_inputs: Size = 256  # see patch
-    # Learned layers before positions are attached: none (the paper), one linear layer, or Perceiver IO's convolution
-    # and pooling to a quarter of each side, with the padding of the official code (same) or of transformers (valid).
-    stem: Literal["none", "linear", "conv-same", "conv-valid"] = "none"
+    # Learned layers before positions are attached: none (the paper), one linear layer, three small convolutions whose
+    # stride is the patch (conv), or Perceiver IO's convolution and pooling to a quarter of each side, with the padding
+    # of the official code (conv-same) or of transformers (conv-valid).
+    stem: Literal["none", "linear", "conv", "conv-same", "conv-valid"] = "none"
     stem_channels: Size = 64  # channels after the stem
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # divisor of the values after mean
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
-    # Training: the Inception crop, a mirror, RandAugment.
-    crop_area: Range = (0.08, 1.0)
+    # Training: the Inception crop, a mirror, a change of colours, RandAugment. "auto": by the number of training files
+    # and, for the mirror, the names of the classes.
+    crop_area: Range | Auto = (0.08, 1.0)
     crop_aspect: Range = (3 / 4, 4 / 3)  # range of width / height of the crop
-    flip: Fraction = 0.5  # probability of a mirror image
+    flip: Fraction | Auto = 0.5  # probability of a mirror image
+    color_jitter: Fraction | Auto = 0.0  # strength of random brightness, contrast and saturation
     randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0  # operations on each picture
     randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5  # their strength
 
@@ -97,6 +117,19 @@ JPEG_HEAD_BYTES = 1 << 20  # before the first scan: a longer head is not searche
 # By the tag SampleFormat of a TIFF.
 TIFF_NUMBERS = {1: "unsigned integer", 2: "signed integer", 3: "float", 5: "complex integer", 6: "complex float"}
 TIFF_HINT = "convert it: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale IN OUT.tif"
+SKETCH = 16  # pixels along a side
+VIEW_CROP = (0.75, 1.0)
+MILD_CROP = (0.7, 1.0)
+MILD: dict[str, Any] = {"crop_area": MILD_CROP, "flip": 0.0, "color_jitter": 0.0}  # of a set that is not known
+WORD = 3  # letters of a name that is a word, not a sign
+SIGNS = frozenset(
+    re.findall(
+        r"\w+",
+        "zero one two three four five six seven eight nine ten alpha beta gamma delta epsilon zeta eta theta iota "
+        "kappa lambda omicron rho sigma tau upsilon phi chi psi omega",
+    )
+)  # whose mirror images are no signs
+SIDES = re.compile(r"left|right|east|west|clockwise|mirror", re.IGNORECASE)
 COLOR_PROBES = 20  # images decoded to choose color = "auto"
 
 # Without a handler, Python prints Pillow's log records to stderr.
@@ -266,21 +299,29 @@ class ImageModality(Modality[ImageSpec]):
         if 0 in values_grid:
             raise UsageError(f"inputs.image.patch {list(patch)} is larger than the image, {[height, width]}")
         stem: dict[str, Any] = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": values_grid}
-        grid, colors, area = _stem_grid(spec.stem, values_grid), 1 if spec.color == "grey" else 3, math.prod(patch)
+        colors, area = 1 if spec.color == "grey" else 3, math.prod(patch)
+        if spec.stem == "conv":
+            settled = spec.model_copy(update={"patch": patch})
+            return Layout.of_conv_stem(settled, (height, width), colors, **color_statistics(spec, colors, 1))
+        grid = _stem_grid(spec.stem, values_grid)
         return Layout.of_grid(spec, grid, colors * area, **stem, **color_statistics(spec, colors, area))
 
     def prepare(self, raw: Array, spec: ImageSpec, rng: Rng | None) -> ByteArray:
         """Return a ByteArray of (*size // patch, c * patch area) uint8 from (H, W, c); may share memory with `raw`.
 
-        With `rng`: Inception crop, mirror, RandAugment. Without: the centre crop of `eval_crop`. Positions count within
-        the crop: positions within the whole image overfit (paper 4.1, Figure 4).
+        With `rng`: Inception crop, mirror, colours, RandAugment. Without: the centre crop of `eval_crop`. Positions
+        count within the crop: positions within the whole image overfit (paper 4.1, Figure 4).
         """
         size, patch = _settled(spec)
+        patch = (1, 1) if spec.stem == "conv" else patch
+        raw = padded(raw, size) if spec.fit == "pad" else raw
         if rng is None:
             return ByteArray(patchify(resize(raw, center_box(raw, spec, size), size), patch))
         values = resize(raw, random_box(raw, spec, size, rng), size, reducing_gap=3.0)
-        if rng.random() < spec.flip:
+        if rng.random() < varied(spec, "flip"):
             values = np.ascontiguousarray(values[:, ::-1])
+        if strength := varied(spec, "color_jitter"):
+            values = to_array(recoloring(values[None], strength, rng)(to_image(values)))
         if spec.randaugment_layers:
             values = randaugment(values, spec.randaugment_layers, spec.randaugment_magnitude, rng)
         return ByteArray(patchify(values, patch))
@@ -288,7 +329,12 @@ class ImageModality(Modality[ImageSpec]):
     def in_words(self, spec: ImageSpec) -> str:
         size, patch = _settled(spec)
         inputs = "single pixels" if patch == (1, 1) else f"{patch[0]} x {patch[1]} patches"
-        return f"{size[0]} x {size[1]} {'grey' if spec.color == 'grey' else 'colour'}, {inputs}"
+        whole = ", whole" if spec.fit == "pad" else ""
+        smallest = crop_area(spec)[0]
+        changes = {"mirror": varied(spec, "flip"), "colours": varied(spec, "color_jitter")}
+        changes |= {f"crops from {smallest:.0%} on": 1 - smallest, "RandAugment": spec.randaugment_layers}
+        varied_by = varied_in_words(name for name, strength in changes.items() if strength)
+        return f"{size[0]} x {size[1]} {'grey' if spec.color == 'grey' else 'colour'}{whole}, {inputs}{varied_by}"
 
     def survey(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
         """Return the size of all files if it is one, else the shares of files that are scaled down and up."""
@@ -310,6 +356,27 @@ class ImageModality(Modality[ImageSpec]):
             for count, words, (h, w) in facts if count
         ]  # fmt: skip
 
+    def adapt(self, spec: ImageSpec, training_set: TrainingSet) -> ImageSpec:
+        """Return `spec` with its "auto" variations: strong ones for few pictures, which are seen hundreds of times."""
+        small = training_set.is_small
+        chosen = {
+            "crop_area": (0.35, 1.0) if small else MILD_CROP,
+            "flip": 0.5 if may_mirror(training_set.classes) else 0.0,
+            "color_jitter": 0.4 if small else 0.0,
+        }
+        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+
+    def sketch(self, raw: Array, spec: ImageSpec) -> Array:
+        """Return the picture at SKETCH x SKETCH pixels, without its mean: brightness and size do not tell."""
+        height, width = raw.shape[:2]
+        small = resize(raw, (0, 0, width, height), (SKETCH, SKETCH)).astype(np.float32)
+        return np.asarray(small - small.mean()).reshape(-1)
+
+    def viewed(self, spec: ImageSpec) -> ImageSpec:
+        """Return `spec` with mild crops, and the mirror of training, alone."""
+        calm = {"crop_area": VIEW_CROP, "color_jitter": 0.0, "randaugment_layers": 0}
+        return spec.model_copy(update=calm | {"flip": 0.5 if varied(spec, "flip") else 0.0})
+
     def resolve(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> ImageSpec:
         """Return `spec` with values for size, patch and color; grey gets one mean and one deviation.
 
@@ -322,6 +389,7 @@ class ImageModality(Modality[ImageSpec]):
             spec = spec.model_copy(update={key: value for key, value in known.items() if getattr(spec, key) == "auto"})
         size = _auto_size(spec, sources, limits) if spec.size == "auto" else spec.size
         side = min(math.ceil(math.sqrt(size[0] * size[1] / spec.max_auto_inputs)), *size)
+        side = 1 << (side - 1).bit_length() if spec.stem == "conv" else side  # the next power of 2
         patch = (side, side) if spec.patch == "auto" else spec.patch
         if spec.size == "auto":  # whole patches, the nearest size that is not above max_auto_size
             most = spec.max_auto_size
@@ -332,11 +400,27 @@ class ImageModality(Modality[ImageSpec]):
             spec = spec.model_copy(update={"color": _auto_color(spec, sources, limits)})
         if spec.color == "grey":
             spec = spec.model_copy(update={key: (float(np.mean(getattr(spec, key))),) for key in ("mean", "std")})
-        return spec
+        return spec.model_copy(update={key: v for key, v in MILD.items() if getattr(spec, key) == "auto"})
 
 
 MODALITY = ImageModality()
 register(MODALITY)
+
+
+def may_mirror(classes: Sequence[str]) -> bool:
+    """Return whether a mirror image keeps its class, as far as names tell: none is a sign, a number or has a side.
+
+    Mirrored digits and letters are others or none; a name with a digit in it is often of a sign with a number on it.
+    """
+    words = [re.sub(r"[^a-z]", "", name.lower()) for name in classes]
+    signs = any(len(word) < WORD or word in SIGNS for word in words)
+    return not signs and not any(SIDES.search(name) or re.search(r"\d", name) for name in classes)
+
+
+def varied(spec: ImageSpec, option: str) -> float:
+    """Return the strength of a variation; that of an unknown set as long as it is "auto"."""
+    value = getattr(spec, option)
+    return float(MILD[option] if value == "auto" else value)
 
 
 def _settled(spec: ImageSpec) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 import numpy as np
@@ -22,6 +23,8 @@ LEAST_OF_16 = (
     1 << 14
 ) - 1  # the greatest of numbers that have a range of their own, not 0..65535: 14 bits would be black
 MAX_CHANNELS = 1 << 20  # of a patch
+LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
+Change = Callable[[Image.Image], Image.Image]
 
 
 class ColorSpec(Protocol):
@@ -32,8 +35,11 @@ class ColorSpec(Protocol):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def crop_area(self) -> tuple[float, float] | Literal["auto"]: ...
+
     eval_crop: float
-    crop_area: tuple[float, float]
     crop_aspect: tuple[float, float]
 
 
@@ -121,7 +127,7 @@ def _own_range(values: Array, shown: NDArray[np.bool_] | None) -> tuple[float, f
 
 def color_statistics(spec: ColorSpec, colors: int, patch_area: int) -> dict[str, tuple[float, ...]]:
     """Return a Layout's mean and std for each channel of a patch, in uint8 units. Raises UsageError for bad options."""
-    for key, (low, high), top in (("crop_area", spec.crop_area, 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
+    for key, (low, high), top in (("crop_area", crop_area(spec), 1.0), ("crop_aspect", spec.crop_aspect, math.inf)):
         if not 0 < low <= high <= top:
             raise UsageError(f"inputs.{spec.modality}.{key} must rise within 0..{top:g}, found {[low, high]}")
     if colors * patch_area > MAX_CHANNELS:
@@ -169,6 +175,11 @@ def upright(values: Array, orientation: int) -> Array:
     return np.ascontiguousarray(values[:: -1 if upside_down else 1, :: -1 if mirrored else 1])
 
 
+def crop_area(spec: ColorSpec) -> tuple[float, float]:
+    """Return the range of the Inception crop's area; whole pictures as long as it is "auto"."""
+    return (1.0, 1.0) if spec.crop_area == "auto" else spec.crop_area
+
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
 
 
@@ -185,10 +196,11 @@ def random_box(raw: Array, spec: ColorSpec, size: tuple[int, int], rng: Rng) -> 
     """Return the Inception crop: a box of random area, place and log-uniform aspect ratio (relative to the target)."""
     height, width = raw.shape[:2]
     target = size[1] / size[0]
+    smallest, largest = crop_area(spec)
     low, high = spec.crop_aspect[0] * target, spec.crop_aspect[1] * target
     for _ in range(CROP_TRIES):
         at_area, at_aspect, at_x, at_y = rng.random(4).tolist()
-        area = height * width * (spec.crop_area[0] + at_area * (spec.crop_area[1] - spec.crop_area[0]))
+        area = height * width * (smallest + at_area * (largest - smallest))
         aspect = low * (high / low) ** at_aspect
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
@@ -215,6 +227,42 @@ def resize(values: Array, box: Box, size: tuple[int, int], reducing_gap: float |
     if crop.shape[:2] == size:
         return crop
     return to_array(to_image(crop).resize((size[1], size[0]), Resampling.BICUBIC, reducing_gap=reducing_gap))
+
+
+def recoloring(frames: Array, share: float, rng: Rng) -> Change:
+    """Return a random change of saturation, contrast and brightness, each by a factor within 1 +- `share`."""
+    saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
+    colors = frames.shape[-1]
+    some = frames[:, ::4, ::4].reshape(-1, colors)  # every fourth pixel is enough for a mean
+    offset = some.mean(axis=0) @ (LUMA if colors == 3 else np.ones(1)) * brightness * (1 - contrast)
+    table = np.clip(np.rint(np.arange(256) * contrast * brightness + offset), 0, 255).astype(int).tolist() * colors
+    if colors == 1:
+        return lambda picture: picture.point(table)
+    return lambda picture: Image.blend(picture.convert("L").convert("RGB"), picture, saturation).point(table)
+
+
+def padded(raw: Array, size: tuple[int, int]) -> Array:
+    """Return (H, W, c) uint8 with borders, so that its shape is that of `size`; `raw` if it is to within a pixel.
+
+    Borders have the median colour of the edge that they continue: white paper stays white.
+    """
+    height, width = raw.shape[:2]
+    tall, wide = max(height, round(width * size[0] / size[1])), max(width, round(height * size[1] / size[0]))
+    if (tall - height) * size[0] <= tall and (wide - width) * size[1] <= wide:  # less than a pixel of the result
+        return raw
+    top, left = (tall - height) // 2, (wide - width) // 2
+    whole = np.empty((tall, wide, raw.shape[-1]), np.uint8)
+    middle = whole[top : top + height, left : left + width]
+    if tall > height:
+        whole[: tall // 2], whole[tall // 2 :] = _edge_color(raw[0]), _edge_color(raw[-1])
+    else:
+        whole[:, : wide // 2], whole[:, wide // 2 :] = _edge_color(raw[:, 0]), _edge_color(raw[:, -1])
+    middle[...] = raw
+    return whole
+
+
+def _edge_color(edge: Array) -> Array:
+    return np.median(edge, axis=0).astype(np.uint8)
 
 
 def to_image(values: Array) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
@@ -24,10 +24,17 @@ from perceiver_cli.preprocess.tables import may_be_points
 class PointsSpec(InputSpec):
     """Points of a cloud or of a mesh's surface: positions (paper 4.3), and columns that are named here."""
 
+    newer = ("columns", "mean", "std", "stem", "stem_points", "stem_neighbours", "stem_channels")
     modality: Literal["points"] = "points"
     num_points: Annotated[int, Field(ge=1, le=1 << 20)] = 2048  # inputs of the model
     max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
     patch: tuple[Size, ...] = (1,)
+    # Learned layers before positions are attached: none (the paper), or stem_points of the points, each with what its
+    # nearest neighbours among all points tell about the surface.
+    stem: Literal["none", "neighbours"] = "none"
+    stem_points: Size = 256  # inputs of the model after the stem
+    stem_neighbours: Annotated[int, Field(ge=1, le=256)] = 16  # points that the stem sees around each input
+    stem_channels: Size = 64  # channels after the stem
     # Points sampled once from each file and kept; each visit in training draws num_points from these.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
     # Other numbers of each point, as values beside its position: names as in the file ("intensity", "red", "nx", ...),
@@ -42,13 +49,6 @@ class PointsSpec(InputSpec):
     stretch: Range = (1.0, 1.0)  # range of the factor for each axis
     mirror: tuple[Literal["x", "y", "z"], ...] = ()  # axes along which half of the clouds are mirrored
     jitter: Annotated[float, Field(ge=0, le=1)] = 0.0  # standard deviation of noise added to each point
-
-    @model_serializer(mode="wrap")
-    def _without_columns(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Return the options; without columns they are those of version 0.1.0, whose records keep their bytes."""
-        options: dict[str, Any] = dump(self)
-        new = () if self.columns else ("columns", "mean", "std")
-        return {name: value for name, value in options.items() if name not in new}
 
 
 POOL_SEED = 0  # the pool of a file is the same in every run
@@ -132,7 +132,7 @@ class PointsModality(Modality[PointsSpec]):
         return spec.model_copy(update={key: tuple(n) for key, n in neat.items() if getattr(spec, key) == "auto"})
 
     def layout(self, spec: PointsSpec) -> Layout:
-        """Return num_points inputs; without columns positions alone: 387 channels with 64 bands (paper 4.3)."""
+        """Return num_points inputs, or stem_points after a stem; the paper's have 387 channels of positions alone."""
         if spec.patch != (1,):
             raise UsageError(f"inputs.points.patch {list(spec.patch)}: points have no grid, expected [1]")
         if spec.positions == "learned":
@@ -146,8 +146,13 @@ class PointsModality(Modality[PointsSpec]):
         for name, numbers in (("mean", mean), ("std", std)):
             if numbers and len(numbers) != count:
                 raise UsageError(f"inputs.points.{name} has {len(numbers)} numbers, expected {count}, one for a column")
-        return Layout((spec.num_points,), count, 3, spec.bands, spec.max_resolution, is_grid=False,
-                      mean=mean or (0.0,), std=std or (1.0,), permutation=spec.permutation)  # fmt: skip
+        stem: dict[str, Any] = {}
+        if spec.stem != "none":
+            stem = {"stem": spec.stem, "stem_channels": spec.stem_channels, "values_grid": (spec.num_points,)}
+            stem["stem_neighbours"] = min(spec.stem_neighbours, spec.num_points)
+        num_inputs = min(spec.stem_points, spec.num_points) if stem else spec.num_points
+        return Layout((num_inputs,), count, 3, spec.bands, spec.max_resolution, is_grid=False,
+                      mean=mean or (0.0,), std=std or (1.0,), permutation=spec.permutation, **stem)  # fmt: skip
 
     def prepare(self, raw: Array, spec: PointsSpec, rng: Rng | None) -> ByteArray:
         """Return num_points of the pool `raw` (P, 3 + c): positions (M, 3) normalised to [-1, 1], and values (M, c).
@@ -155,13 +160,7 @@ class PointsModality(Modality[PointsSpec]):
         Steps as in paper 4.3: centre; with `rng` scale each point, stretch, mirror, rotate and add noise; centre again;
         divide by the largest coordinate. Equal points become zeros. Normals follow; other columns stay as they are.
         """
-        count, size = spec.num_points, len(raw)
-        if rng is None:
-            picked = np.arange(count) % size
-        elif count <= size:
-            picked = rng.choice(size, count, replace=False, shuffle=False)
-        else:
-            picked = np.resize(rng.permutation(size), count)
+        count, picked = spec.num_points, picked_points(spec, len(raw), rng)
         points, values = _centred(raw[picked, :3]), raw[picked, 3:]
         if rng is not None:
             points = points * rng.uniform(*spec.point_scale, (count, 1)).astype(np.float32)
@@ -186,12 +185,29 @@ class PointsModality(Modality[PointsSpec]):
         points /= np.abs(points).max() or 1.0
         return ByteArray(values, points.astype(np.float32, copy=False))
 
+    def viewed(self, spec: PointsSpec) -> PointsSpec:
+        """Return `spec` without variations: another view is another draw of points."""
+        calm = {"point_scale": (1.0, 1.0), "rotate": "none", "stretch": (1.0, 1.0), "mirror": (), "jitter": 0.0}
+        return spec.model_copy(update=calm)
+
     def fault(self, raw: Array) -> str | None:
         return "tiny" if len(raw) < TINY_POINTS else super().fault(raw[:, :3])
 
 
 MODALITY = PointsModality()
 register(MODALITY)
+
+
+def picked_points(spec: PointsSpec, size: int, rng: Rng | None = None) -> NDArray[np.intp]:
+    """Return the indices (num_points,) of the points of a pool that are the inputs, in their order."""
+    count = spec.num_points
+    if spec.stem != "none":  # its first points are centres: a fair sample, also of a cloud stored line by line
+        return np.resize((rng or np.random.default_rng(POOL_SEED)).permutation(size), count)
+    if rng is None:
+        return np.arange(count) % size
+    if count <= size:
+        return rng.choice(size, count, replace=False, shuffle=False)
+    return np.resize(rng.permutation(size), count)
 
 
 def _centred(points: Array) -> Array:

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
 
+Auto = Literal["auto"]
 
 Range = tuple[float, float]
 # One number stands for both sides.
@@ -40,6 +49,7 @@ class InputSpec(Table):
     """
 
     kinds: ClassVar[dict[str, type[InputSpec]]] = {}
+    newer: ClassVar[tuple[str, ...]] = ()  # options that version 0.1.0 has not
     modality: str
     # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
     bands: Annotated[int, Field(ge=0, le=4096)] = 64
@@ -55,6 +65,13 @@ class InputSpec(Table):
     permutation: Annotated[int, Field(ge=0, lt=1 << 63)] | None = None
     # Share of training examples that lose this modality if they have another (paper 4.2: video 0.3).
     dropout: Fraction = 0.0
+
+    @model_serializer(mode="wrap")
+    def _without_newer(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Return the options, newer ones only where they are not the default: older records keep their bytes."""
+        fields, options = type(self).model_fields, dump(self)
+        unused = {name for name in self.newer if getattr(self, name) == fields[name].default}
+        return {name: value for name, value in options.items() if name not in unused}
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -22,7 +22,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, PerceiverError, UsageError
 from perceiver_cli.preprocess import container, image, register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Rng, Span, TimedModality, lengths_in_words, patchify
-from perceiver_cli.preprocess.pixels import center_box, color_statistics, opaque, random_box, resize
+from perceiver_cli.preprocess.pixels import Change, center_box, color_statistics, opaque, random_box, recoloring, resize
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Fraction, InputSpec, Limits, Pair, Positive, Range, Size
 
@@ -49,14 +49,13 @@ class VideoSpec(InputSpec):
 
 
 COLORS = 3
+SKETCH_FRAMES = 8
 # Containers round times to their tick: a frame counts as shown from half a tick earlier, so that no frame is skipped.
 MAX_SLACK_S = 0.0005
 EPSILON_S = 1e-6
 SHORTEST_S, DEFAULT_S = 0.011, 0.1  # as in browsers: a frame of an animation with 10 ms or less is shown for 100 ms
 MIN_PIXEL_ASPECT, MAX_PIXEL_ASPECT = 0.1, 10.0  # outside this range, pixels count as square
 PLANAR = ("yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p")
-LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
-Change = Callable[[Image.Image], Image.Image]
 
 
 class TimedFrame(NamedTuple):
@@ -160,7 +159,7 @@ class VideoModality(TimedModality[VideoSpec]):
         if rng is not None and rng.random() < spec.flip:
             changes.append(ImageOps.mirror)
         if rng is not None and spec.color:
-            changes.append(_recoloring(frames, spec.color, rng))
+            changes.append(recoloring(frames, spec.color, rng))
         return ByteArray(patchify(_resized(frames, spec.size, None if rng is None else 3.0, changes), spec.patch))
 
     def in_words(self, spec: VideoSpec) -> str:
@@ -173,6 +172,17 @@ class VideoModality(TimedModality[VideoSpec]):
             with suppress(PerceiverError):
                 seconds.append(self.duration_s(source, limits))
         return lengths_in_words(seconds, self.clip_s(spec))
+
+    def sketch(self, raw: Array, spec: VideoSpec) -> Array:
+        """Return SKETCH_FRAMES pictures of 8 x 8 pixels, without their mean."""
+        places = np.linspace(0, len(raw) - 1, SKETCH_FRAMES).astype(int)
+        height, width = raw.shape[1:3]
+        small = np.stack([resize(raw[at], (0, 0, width, height), (8, 8)) for at in places]).astype(np.float32)
+        return np.asarray(small - small.mean()).reshape(-1)
+
+    def viewed(self, spec: VideoSpec) -> VideoSpec:
+        """Return `spec` with the crops of training, which are mild by default, and its mirror alone."""
+        return spec.model_copy(update={"color": 0.0})
 
     def num_views(self, spec: VideoSpec) -> int:
         return spec.eval_windows
@@ -368,12 +378,3 @@ def _resized(frames: Array, size: tuple[int, int], reducing_gap: float | None, c
             shown = change(shown)
         target[...] = np.asarray(shown)
     return resized
-
-
-def _recoloring(frames: Array, share: float, rng: Rng) -> Change:
-    """Return a random change of saturation, contrast and brightness, each by a factor within 1 +- `share`."""
-    saturation, contrast, brightness = rng.uniform(1 - share, 1 + share, 3)
-    some = frames[:, ::4, ::4].reshape(-1, COLORS)  # every fourth pixel is enough for a mean
-    offset = some.mean(axis=0) @ LUMA * brightness * (1 - contrast)
-    table = np.clip(np.rint(np.arange(256) * contrast * brightness + offset), 0, 255).astype(int).tolist() * COLORS
-    return lambda picture: Image.blend(picture.convert("L").convert("RGB"), picture, saturation).point(table)

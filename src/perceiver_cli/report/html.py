@@ -74,11 +74,11 @@ class Medium:
 
 def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]) -> str:
     """Return the page as HTML. data: the evaluated path, as the user named it; command: makes the page again."""
-    gallery = _Gallery(predictor.reader)
+    gallery = Gallery(predictor.reader)
     config = predictor.path.parent / "config.toml"
     again = ["perceiver", "train", "DATA", "--config", str(config), "-o", "ANOTHER"]
     log, why_no_log = _log(predictor)
-    return _template().render(
+    return template("report.html").render(
         title=f"{predictor.info.config.name} on {os.path.basename(os.path.normpath(data))}",
         report=report,
         pairs=_pairs(report, gallery),
@@ -107,13 +107,17 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
     )
 
 
-@lru_cache(maxsize=1)
-def _template() -> jinja2.Template:
-    world = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+@lru_cache(maxsize=2)
+def template(name: str) -> jinja2.Template:
+    """Return a page of this folder, which escapes the text that it is given."""
+    loader = jinja2.FunctionLoader(lambda file: (resources.files("perceiver_cli.report") / file).read_text("utf-8"))
+    world = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=loader
+    )
     world.globals |= {"percent": percent, "plain": "{:.3f}".format}
     world.filters |= {"shown": shown, "counted": counted, "percent": percent}
     world.tests["drawable"] = _is_drawable
-    return world.from_string((resources.files("perceiver_cli.report") / "report.html").read_text("utf-8"))
+    return world.get_template(name)
 
 
 def shown(text: str) -> str:
@@ -153,14 +157,14 @@ def _matrix(report: Report) -> dict[str, Any] | None:
     return {"rows": [], "picture": _data_uri(_encoded(picture, "PNG", optimize=True), "image/png")}
 
 
-class _Gallery:
+class Gallery:
     """Draws examples until their media fill MEDIA_BYTES; counts the examples shown and left out."""
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.room = MEDIA_BYTES
         self.num_shown = self.num_left_out = 0
-        self.points = {name: layout.grid[0] for name, layout in reader.layouts.items()}
+        self.points = {name: layout.prepared_shape[0] for name, layout in reader.layouts.items()}
 
     def show(self, example: Example, detail: str) -> Medium | None:
         """Return an example to look at, or None if its media do not fit."""
@@ -222,7 +226,7 @@ def _data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _pairs(report: Report, gallery: _Gallery) -> list[dict[str, Any]]:
+def _pairs(report: Report, gallery: Gallery) -> list[dict[str, Any]]:
     """Return the pairs of classes that are most often confused, each with its most probable mistakes."""
     if report.confusion is None:
         return []
@@ -238,7 +242,7 @@ def _pairs(report: Report, gallery: _Gallery) -> list[dict[str, Any]]:
     return pairs
 
 
-def _hardest(report: Report, gallery: _Gallery) -> list[Medium | None]:
+def _hardest(report: Report, gallery: Gallery) -> list[Medium | None]:
     """Return the examples of the highest loss if examples have several labels."""
     if report.confusion is not None:
         return []

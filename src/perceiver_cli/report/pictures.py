@@ -18,7 +18,7 @@ from perceiver_cli.preprocess import audio, modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.image import ImageSpec
-from perceiver_cli.preprocess.pixels import Box, center_box
+from perceiver_cli.preprocess.pixels import Box, center_box, padded
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.spec import InputSpec
 from perceiver_cli.preprocess.video import VideoSpec
@@ -95,6 +95,7 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
     heat = None if heat is None else scaled(heat)
     match spec:
         case ImageSpec() if isinstance(spec.size, tuple):
+            raw = padded(raw, spec.size) if spec.fit == "pad" else raw
             _still(bare_axes(figure), raw, heat, center_box(raw, spec, spec.size))
         case AudioSpec():
             _sound(figure, raw, spec, heat, start_s)
@@ -191,7 +192,7 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
         update={
             "features": "mel", "patch": (1, 1), "max_resolution": None, "clip_s": seconds, "num_mels": SPECTROGRAM_BINS,
             "window_s": min(0.032, seconds), "hop_s": max(seconds / SPECTROGRAM_COLUMNS, 1 / spec.rate_hz),
-            "min_hz": min(spec.min_hz, spec.rate_hz / 4),
+            "min_hz": min(spec.min_hz, spec.rate_hz / 4), "stem": "none", "start": "random", "floor_db": None,
         }
     )  # fmt: skip
     bins = audio.MODALITY.prepare(samples, shown, None).values[..., 0].T[::-1]

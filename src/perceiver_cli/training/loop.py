@@ -20,9 +20,9 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.loader import Batch, Task, training_tasks
 from perceiver_cli.errors import DataError, DivergedError, IntegrityError, ResourceError, counted
 from perceiver_cli.files import show_path, write_text
-from perceiver_cli.inference.evaluation import report_of
+from perceiver_cli.inference.evaluation import calibrated, report_of
 from perceiver_cli.inference.labelled import LabelledLogits, label_logits
-from perceiver_cli.model.checkpoint import ModelInfo, not_finite, save_model
+from perceiver_cli.model.checkpoint import Calibration, ModelInfo, not_finite, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
 from perceiver_cli.run_folder import ANSWERS_FILE, MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
 from perceiver_cli.training.events import Evaluated, Event, Finished, Note, Saved, StepDone
@@ -35,6 +35,9 @@ from perceiver_cli.training.timing import Progress, Timing
 
 MIX_STREAM = 1  # separates the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between reads of the loss, each of which waits for the GPU
+CALIBRATED_EXAMPLES = 20  # validation examples from which on a temperature is fitted: one number needs few
+MAX_LABEL_WEIGHT = 100.0  # of a rare label: one example in a thousand must not drown the rest
+FEW_STEPS = 500  # with fewer, the smallest sets still gain from more
 ENDLESS = 1 << 40  # batches
 
 
@@ -81,7 +84,8 @@ class Run:
         self.class_weights: Tensor | None = None
         if power := self.config.data.class_weight_power:
             counts = list(self.catalog.counts("train").values())
-            self.class_weights = class_weights(counts, power).to(self.compute.device)
+            several = len(plan.train_examples) if self.config.multi_label else None
+            self.class_weights = class_weights(counts, power, several).to(self.compute.device)
         self.step = 0
         self.lr = train.lr  # of the last step
         self.learned = plan.saved is not None  # from at least one example
@@ -148,6 +152,8 @@ class Run:
             self.total_steps = timing.stepped(self.progress)
             now = self._decide(timing, stopping, self.progress)
             self.total_steps = now.total_steps
+            if timing.planned_first(self.step):
+                yield Note(self._length_note())
             if self.step % check_every == 0 or now.over:
                 step_loss = float(loss)
                 self._check_loss(step_loss)
@@ -180,6 +186,14 @@ class Run:
         # A run that is stopped before its first evaluation has no model file yet.
         self.ranks.from_first(lambda: None if (plan.output / MODEL_FILE).exists() else self._save_model({}))
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
+
+    def _length_note(self) -> str:
+        """Return a line on the steps and epochs that fit in the time, with a word if they are few."""
+        epochs = self.total_steps * self.plan.examples_per_step / len(self.plan.train_examples)
+        line = f"about {counted(self.total_steps, 'step')}, {epochs:.3g} epochs, fit in the time"
+        if self.total_steps < FEW_STEPS:
+            return f"{line}: few to learn from; a longer --max-time, or a smaller --batch-size or model, gives more"
+        return line
 
     def _decide(self, timing: Timing, stopping: Callable[[], bool], at: Progress) -> Decision:
         """Return what comes next by the clock of the first process; one that is asked to stop stops all."""
@@ -251,6 +265,8 @@ class Run:
         """Add the gradients of one batch, the `micro`-th of its step; return its loss divided by `accumulate`."""
         device, train = self.compute.device, self.config.train
         segments, targets = batch.segments, [(batch.labels, 1.0)]
+        assert train.mixup != "auto", "settled with the plan"
+        assert train.cutmix != "auto", "settled with the plan"
         if train.mixup or train.cutmix:
             # A function of the seed and the place in the run, so that a resumed run mixes the same examples.
             rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
@@ -271,7 +287,8 @@ class Run:
         if self.config.multi_label:
             # A sum over classes, so that the gradient does not shrink with their number.
             smoothed = labels * (1 - smoothing) + smoothing / 2
-            return F.binary_cross_entropy_with_logits(logits, smoothed, reduction="sum") / len(labels)
+            loss = F.binary_cross_entropy_with_logits(logits, smoothed, pos_weight=self.class_weights, reduction="sum")
+            return loss / len(labels)
         return F.cross_entropy(logits, labels, self.class_weights, label_smoothing=smoothing)
 
     def _note_bad(self, bad: Mapping[str, str], *, new: bool) -> None:
@@ -345,6 +362,9 @@ class Run:
         report = report_of(self.judged, scored, self.catalog.classes)
         scores = {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
         self.answers = "".join(json.dumps(answer) + "\n" for answer in report.records)
+        if len(scored.examples) >= CALIBRATED_EXAMPLES and report.ece is not None:
+            temperature, ece = calibrated(scored)
+            scores |= {"val_ece": ece, "val_ece_uncalibrated": report.ece, "temperature": temperature}
         several = report.mean_average_precision
         return scores if several is None else {**scores, "val_mAP": several}
 
@@ -363,7 +383,8 @@ class Run:
         fixed = {"path": None, "root": None, "split": None, "workers": None, "cache_bytes": DataConfig().cache_bytes}
         data = self.config.data.model_copy(update=fixed)
         config = self.config.model_copy(update={"data": data})
-        info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint)
+        calibration = Calibration(metrics["temperature"]) if "temperature" in metrics else None
+        info = ModelInfo(config, self.catalog.classes, self.step, metrics, self.catalog.fingerprint, calibration)
         save_model(self.plan.output / MODEL_FILE, weights, info)
         if self.plan.request.latest:
             with suppress(ResourceError):  # runs/latest is a convenience, and the current folder may be read-only
@@ -441,8 +462,14 @@ def within_one_error(value: float, top: float, count: int) -> bool:
     return value >= top - sqrt(max(0.0, top * (1 - top)) / count)
 
 
-def class_weights(counts: Sequence[int], power: float) -> Tensor:
-    """Return loss weights (classes,): inverse frequency to a power, with mean 1 over the examples."""
+def class_weights(counts: Sequence[int], power: float, several: int | None = None) -> Tensor:
+    """Return loss weights (classes,): inverse frequency to a power, with mean 1 over the examples.
+
+    several: number of examples that have several labels; then the weight of each label where it is present, the number
+    of examples without it by those with it, to the power, at most MAX_LABEL_WEIGHT.
+    """
     frequency = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
+    if several is not None:
+        return ((several - frequency) / frequency).clamp_min(0).pow(power).clamp(max=MAX_LABEL_WEIGHT).float()
     weights = frequency.pow(-power)
     return (weights * frequency.sum() / (weights * frequency).sum()).float()

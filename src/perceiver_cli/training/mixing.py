@@ -30,19 +30,19 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     share = float(rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup))
-    centres, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # the box, as shares of each axis
+    centers, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # the box, as shares of each axis
     segments = {}
     for name, segment in batch.segments.items():
         values, other = segment.values, segment.values.flip(0)
         if cut:
             edges = [
                 [round(length * min(1.0, max(0.0, center + half * side))) for half in (-0.5, 0.5)]
-                for center, length in zip(centres, values.shape[1:3], strict=True)
+                for center, length in zip(centers, values.shape[1:-1], strict=False)
             ]
-            rows, columns = (slice(*pair) for pair in edges)
+            box = (slice(None), *(slice(*pair) for pair in edges))
             values = values.clone()
-            values[:, rows, columns] = other[:, rows, columns]
-            share = 1 - values[0, rows, columns, 0].numel() / values[0, ..., 0].numel()  # borders may cut the box
+            values[box] = other[box]
+            share = 1 - values[box][0, ..., 0].numel() / values[0, ..., 0].numel()  # borders may cut the box
         else:
             values = share * values.float() + (1 - share) * other.float()
         segments[name] = Segment(values, segment.positions)

@@ -29,10 +29,13 @@ from perceiver_cli.model.cost import MAX_PARAMETERS, Cost, estimate
 from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess.base import TrainingSet
+from perceiver_cli.preprocess.spec import InputSpec
 from perceiver_cli.run_folder import find_model, next_run
 from perceiver_cli.training.state import TrainingState, load_state
 
 FEW = 10  # unreadable files that never stop a run before all files were decoded
+SMALL_MIXUP, SMALL_CUTMIX = 0.2, 1.0  # for "auto" and few examples
 LIST_BAD = 5  # unreadable files named in an error
 
 
@@ -97,7 +100,8 @@ class Plan:
         train = self.config.train
         if train.steps is not None:
             return train.steps
-        whole = max(1, ceil(train.epochs * len(self.train_examples) / self.examples_per_step))
+        count = len(self.train_examples)
+        whole = max(1, ceil(train.epochs_for(count) * count / self.examples_per_step))
         return min(whole, train.max_steps or whole)
 
     @property
@@ -200,15 +204,13 @@ def make_plan(request: RunRequest) -> Plan:
     # All folds settle their inputs by the same examples, so that their models make one.
     seen = catalog if config.data.fold is None else whole(catalog)
     specs = resolve_specs(config.inputs, seen, config.data.limits)
-    place: dict[str, Any] = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
-    place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
-    place |= {"columns": dict(scanned.columns)} if scanned.columns else {}
-    train = config.train if saved is not None else shared_out(config.train, request.ranks.size, notes)
-    settled = {"multi_label": scanned.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
-    config = config.model_copy(update={**settled, "train": train})
-    if train.threads is not None:
-        torch.set_num_threads(train.threads)
-    compute = _compute_of(request, train, notes)
+    config = _settled(config, catalog, specs, path)
+    if saved is None:
+        train = shared_out(config.train, request.ranks.size, notes)
+        config = config.model_copy(update={"train": train})
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    compute = _compute_of(request, config.train, notes)
     num_classes = len(catalog.classes)
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
     cost = estimate(config.model, reader.layouts, num_classes)
@@ -276,6 +278,33 @@ def _check_alike(plan: Plan) -> None:
                 raise UsageError(f"{name} of process {rank}: {theirs[name]}, of process 0: {value}", hint)
 
 
+def _settled(config: Config, catalog: Catalog, specs: Mapping[str, InputSpec], path: str) -> Config:
+    """Return the recipe as the run keeps it: with the values that data and place settle."""
+    place: dict[str, Any] = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
+    place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
+    place |= {"columns": dict(catalog.columns)} if catalog.columns else {}
+    settled = {"multi_label": catalog.multi_label, "inputs": specs, "data": config.data.model_copy(update=place)}
+    settled["train"] = settled_training(config, len(catalog.splits["train"]))
+    return config.model_copy(update=settled)
+
+
+def settled_training(config: Config, count: int) -> TrainConfig:
+    """Return the options of training with a value for every "auto", by the number of training examples."""
+    train = config.train
+    small = TrainingSet(count, ()).is_small and can_mix(config)
+    auto = {
+        "epochs": train.epochs_for(count),
+        "mixup": SMALL_MIXUP if small else 0.0,
+        "cutmix": SMALL_CUTMIX if small and "image" in config.inputs else 0.0,
+    }
+    return train.model_copy(update={key: value for key, value in auto.items() if getattr(train, key) == "auto"})
+
+
+def can_mix(config: Config) -> bool:
+    """Return whether two examples of this recipe can be mixed: those of one modality that stays meaningful."""
+    return len(config.inputs) == 1 and all(modality(name).can_mix for name in config.inputs)
+
+
 def _scan(
     path: str, config: Config | None, request: RunRequest, saved: TrainingState | None, notes: list[str]
 ) -> tuple[Catalog, str | None]:
@@ -319,10 +348,9 @@ def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
     reads = "+".join(sorted(config.inputs))
     if set(config.inputs) - set(catalog.modalities):
         raise DataError(f"{show_path(path)}: holds {'+'.join(catalog.holds)}, but {config.name} reads {reads}")
-    if (config.train.mixup or config.train.cutmix) and not all(modality(name).can_mix for name in config.inputs):
-        raise UsageError(f"train.mixup and train.cutmix need images alone, this run reads {reads}")
-    if catalog.multi_label and config.data.class_weight_power:
-        raise UsageError("data.class_weight_power needs one label per example, this data has several")
+    mixes = any(value not in (0, "auto") for value in (config.train.mixup, config.train.cutmix))
+    if mixes and not can_mix(config):
+        raise UsageError(f"train.mixup and train.cutmix need pictures or sound alone, this run reads {reads}")
 
 
 def _check_classes(catalog: Catalog) -> tuple[str, ...]:

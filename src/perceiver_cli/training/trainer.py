@@ -20,6 +20,7 @@ import torch
 
 from perceiver_cli.config import Config
 from perceiver_cli.data.decoder import told_once
+from perceiver_cli.data.likeness import leak_note
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import write_text
@@ -176,5 +177,7 @@ class Trainer:
                     return
         self.looked_at = done or total
         self.plan.notes.extend(told_once(reader.notes))
+        if (leak := leak_note(reader, self.plan.train_examples, self.plan.val_examples)) is not None:
+            self.plan.notes.append(leak)
         if unreadable := self.plan.check_bad(reader.bad, self.looked_at):
             self.plan.notes.append(f"left out {counted(unreadable, 'unreadable file')}")

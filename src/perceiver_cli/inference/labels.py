@@ -1,0 +1,173 @@
+"""Probably wrong labels, by what a model and its latents say of an example without having learned from its label.
+
+A classifier on the mean latents answers each example out of fold: it learned from the others alone. Where it and the
+model together answer another class as surely as they answer that class's own examples (Northcutt et al. 2021), the
+label is suspect.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from perceiver_cli.data.examples import Example
+from perceiver_cli.data.likeness import near_pairs, sketches, stacked
+from perceiver_cli.data.loader import ordered_tasks
+from perceiver_cli.errors import DataError, UsageError, counted
+from perceiver_cli.files import show_path
+from perceiver_cli.inference.evaluation import labelled_catalog, reader_of
+from perceiver_cli.inference.predictor import Predictor, forward_batches
+
+Floats = NDArray[np.float64]
+FOLDS = 5
+PENALTY = 1e-3  # of the squared weights of the classifier on latents
+ITERATIONS = 200
+LEAST = 20  # examples, of which labels can be judged
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """An example whose label is probably wrong, with the probabilities of its label and of the suggested one."""
+
+    path: str
+    split: str
+    label: str
+    prob: float
+    suggested: str
+    suggested_prob: float
+
+
+@dataclass(frozen=True)
+class NearCopy:
+    """Two examples that are nearly the same; distance: 1 - cosine of their sketches."""
+
+    path: str
+    split: str
+    other: str
+    other_split: str
+    distance: float
+    labels: tuple[str, str]
+
+    @property
+    def across(self) -> bool:
+        """Whether they lie in several splits."""
+        return self.split != self.other_split
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What a model says of the labels of data, the most suspect first. examples: those of the suspects, then copies."""
+
+    num_examples: int
+    suspects: tuple[Suspect, ...]
+    copies: tuple[NearCopy, ...]
+    notes: tuple[str, ...]
+    examples: tuple[Example, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object of `lint --labels --json`."""
+        return {
+            "num_examples": self.num_examples,
+            "suspects": [vars(suspect) for suspect in self.suspects],
+            "near_copies": [{**vars(copy), "labels": list(copy.labels), "across": copy.across} for copy in self.copies],
+            "notes": list(self.notes),
+        }
+
+
+def check_labels(
+    predictor: Predictor, data: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
+) -> LabelReport:
+    """Return suspect labels and near-copies of labelled data. Raises UsageError for several labels an example.
+
+    Of train, validation and test alike. Raises DataError for fewer than LEAST examples.
+    """
+    catalog, _ = labelled_catalog(predictor, data)
+    if catalog.multi_label or predictor.info.config.multi_label:
+        raise UsageError("--labels judges one label an example, this data or model has several")
+    reader = reader_of(predictor, catalog)
+    split_of = {example.id: split for split, examples in catalog.splits.items() for example in examples}
+    every = [example for example in catalog.merged(catalog.splits) if example.labels]
+    examples: list[Example] = []
+    logits, latents = [], []
+    for batch, outputs in forward_batches(predictor.model, reader, ordered_tasks(every, 32), predictor.compute):
+        examples += batch.examples
+        logits.append(outputs.logits)
+        latents.append(outputs.embeddings)
+        if progress is not None:
+            progress(len(examples), len(every))
+    if len(examples) < LEAST:
+        raise DataError(f"{show_path(data)}: {counted(len(examples), 'labelled example')} of the model's classes, "
+                        f"expected {LEAST} or more to judge labels")  # fmt: skip
+    labels = np.array([example.labels[0] for example in examples])
+    own = torch.cat(logits).div(predictor.calibration.temperature).softmax(dim=1).numpy()
+    probs = (own + out_of_fold(torch.cat(latents).double().numpy(), labels, len(predictor.classes))) / 2
+    names = predictor.classes
+    found = suspect_labels(probs, labels)
+    suspects = tuple(
+        Suspect(examples[i].id, split_of[examples[i].id], names[labels[i]], float(probs[i, labels[i]]), names[other],
+                float(probs[i, other]))
+        for i, other in found
+    )  # fmt: skip
+    there, rows = stacked(list(sketches(reader, examples)))
+    pairs = [(examples[there[pair.first]], examples[there[pair.second]], pair.distance) for pair in near_pairs(rows)]
+    copies = tuple(
+        NearCopy(one.id, split_of[one.id], other.id, split_of[other.id], distance,
+                 (names[one.labels[0]], names[other.labels[0]]))
+        for one, other, distance in pairs
+    )  # fmt: skip
+    shown = (*(examples[i] for i, _ in found), *(one for pair in pairs for one in pair[:2]))
+    return LabelReport(len(examples), suspects, copies, tuple(catalog.notes), shown)
+
+
+def suspect_labels(probs: Floats, labels: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Return (example, suggested class) of suspect labels, the most suspect first. probs: (n, classes)."""
+    own = probs[np.arange(len(labels)), labels]
+    # The mean probability of a class among its own examples: some classes are never answered surely.
+    usual = np.array([own[labels == c].mean() if (labels == c).any() else np.inf for c in range(probs.shape[1])])
+    sure = np.where(probs >= usual, probs, -np.inf)
+    sure[np.arange(len(labels)), labels] = np.where(own >= usual[labels], np.inf, -np.inf)
+    suggested = sure.argmax(axis=1)
+    margin = probs[np.arange(len(labels)), suggested] - own
+    suspect = np.flatnonzero(np.isfinite(sure.max(axis=1)) & (suggested != labels) & (margin > 0))
+    return [(int(i), int(suggested[i])) for i in suspect[np.argsort(-margin[suspect], kind="stable")]]
+
+
+def out_of_fold(latents: Floats, labels: NDArray[np.int64], classes: int) -> Floats:
+    """Return probabilities (n, classes) of a linear classifier that has not seen the example. latents: (n, D)."""
+    rows = (latents - latents.mean(axis=0)) / (latents.std(axis=0) + 1e-6)
+    rows = np.hstack([rows, np.ones((len(rows), 1))])
+    fold = np.random.default_rng(0).permutation(len(rows)) % FOLDS
+    probs = np.zeros((len(rows), classes))
+    for k in range(FOLDS):
+        inside = fold != k
+        probs[~inside] = _softmax(rows[~inside] @ _regression(rows[inside], labels[inside], classes))
+    return probs
+
+
+def _softmax(scores: Floats) -> Floats:
+    from scipy.special import softmax
+
+    return np.asarray(softmax(scores, axis=1))
+
+
+def _regression(rows: Floats, labels: NDArray[np.int64], classes: int) -> Floats:
+    """Return the weights (D, classes) of the softmax regression of labels on rows (n, D)."""
+    from scipy.optimize import minimize
+
+    hot = np.eye(classes)[labels]
+
+    def cost(flat: Floats) -> tuple[float, Floats]:
+        weights = flat.reshape(rows.shape[1], classes)
+        probs = _softmax(rows @ weights)
+        loss = -np.log(probs[np.arange(len(labels)), labels] + 1e-12).mean() + PENALTY * np.square(weights).sum() / 2
+        return float(loss), (rows.T @ (probs - hot) / len(labels) + PENALTY * weights).ravel()
+
+    start = np.zeros(rows.shape[1] * classes)
+    found = minimize(cost, start, jac=True, method="L-BFGS-B", options={"maxiter": ITERATIONS})
+    return np.asarray(found.x).reshape(rows.shape[1], classes)
