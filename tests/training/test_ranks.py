@@ -14,13 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from perceiver_cli.config import tiny_config
+from perceiver_cli.config import ModelConfig, tiny_config
 from perceiver_cli.data.decoder import Decoded
 from perceiver_cli.data.examples import Example
 from perceiver_cli.errors import DataError, LostError, PerceiverError, UsageError
 from perceiver_cli.hardware import LAUNCHED, Place
-from perceiver_cli.model.encoding import ConvStem
+from perceiver_cli.model.encoding import Segment
+from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.model.ranks import ALONE, Ranks, joined
+from perceiver_cli.model.slices import slice_logits
+from perceiver_cli.model.stems import ConvStem
+from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.run_folder import MODEL_FILE
 from perceiver_cli.training.cache import preload_shared
 from perceiver_cli.training.events import StepDone
@@ -264,3 +268,31 @@ def test_processes_of_a_machine_decode_each_file_once(bars: Path, tmp_path: Path
     assert [done for done, *_ in found] == [count, count]
     assert sum(decoded for _, decoded, *_ in found) == count
     assert all(same and not writeable for *_, same, writeable in found)
+
+
+def test_inputs_in_slices_give_the_gradients_of_one_process(tmp_path: Path) -> None:
+    """Uneven slices of a grid of 64 x 64: a quarter and the rest."""
+    layout = Layout(grid=(64, 64), channels=3, dims=2, bands=8, max_resolution=(64.0, 64.0))
+    config = ModelConfig(
+        num_latents=8, latent_channels=32, schedule="c0 t0 (c1 t0)x2", self_attends_per_block=1, num_self_heads=2
+    )
+    generator = torch.Generator().manual_seed(2)
+    images, labels = torch.randn(2, 64, 64, 3, generator=generator), torch.tensor([3, 1])
+
+    def gradients(logits: Callable[[Perceiver], torch.Tensor]) -> list[torch.Tensor]:
+        model = Perceiver(config, {"image": layout}, 10)
+        with torch.no_grad():
+            model.head.weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+        torch.nn.functional.cross_entropy(logits(model), labels).backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    def work(ranks: Ranks) -> Any:
+        rows = [range(16), range(16, 64)][ranks.rank]
+        own = {"image": Segment(images[:, rows.start : rows.stop])}
+        sliced = gradients(lambda model: slice_logits(model, own, {"image": rows}, ranks))
+        whole = gradients(lambda model: model({"image": Segment(images)}))
+        largest = max(float(g.abs().max()) for g in whole)
+        return max(float((a - b).abs().max()) for a, b in zip(sliced, whole, strict=True)) / largest
+
+    for error in as_ranks(2, tmp_path / "slices", work):
+        assert error < 1e-5  # other forms of the cross-attend, in float32

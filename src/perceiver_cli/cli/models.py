@@ -1,16 +1,18 @@
 """The commands about models and this machine: import, export, info, compare, doctor, presets, bench."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options, terminal
+from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.progress import working
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
+from perceiver_cli.hardware import LAUNCHED, cores
 
 
 def import_weights(
@@ -107,13 +109,16 @@ def presets(
 
 
 def bench(
-    preset: Annotated[str, typer.Argument(autocompletion=completion.presets, help="Preset, or growth.")] = "tiny-image",
+    preset: Annotated[
+        str, typer.Argument(autocompletion=completion.presets, help="Preset, growth or scale.")
+    ] = "tiny-image",
     mode: Annotated[Literal["forward", "train"], typer.Option(help="Call that growth measures.")] = "forward",
     plot: Annotated[str | None, typer.Option(help="Plot growth to FILE.svg or FILE.png.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per measurement of growth.")] = 3,
     device: options.Device = "auto",
+    devices: options.Devices = None,
     precision: options.Precision = "auto",
     workers: options.Workers = 0,
     json: options.Json = False,
@@ -121,8 +126,13 @@ def bench(
     """Measure speed on synthetic data. Print samples per second of a training step, a forward pass and the loader.
 
     `bench growth` measures time and memory of the imagenet model and of one of its cross-attends, for 2^12 to 2^20
-    inputs, one example at a time, each measurement in its own process.
+    inputs, one example at a time, each measurement in its own process. `bench scale`, or a preset with --devices N,
+    trains with 1, 2, 4 processes up to N, in steps of the same examples.
     """
+    if preset == "scale" or devices is not None:
+        of, most = "tiny-image" if preset == "scale" else preset, devices or str(cores())
+        _scale((of, batch_size, seconds, device, precision), most, json)
+        return
     from perceiver_cli.machine import speed
     from perceiver_cli.machine.growth import Trial, draw, growth
     from perceiver_cli.machine.measure import describe_machine
@@ -135,6 +145,22 @@ def bench(
     if plot is not None:
         draw(rows, plot)
     terminal.show_facts(describe_machine(choose_compute(device, precision)), json)
+
+
+def _scale(trial: tuple[str, int | None, float, str, str], devices: str, json: bool) -> None:
+    """Print the speed of training with 1, 2, 4 ... processes; in one of these, measure."""
+    most = processes.count_of(devices)
+    if LAUNCHED not in os.environ:
+        for exponent in range(most.bit_length()):
+            processes.run(2**exponent)
+        return
+    ranks = processes.shared(None, None)
+    from perceiver_cli.machine.scaling import scaling
+
+    row = scaling(*trial, most, ranks)
+    if ranks.first:
+        list(show_rows([row], json))
+    ranks.meet()
 
 
 def show_rows(rows: Iterable[Mapping[str, Any]], as_json: bool) -> Iterator[Mapping[str, Any]]:

@@ -37,18 +37,13 @@ def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None
 
 def started(devices: str | None, inputs: Sequence[str | None] = ()) -> Place:
     """Return what `shared` does for processes that tell each other nothing."""
-    count = 1 if devices is None or LAUNCHED in os.environ else _count(devices)
+    count = 1 if devices is None or LAUNCHED in os.environ else count_of(devices)
     if "-" in inputs and max(count, place().size) > 1:
         raise UsageError("stdin is for one process", "write it to a file first")
     if count > 1:
         if place().size > 1:
             raise UsageError("--devices within torchrun or srun, which has started the processes", "leave it out")
-        from perceiver_cli.training.launch import launch
-
-        status = launch(count, sys.argv[1:], terminal.stderr_number())
-        if status < 0:
-            terminal.end_by_signal(-status)
-        raise typer.Exit(status)
+        raise typer.Exit(run(count))
     here = place()
     if here.rank:
         terminal.hush()
@@ -57,7 +52,18 @@ def started(devices: str | None, inputs: Sequence[str | None] = ()) -> Place:
     return here
 
 
-def _count(devices: str) -> int:
+def run(count: int) -> int:
+    """Run this command as `count` processes; return their exit status. A signal ends this process too."""
+    from perceiver_cli.training.launch import launch
+
+    status = launch(count, sys.argv[1:], terminal.stderr_number())
+    if status < 0:
+        terminal.end_by_signal(-status)
+    return status
+
+
+def count_of(devices: str) -> int:
+    """Return the number of processes that `--devices` asks for. Raises UsageError."""
     if devices.isdecimal() and int(devices) > 0:
         return int(devices)
     if devices != "all":

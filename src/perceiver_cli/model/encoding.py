@@ -195,7 +195,7 @@ class ByteArrayEncoding(nn.Module):
             mask = present if mask is None else mask & present
         encoding = self.modality_encodings.get(name, None)
         if layout.is_grid and name not in self.learned_positions:
-            first, *rest = self._tables(name, values.device) if tables is None else tables
+            first, *rest = self.axis_tables(name, values.device) if tables is None else tables
             if encoding is not None:
                 first = torch.cat([first, encoding.expand(first.shape[0], -1)], dim=-1)
                 rest = [F.pad(table, (0, len(encoding))) for table in rest]
@@ -209,7 +209,8 @@ class ByteArrayEncoding(nn.Module):
         encodings = [] if encoding is None else [encoding.expand(*values.shape[:2], -1)]
         return ModalityInputs(torch.cat([values, features, *encodings], dim=-1), mask=mask)
 
-    def _tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+    def axis_tables(self, name: str, device: torch.device) -> tuple[Tensor, ...]:
+        """Return the table of each axis of a modality's grid, see `axis_features`; made once per device."""
         if (name, device) not in self._axis_features:
             layout = self.layouts[name]
             places = [grid_positions((side,), device) for side in layout.grid]

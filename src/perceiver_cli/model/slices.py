@@ -1,0 +1,96 @@
+"""One example whose inputs lie in slices on several processes, for inputs that one device cannot hold. Exact.
+
+Axes: B batch, M inputs, n queries of all heads, C input channels.
+
+Each process attends to its own slice; softmaxes are merged by their normalisers. For each cross-attend (B, n, C + 2)
+numbers travel, whatever M is. All else (latents, weights, logits, loss) is the same in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from perceiver_cli.model.attention import Memory
+from perceiver_cli.model.encoding import ModalityInputs, Segment
+from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.model.ranks import Ranks
+
+
+class SlicedMemory(Memory):
+    """The inputs of this process, as a part of those of all. inputs: its slice, of every modality that is present."""
+
+    def __init__(self, inputs: Iterable[ModalityInputs], ranks: Ranks) -> None:
+        super().__init__(inputs)
+        self.ranks = ranks
+
+    def tiled_width(self) -> float:
+        """Return 0: tiles are the only form whose normaliser is known."""
+        return 0.0
+
+    def average(self, u: Tensor, *, tiled: bool) -> Tensor:
+        """Return the mean (B, n, C) of xhat over the inputs of all processes under softmax(u . xhat)."""
+        u = _Spread.apply(u, self.ranks)  # type: ignore[no-untyped-call]
+        kernel = self.kernel(u.device, u.dtype)
+        with torch.autocast(u.device.type, enabled=False):
+            means, normalisers = zip(*(tiles.average(u.float(), kernel) for tiles in self.tiles), strict=True)
+            normaliser = torch.stack(normalisers).logsumexp(dim=0)
+            shares = (torch.stack(normalisers) - normaliser).exp().unsqueeze(-1)
+            mean = (shares * torch.stack(means)).sum(dim=0)
+        merged: Tensor = _Merge.apply(mean, normaliser, self.ranks)  # type: ignore[no-untyped-call]
+        return merged
+
+
+def slice_logits(model: Perceiver, segments: dict[str, Segment], sides: dict[str, range], ranks: Ranks) -> Tensor:
+    """Return the logits (B, classes) of examples of which each process has a slice along the first axis of each grid.
+
+    segments: the slice of this process; sides: its places along that axis of the whole grid. After a backward pass the
+    gradients of all processes are those of one, but for parameters of the encoding: these are of the slice alone.
+    """
+    parts = []
+    for name, segment in segments.items():
+        first, *rest = model.encoding.axis_tables(name, segment.values.device)
+        places = slice(sides[name].start, sides[name].stop)
+        parts.append(model.encoding.modality_inputs(name, segment, (first[places], *rest)))
+    return model.classify(model.read(SlicedMemory(parts, ranks)))
+
+
+class _Spread(torch.autograd.Function):
+    """The same queries for all processes: their gradient is the sum of those of all slices."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return u.view_as(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.contiguous().clone()
+        with ctx.ranks.talking():
+            dist.all_reduce(grad)
+        return grad, None
+
+
+class _Merge(torch.autograd.Function):
+    """The mean (B, n, C) over all slices from that of one, and the log of its normaliser (B, n)."""
+
+    @staticmethod
+    def forward(ctx: Any, mean: Tensor, level: Tensor, ranks: Ranks) -> Tensor:
+        top = level.clone()
+        with ranks.talking():
+            dist.all_reduce(top, dist.ReduceOp.MAX)
+            weight = (level - top).exp().unsqueeze(-1)
+            sums = torch.cat([weight * mean, weight], dim=-1)
+            dist.all_reduce(sums)
+        total, share = sums[..., :-1] / sums[..., -1:], weight / sums[..., -1:]
+        ctx.save_for_backward(mean, total, share)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        mean, total, share = ctx.saved_tensors
+        return share * grad, (share * (grad * (mean - total)).sum(dim=-1, keepdim=True)).squeeze(-1), None
