@@ -17,7 +17,7 @@ ROOT = Path(perceiver_cli.__file__).parent
 # Lowest first: a room imports from those before it, and never from one after it.
 ORDER = [
     "errors", "files", "hardware", "malloc", "run_folder", "presets", "preprocess", "config",
-    "model", "records", "data", "inference", "report", "training", "machine", "cli", "__main__",
+    "model", "records", "data", "advice", "inference", "report", "training", "machine", "cli", "__main__",
 ]  # fmt: skip
 RANK = {room: rank for rank, room in enumerate(ORDER)}
 WITH_TORCH = ("model", "data.loader", "inference", "training", "report", "machine")

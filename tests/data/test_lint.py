@@ -12,7 +12,10 @@ import pytest
 import soundfile
 from PIL import Image
 
+from perceiver_cli.advice.data import after_lint
+from perceiver_cli.data.clean import left_out, write_clean
 from perceiver_cli.data.lint import LintReport, lint
+from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import modality as modality_named
 from tests.conftest import Perceive, write_clip, write_images
 
@@ -51,6 +54,40 @@ def check(report: LintReport) -> None:
     assert report.counts["train"] == {"a": 8, "b": 6, "only": 1}
     assert report.imbalance == 8
     assert report.missing == {"test": ["only"]}
+
+
+@pytest.mark.parametrize("name", ["clean.csv", "lists/clean.jsonl"])
+def test_the_list_of_good_files_has_no_fault(faulty: Path, tmp_path: Path, name: str) -> None:
+    report = lint(faulty, workers=0)
+    (tmp_path / "lists").mkdir()
+    assert after_lint(report)[0].command == ("perceiver", "lint", str(faulty), "-o", "clean.csv")
+    assert write_clean(report, str(tmp_path / name)) == (16, 6)
+    clean = lint(tmp_path / name, workers=0)
+    assert (clean.failed, clean.copies, clean.unreadable, clean.faults["constant"]) == (False, (), (), [])
+    assert clean.sizes == {"test": 7, "train": 9}  # the copy in test stays
+    assert clean.counts["train"] == {"a": 4, "b": 4, "only": 1}
+    assert [each.command[1] for each in after_lint(clean)] == ["train"]
+
+
+def test_a_class_of_silence_stays(tmp_path: Path) -> None:
+    for k, label in enumerate(("hum", "silence")):
+        (tmp_path / label).mkdir()
+        for number in range(3):
+            rng = np.random.default_rng([k, number])
+            loud = 0.0 if label == "silence" else 0.5
+            samples = loud * rng.standard_normal(800) + 1e-5 * number
+            soundfile.write(tmp_path / label / f"{number}.wav", samples, 8000, subtype="FLOAT")
+    report = lint(tmp_path, workers=0)
+    assert len(report.faults["silent"]) == 3
+    assert set(left_out(report).values()) <= {"copy"}
+
+
+def test_records_have_no_list(tmp_path: Path, perceive: Perceive, faulty: Path) -> None:
+    assert perceive("preprocess", faulty, "-o", "x.tar", cwd=tmp_path).returncode == 3
+    report = lint(tmp_path / "x.tar", workers=0)
+    assert [each.command[1] for each in after_lint(report)] == ["train"]
+    with pytest.raises(UsageError, match="not records"):
+        write_clean(report, str(tmp_path / "clean.csv"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -32,8 +32,8 @@ def speak(text: str, seed: str, path: Path, noises: list[Path]) -> None:
     rng = random.Random(seed)
     voice = ["-v", rng.choice(VOICES), "-s", str(rng.randint(120, 210)), "-p", str(rng.randint(20, 80))]
     rate_hz = rng.choices(list(RATES), list(RATES.values()))[0]
-    before, after, room = rng.uniform(0.05, 0.5), rng.uniform(0.05, 0.5), rng.randint(0, 40)
-    noise, loudness, gain = rng.choice(noises), rng.uniform(0.02, 0.15), rng.uniform(-12, -1)
+    before, after, room = rng.uniform(0.05, 0.5), rng.uniform(0.05, 0.5), rng.randint(0, 30)
+    noise, loudness, gain = rng.choice(noises), rng.uniform(0.003, 0.05), rng.uniform(-12, -1)
     start = rng.uniform(0, 20)
     spoken = subprocess.run(["espeak-ng", *voice, "--stdout", text], check=True, capture_output=True).stdout
     length_s = (len(spoken) - 44) / 2 / 22050 + before + after

@@ -10,7 +10,17 @@ import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.progress import counting, this_command, working
-from perceiver_cli.cli.terminal import complain, emit, emit_json, emit_table, say, say_lines, say_notes, size
+from perceiver_cli.cli.terminal import (
+    complain,
+    emit,
+    emit_json,
+    emit_table,
+    say,
+    say_advice,
+    say_lines,
+    say_notes,
+    size,
+)
 from perceiver_cli.errors import EXIT_DATA, UsageError, counted
 from perceiver_cli.files import check_suffix, show_path, show_text, write_text
 
@@ -76,6 +86,7 @@ def preprocess(
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
         _byte_array(named, output, model, preset, limit)
         return
+    from perceiver_cli.advice.data import after_preprocess
     from perceiver_cli.data import prepare
 
     own, output = _part_of(part, devices, output, [*(inputs or []), files_from])
@@ -94,6 +105,7 @@ def preprocess(
     bad = follow_preparing(done, output)
     if own == (0, 1):  # the account is of all inputs
         say_lines(job.catalog.accounted(bad).brief())
+        say_advice(after_preprocess(output, labelled=bool(job.catalog.classes), model=model))
     raise typer.Exit(EXIT_DATA if bad else 0)
 
 
@@ -166,7 +178,13 @@ def lint(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Page of --labels: FILE.html."),
+        typer.Option(
+            "--output",
+            "-o",
+            parser=options.named,
+            metavar="PATH",
+            help="List of good files, FILE.csv or FILE.jsonl; of --labels a page, FILE.html.",
+        ),
     ] = None,
     json: options.Json = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,
@@ -178,22 +196,30 @@ def lint(
 
     Report unreadable files; the same content twice, in one or several splits, with the same or different labels;
     silent sound, pictures of one colour, clouds of few points; sizes of classes. The exit status is 3 if files are
-    unreadable or content is in several splits.
+    unreadable or content is in several splits. With -o the good files are listed: one of each group of copies, in test
+    rather than train, and none if their labels differ.
     """
     options.check_data(data)
     if labels is not None:
         _lint_labels(data, labels, output, limit, options.data_options(root, path_columns, label_column, pair), json)
         return
     if output is not None:
-        raise UsageError("-o needs --labels", "--json prints the report of faults")
+        check_suffix(output, (".csv", ".jsonl"), "-o", "not a format of lists")
+    from perceiver_cli.advice.data import after_lint
     from perceiver_cli.config import DataConfig
+    from perceiver_cli.data.clean import write_clean
     from perceiver_cli.data.lint import lint as check
 
-    read = DataConfig(**options.data_options(root, path_columns, label_column, pair, columns))
+    given = options.data_options(root, path_columns, label_column, pair, columns)
+    read = DataConfig(**given)
     with counting("checking") as progress:
         report = check(data, options.raised_limits(limit), workers, progress, read)
     say_notes(report.notes)
     show_lint(report, json)
+    if output is not None:
+        good, rest = write_clean(report, os.fspath(output))
+        say(f"wrote {show_path(output)}: {counted(good, 'good example')}, {rest:,} left out")
+    say_advice(after_lint(report, options.data_words(given), None if output is None else os.fspath(output)))
     if report.failed:
         raise typer.Exit(EXIT_DATA)
 

@@ -9,7 +9,7 @@ import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.progress import working
-from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say
+from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say, say_advice
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.hardware import LAUNCHED, cores
@@ -23,11 +23,13 @@ def import_weights(
     variant: Annotated[Literal["dm", "hf"], typer.Option(help="Match official code (dm) or transformers (hf).")] = "dm",
 ) -> None:
     """Convert a transformers image classifier into a model file. Expects one of deepmind/vision-perceiver-*."""
+    from perceiver_cli.advice.data import after_import
     from perceiver_cli.model.pretrained import import_model
 
     with working("importing"):
         info = import_model(source, output, variant)
     say(f"wrote {show_path(output)}: {info.config.name}, {counted(len(info.classes), 'class')}")
+    say_advice(after_import(str(output)))
 
 
 def export(

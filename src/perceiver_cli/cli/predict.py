@@ -20,6 +20,7 @@ from perceiver_cli.cli.terminal import (
     emit_table,
     figure,
     say,
+    say_advice,
     say_lines,
     say_notes,
 )
@@ -77,6 +78,7 @@ def evaluate(
     options.check_data(data)
     ranks = processes.shared(devices, timeout, [data])
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate_shared
+    from perceiver_cli.inference.guidance import advice_on
     from perceiver_cli.report.html import save_report
 
     given = options.data_options(root, path_columns, label_column, None, columns)
@@ -112,6 +114,7 @@ def evaluate(
         write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     show_report(report, json)
+    say_advice(advice_on(report, predictor, data, has_report=output is not None))
     if report.bad:
         raise typer.Exit(EXIT_DATA)
 

@@ -281,6 +281,12 @@ def say_notes(notes: Iterable[str]) -> None:
         say(f"note: {note}")
 
 
+def say_advice(advice: Iterable[object]) -> None:
+    """Print a line for each thing to do next."""
+    for each in advice:
+        say(f"next: {each}")
+
+
 def complain(message: str) -> None:
     """Print one line on stderr, with -q too: an error, or an unreadable input."""
     _libraries.heard()

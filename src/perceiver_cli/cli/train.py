@@ -21,6 +21,7 @@ from perceiver_cli.cli.terminal import (
     is_terminal,
     on_first_signal,
     say,
+    say_advice,
     say_lines,
     say_notes,
 )
@@ -199,6 +200,7 @@ def lr_find(
     words += options.data_words(given)
     overrides = [*(changes or []), *options.data_changes(given), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
+    from perceiver_cli.advice.data import after_lr_find
     from perceiver_cli.training import lr_find as finder
     from perceiver_cli.training.trainer import Trainer
 
@@ -211,7 +213,10 @@ def lr_find(
     if json:
         emit_json({**vars(curve), "plot": os.fspath(output), "command": command})
         return
+    again = ["perceiver", "lr-find", data, *words]
+    advice = after_lr_find(again, steps, fell=curve.fell, fell_to_the_end=curve.fell_to_the_end)
     say(f"the curve of {len(curve.rates)} steps is in {show_path(output)}; next:")
+    say_advice(advice)
     emit(f"{command}\n")
 
 
@@ -278,6 +283,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
     if received:
         say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
         end_by_signal(received[0])
+    say_advice(event.advice)
     emit(f"{event.model}\n")
 
 

@@ -62,6 +62,7 @@ class LintReport:
     of the same content. faults: (split, id, modality) of silent sound, constant pictures and clouds, tiny clouds.
     """
 
+    catalog: Catalog = field(repr=False)
     data: str
     modalities: tuple[str, ...]
     sizes: Mapping[str, int]
@@ -155,7 +156,7 @@ def lint(
     bad, groups = tuple(unreadable.values()), tuple(copies)
     files = catalog.accounted({identity for _, identity, _ in bad})
     notes = (*catalog.notes, *told_once(partly))
-    return LintReport(os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, notes, files)
+    return LintReport(catalog, os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, notes, files)
 
 
 def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:

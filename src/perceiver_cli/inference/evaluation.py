@@ -23,6 +23,7 @@ from perceiver_cli.data.folders import parent
 from perceiver_cli.data.listing import fitting
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated
+from perceiver_cli.data.survey import DataFacts, facts_of
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.inference.labelled import LabelledLogits, label_logits
@@ -78,6 +79,7 @@ class Report:
     intervals_95: Mapping[str, Interval] = field(default_factory=dict)  # of the headline figures, by name
     examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
     files: Account = field(default_factory=Account)  # what became of every path of the data
+    facts: DataFacts = field(default_factory=DataFacts)  # of the data, for advice
     by: str | None = None  # column of a manifest, or "parent", whose values divide the examples
     worth: Mapping[str, Any] | None = None  # of each input, see `inference.worth`
 
@@ -345,7 +347,9 @@ def evaluate_shared(
     if not isfinite(report.loss):
         raise predictor.broken()
     files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
-    report = replace(report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files)
+    report = replace(
+        report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files, facts=facts_of(catalog)
+    )
     if (by := predictor.options.get("group_by")) is None:
         return report
     report = replace(report, by=by)

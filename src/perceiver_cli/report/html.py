@@ -29,6 +29,7 @@ from perceiver_cli.data.survey import in_words
 from perceiver_cli.errors import DataError, IntegrityError, counted
 from perceiver_cli.files import MAX_SHOWN, printable, show_command, write_text
 from perceiver_cli.inference.evaluation import Report
+from perceiver_cli.inference.guidance import advice_on
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.describe import describe
@@ -100,6 +101,7 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         model=describe(str(predictor.path)),
         compute=predictor.compute,
         versions=versions(),
+        advice=advice_on(report, predictor, data, has_report=True),
         command=show_command(command),
         training=show_command(again) if config.is_file() else "",
         listed=LISTED,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perceiver_cli.advice.base import Advice
 from perceiver_cli.data.account import Account
 
 
@@ -70,13 +71,14 @@ class Saved:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ended, as planned or early. metrics: those of the best model."""
+    """The run ended, as planned or early. metrics: those of the best model. advice: what to do next."""
 
     model: Path
     step: int
     stopped_early: bool
     metrics: Mapping[str, Any]
     elapsed_s: float
+    advice: tuple[Advice, ...] = ()
 
 
 Event = Started | Loaded | Note | StepDone | Evaluated | Saved | Finished

@@ -29,6 +29,16 @@ class Curve:
     suggestion: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def fell(self) -> bool:
+        """Whether the loss fell before it rose."""
+        return int(np.argmin(self.smoothed)) >= MIN_STEPS
+
+    @property
+    def fell_to_the_end(self) -> bool:
+        """Whether the loss was lowest at the highest rate."""
+        return int(np.argmin(self.smoothed)) == len(self.smoothed) - 1
+
 
 def range_test(trainer: Trainer, steps: int, progress: Callable[[int, int], None]) -> Curve:
     """Return the losses of up to `steps` optimiser steps while the learning rate grows by a constant factor.

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 
+from perceiver_cli.advice.base import Advice
+from perceiver_cli.advice.training import Trained, after_training
 from perceiver_cli.config import Config
 from perceiver_cli.data.decoder import told_once
 from perceiver_cli.data.likeness import leak_note
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
+from perceiver_cli.data.survey import facts_of
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import write_text
 from perceiver_cli.hardware import cores
@@ -29,7 +32,7 @@ from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.machines import Name, training_estimate
 from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.report.model_card import card
-from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run
+from perceiver_cli.run_folder import MODEL_FILE, begin_run, claim_run, make_next_run, read_log
 from perceiver_cli.training.cache import preload_shared
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Saved, Started
 from perceiver_cli.training.loop import Run
@@ -147,7 +150,7 @@ class Trainer:
             for event in run.events(lambda: self.stopping):
                 if isinstance(event, Finished) or (isinstance(event, Saved) and event.path == output / MODEL_FILE):
                     ranks.from_first(lambda: self._write_card(output))
-                yield event
+                yield replace(event, advice=self._advice()) if isinstance(event, Finished) else event
             ranks.meet()
 
     def _begin(self, *, resume: bool) -> None:
@@ -159,6 +162,19 @@ class Trainer:
 
     def _write_card(self, output: Path) -> None:
         write_text(output / "README.md", card(self.plan.summary(), read_info(output / MODEL_FILE)))
+
+    def _advice(self) -> tuple[Advice, ...]:
+        """Return what to do after a run that was not stopped."""
+        plan = self.plan
+        if self.stopping:
+            return ()
+        start = plan.request.init_from
+        trained = Trained(
+            os.fspath(plan.request.data or plan.config.data.path or "-"), os.fspath(plan.output), plan.config,
+            facts_of(plan.catalog), len(plan.val_examples), read_log(plan.output), len(plan.reader.bad),
+            None if start is None else os.fspath(start),
+        )  # fmt: skip
+        return tuple(after_training(trained))
 
     def _preload(self) -> Iterator[Loaded]:
         """Decode the files that fit in memory and yield progress; raise DataError if too many are unreadable."""

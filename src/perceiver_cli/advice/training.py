@@ -1,0 +1,164 @@
+"""What to do after training, by the run's log and the sizes of its classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from perceiver_cli.advice.base import MOST, UNEVEN, WEIGHTS, Advice, error_of, ratio_of
+from perceiver_cli.config import Config
+from perceiver_cli.data.survey import DataFacts
+from perceiver_cli.errors import counted
+
+FEW_STEPS = 200  # below, a model that knows nothing was stopped too early
+MANY_STEPS = 500  # proposed in their place
+LEAST_EVALUATIONS = 6  # for a rule about the shape of a curve
+NOISE = 2.0  # standard errors between evaluations from which a curve jumps
+JUMP = 0.03  # smallest such difference
+SLOWER = 4  # divisor of the learning rate of a curve that jumps
+PERFECT, LEAST_PERFECT = 0.995, 50  # a score that copies in both splits would explain, and its least examples
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known at the end of a run.
+
+    data, run: paths as the user named them. log: the evaluations, oldest first. num_bad: unreadable files.
+    """
+
+    data: str
+    run: str
+    config: Config
+    facts: DataFacts
+    num_val: int
+    log: Sequence[Mapping[str, Any]]
+    num_bad: int = 0
+    init_from: str | None = None
+
+    def again(self, *changes: str) -> tuple[str, ...]:
+        """Return the command that trains once more with the options of this run and changes."""
+        start = () if self.init_from is None else ("--init-from", self.init_from)
+        return "perceiver", "train", self.data, "--config", os.path.join(self.run, "config.toml"), *start, *changes
+
+    def scores(self) -> list[float]:
+        """Return the validation scores, oldest first: mAP with several labels an example, else accuracy."""
+        key = "val_mAP" if self.config.multi_label else "val_accuracy"
+        return [record[key] for record in self.log if key in record]
+
+    def error(self, score: float) -> float:
+        """Return the standard error of a validation score."""
+        return error_of(score, self.num_val)
+
+
+def after_training(trained: Trained) -> list[Advice]:
+    """Return what to do next, the most useful first: at most MOST pieces, of which the last is to evaluate."""
+    if trained.data == "-":  # a pipe cannot be read again
+        return []
+    rules = (_knows_nothing, _drowned_classes, _jumps, _still_improves, _shared_folders, _too_good, _unreadable)
+    found = [advice for rule in rules if (advice := rule(trained)) is not None]
+    return [*found[: MOST - 1], _evaluate(trained)]
+
+
+def _guess(trained: Trained) -> float:
+    """Return the share of the largest class: the accuracy of always answering it."""
+    return max(trained.facts.counts.values()) / max(1, sum(trained.facts.counts.values()))
+
+
+def _learned(trained: Trained) -> bool:
+    scores = trained.scores()
+    guess = _guess(trained)
+    return bool(scores) and max(scores) > guess + 2 * trained.error(guess)
+
+
+def _knows_nothing(trained: Trained) -> Advice | None:
+    """Advise more steps after a few, else another learning rate, for a model that is no better than one answer."""
+    if trained.config.multi_label or not trained.scores() or _learned(trained):
+        return None
+    seen = f"no better than always answering the largest class, {_guess(trained):.0%} of the files"
+    if (step := trained.log[-1]["step"]) < FEW_STEPS:
+        return Advice(f"{seen}; {counted(step, 'step')} are few", _longer(trained, MANY_STEPS))
+    find = ("perceiver", "lr-find", trained.data, "--config", os.path.join(trained.run, "config.toml"))
+    return Advice(f"{seen}; another learning rate may learn", find)
+
+
+def _jumps(trained: Trained) -> Advice | None:
+    """Advise a lower learning rate if scores of one evaluation and the next differ by more than chance."""
+    scores = trained.scores()[1:]
+    if len(scores) < LEAST_EVALUATIONS or not _learned(trained):
+        return None
+    steps = [after - before for before, after in pairwise(scores)]
+    jump = median(map(abs, steps))
+    if sum(step < 0 for step in steps) < len(steps) / 4 or jump < max(JUMP, NOISE * trained.error(fmean(scores))):
+        return None
+    lower = f"{trained.config.train.lr / SLOWER:.2g}"
+    return Advice(
+        f"the validation score jumps by {jump:.3f} between evaluations; a lower rate", trained.again("--lr", lower)
+    )
+
+
+def _still_improves(trained: Trained) -> Advice | None:
+    """Advise a longer run if the last third raised the score by more than chance and validation loss never rose."""
+    scores = trained.scores()
+    if len(scores) < LEAST_EVALUATIONS or not _learned(trained):
+        return None
+    losses = [record["val_loss"] for record in trained.log if "val_loss" in record]
+    third = len(scores) // 3
+    before, after = max(scores[:-third]), fmean(scores[-2:])
+    if after < before + trained.error(before) or losses[-1] > 1.02 * min(losses):
+        return None
+    seen = f"still improving, {before:.3f} to {after:.3f} in the last third; go on for as long again"
+    return Advice(seen, _longer(trained, 2 * trained.log[-1]["step"]))
+
+
+def _longer(trained: Trained, steps: int) -> tuple[str, ...]:
+    """Return the command that goes on with a run, to a number of steps or to twice its time."""
+    if limit := trained.config.train.max_time_s:
+        return "perceiver", "train", "--resume", "-o", trained.run, "--max-time", f"{2 * limit:g}"
+    return "perceiver", "train", "--resume", "-o", trained.run, "--steps", str(steps)
+
+
+def _drowned_classes(trained: Trained) -> Advice | None:
+    """Advise class weights for classes of very different sizes."""
+    config, ratio = trained.config, ratio_of(trained.facts.counts.values())
+    if config.multi_label or config.data.class_weight_power or ratio < UNEVEN or max(trained.scores(), default=0) == 1:
+        return None
+    seen = f"the largest class has {ratio:.0f} times the files of the smallest; to answer rare ones more often"
+    return Advice(seen, trained.again(*WEIGHTS))
+
+
+def _shared_folders(trained: Trained) -> Advice | None:
+    """Advise groups if files of one folder are in both splits: a speaker, a patient or a film is then known."""
+    if not trained.facts.shared_folders:
+        return None
+    shared = f"files of {counted(trained.facts.shared_folders, 'folder')} are in both train and val"
+    seen = f"{shared}; if a folder is one speaker or film, the score is too good"
+    return Advice(seen, trained.again("--set", "data.split=none", "--group-by", "parent"))
+
+
+def _too_good(trained: Trained) -> Advice | None:
+    """Advise a look for copies if nearly every validation answer is right."""
+    scores = trained.scores()
+    if trained.num_val < LEAST_PERFECT or max(scores, default=0) < PERFECT:
+        return None
+    return Advice(
+        "nearly every answer is right; that no copies are in both splits", ("perceiver", "lint", trained.data)
+    )
+
+
+def _unreadable(trained: Trained) -> Advice | None:
+    if not trained.num_bad:
+        return None
+    return Advice(
+        f"{counted(trained.num_bad, 'file')} could not be read; all faults", ("perceiver", "lint", trained.data)
+    )
+
+
+def _evaluate(trained: Trained) -> Advice:
+    """Advise to measure the model on test, or to look at its mistakes on val."""
+    seen = "to measure it on test" if trained.facts.has_test else "to see its mistakes"
+    report = os.path.join(trained.run, "report")
+    return Advice(seen, ("perceiver", "evaluate", trained.data, "-m", trained.run, "-o", report))
