@@ -1,8 +1,8 @@
 """Probably wrong labels, by what a model and its latents say of an example without having learned from its label.
 
-A classifier on the mean latents answers each example out of fold: it learned from the others alone. Where it and the
-model together answer another class as surely as they answer that class's own examples (Northcutt et al. 2021), the
-label is suspect.
+Three answers are multiplied: the model's, that of a classifier on the mean latents out of fold (it learned from the
+others alone), and the vote of the nearest latents. Where another class has by far the larger product, the label is
+suspect.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ Floats = NDArray[np.float64]
 FOLDS = 5
 PENALTY = 1e-3  # of the squared weights of the classifier on latents
 ITERATIONS = 200
+NEIGHBOURS, BLOCK = 10, 1024  # latents that vote on an example; rows compared at a time
+LEAST_VOTE = 0.05  # share of a vote that is spread over all classes, so that none has the probability 0
+MARGIN = 0.6  # by which the suggested class is the more probable
 LEAST = 20  # examples, of which labels can be judged
 
 
@@ -106,7 +109,8 @@ def check_labels(
                         f"expected {LEAST} or more to judge labels")  # fmt: skip
     labels = np.array([example.labels[0] for example in examples])
     own = torch.cat(logits).div(predictor.calibration.temperature).softmax(dim=1).numpy()
-    probs = (own + out_of_fold(torch.cat(latents).double().numpy(), labels, len(predictor.classes))) / 2
+    rows_of_latents, classes = torch.cat(latents).double().numpy(), len(predictor.classes)
+    probs = combined(own, out_of_fold(rows_of_latents, labels, classes), votes(rows_of_latents, labels, classes))
     names = predictor.classes
     found = suspect_labels(probs, labels)
     suspects = tuple(
@@ -127,21 +131,43 @@ def check_labels(
 
 def suspect_labels(probs: Floats, labels: NDArray[np.int64]) -> list[tuple[int, int]]:
     """Return (example, suggested class) of suspect labels, the most suspect first. probs: (n, classes)."""
-    own = probs[np.arange(len(labels)), labels]
-    # The mean probability of a class among its own examples: some classes are never answered surely.
-    usual = np.array([own[labels == c].mean() if (labels == c).any() else np.inf for c in range(probs.shape[1])])
-    sure = np.where(probs >= usual, probs, -np.inf)
-    sure[np.arange(len(labels)), labels] = np.where(own >= usual[labels], np.inf, -np.inf)
-    suggested = sure.argmax(axis=1)
-    margin = probs[np.arange(len(labels)), suggested] - own
-    suspect = np.flatnonzero(np.isfinite(sure.max(axis=1)) & (suggested != labels) & (margin > 0))
+    places = np.arange(len(labels))
+    own, others = probs[places, labels], probs.copy()
+    others[places, labels] = -1
+    suggested = others.argmax(axis=1)
+    margin = others[places, suggested] - own
+    suspect = np.flatnonzero(margin >= MARGIN)
     return [(int(i), int(suggested[i])) for i in suspect[np.argsort(-margin[suspect], kind="stable")]]
+
+
+def combined(*answers: Floats) -> Floats:
+    """Return the product of several answers (n, classes), each row with the sum 1."""
+    product = np.exp(sum(np.log(answer + 1e-9) for answer in answers) / len(answers))
+    return np.asarray(product / product.sum(axis=1, keepdims=True))
+
+
+def votes(latents: Floats, labels: NDArray[np.int64], classes: int) -> Floats:
+    """Return the shares (n, classes) of labels among the nearest latents of other examples, by their cosine."""
+    rows = _standard(latents)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True) + 1e-12
+    hot, count = np.eye(classes)[labels], min(NEIGHBOURS, len(rows) - 1)
+    shares = np.zeros((len(rows), classes))
+    for start in range(0, len(rows), BLOCK):
+        likeness = rows[start : start + BLOCK] @ rows.T
+        places = np.arange(len(likeness))
+        likeness[places, start + places] = -np.inf
+        nearest = np.argpartition(-likeness, count - 1, axis=1)[:, :count]
+        shares[start : start + BLOCK] = hot[nearest].mean(axis=1)
+    return (1 - LEAST_VOTE) * shares + LEAST_VOTE / classes
+
+
+def _standard(latents: Floats) -> Floats:
+    return np.asarray((latents - latents.mean(axis=0)) / (latents.std(axis=0) + 1e-6))
 
 
 def out_of_fold(latents: Floats, labels: NDArray[np.int64], classes: int) -> Floats:
     """Return probabilities (n, classes) of a linear classifier that has not seen the example. latents: (n, D)."""
-    rows = (latents - latents.mean(axis=0)) / (latents.std(axis=0) + 1e-6)
-    rows = np.hstack([rows, np.ones((len(rows), 1))])
+    rows = np.hstack([_standard(latents), np.ones((len(latents), 1))])
     fold = np.random.default_rng(0).permutation(len(rows)) % FOLDS
     probs = np.zeros((len(rows), classes))
     for k in range(FOLDS):

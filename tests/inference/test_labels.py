@@ -1,0 +1,54 @@
+"""Suspect labels: planted in latents, and in files through the command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perceiver_cli.inference.labels import combined, out_of_fold, suspect_labels, votes
+from tests.conftest import Perceive
+
+
+def test_planted_wrong_labels_are_found_in_latents() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 4, 400)
+    latents = rng.normal(0, 1, (400, 12)) + 6 * np.eye(12)[true]
+    labels = true.copy()
+    wrong = rng.choice(400, 20, replace=False)
+    labels[wrong] = (true[wrong] + rng.integers(1, 4, 20)) % 4
+    answers = [out_of_fold(latents, labels, 4), votes(latents, labels, 4)]
+    assert all(np.allclose(answer.sum(axis=1), 1) for answer in answers)
+    found = suspect_labels(combined(*answers), labels)
+    assert len({i for i, _ in found} & set(wrong)) >= 18
+    assert len(found) <= 22
+    assert all(suggested == true[i] for i, suggested in found if i in wrong)
+    assert [i for i, _ in suspect_labels(combined(*answers), true) if i not in wrong] == []
+
+
+def test_lint_judges_labels_and_draws_a_page(perceive: Perceive, trained: Path, bars: Path, tmp_path: Path) -> None:
+    data = tmp_path / "d"
+    shutil.copytree(bars, data)
+    victim = min((data / "train" / "left").iterdir())
+    victim.rename(data / "train" / "right" / f"moved-{victim.name}")
+    page = tmp_path / "labels.html"
+    done = perceive("lint", data, "--labels", trained, "-o", page, "--json")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["suspects"][0]["path"] == f"train/right/moved-{victim.name}"
+    assert (facts["suspects"][0]["label"], facts["suspects"][0]["suggested"]) == ("right", "left")
+    assert "data:image" in page.read_text()
+    shown = perceive("lint", data, "--labels", trained).stdout.decode()
+    assert "suspect labels: " in shown
+    assert f"moved-{victim.name}" in shown
+
+
+@pytest.mark.parametrize(("words", "status"), [(("-o", "x.html"), 2), (("--labels", "RUN", "-o", "x.txt"), 2)])
+def test_wrong_uses_are_refused(
+    perceive: Perceive, trained: Path, bars: Path, words: tuple[str, ...], status: int
+) -> None:
+    words = tuple(str(trained) if word == "RUN" else word for word in words)
+    assert perceive("lint", bars, *words).returncode == status
