@@ -65,8 +65,8 @@ class AudioSpec(InputSpec):
     min_hz: Annotated[float, Field(ge=0)] = 20.0  # lowest frequency of the filters
     # Power below the loudest of the clip, in dB, that counts as silence; unset, 100 dB below full scale.
     floor_db: Annotated[float, Field(gt=0, le=200)] | None = None
-    # Learned layers before positions are attached: none (the paper), or three small convolutions over the spectrogram,
-    # whose stride is the patch.
+    # Learned layers before positions are attached: none (the paper), or three small convolutions over the spectrogram
+    # (mel mode), whose stride is the patch.
     stem: Literal["none", "conv"] = "none"
     stem_channels: Size = 64  # channels after the stem
     # Training: a random window, changes of the sound, SpecAugment (mel mode). "auto": by the number of training
@@ -85,8 +85,6 @@ class AudioSpec(InputSpec):
         axes = 1 if self.features == "raw" else 2
         if len(self.patch) != axes:
             raise ValueError(f"patch of {self.features} audio has {axes} side(s), found {list(self.patch)}")
-        if self.stem != "none" and self.features == "raw":
-            raise ValueError("stem conv needs features mel: raw samples have one axis")
         return self
 
 
@@ -264,7 +262,7 @@ class AudioModality(TimedModality[AudioSpec]):
         Paper 4.2: 1.28 s at 48 kHz are 61,440 samples; in segments of 128 they are a byte array of 480 x 128.
         """
         shape = (_num_samples(spec, _clip_s(spec)),) if spec.features == "raw" else _mel_shape(spec)
-        if spec.stem == "conv":
+        if spec.stem == "conv" and spec.features == "mel":
             return Layout.of_conv_stem(spec, shape, 1)
         grid = tuple(side // patch for side, patch in zip(shape, spec.patch, strict=True))
         if 0 in grid:
