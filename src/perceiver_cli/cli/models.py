@@ -12,7 +12,7 @@ from perceiver_cli.cli.progress import working
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say, say_advice
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.hardware import LAUNCHED, cores
+from perceiver_cli.hardware import LAUNCHED, machine_cores
 
 
 def import_weights(
@@ -132,7 +132,7 @@ def bench(
     trains with 1, 2, 4 processes up to N, in steps of the same examples.
     """
     if preset == "scale" or devices is not None:
-        of, most = "tiny-image" if preset == "scale" else preset, devices or str(cores())
+        of, most = "tiny-image" if preset == "scale" else preset, devices or str(machine_cores())
         _scale((of, batch_size, seconds, device, precision), most, json)
         return
     from perceiver_cli.machine import speed
