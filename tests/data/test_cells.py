@@ -198,3 +198,15 @@ def test_the_command_line_names_columns(sold: tuple[Path, Predictor], perceive: 
     assert json.loads(done.stdout)["modalities"] == ["table", "text"]
     failed = perceive("train", sold[0], "--column", "price", "--dry-run")
     assert (failed.returncode, b"expected NAME=KIND" in failed.stderr) == (2, True)
+
+
+def test_a_folder_of_tables_is_divided_by_their_names(tmp_path: Path) -> None:
+    for name, cells in (("train", ["1", "2.5", "x", "4"]), ("test", ["5", "6"])):
+        rows = [f"{cell},some words of row {n},{'ab'[n % 2]}" for n, cell in enumerate(cells)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["price,title,label", *rows]) + "\n")
+    catalog = scan(tmp_path)
+    assert catalog.columns == {"price": "category", "title": "text"}  # those of train
+    assert {split: len(examples) for split, examples in catalog.splits.items()} == {"train": 4, "test": 2}
+    assert catalog.splits["test"][0].id == "test.csv: row 1"
+    account = catalog.accounted()
+    assert account.total == account.paths + account.linked + account.absent

@@ -7,7 +7,8 @@ import posixpath
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from perceiver_cli.config import DataConfig
@@ -150,8 +151,8 @@ def _count(entry: os.DirEntry[str]) -> int:
 
 def rows_in(
     top: Path, account: Account, notes: list[str], options: DataConfig = NO_OPTIONS, labels: Labels = "needed"
-) -> tuple[list[Row], bool]:
-    """Return a row for every file of a data folder, its path below the folder, and whether the data is multi-label.
+) -> Manifest:
+    """Return a row for every file of a data folder, its path below the folder, as those of one manifest.
 
     Rows come from the first of: metadata.csv, .jsonl or .parquet with labels and file_name, in the folder or in each
     split's (Hugging Face's imagefolder and audiofolder); class folders, `split/class/file`, `class/split/file`
@@ -182,9 +183,20 @@ def rows_in(
     if not lists:
         for path, reason in rest.items():
             account.leave(reason, path)
-        return rows, False
-    read = [read_manifest(top / path, options, labels, split=split) for path, split in lists.items()]
+        return Manifest(rows, multi_label=False)
+    read = _tables(top, lists, options, labels)
     return _joined(read, top, files, lists, account, notes, options, labels)
+
+
+def _tables(top: Path, lists: Mapping[str, str], options: DataConfig, labels: Labels) -> list[Manifest]:
+    """Return the manifests of a folder, that of train first; the others have the kinds of its columns."""
+    read: list[Manifest] = []
+    for path, split in sorted(lists.items(), key=lambda pair: (pair[1] != "train", pair[0])):
+        if read and read[0].columns and options.columns is None:
+            options = options.model_copy(update={"columns": dict(read[0].columns)})
+        own = read_manifest(top / path, options, labels, split=split)
+        read.append(replace(own, rows=[row.of(path) for row in own.rows] if len(lists) > 1 else own.rows))
+    return read
 
 
 def _list_of(path: str) -> str | None:
@@ -231,8 +243,8 @@ def _joined(
     notes: list[str],
     options: DataConfig,
     labels: Labels,
-) -> tuple[list[Row], bool]:
-    """Return the rows of the manifests in a folder, and whether they are multi-label.
+) -> Manifest:
+    """Return the rows of the manifests in a folder as one manifest.
 
     `account` counts the files that they do not name or leave out, and those that they name again or that are absent.
     """
@@ -250,7 +262,9 @@ def _joined(
             account.pass_over("a list of the others", path)
         elif path not in named:
             account.pass_over("named by no list", path)
-    return rows, any(each.multi_label for each in read)
+    account.absent += sum(not row.paths for row in rows if row.cells)  # cells are in no file of their own
+    several = any(one.multi_label for one in read)
+    return Manifest(rows, several, columns=next((one.columns for one in read if one.columns), {}))
 
 
 def _plain(path: str) -> str:

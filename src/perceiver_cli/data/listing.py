@@ -150,12 +150,13 @@ def _of_folder(name: str, labels: Labels, options: DataConfig) -> Listing:
     notes: list[str] = []
     account = Account()
     if labels != "ignored":
-        rows, multi_label = rows_in(Path(name), account, notes, options, labels)
-        if rows or labels != "optional":
+        read = rows_in(Path(name), account, notes, options, labels)
+        if read.rows or labels != "optional":
             folder = options.root or name
             return Listing(
-                rows, folder=folder, pair=options.pair, multi_label=multi_label, notes=tuple(notes), account=account
-            )
+                read.rows, folder=folder, pair=options.pair, multi_label=read.multi_label, columns=read.columns,
+                notes=tuple(notes), account=account,
+            )  # fmt: skip
         account = Account()
     files = (path for path, is_folder in walk(name, account) if not is_folder)
     if labels == "ignored" and has_metadata(name):

@@ -88,6 +88,11 @@ class Row:
         row = self.with_paths(partial(os.path.join, folder))
         return row if row.file is None else replace(row, file=replace(row.file, path=row.path))
 
+    def of(self, table: str) -> Row:
+        """Return the row with cells that name its table: "train.csv: row 1"."""
+        cells = {name: replace(source, name=f"{table}: {source.name}") for name, source in self.cells.items()}
+        return replace(self, cells=cells)
+
     def with_paths(self, change: Callable[[str], str]) -> Row:
         """Return the row with each path changed."""
         columns = {name: change(path) for name, path in self.columns.items()}
