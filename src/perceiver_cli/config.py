@@ -127,6 +127,7 @@ class DataConfig(Table):
     columns: dict[str, str] | None = None
     label_column: str | None = None  # column of labels; unset: label, labels or the like
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
+    pass_columns: tuple[str, ...] = ()  # columns of a manifest that answers and records repeat, "*" for all
     # Files of one stem in a folder that make one example: media, also tables of numbers (all), or none.
     pair: Annotated[Pairs, BeforeValidator(lambda value: value or "none")] = "media"
     split: str | None = None  # file of an earlier run's split, which is reused

@@ -45,12 +45,17 @@ def show_path(path: str | os.PathLike[str]) -> str:
     Control and bidirectional characters and bytes that are not UTF-8 are escaped. Every file name in a message goes
     through it: a file name is untrusted data.
     """
-    return f"'{show_text(path)}'"
+    return f"'{_cut(_escaped(os.fspath(path)))}'"
 
 
 def show_text(text: str | os.PathLike[str]) -> str:
-    """Return `text` escaped and cut as by `show_path`, without quotes, for a cell of a table or a title."""
-    escaped, half = _escaped(os.fspath(text)), MAX_SHOWN // 2
+    """Return `text` escaped and cut as by `show_path`, its quotes as they are: for a cell of a table or a title."""
+    return _cut(_escaped(os.fspath(text), "\\"))
+
+
+def _cut(escaped: str) -> str:
+    """Return text of at most 200 characters: a longer one without its middle."""
+    half = MAX_SHOWN // 2
     return escaped if len(escaped) <= MAX_SHOWN else f"{escaped[:half]}...{escaped[-half:]}"
 
 
@@ -59,11 +64,11 @@ def show_command(words: Iterable[str]) -> str:
     return " ".join(shlex.quote(word) if _escaped(word) == word else f"$'{_escaped(word)}'" for word in words)
 
 
-def _escaped(text: str) -> str:
-    """Return text with unprintable characters, backslashes and quotes escaped as in C."""
+def _escaped(text: str, marks: str = "\\'") -> str:
+    """Return text with unprintable characters and `marks`, backslashes and quotes, escaped as in C."""
     if text.isascii() and text.isprintable() and "\\" not in text and "'" not in text:
         return text
-    return "".join("\\" + char if char in "\\'" else _printable(char) for char in text)
+    return "".join("\\" + char if char in marks else _printable(char) for char in text)
 
 
 def printable(text: str, keep: str = "\n") -> str:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
@@ -210,7 +211,7 @@ def test_a_folder_with_bad_files_and_its_records_train_and_score_the_same(bars: 
         assert "left out 3 unreadable files" in trainer.plan.notes
         models.append((tmp_path / f"run{number}" / "model.safetensors").read_bytes())
         report = evaluate(Predictor(tmp_path / "run0"), data)
-        assert [name for name, _ in report.bad] == ["test/left/001.png"]
+        assert [example.id for example, _ in report.bad] == ["test/left/001.png"]
         reports.append({k: v for k, v in report.to_dict().items() if k not in ("model", "data", "bad", "files")})
     assert models[0] == models[1] == models[2]
     assert reports[0] == reports[1] == reports[2]
@@ -475,3 +476,34 @@ def test_a_tar_that_becomes_shorter_while_it_is_read_is_a_data_error(bars: Path,
                 reader.decode(example)
         elif places[example.id] < cut - 100_000:
             reader.decode(example)
+
+
+def test_records_keep_the_columns_of_their_manifest(bars: Path, trained: Path, tmp_path: Path) -> None:
+    """They dropped them, and with them --group-by."""
+    rows = [
+        f"{path},{path.parent.name},n{n},s{n % 5}" for n, path in enumerate(sorted((bars / "train").rglob("*.png")))
+    ]
+    (tmp_path / "m.csv").write_text("\n".join(["path,label,id,speaker", *rows]) + "\n")
+    (tmp_path / "m.tar").write_bytes(written(plan([str(tmp_path / "m.csv")], model=str(trained)))[0])
+    by_speaker = DataConfig(group_by="speaker", pass_columns=("id", "speaker"))
+    one, other = (scan(tmp_path / name, options=by_speaker).hold_out(0.2) for name in ("m.csv", "m.tar"))
+    held = [[(e.names["id"], e.passed["speaker"], e.group) for e in each.splits["val"]] for each in (one, other)]
+    assert held[0] == held[1]
+    assert {group for *_, group in held[0]} < {f"s{n}" for n in range(5)}
+    with pytest.raises(DataError, match=r"no column 'nono' in the record .*; prepare a manifest that has it"):
+        scan(tmp_path / "m.tar", options=DataConfig(group_by="nono"))
+    predictor = Predictor(trained)
+    predictor.options = {"pass_columns": ("*",)}
+    lines = [p.to_dict() for p in predictor.predict(tmp_path / "m.tar")]
+    assert [(line["id"], line["speaker"]) for line in lines[:2]] == [("n0", "s0"), ("n1", "s1")]
+
+
+def test_resuming_with_another_shard_size_is_refused(bars: Path, tmp_path: Path) -> None:
+    """It went on in silence, with shards that no other run makes."""
+    pattern = str(tmp_path / "s-%06d.tar")
+    job = plan([str(bars)])
+    list(write_records(job, pattern, lambda _: None, 0, 40_000))
+    list(write_records(job, pattern, lambda _: None, 0, 40_000, resume=True))
+    for size in (20_000, 100_000):
+        with pytest.raises(UsageError, match=r"of another --shard-size; pass the same"):
+            list(write_records(job, pattern, lambda _: None, 0, size, resume=True))

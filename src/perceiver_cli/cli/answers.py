@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from perceiver_cli.cli import terminal
@@ -146,16 +146,29 @@ def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequenc
     return {**cells, "error": prediction.error or ""}
 
 
+def with_hint(predictions: Iterable["Prediction"], reads: Sequence[str], count: int) -> Iterator["Prediction"]:
+    """Yield predictions of `count` named inputs; say how files make one input if each of several was answered alone."""
+    kinds: set[tuple[str, ...]] = set()
+    for prediction in predictions:
+        kinds.add(prediction.used)
+        yield prediction
+    kinds.discard(())
+    if count > 1 and len(kinds) > 1 and all(len(used) == 1 for used in kinds):
+        one = f"an input of {' and '.join(reads)} is files of one stem in a folder, or a row of a manifest"
+        say(f"note: each file was answered alone: {one}")
+
+
 def _extra(prediction: "Prediction", names: Sequence[str]) -> dict[str, str]:
     """Return the cells of the columns in EXTRA_WIDTH by name."""
     facts = {"start_s": prediction.start_s, "end_s": prediction.end_s, "used": "+".join(prediction.used)}
     if "labels" in names:
         facts["labels"] = ";".join(prediction.labels) if prediction.error is None else ""
-    return {name: "" if facts[name] is None else str(facts[name]) for name in names}
+    values = {name: facts[name] if name in facts else prediction.names.get(name) for name in names}
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def _padded(cells: Mapping[str, str]) -> str:
-    return "".join(f"{cell:<{EXTRA_WIDTH[name]}} " for name, cell in cells.items())
+    return "".join(f"{show_text(cell):<{EXTRA_WIDTH.get(name, 12)}} " for name, cell in cells.items())
 
 
 def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> str:

@@ -22,6 +22,11 @@ from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_command, show_path, status_of
 
+# Keys of a line of predict, evaluate or explain, which no column may take; `id` may be the manifest's.
+OWN_KEYS = {
+    "path", "paths", "label", "labels", "truth", "truths", "prob", "probs", "top", "best", "error", "used", "notes",
+    "start_s", "end_s", "correct", "loss",
+}  # fmt: skip
 PIPE_BYTES = 1 << 20  # read from stdin at a time
 LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop of the shell writes one in less
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT, Parquet), tar, zip, or - for stdin."
@@ -95,6 +100,10 @@ On = Annotated[
     Literal["h100x8", "h100", "a100", "rtx4090", "cpu"] | None,
     typer.Option(help="Estimate memory, hours and disk of training on this machine."),
 ]
+Pass = Annotated[
+    str | None,
+    typer.Option("--pass", metavar="A,B", help="Repeat these columns of a manifest or of records; * is all."),
+]
 Plugin = Annotated[
     list[str] | None,
     typer.Option("--plugin", metavar="FILE.py", help="Run this Python file first: it registers a modality."),
@@ -154,6 +163,21 @@ def data_options(
         "pair": pair,
     }  # fmt: skip
     return {name: value for name, value in every.items() if value is not None}
+
+
+def passed_columns(text: str | None, style: str = "jsonl") -> dict[str, Any]:
+    """Return `pass_columns` of `--pass`, by its name in `DataConfig`, for an output in a format.
+
+    Raises UsageError for a name of our own, or if the format needs all names.
+    """
+    if text is None:
+        return {}
+    names = tuple(filter(None, (name.strip() for name in text.split(","))))
+    if own := sorted({*names} & OWN_KEYS):
+        raise UsageError(f"--pass {own[0]}: answers have a key {own[0]} of their own", "rename the column")
+    if "*" in names and style in ("csv", "tsv"):
+        raise UsageError(f"--pass '*': {style} needs the names of its columns", "pass --pass A,B, or --format jsonl")
+    return {"pass_columns": names}
 
 
 def _kinds_of_columns(texts: list[str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perceiver_cli.cli import options, processes
-from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions
+from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions, with_hint
 from perceiver_cli.cli.progress import BESIDE_AFTER_S, Counter, counting, working
 from perceiver_cli.cli.terminal import (
     complain,
@@ -62,6 +62,7 @@ def evaluate(
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
     label_column: options.LabelColumn = None,
+    passed: options.Pass = None,
     views: options.Views = None,
     json: options.Json = False,
     batch_size: options.BatchSize = None,
@@ -84,6 +85,7 @@ def evaluate(
     given = options.data_options(root, path_columns, label_column, None, columns)
     given |= {} if by is None else {"group_by": by}
     predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
+    predictor.options = {**given, **options.passed_columns(passed)}
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
@@ -148,6 +150,7 @@ def predict(
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
+    passed: options.Pass = None,
     min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
     views: options.Views = None,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
@@ -179,7 +182,8 @@ def predict(
     sources, place = options.listed_to_predict(inputs or [], files_from, null, stdin_name, row)
     if embeddings is not None:
         check_embeddings(embeddings)
-    given = options.data_options(root, path_columns, None, None, columns)
+    repeated = options.passed_columns(passed, style)
+    given = options.data_options(root, path_columns, None, None, columns) | repeated
     predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
     windows, account = options.windows_of(cut, predictor), Account()
     apart = windows is not None and windows.aggregate == "none"
@@ -191,7 +195,8 @@ def predict(
         predictions = predict_shared(predictor, sources, ranks, batch_size, workers, windows, **wanted)
         if not ranks.first:
             predictions, embeddings = iter([*predictions]), None
-    extra = ["start_s", "end_s"] if apart else []
+    extra = [name for name in repeated.get("pass_columns", ()) if name != "*"]
+    extra += ["start_s", "end_s"] if apart else []
     extra += ["used"] if len(predictor.modalities) > 1 else []
     extra += ["labels"] if predictor.info.config.multi_label else []
     if embeddings is not None:
@@ -204,6 +209,7 @@ def predict(
             events = merged(predictions, max_gap or 0.0, min_length or 0.0)
             exit_code = show_events(events, style, predictor.modalities)
         else:
+            predictions = with_hint(predictions, predictor.modalities, len(inputs or []))
             exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)
     if account.folders:
         say_lines(account.brief())

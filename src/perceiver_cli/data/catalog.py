@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, combinations, islice, pairwise
 from pathlib import Path
 
@@ -217,12 +217,12 @@ def scan(
         with os.fdopen(0, "rb", closefd=False) as stdin:
             head, stream = unpacked(stdin, "stdin")
             if kind_of_stream(head) != "archives":
-                return _records_catalog(spooled(stream, "stdin"), "-", classes, reads, group_by)
+                return _records_catalog(spooled(stream, "stdin"), "-", classes, reads, options, group_by)
             listing = listed_stream(stream, "stdin", labels, options)
     else:
         listing = listed(name, labels, options)
     if listing.tars:
-        return _records_catalog(open_shards(listing.tars), name, classes, reads, group_by, listing.account)
+        return _records_catalog(open_shards(listing.tars), name, classes, reads, options, group_by, listing.account)
     if group_by == PARENT:
         listing = replace(listing, rows=[replace(row, group=parent(next(iter(row.paths), ""))) for row in listing.rows])
     catalog = of_listing(replace(listing, folder=listing.folder or os.path.dirname(name)), name, classes, reads)
@@ -300,7 +300,7 @@ def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[st
         if sources.setdefault(example.id, example.sources) != example.sources:
             raise DataError(f"{show_path(root)}: two examples of the stem {show_path(example.id)}", "rename the files")
         labels = tuple(sorted({class_index[name] for name in row.labels if name in class_index}))
-        splits[row.split].append(replace(example, labels=labels, group=row.group))
+        splits[row.split].append(replace(example, labels=labels, group=row.group, passed=row.passed))
     return {split: Examples(own) for split, own in splits.items()}
 
 
@@ -442,12 +442,14 @@ def _records_catalog(
     root: str,
     classes: Sequence[str] | None,
     reads: Iterable[str] | None,
+    options: DataConfig,
     group_by: str | None,
     beside: Account | None = None,
 ) -> Catalog:
     """Return the catalog of records, the same as of their files. beside: the account of what lies beside them."""
-    if group_by not in (None, PARENT):
-        raise DataError(f"{show_path(root)}: records have no columns to group by", f"expected {PARENT}")
+    column = None if group_by == PARENT else group_by
+    if column is not None:
+        shards.check_column(column)
     holds = set(shards.header.inputs)
     brings = sorted(holds if reads is None else holds & set(reads))
     notes = list(shards.notes)
@@ -465,7 +467,8 @@ def _records_catalog(
         if missing:
             notes.append(f"{missing} of {len(shards)} records have no {name}")
     rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
-    records = {split: Records(shards, own, label_classes, brings) for split, own in rows.items() if len(own)}
+    made = partial(Records, shards, label_classes=label_classes, modalities=brings, group_by=column)
+    records = {split: made(own, passed=options.pass_columns) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
     account = beside or Account()
     account.inside += len(shards)

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.data.folders import parent
+from perceiver_cli.data.manifest import EVERY, NOTHING
 from perceiver_cli.preprocess.source import Source, key_of
 from perceiver_cli.records.format import Stored
 from perceiver_cli.records.shards import Shards
@@ -25,6 +26,7 @@ class Example:
     id: its path below the data folder, or the stem that its files share. sources: by modality, each optional. labels:
     class indices: one unless the data has several a row, none for an unknown class. group: examples of one group stay
     in one split; "" is no group. error: why it cannot be read, if that is known. place: its path if no source has it.
+    passed: columns of a manifest or record that outputs repeat.
     """
 
     id: str
@@ -33,6 +35,7 @@ class Example:
     group: str = ""
     error: str | None = field(default=None, compare=False)
     place: str = field(default="", compare=False)
+    passed: Mapping[str, str] = field(default_factory=lambda: NOTHING, compare=False)
 
     @property
     def paths(self) -> dict[str, str]:
@@ -46,9 +49,9 @@ class Example:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What every output says of the example beside its path: id and, of several files, their paths by modality."""
+        """What every output says of the example beside its path: id, of several files their paths, what is passed."""
         several = {"paths": self.paths} if len(set(self.paths.values())) > 1 else {}
-        return {"id": self.id, **several}
+        return {"id": self.id, **several, **self.passed}
 
     @property
     def files(self) -> set[str]:
@@ -116,13 +119,21 @@ class Examples(Sequence[Example]):
 class Records(Examples):
     """Rows of shards as examples, made when needed: a million of them take no memory.
 
-    label_classes: the class of each of the shards' names, -1 for none. An example's group is the folder in its id.
+    label_classes: the class of each of the shards' names, -1 for none. group_by: the column of an example's group;
+    without one, that is the folder in its id. passed: see `pass_columns` of the configuration.
     """
 
     def __init__(
-        self, shards: Shards, rows: NDArray[np.int64], label_classes: NDArray[np.int64], modalities: Sequence[str]
+        self,
+        shards: Shards,
+        rows: NDArray[np.int64],
+        label_classes: NDArray[np.int64],
+        modalities: Sequence[str],
+        group_by: str | None = None,
+        passed: Sequence[str] = (),
     ) -> None:
         self.shards, self.rows, self.label_classes, self.modalities = shards, rows, label_classes, modalities
+        self.group_by, self.passed = group_by, passed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,10 +141,18 @@ class Records(Examples):
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         row = int(self.rows[index])
         name, error = self.shards.id(row), self.shards.errors.get(row)
-        return Example(name, self.shards.stored(row, name, self.modalities), self._labels(row), error=error)
+        stored, labels = self.shards.stored(row, name, self.modalities), self._labels(row)
+        if not (self.group_by or self.passed):
+            return Example(name, stored, labels, error=error)
+        facts = self.shards.facts(row)
+        passed = passed_on(facts.columns, self.passed)
+        return Example(name, stored, labels, self._group(row), error, facts.path, passed)
 
     def _with(self, rows: NDArray[np.int64]) -> Records:
-        return Records(self.shards, rows, self.label_classes, self.modalities)
+        return Records(self.shards, rows, self.label_classes, self.modalities, self.group_by, self.passed)
+
+    def _group(self, row: int) -> str:
+        return self.shards.facts(row).columns.get(self.group_by, "") if self.group_by else ""
 
     def _labels(self, row: int) -> tuple[int, ...]:
         classes = {int(self.label_classes[label]) for label in self.shards.label_indices(row)}
@@ -163,7 +182,9 @@ class Records(Examples):
             firsts[row] = next(iter(self._labels(row)), -1)
         keys = self.shards.columns["keys"][self.rows]
         if grouped:
-            keys = np.array([key_of(parent(name) or name) for name, _ in self.named()], np.uint64)
+            groups = (self._group(row) or (self.shards.id(row) if self.group_by else "") for row in self.rows.tolist())
+            folders = (group or parent(name) or name for group, (name, _) in zip(groups, self.named(), strict=True))
+            keys = np.array([key_of(name) for name in folders], np.uint64)
         return keys, firsts[self.rows]
 
     def where(self, mask: NDArray[np.bool_]) -> Records:
@@ -176,3 +197,8 @@ class Records(Examples):
     def errors(self) -> dict[str, str]:
         rows = set(self.rows.tolist()) if self.shards.errors else set()
         return {self.shards.id(row): error for row, error in self.shards.errors.items() if row in rows}
+
+
+def passed_on(columns: Mapping[str, str], names: Sequence[str]) -> Mapping[str, str]:
+    """Return the columns of these names, or all if one is EVERY."""
+    return columns if EVERY in names else {name: columns[name] for name in names if name in columns}

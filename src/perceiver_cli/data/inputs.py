@@ -20,7 +20,7 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import unpacked
 from perceiver_cli.data.containers import kind_of_stream
-from perceiver_cli.data.examples import PAUSE, Example
+from perceiver_cli.data.examples import PAUSE, Example, passed_on
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
 from perceiver_cli.data.manifest import NO_OPTIONS, Row, is_manifest, read_manifest
@@ -140,7 +140,8 @@ def examples_of(
         raise DataError(f"{show_path(listing.folder)}: nothing to predict: {found}", f"expected {either(reads)}")
     account.add(listing.account)
     for example in chain(
-        _held_examples(named, reads, limits, use, options), _tar_examples(listing.tars, reads, limits)
+        _held_examples(named, reads, limits, use, options),
+        _tar_examples(listing.tars, reads, limits, options[-1].pass_columns),
     ):
         account.paths += 0 if example is PAUSE else len(example.files)
         yield example
@@ -159,7 +160,9 @@ def _held_examples(
         head, stream = unpacked(named.file, named.name)
         kind = kind_of_stream(head)
         if kind == "records" or (kind is None and is_tar(head)):  # damaged ones too
-            yield from _stream_examples(Feed(stream, show_path("stdin")), reads, limits)
+            yield from _stream_examples(
+                Feed(stream, show_path("stdin")), reads, limits, options[-1].pass_columns
+            )
         elif kind == "archives":
             yield from _listing_examples(listed_stream(stream, named.name, "ignored"), [*reads], use)
         else:
@@ -212,11 +215,13 @@ def piped(source: Source, wanted: str | None = None) -> File:
     return replace(file, error=DataError(fault, f"pass {option}"))
 
 
-def _tar_examples(tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
+def _tar_examples(
+    tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits, passed: Sequence[str]
+) -> Iterator[Example]:
     """Yield the examples of tars of records."""
     for tar in tars:
         with Source(tar).open(UNLIMITED) as file:
-            yield from _stream_examples(Feed(file, show_path(tar)), reads, limits)
+            yield from _stream_examples(Feed(file, show_path(tar)), reads, limits, passed)
 
 
 def _file_example(file: File, use: Collection[str]) -> Example:
@@ -238,7 +243,7 @@ def _row_example(row: Row, reads: Collection[str], use: Collection[str]) -> Exam
     else:
         sources = {name: Source(path) for name, path in row.columns.items()}
         example = Example(identity(row.paths) or next(iter(row.cells.values())).name, sources)
-    return replace(example, sources={**example.sources, **cells})
+    return replace(example, sources={**example.sources, **cells}, passed=row.passed)
 
 
 def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
@@ -249,6 +254,7 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
     rows = enumerate(listing.rows, start=1)
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
         groups: dict[str, list[File]] = defaultdict(list)
+        passed: dict[str, Mapping[str, str]] = {}
         for number, row in folder_rows:
             if row.cells:
                 yield _row_example(row.below(listing.folder), reads, use)
@@ -259,10 +265,12 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
                     listing.account.pass_over(of_suffix(file), row.path)
                 else:
                     groups[stem(file.path)].append(file)
+                    passed[file.path] = row.passed
             else:
                 whole = row.below(listing.folder)
                 sources = {name: Source(path) for name, path in whole.columns.items()}
-                yield Example(identity(row.paths) if sources else f"row {number}", sources)
+                name = identity(row.paths) if sources else f"row {number}"
+                yield Example(name, sources, passed=row.passed)
         tables = tables_beside(chain.from_iterable(groups.values()), reads, listing.pair) if by_stem else set()
         for path in sorted(tables):
             listing.account.pass_over(TABLE, path)
@@ -270,12 +278,15 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
             files = [file for file in every if file.path not in tables]
             by_kind, spare = assemble([file for file in files if file.among(reads)], reads)
             if len(by_kind) > 1 and spare is None:
-                yield Example(identity(file.path for file in by_kind.values()), sources_of(by_kind, reads))
+                name = identity(file.path for file in by_kind.values())
+                yield Example(name, sources_of(by_kind, reads), passed=passed[every[0].path])
                 files = [file for file in files if file.among(reads) is None]
-            yield from (_file_example(file, use) for file in files)
+            yield from (replace(_file_example(file, use), passed=passed[file.path]) for file in files)
 
 
-def _stream_examples(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits) -> Iterator[Example]:
+def _stream_examples(
+    feed: Feed, reads: Mapping[str, InputSpec], limits: Limits, passed: Sequence[str]
+) -> Iterator[Example]:
     """Yield the examples of a stream of records as they arrive, one at a time. Raises as `examples_of`."""
     checked = None
     for header, record in read_records(feed, limits, feed.take):
@@ -289,7 +300,8 @@ def _stream_examples(feed: Feed, reads: Mapping[str, InputSpec], limits: Limits)
             )
             for name, npy in record.arrays.items()
         }  # fmt: skip
-        yield Example(facts.id, stored, error=facts.error, place=facts.path)
+        columns = passed_on(facts.columns, passed)
+        yield Example(facts.id, stored, error=facts.error, place=facts.path, passed=columns)
 
 
 def brought(example: Example, reads: Iterable[str]) -> dict[str, Source | Stored]:

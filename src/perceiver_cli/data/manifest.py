@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import unicodedata
@@ -37,6 +38,9 @@ LIKE_PATH = (*PATH_COLUMNS, "source", "uri", "image_path", "filename_path")
 NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
 LIKE_NOTHING = ("nan", "null", "none", "n/a", "<na>")  # what programs write for a missing value
 NAMED = 5  # columns in a note
+NOTHING: Mapping[str, str] = {}  # of a million rows, each without cells that are passed
+EVERY = "*"  # in `pass_columns`
+ID = "id"  # passed, it takes the place of an example's own id
 NO_OPTIONS = DataConfig()
 # What labels a command wants of a manifest. needed: of every row for training and validation; scored: rows without one
 # are left out; optional: of rows that have one; ignored: none.
@@ -55,7 +59,7 @@ class Row:
     path: its one file, of a modality known by content; or columns: a path by modality. A row with empty cells has
     neither. split: "train", "val" or "test". labels: class names. group: rows of one group stay in one split; "" is no
     group. file: its one file, if its content is known. source: its one file, if it is in an archive.
-    cells: by modality, inputs that are cells of the row itself.
+    cells: by modality, inputs that are cells of the row itself. passed: cells of `pass_columns`, by column.
     """
 
     path: str = ""
@@ -66,6 +70,7 @@ class Row:
     file: File | None = None
     source: Source | None = None
     cells: Mapping[str, Source] = field(default_factory=dict)
+    passed: Mapping[str, str] = field(default_factory=lambda: NOTHING)
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -123,13 +128,15 @@ class Roles:
     split: str | None
     group: str | None
     cells: Mapping[str, str] = field(default_factory=dict)
+    passed: tuple[str, ...] = ()
 
     def note(self, columns: Sequence[str]) -> str | None:
         """Return what each of the columns is used for, None if their names say it and all are used."""
         used = [(name or ANY, column) for name, column in self.paths.items()]
         used += [(kind, column) for column, kind in self.cells.items()]
         used += [(role, str(getattr(self, role))) for role in ("label", "split", "group") if getattr(self, role)]
-        rest = [name for name in dict.fromkeys(columns) if name not in {column for _, column in used}]
+        known = {column for _, column in used} | {*self.passed}
+        rest = [name for name in dict.fromkeys(columns) if name not in known]
         plain = (ANY, "file_name", "labels", *(role for role, _ in used), *(role + BESIDE for role, _ in used))
         if not rest and not self.cells and all(column in plain for _, column in used):
             return None
@@ -183,6 +190,8 @@ def read_manifest(
     for number, of_row in enumerate(cells.rows, start=1):
         try:
             row = replace(_row(of_row, roles, is_several, split, beside), cells=_inputs(of_row, roles, number))
+            if roles.passed:
+                row = replace(row, passed={name: _text(of_row.get(name)) for name in roles.passed})
         except ValueError as error:
             raise DataError(f"{shown}: row {number} has {error}") from error
         if roles.label is not None and not row.labels and not is_several:
@@ -235,6 +244,11 @@ def _inputs(cells: Mapping[str, Any], roles: Roles, number: int) -> dict[str, So
     return {name: Source(f"row {number}", data, (name,)) for name, data in each.items() if data is not None}
 
 
+def _text(cell: Any) -> str:
+    """Return a cell as text, of JSON also a list or an object."""
+    return cell if isinstance(cell, str) else "" if cell is None else json.dumps(cell)
+
+
 def top_split(path: str) -> str | None:
     """Return the split that the first folder of a path names, or None for another name."""
     return SPLIT_NAMES.get(Path(path).parts[0].lower()) if path else None
@@ -278,11 +292,15 @@ def _roles(shown: str, cells: Cells, options: DataConfig, labels: Labels) -> Rol
         kinds = ", ".join(sorted(preprocess.names()))
         expected = f"path or some of {kinds}" + (", then label or labels, and perhaps split" if is_needed else "")
         raise _wrong_columns(shown, columns, missing, expected, paths.values())
-    roles = Roles(paths, label, split, options.group_by, inputs)
+    taken = {*paths.values(), label, ANY}
+    passed = [name for name in columns if name in options.pass_columns or (EVERY in options.pass_columns and name)]
+    passed = [name for name in dict.fromkeys(passed) if name not in taken]
+    roles = Roles(paths, label, split, options.group_by, inputs, tuple(passed))
     named = [("--path-column", column) for column in (options.path_column or {}).values()]
     if is_needed or not inputs:  # a model answers from the columns that are there
         named += [("--column", column) for column in (options.columns or {}) if column != REST]
     named += [("--label-column", label or ""), ("--group-by", options.group_by or "")]
+    named += [("--pass", column) for column in options.pass_columns if column not in (EVERY, ID)]
     for option, name in named:
         if name and name not in columns:
             raise _wrong_columns(shown, columns, [(option, (name,))], f"{show_path(name)} for {option}")

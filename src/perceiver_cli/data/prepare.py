@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
 from perceiver_cli.data.inputs import opened, piped
 from perceiver_cli.data.listing import Listing, listed, listed_stream
-from perceiver_cli.data.manifest import Row
+from perceiver_cli.data.manifest import EVERY, Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
@@ -43,6 +43,7 @@ from perceiver_cli.records.stream import Writer, pack
 from perceiver_cli.run_folder import find_model
 
 PLACE_BYTES = 4 << 20  # shared memory for the arrays of one input; the system allocates pages at the first write
+END_BYTES = 8 << 10  # at most of the last members of a shard, which its size does not count
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
 
@@ -51,14 +52,13 @@ Dtype = Literal["float32", "float16"]
 class Job:
     """The examples to prepare, and how.
 
-    header: the stream's. examples: in order, each with its split. folder: the base of their ids. catalog: of the
+    header: the stream's. examples: in order, each with its split. catalog: of the
     inputs. augment: number of variants of each training example; 0: the example itself. dtype: type of rows with
     Fourier features.
     """
 
     header: Header
     examples: Sequence[tuple[str, Example]]
-    folder: str
     limits: Limits
     catalog: Catalog
     seed: int = 0
@@ -119,7 +119,7 @@ def plan(
     number, parts = part
     examples = examples[len(examples) * number // parts : len(examples) * (number + 1) // parts]
     seed, dtype = config.train.seed, fourier or "float32"
-    return Job(header, examples, listing.folder, limits, catalog, seed, augment, dtype)
+    return Job(header, examples, limits, catalog, seed, augment, dtype)
 
 
 def _recipe(model: str | None, preset: str | None) -> Config | None:
@@ -136,7 +136,7 @@ def _options(config: Config | None, changes: Sequence[str]) -> DataConfig:
     config = config or tiny_config(["image"])
     config = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
     changed = config.override([change for change in changes if change.startswith("data.")])
-    return changed.data.model_copy(update={"group_by": None})
+    return changed.data.model_copy(update={"group_by": None, "pass_columns": (EVERY,)})
 
 
 def _listing_of_bytes(source: Source, wanted: str | None) -> Listing:
@@ -235,7 +235,7 @@ def _made(job: Job, decoder: Decoder, split_example: tuple[str, Example]) -> Pac
     """Return the records of an example, or facts with the error."""
     split, example = split_example
     labels = tuple(job.header.classes[label] for label in example.labels)
-    facts = Facts(os.path.join(job.folder, example.id), example.id, split, labels)
+    facts = Facts(example.path, example.id, split, labels, columns=example.passed)
     try:
         if job.header.content == "decoded":
             inputs = decoder.inputs(example)
@@ -279,7 +279,7 @@ def write_records(
     sharded = _PATTERN.search(output) is not None
     if resume and not sharded:
         raise UsageError("--resume needs shards", "pass -o 'NAME-%06d.tar'")
-    kept = _kept(job, output, resume=resume) if sharded else Kept()
+    kept = _kept(job, output, shard_bytes, resume=resume) if sharded else Kept()
     shard, skipped, first = kept.shards, kept.examples, kept.records
     yield from (Done(skipped, len(job.examples), name, error) for name, error in kept.errors.items())
     with ExitStack() as stack:
@@ -326,7 +326,7 @@ class Kept:
     errors: Mapping[str, str] = field(default_factory=dict)
 
 
-def _kept(job: Job, output: str, *, resume: bool) -> Kept:
+def _kept(job: Job, output: str, shard_bytes: int, *, resume: bool) -> Kept:
     paths: list[str] = []
     while os.path.exists(path := _named(output, len(paths))):
         paths.append(path)
@@ -343,6 +343,11 @@ def _kept(job: Job, output: str, *, resume: bool) -> Kept:
         place = next((place for place, own in ids if own == name), -1)
         if place < 0:
             raise other
+    sizes, counts = [*map(os.path.getsize, paths)], np.bincount(shards.columns["files"], minlength=len(paths)).tolist()
+    larger = any(size > shard_bytes + END_BYTES and count > 1 for size, count in zip(sizes, counts, strict=True))
+    if larger or any(one + next_ <= shard_bytes for one, next_ in pairwise(sizes)):
+        fault = f"{show_path(paths[0])}: a shard of another --shard-size"
+        raise UsageError(fault, "pass the same, or remove the shards")
     errors = {shards.given_id(row): error for row, error in shards.errors.items()}
     return Kept(len(paths), place + 1, len(shards) - len(shards.errors), errors)
 

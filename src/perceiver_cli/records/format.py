@@ -128,6 +128,7 @@ class Facts:
     path: the input's path, as the user named it. id: decides split and seeds; in a data folder, the path below it.
     labels: class names. seconds: length of the input, by modality with a time axis. error: why an input could not be
     read and has no arrays. digests: of the arrays in NPY format, by modality; none in records of version 0.1.0.
+    columns: other cells of its row in a manifest, by column.
     """
 
     path: str
@@ -137,6 +138,7 @@ class Facts:
     seconds: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
     digests: Mapping[str, bytes] = field(default_factory=dict, compare=False)
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self, multi_label: bool) -> bytes:
         """Return the content of the member KEY.json, or of ERROR."""
@@ -145,6 +147,7 @@ class Facts:
             "labels": list(self.labels) if multi_label else None,
             "label": self.labels[0] if self.labels and not multi_label else None,
             "seconds": dict(self.seconds) or None, "error": self.error,
+            "columns": dict(self.columns) or None,
             "digests": {name: found.hex() for name, found in self.digests.items()} or None,
         }  # fmt: skip
         return json.dumps({key: value for key, value in facts.items() if value is not None}).encode() + b"\n"
@@ -158,18 +161,20 @@ class Facts:
         labels = [label] if label is not None else facts.get("labels", [])
         identity, split, seconds = facts.get("id", path), facts.get("split", "train"), facts.get("seconds", {})
         lengths = seconds.values() if isinstance(seconds, dict) else [None]
-        sums = facts.get("digests", {})
+        sums, columns = facts.get("digests", {}), facts.get("columns", {})
         hexes = sums.values() if isinstance(sums, dict) else [None]
         for fits, fault in (
             (are_names([path, identity]) and split in SPLITS, "expected path, id and split of a record"),
             (are_names(labels), "labels that are not names"),
             (all(isinstance(s, float | int) and s >= 0 for s in lengths), "seconds that are not lengths"),
             (isinstance(error, str | None), "an error that is not text"),
+            (isinstance(columns, dict) and are_names([*columns.values()]), "columns that are not text"),
             (all(isinstance(h, str) and _HEX.fullmatch(h) for h in hexes), "digests that are not hexadecimal"),
         ):
             if not fits:
                 raise IntegrityError(f"{shown}: {fault}")
-        return cls(path, identity, split, tuple(labels), seconds, error, {k: bytes.fromhex(v) for k, v in sums.items()})
+        found = {name: bytes.fromhex(value) for name, value in sums.items()}
+        return cls(path, identity, split, tuple(labels), seconds, error, found, columns)
 
 
 @dataclass(frozen=True)

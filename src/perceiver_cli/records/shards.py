@@ -12,6 +12,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import sys
 import tempfile
 from array import array
@@ -33,8 +34,8 @@ from perceiver_cli.files import atomic_write, cannot_read, cannot_write, open_fi
 from perceiver_cli.preprocess.source import key_of
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.digests import digests, num_digests
-from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Header, Stored, header_check
-from perceiver_cli.records.stream import BLOCK, Feed, is_sealed, is_tar, read_records
+from perceiver_cli.records.format import HEAD_BYTES, SPLITS, Facts, Header, Stored, header_check
+from perceiver_cli.records.stream import BLOCK, MAX_JSON_BYTES, Feed, is_sealed, is_tar, read_records
 
 INDEX_FORMAT = 3
 INDEX_SUFFIX = ".index"  # of the file beside a tar that holds its index
@@ -42,6 +43,8 @@ UNSEALED_FORMAT = 2  # version 0.1.0's: without digests
 UNLIMITED = Limits(decoded_bytes=1 << 62, file_bytes=1 << 62)  # mapped files allocate nothing
 READ_BYTES = 1 << 20  # per read
 PER_MODALITY = {"at": "q", "size": "q", "seconds": "d", "sums_at": "q"}  # type codes of columns
+# The tar header of KEY.json: its name, mode and owner, and size.
+FACTS_HEADER = re.compile(rb"(?=[\w-]+\.json\0).{124}([0-7]{11})\0.{121}ustar", re.DOTALL)
 Columns = dict[str, NDArray[Any]]
 
 _tokens = itertools.count()
@@ -140,6 +143,26 @@ class Shards:
                     each = replace(each, digests=sums, within=tar.shown, mark=partial(tar.mark, at))
                 stored[kind] = each
         return stored
+
+    def facts(self, row: int) -> Facts:
+        """Return the facts of a record, read from its tar: KEY.json lies before its arrays. Raises DataError."""
+        tar = self.tars[int(self.columns["files"][row])]
+        places = [int(self.columns[f"at_{name}"][row]) for name in self.header.inputs]
+        sizes = [int(self.columns[f"size_{name}"][row]) for name in self.header.inputs]
+        at = min((at for at, size in zip(places, sizes, strict=True) if size >= 0), default=0) - BLOCK
+        for place in range(at - BLOCK, max(-1, at - MAX_JSON_BYTES - 4 * BLOCK), -BLOCK):
+            block = bytes(tar.bytes_at(place, BLOCK))
+            if (found := FACTS_HEADER.match(block)) is not None:
+                return Facts.parse(bytes(tar.bytes_at(place + BLOCK, int(found[1], 8))), tar.shown)
+        return Facts(self.given_id(row), self.given_id(row))  # an unreadable input has no arrays
+
+    def check_column(self, column: str) -> None:
+        """Raise DataError if a readable record lacks a column of its manifest."""
+        for row in range(len(self)):
+            if row not in self.errors and column not in self.facts(row).columns:
+                shown = self.tars[int(self.columns["files"][row])].shown
+                fault = f"{shown}: no column {show_path(column)} in the record {show_path(self.given_id(row))}"
+                raise DataError(fault, "prepare a manifest that has it, or group by parent")
 
     def in_order(self) -> NDArray[np.int64]:
         """Return the rows sorted by id."""
