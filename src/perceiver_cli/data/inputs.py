@@ -160,9 +160,7 @@ def _held_examples(
         head, stream = unpacked(named.file, named.name)
         kind = kind_of_stream(head)
         if kind == "records" or (kind is None and is_tar(head)):  # damaged ones too
-            yield from _stream_examples(
-                Feed(stream, show_path("stdin")), reads, limits, options[-1].pass_columns
-            )
+            yield from _stream_examples(Feed(stream, show_path("stdin")), reads, limits, options[-1].pass_columns)
         elif kind == "archives":
             yield from _listing_examples(listed_stream(stream, named.name, "ignored"), [*reads], use)
         else:
