@@ -1,7 +1,7 @@
 """What training costs on a machine that need not be here: memory, time and disk, and what was assumed. No torch.
 
 The time is rough, within a factor of about two: matrix products at a share of the machine's peak, and no step faster
-than its launches. The shares are those of the imagenet model on an NVIDIA H200 and two CPU cores (docs/benchmarks.md).
+than its launches. The shares are those of the imagenet model on an NVIDIA H200 and two CPU cores, as measured.
 """
 
 from __future__ import annotations
