@@ -18,14 +18,17 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import soundfile
 import torch
+import trimesh
 
 from perceiver_cli.data import prepare
 from perceiver_cli.model.ranks import ALONE, Ranks
 from perceiver_cli.run_folder import MANIFEST, MODEL_FILE, STATE_FOLDER
 from perceiver_cli.training.events import StepDone
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL, SMALL_CLIPS, write_clip, write_images
+from tests.conftest import RATE_HZ, SMALL, SMALL_CLIPS, tone_of, write_clip, write_images
 from tests.training.test_ranks import as_ranks
 
 STEPS = (
@@ -62,13 +65,19 @@ def matrix(folder: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Every third lacks its sound, every third its pictures.
             write_clip(path, None if number % 3 == 1 else row, None if number % 3 == 2 else hz, seed=number)
-    dall = Path("/tmp/dall")
-    for name, target, suffix in (("speech", sounds, "*"), ("furniture", points, "*")):
-        for split in ("train", "test"):
-            for kind in sorted((dall / name / split).iterdir())[:2] if (dall / name / split).exists() else ():
-                (target / split / kind.name).mkdir(parents=True, exist_ok=True)
-                for file in sorted(kind.glob(suffix))[: 10 if split == "train" else 4]:
-                    shutil.copy(file, target / split / kind.name)
+    rng = np.random.default_rng(0)
+    for number in range(28):
+        split, kind = ("test" if number % 7 > 4 else "train"), "ab"[number % 2]
+        for top in (sounds, points):
+            (top / split / kind).mkdir(parents=True, exist_ok=True)
+        tone = tone_of(220.0 if kind == "a" else 880.0, 1.0, rng)
+        soundfile.write(sounds / split / kind / f"{number}.wav", tone, RATE_HZ)
+        solid = (
+            trimesh.creation.box(rng.uniform(1, 2, 3))
+            if kind == "a"
+            else trimesh.creation.icosphere(2, rng.uniform(1, 2))
+        )
+        solid.export(points / split / kind / f"{number}.ply")
     tar = folder / "images.tar"
     for _ in prepare.write_records(prepare.plan([str(images)]), str(tar), lambda data: None):
         pass
