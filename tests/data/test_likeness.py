@@ -84,3 +84,9 @@ def test_training_tells_of_validation_examples_that_it_holds(tmp_path: Path, by_
     (tmp_path / "d" / "val" / "a" / ("train0_rot90.png" if by_name else "x.png")).unlink()
     clean = Trainer(tmp_path / "d", None, overrides=SMALL)
     assert leak_note(clean.plan.reader, clean.plan.train_examples, clean.plan.val_examples) is None
+
+
+def test_an_example_that_lacks_a_modality_has_no_sketch() -> None:
+    """Its sketch would be shorter than the others': training stopped with an error of NumPy."""
+    both = {**SPECS, "audio": AudioSpec(rate_hz=8000)}
+    assert sketch_of({"image": np.arange(243, dtype=np.uint8).reshape(9, 9, 3)}, both) is None

@@ -42,7 +42,9 @@ class Pair(NamedTuple):
 
 
 def sketch_of(arrays: Mapping[str, Array], specs: Mapping[str, InputSpec]) -> Sketches | None:
-    """Return the sketch of decoded arrays by modality, or None if one of them has none, such as a cloud of points."""
+    """Return the sketch of decoded arrays by modality; None if one is missing or has none, as a cloud has."""
+    if arrays.keys() != specs.keys():
+        return None
     parts = []
     for name in sorted(arrays):
         part = modality(name).sketch(arrays[name], specs[name])
