@@ -23,7 +23,7 @@ from safetensors.numpy import load_file
 
 from perceiver_cli.cli.train import kept_line
 from perceiver_cli.training.events import Evaluated
-from tests.conftest import SMALL, Perceive, write_clip, write_images
+from tests.conftest import SMALL, Perceive, tone_of, write_clip, write_images
 
 SETS = [part for change in SMALL for part in ("--set", change)]
 
@@ -305,6 +305,32 @@ def test_events_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path)
         assert refused.returncode == 2
         assert message in refused.stderr
     assert b"pass --merge" in perceive("predict", clip, "-m", filmed, "--max-gap", "1").stderr
+
+
+def test_raw_sound_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path) -> None:
+    samples = (tone_of(300, 2.0, np.random.default_rng(0)) * 32767).astype("<i2")
+    soundfile.write(tmp_path / "a.wav", samples, 8000)
+    run = ("predict", "-", "-m", filmed, "--use", "audio")
+    (whole,) = lines(perceive(*run, "--rate", "8k", stdin=samples.tobytes()).stdout)
+    (of_file,) = lines(perceive(*run[:1], tmp_path / "a.wav", *run[2:]).stdout)
+    assert (whole["path"], whole["prob"]) == ("-", pytest.approx(of_file["prob"]))
+    every = ("--every", "0.25", "--stdin-name", "microphone")
+    heard = lines(perceive(*run, *every, "--rate", "8000", stdin=samples.tobytes()).stdout)
+    assert [line["start_s"] for line in heard] == [n / 4 for n in range(7)]
+    assert heard[-1]["path"] == "microphone"
+    assert heard[-1]["end_s"] == 2.0
+    assert lines(perceive(*run, *every, stdin=(tmp_path / "a.wav").read_bytes()).stdout) == heard
+    short = samples[:800].tobytes()
+    (line,) = lines(perceive(*run, *every, "--rate", "8000", stdin=short).stdout)
+    assert (line["start_s"], line["end_s"]) == (0.0, 0.1)
+    for options, message in (
+        (["--channels", "2"], b"--channels is of raw sound; pass --rate HZ"),
+        (["--rate", "7"], b"sample rate 7 Hz, expected 1000 to 768000"),
+    ):
+        refused = perceive(*run, *options, stdin=short)
+        assert message in refused.stderr
+        assert refused.returncode in (2, 3)
+    assert b"--rate is of raw sound on stdin" in perceive("predict", tmp_path / "a.wav", "--rate", "8k").stderr
 
 
 # ---------------------------------------------------------------- preprocess and info

@@ -32,6 +32,7 @@ LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop 
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT, Parquet), tar, zip, or - for stdin."
 
 Aggregate = Literal["mean", "max", "none"]
+Encoding = Literal["s16le", "s24le", "s32le", "f32le", "u8"]  # as in preprocess/live_sound.py, without NumPy's import
 Floats = Literal["auto", "fp32", "bf16", "fp16"]
 Inputs = Annotated[list[str] | None, typer.Argument(help="Files, folders, manifests, or - for bytes on stdin.")]
 Model = Annotated[
@@ -317,10 +318,35 @@ class ListPlace:
         return f"{tail} | {show_command(['perceiver', *words])}"
 
 
+def raw_of(inputs: list[str], rate: str | None, channels: int | None, encoding: Encoding | None) -> Any:
+    """Return how the raw samples on stdin are written, as options say, or None without --rate."""
+    if rate is None:
+        if channels is not None or encoding is not None:
+            raise UsageError(
+                f"--{'channels' if channels is not None else 'encoding'} is of raw sound", "pass --rate HZ"
+            )
+        return None
+    if "-" not in inputs:
+        raise UsageError("--rate is of raw sound on stdin", "pass - and pipe it in")
+    from perceiver_cli.preprocess.live_sound import Raw
+
+    return Raw(round(number(f"--rate {rate}", rate)), channels or 1, encoding or "s16le")
+
+
 def listed_to_predict(
-    inputs: list[str], files_from: str | None, null: bool, stdin_name: str, row: list[str] | None = None
+    inputs: list[str],
+    files_from: str | None,
+    null: bool,
+    stdin_name: str,
+    row: list[str] | None = None,
+    *,
+    raw: Any = None,
+    is_live: bool = False,
 ) -> tuple[Iterator[Any], ListPlace]:
-    """Return the paths to predict, those in a list, and the bytes on stdin as a Pipe; and the ListPlace in the list."""
+    """Return the paths to predict, those in a list, and the bytes on stdin as a Pipe; and the ListPlace in the list.
+
+    raw, is_live: see Pipe.
+    """
     if row:
         if inputs or files_from is not None:
             raise UsageError("--row is the only input", "leave out the files, or name them in the row")
@@ -335,7 +361,9 @@ def listed_to_predict(
     from perceiver_cli.data.inputs import Pipe
 
     def opened(path: str) -> Any:
-        return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False)) if path == "-" else path
+        if path != "-":
+            return path
+        return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False), raw, is_live)
 
     place = ListPlace(files_from, null)
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -147,6 +148,9 @@ def predict(
     files_from: options.FilesFrom = None,
     null: options.Null = False,
     stdin_name: options.StdinName = "-",
+    rate: Annotated[str | None, typer.Option(metavar="HZ", help="Rate of raw sound on stdin, e.g. 16k.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Its channels, side by side [default: 1].")] = None,
+    encoding: Annotated[options.Encoding | None, typer.Option(help="Its samples [default: s16le].")] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
@@ -179,13 +183,18 @@ def predict(
     cut.check(workers)
     _check_merge(merge, all_probs, embeddings, max_gap, min_length)
     ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
-    sources, place = options.listed_to_predict(inputs or [], files_from, null, stdin_name, row)
+    raw = options.raw_of(inputs or [], rate, channels, encoding)
+    sources, place = options.listed_to_predict(
+        inputs or [], files_from, null, stdin_name, row, raw=raw, is_live=every is not None
+    )
     if embeddings is not None:
         check_embeddings(embeddings)
     repeated = options.passed_columns(passed, style)
     given = options.data_options(root, path_columns, None, None, columns) | repeated
     predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
     windows, account = options.windows_of(cut, predictor), Account()
+    if every is not None and "-" in (inputs or []):
+        batch_size = batch_size or 1  # each answer when it is due
     apart = windows is not None and windows.aggregate == "none"
     follow = _Following(inputs or [], place, pairs=len(predictor.modalities) > 1, apart=apart)
     wanted: dict[str, Any] = {"min_prob": min_prob, "embeddings": embeddings is not None, "account": account}
@@ -304,7 +313,8 @@ class _Following:
         if time.monotonic() - self.counter.began < BESIDE_AFTER_S:
             return
         share = self.window_s / self.whole_s if self.whole_s else 0.0
-        facts = f"{self.window_s:,.0f} of {self.whole_s:,.0f} s of {show_path(self.path)}" if self.whole_s else None
+        of = "" if isinf(self.whole_s) else f" of {self.whole_s:,.0f}"
+        facts = f"{self.window_s:,.0f}{of} s" if self.whole_s else None
         self.counter(self.done - (self.apart and share < 1) + share, self.total, facts)
 
     def last_words(self) -> Iterator[str]:

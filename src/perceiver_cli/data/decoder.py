@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
+from math import inf, isinf
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from perceiver_cli.errors import AbsentError, DataError, PerceiverError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, timed_modality
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout
+from perceiver_cli.preprocess.live_sound import SOUND, Live
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.format import Stored
@@ -122,6 +124,8 @@ class Decoder:
             start, _ = next(iter(moving.values()))  # sound comes first: frames are coarser
             whole_s = max(seconds.values())
             end = min(start + window_s, max(start, whole_s))
+            if isinf(whole_s):  # sound that arrives: nothing but its samples tells its end
+                end = start + len(moving[SOUND][1]) / self.timed[SOUND].steps_hz(self.specs[SOUND])
             arrays = still | {name: array for name, (_, array) in moving.items()}
             yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start), whole_s=whole_s)
 
@@ -145,6 +149,8 @@ class Decoder:
         each = opened(source, self.specs[name], self.limits)
         if name not in self.timed or not isinstance(each, Encoded):
             return each
+        if isinstance(each.source.data, Live):
+            return replace(each, seconds=inf)
         state = each.source.state()
         seconds = self._seconds.get((name, state))
         if seconds is None:

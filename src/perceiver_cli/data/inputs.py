@@ -30,6 +30,7 @@ from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Span
 from perceiver_cli.preprocess.detection import File, detected, looked_at, only, other_kind
+from perceiver_cli.preprocess.live_sound import SOUND, Live, Raw, live
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import stored_rows
@@ -92,10 +93,15 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
 
 @dataclass(frozen=True)
 class Pipe:
-    """A pipe with a stream of records, or with the bytes of one file; the name is the file's."""
+    """A pipe with a stream of records, or with the bytes of one file; the name is the file's.
+
+    raw: it has samples of sound without a header. is_live: sound in it is heard while it arrives.
+    """
 
     name: str
     file: BinaryIO
+    raw: Raw | None = None
+    is_live: bool = False
 
 
 Part = str | os.PathLike[str] | bytes | Source
@@ -156,8 +162,18 @@ def _held_examples(
     elif isinstance(named, Mapping):
         sources = {name: source_of(part) for name, part in named.items()}
         yield Example(identity(source.name for source in sources.values()), sources)
+    elif isinstance(named, Pipe) and named.raw is not None:
+        if named.is_live:
+            source = Source(named.name, Live(named.file, named.raw), (SOUND,))
+        else:
+            source = Source(named.name, named.raw.as_wav(received(named.file, limits)), (SOUND,))
+        yield _file_example(File(named.name, source), use)
     elif isinstance(named, Pipe):
         head, stream = unpacked(named.file, named.name)
+        hears = named.is_live and SOUND in use and "video" not in use
+        if hears and (sound := live(stream, head, named.name)) is not None:
+            yield _file_example(File(named.name, Source(named.name, sound, (SOUND,))), use)
+            return
         kind = kind_of_stream(head)
         if kind == "records" or (kind is None and is_tar(head)):  # damaged ones too
             yield from _stream_examples(Feed(stream, show_path("stdin")), reads, limits, options[-1].pass_columns)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import container, sound_claims
 from perceiver_cli.preprocess.base import Array, check_contract
+from perceiver_cli.preprocess.live_sound import Live
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
@@ -86,6 +87,12 @@ def is_sound(head: bytes) -> bool:
 @contextmanager
 def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sound]:
     """Yield the sound of a file, its rate, channels and length checked; no sample is decoded yet."""
+    if isinstance(source.data, Live):
+        with as_data_errors(source, "sound"):
+            rate_hz, channels, blocks = source.data.heard(source)
+            _checked_header(source, rate_hz, channels, channel, limits)
+            yield Sound(rate_hz, None, lambda first, stop: (_checked(source, block, channel) for block in blocks))
+        return
     with ExitStack() as stack:
         head = source.head()
         reader, is_joined = container.format_of(head, "" if is_sound(head) else source.name), False
