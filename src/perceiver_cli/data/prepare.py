@@ -5,11 +5,12 @@ from __future__ import annotations
 import mmap
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,11 +40,11 @@ from perceiver_cli.records.byte_arrays import safetensors_rows
 from perceiver_cli.records.format import Content, Facts, Header
 from perceiver_cli.records.npy import npy_bytes
 from perceiver_cli.records.shards import UNLIMITED, open_shards
-from perceiver_cli.records.stream import Writer, pack
+from perceiver_cli.records.stream import END_BYTES, Writer, pack
 from perceiver_cli.run_folder import find_model
 
 PLACE_BYTES = 4 << 20  # shared memory for the arrays of one input; the system allocates pages at the first write
-END_BYTES = 8 << 10  # at most of the last members of a shard, which its size does not count
+UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))  # of --shard-size
 _PATTERN = re.compile(r"%0?\d*d")
 Dtype = Literal["float32", "float16"]
 
@@ -279,7 +280,7 @@ def write_records(
     sharded = _PATTERN.search(output) is not None
     if resume and not sharded:
         raise UsageError("--resume needs shards", "pass -o 'NAME-%06d.tar'")
-    kept = _kept(job, output, shard_bytes, resume=resume) if sharded else Kept()
+    kept = _kept(job, output, resume=resume) if sharded else Kept()
     shard, skipped, first = kept.shards, kept.examples, kept.records
     yield from (Done(skipped, len(job.examples), name, error) for name, error in kept.errors.items())
     with ExitStack() as stack:
@@ -297,6 +298,8 @@ def write_records(
             members = b"".join(pack(*record, number, job.header) for number, record in enumerate(outcome, first))
             added = len(outcome) if error is None else 0
             first += added
+            if kept.shards and count == skipped + 1:
+                kept.check_size(shard_bytes, len(members))
             if sharded and writer is not None and writer.num_bytes + len(members) > shard_bytes:
                 writer.close()
                 stack.close()
@@ -317,16 +320,34 @@ def _named(pattern: str, number: int) -> str:
 class Kept:
     """The existing shards of a job: numbers of shards, of the job's examples in them and of records.
 
-    errors: of the unreadable ones, by id.
+    errors: of the unreadable ones, by id. largest: bytes of members in the largest shard of several examples. last:
+    the same of the last shard. first: the name of the first.
     """
 
     shards: int = 0
     examples: int = 0
     records: int = 0
     errors: Mapping[str, str] = field(default_factory=dict)
+    largest: int = 0
+    last: int = 0
+    first: str = ""
+
+    def check_size(self, shard_bytes: int, following: int) -> None:
+        """Raise UsageError if a run with `shard_bytes` would have cut other shards.
+
+        following: the size of the example after the last shard, which did not fit into it.
+        """
+        low, high = self.largest, self.last + following
+        if low <= shard_bytes < high:
+            return
+        unit, letter = next((each for each in UNITS if -(-low // each[0]) * each[0] < high), (1, ""))
+        fault = (
+            f"{show_path(self.first)}: shards of another --shard-size than {shard_bytes}, the largest of {low} bytes"
+        )
+        raise UsageError(fault, f"pass --shard-size {-(-low // unit)}{letter} as before, or remove the shards")
 
 
-def _kept(job: Job, output: str, shard_bytes: int, *, resume: bool) -> Kept:
+def _kept(job: Job, output: str, *, resume: bool) -> Kept:
     paths: list[str] = []
     while os.path.exists(path := _named(output, len(paths))):
         paths.append(path)
@@ -339,17 +360,17 @@ def _kept(job: Job, output: str, shard_bytes: int, *, resume: bool) -> Kept:
     if shards.header.to_json() != job.header.to_json():
         raise other
     place, ids = -1, enumerate(example.id for _, example in job.examples)
-    for name, _ in groupby(map(shards.given_id, range(len(shards)))):  # variants of an example are adjacent
+    counts = Counter[int]()  # of examples, by shard
+    for name, rows in groupby(range(len(shards)), shards.given_id):  # variants of an example are adjacent
         place = next((place for place, own in ids if own == name), -1)
         if place < 0:
             raise other
-    sizes, counts = [*map(os.path.getsize, paths)], np.bincount(shards.columns["files"], minlength=len(paths)).tolist()
-    larger = any(size > shard_bytes + END_BYTES and count > 1 for size, count in zip(sizes, counts, strict=True))
-    if larger or any(one + next_ <= shard_bytes for one, next_ in pairwise(sizes)):
-        fault = f"{show_path(paths[0])}: a shard of another --shard-size"
-        raise UsageError(fault, "pass the same, or remove the shards")
+        counts[int(shards.columns["files"][next(rows)])] += 1
     errors = {shards.given_id(row): error for row, error in shards.errors.items()}
-    return Kept(len(paths), place + 1, len(shards) - len(shards.errors), errors)
+    sizes = [os.path.getsize(path) - END_BYTES for path in paths]
+    largest = max((size for number, size in enumerate(sizes) if counts[number] > 1), default=0)
+    num_records = len(shards) - len(shards.errors)
+    return Kept(len(paths), place + 1, num_records, errors, largest, sizes[-1], paths[0])
 
 
 def input_recipe(

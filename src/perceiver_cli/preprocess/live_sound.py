@@ -49,18 +49,19 @@ class Raw(NamedTuple):
 
     def decoded(self, data: bytes) -> Block:
         """Return whole samples as float32; full scale is 1."""
+        values: NDArray[Any]
         if self.encoding == "f32le":
-            values = np.frombuffer(data, "<f4").astype(np.float32)
+            values = np.frombuffer(data, "<f4")
         elif self.encoding == "u8":
-            values = (np.frombuffer(data, "u1").astype(np.float32) - 128) / 128
+            values = (np.frombuffer(data, "u1") - 128.0) / 128
         elif self.encoding == "s24le":
             wide = np.zeros((len(data) // 3, 4), "u1")
             wide[:, 1:] = np.frombuffer(data, "u1").reshape(-1, 3)
-            values = (wide.view("<i4")[:, 0] / 2**31).astype(np.float32)
+            values = wide.view("<i4")[:, 0] / 2**31
         else:
             kind = np.dtype(f"<i{WIDTHS[self.encoding]}")
-            values = (np.frombuffer(data, kind) / 2 ** (8 * kind.itemsize - 1)).astype(np.float32)
-        return values.reshape(-1, self.channels)
+            values = np.frombuffer(data, kind) / 2 ** (8 * kind.itemsize - 1)
+        return values.reshape(-1, self.channels).astype(np.float32)
 
     def as_wav(self, data: bytes) -> bytes:
         """Return samples as a WAV file, without a part of one at the end."""

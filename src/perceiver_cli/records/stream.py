@@ -30,6 +30,7 @@ HEADER, ERROR, END = "__perceiver__/header", "__perceiver__/error", "__perceiver
 BLOCK = 512
 ZEROS = bytes(BLOCK)
 SEAL_AT = 500  # in a tar header
+END_BYTES = 4 * BLOCK  # of the end of a stream: its member and two blocks of zeros
 UNSEALED = bytes(8)  # also in records of version 0.1.0
 MAX_NAME = 100  # bytes of a member's name in USTAR
 MAX_JSON_BYTES = 1 << 20  # for the facts of a record
