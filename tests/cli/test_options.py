@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perceiver_cli.cli import options
+from perceiver_cli.cli import options, sources
 from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.data.examples import PAUSE
 from perceiver_cli.errors import ResourceError, UsageError
@@ -19,7 +19,7 @@ from perceiver_cli.files import write_text
 def listed(path: Path, content: bytes, *, null: bool = False) -> list[str]:
     """Return the paths that a list with this content names."""
     path.write_bytes(content)
-    return [path for path in options.listed_to_predict([], str(path), null, "-")[0] if path is not PAUSE]
+    return [path for path in sources.listed_to_predict([], str(path), null, "-")[0] if path is not PAUSE]
 
 
 @pytest.mark.parametrize(

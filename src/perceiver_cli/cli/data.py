@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options, processes, terminal
+from perceiver_cli.cli import completion, options, processes, sources, terminal
 from perceiver_cli.cli.progress import counting, this_command, working
 from perceiver_cli.cli.terminal import (
     complain,
@@ -80,7 +80,7 @@ def preprocess(
 
     --model-input writes an array for each input of an exported model to FILE.npz, and a line for each file to stdout.
     """
-    named = options.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
+    named = sources.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
     if model_input:
         raise typer.Exit(_model_input(named, output, options.model_file(model), limit))
     if Path(output).suffix.lower() in (".npy", ".safetensors"):

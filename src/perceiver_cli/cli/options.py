@@ -1,18 +1,9 @@
 """Options and parsers that several commands share."""
 
-import codecs
 import glob
-import io
-import json
 import os
 import re
-import select
-import sys
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,15 +11,13 @@ import typer
 
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.files import show_command, show_path, status_of
+from perceiver_cli.files import show_path, status_of
 
 # Keys of a line of predict, evaluate or explain, which no column may take; `id` may be the manifest's.
 OWN_KEYS = {
     "path", "paths", "label", "labels", "truth", "truths", "prob", "probs", "top", "best", "error", "used", "notes",
     "start_s", "end_s", "correct", "loss",
 }  # fmt: skip
-PIPE_BYTES = 1 << 20  # read from stdin at a time
-LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop of the shell writes one in less
 DATA_HELP = "Folder of class folders, manifest (CSV, TSV, JSON, TXT, Parquet), tar, zip, or - for stdin."
 
 Aggregate = Literal["mean", "max", "none"]
@@ -130,7 +119,7 @@ def named(text: str | Path) -> Path:
 def check_data(data: str | None) -> None:
     """Raise a UsageError or DataError for data that does not exist, before torch is imported."""
     if data == "-":
-        _piped_stdin("perceiver preprocess DATA | perceiver train -")
+        terminal.piped_stdin("perceiver preprocess DATA | perceiver train -")
     elif data == "":  # a variable that is not set, which Path takes for the current folder
         raise UsageError("no data given: the name is empty", "pass a folder, a manifest or records")
     elif data is not None and not glob.has_magic(data) and "{" not in data and status_of(data) is None:
@@ -293,182 +282,6 @@ def windows_of(cut: Cut, predictor: Any) -> Any:
     return Windows(
         window, next(hop for hop in hops if hop is not None), cut.aggregate or ("none" if kept_apart else "mean")
     )
-
-
-@dataclass
-class ListPlace:
-    """How far the paths of a list are answered. list: its name, None without a list; "-" is stdin."""
-
-    list: str | None = None
-    null: bool = False
-    waiting: deque[tuple[int, str]] = field(default_factory=deque)  # the lines that are taken, and not answered
-
-    def answered(self, path: str, *, is_part: bool) -> None:
-        """Note an answer to a path, or to a part of its input."""
-        places = [place for place, (_, own) in enumerate(self.waiting) if own == path]  # none for a file of a folder
-        for _ in range(places[0] + (not is_part) if places else 0):
-            self.waiting.popleft()
-
-    def command(self) -> str | None:
-        """Return the command that goes on with the rest of a list, or None if the list is a pipe or ends in NULs."""
-        if self.list in (None, "-") or self.null or not self.waiting:
-            return None
-        words = [re.sub(f"^(--files-from=)?{re.escape(str(self.list))}$", r"\1-", word) for word in sys.argv[1:]]
-        tail = show_command(["tail", "-n", f"+{self.waiting[0][0]}", str(self.list)])
-        return f"{tail} | {show_command(['perceiver', *words])}"
-
-
-def raw_of(inputs: list[str], rate: str | None, channels: int | None, encoding: Encoding | None) -> Any:
-    """Return how the raw samples on stdin are written, as options say, or None without --rate."""
-    if rate is None:
-        if channels is not None or encoding is not None:
-            raise UsageError(
-                f"--{'channels' if channels is not None else 'encoding'} is of raw sound", "pass --rate HZ"
-            )
-        return None
-    if "-" not in inputs:
-        raise UsageError("--rate is of raw sound on stdin", "pass - and pipe it in")
-    from perceiver_cli.preprocess.live_sound import Raw
-
-    return Raw(round(number(f"--rate {rate}", rate)), channels or 1, encoding or "s16le")
-
-
-def listed_to_predict(
-    inputs: list[str],
-    files_from: str | None,
-    null: bool,
-    stdin_name: str,
-    row: list[str] | None = None,
-    *,
-    raw: Any = None,
-    is_live: bool = False,
-) -> tuple[Iterator[Any], ListPlace]:
-    """Return the paths to predict, those in a list, and the bytes on stdin as a Pipe; and the ListPlace in the list.
-
-    raw, is_live: see Pipe.
-    """
-    if row:
-        if inputs or files_from is not None:
-            raise UsageError("--row is the only input", "leave out the files, or name them in the row")
-        return iter([_row(row)]), ListPlace()
-    if not inputs and files_from is None:
-        raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
-    if inputs.count("-") + (files_from == "-") > 1:
-        raise UsageError("stdin can be read once", "pass - once, or --files-from -")
-    if "-" in inputs or files_from == "-":
-        _piped_stdin()
-    from perceiver_cli.data.examples import PAUSE
-    from perceiver_cli.data.inputs import Pipe
-
-    def opened(path: str) -> Any:
-        if path != "-":
-            return path
-        return Pipe(stdin_name, os.fdopen(_piped_stdin(), "rb", PIPE_BYTES, closefd=False), raw, is_live)
-
-    place = ListPlace(files_from, null)
-
-    def taken() -> Iterator[Any]:
-        for line, path in _lines(files_from, null, is_live=True):
-            if path:
-                place.waiting.append((line, path))
-            yield path or PAUSE
-
-    return chain(map(opened, inputs), taken()), place
-
-
-def _row(cells: list[str]) -> Any:
-    """Return the row that KEY=VALUE words describe, as JSON."""
-    from perceiver_cli.preprocess.source import Source
-
-    values: dict[str, str] = {}
-    for cell in cells:
-        name, equals, value = cell.partition("=")
-        if not equals or not name or name in values:
-            raise UsageError(f"--row {cell}: expected KEY=VALUE, each key once", "such as --row title='red shoe'")
-        values[name] = value
-    return Source("row.jsonl", json.dumps(values).encode())
-
-
-def _piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
-    """Return the file number of stdin; raise a UsageError with an example if it is a terminal."""
-    if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("stdin is a terminal", f"pipe data in: {example}")
-    return sys.stdin.fileno()
-
-
-def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[tuple[int, str]]:
-    """Yield the number of each line of a list and its path, as they arrive; blank lines are left out.
-
-    is_live: also yield "" each time that the writer of the list has no more of it yet.
-    """
-    if path is None:
-        return
-    try:
-        stream = os.fdopen(0, "rb", closefd=False) if path == "-" else open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
-    rest, end, number = b"", b"\0" if null else b"\n", 0  # the number of whole lines so far
-    with stream:
-        for chunk in _chunks(stream):
-            *names, rest = (rest + chunk).split(end)
-            for name in names:
-                number += 1
-                if shown := _path_in_list(name, path, null):
-                    yield number, shown
-            if is_live and _is_idle(stream):
-                yield number, ""
-    if shown := _path_in_list(rest, path, null):
-        yield number + 1, shown
-
-
-def _is_idle(stream: io.BufferedReader) -> bool:
-    """Return whether nothing more comes from a pipe within LINGER_S; False where the system does not tell: Windows."""
-    try:
-        return not select.select([stream], [], [], LINGER_S)[0]
-    except OSError:
-        return False
-
-
-def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the bytes of a list as they arrive, without a byte order mark, and as UTF-8 if they are UTF-16."""
-    decoder = None
-    for number, chunk in enumerate(iter(partial(stream.read1, 1 << 16), b"")):
-        if number == 0:
-            chunk = chunk.removeprefix(codecs.BOM_UTF8)
-            is_wide = chunk.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # PowerShell's > writes it
-            decoder = codecs.getincrementaldecoder("utf-16")("replace") if is_wide else None
-        yield chunk if decoder is None else decoder.decode(chunk).encode()
-
-
-def _path_in_list(name: bytes, shown: str, null: bool) -> str:
-    """Return a path of a list, without the \\r of a line end; "" for a blank line. Raises UsageError for a wrong -0."""
-    option = f"--files-from {show_path(shown)}"
-    if not null and b"\0" in name:
-        raise UsageError(f"{option}: paths end in NUL, not in line ends", "pass -0")
-    if null and b"\n" in name.rstrip(b"\r\n") and not os.path.lexists(name):
-        raise UsageError(f"{option}: paths end in line ends, not in NUL", "leave out -0")
-    if not null and name.endswith(b"\r") and not os.path.lexists(name):
-        name = name.removesuffix(b"\r")
-    return os.fsdecode(name) if name.strip() else ""
-
-
-def inputs_to_prepare(
-    inputs: list[str], files_from: str | None, null: bool, stdin_name: str, limit: list[str] | None
-) -> Any:
-    """Return the paths to prepare, or the bytes on stdin as a Source."""
-    from perceiver_cli.preprocess.source import Source, received
-    from perceiver_cli.preprocess.spec import Limits
-
-    if not inputs and files_from is None:
-        raise UsageError("nothing to prepare", "pass files or folders, or - with bytes on stdin, or --files-from")
-    if "-" in inputs:
-        if len(inputs) > 1 or files_from is not None:
-            raise UsageError("- must be the only input", "pass several paths with --files-from")
-        with os.fdopen(_piped_stdin(), "rb", closefd=False) as stream:
-            return Source(stdin_name, received(stream, Limits.model_validate(raised_limits(limit))))
-    if files_from == "-":
-        _piped_stdin()
-    return [*inputs, *(path for _, path in _lines(files_from, null))]
 
 
 def recipe_of(preset: str | None, config: Path | None) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from perceiver_cli.cli import options, processes
+from perceiver_cli.cli import options, processes, sources
 from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions, with_hint
 from perceiver_cli.cli.progress import BESIDE_AFTER_S, Counter, counting, working
 from perceiver_cli.cli.terminal import (
@@ -183,8 +183,8 @@ def predict(
     cut.check(workers)
     _check_merge(merge, all_probs, embeddings, max_gap, min_length)
     ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
-    raw = options.raw_of(inputs or [], rate, channels, encoding)
-    sources, place = options.listed_to_predict(
+    raw = sources.raw_of(inputs or [], rate, channels, encoding)
+    named, place = sources.listed_to_predict(
         inputs or [], files_from, null, stdin_name, row, raw=raw, is_live=every is not None
     )
     if embeddings is not None:
@@ -199,9 +199,9 @@ def predict(
     follow = _Following(inputs or [], place, pairs=len(predictor.modalities) > 1, apart=apart)
     wanted: dict[str, Any] = {"min_prob": min_prob, "embeddings": embeddings is not None, "account": account}
     if ranks.size == 1:
-        predictions = predictor.predict(sources, batch_size, workers, windows, progress=follow.window, **wanted)
+        predictions = predictor.predict(named, batch_size, workers, windows, progress=follow.window, **wanted)
     else:
-        predictions = predict_shared(predictor, sources, ranks, batch_size, workers, windows, **wanted)
+        predictions = predict_shared(predictor, named, ranks, batch_size, workers, windows, **wanted)
         if not ranks.first:
             predictions, embeddings = iter([*predictions]), None
     extra = [name for name in repeated.get("pass_columns", ()) if name != "*"]
@@ -252,7 +252,7 @@ def explain(
         raise UsageError("nothing to write to", "pass -o FILE.png, or --json for the numbers")
     if output is not None:
         check_suffix(output, (".png", ".ply", ".npz"), "-o", "not a format of explanations")
-    named = list(options.listed_to_predict(inputs or [], None, False, "-", row)[0])
+    named = list(sources.listed_to_predict(inputs or [], None, False, "-", row)[0])
     predictor = options.open_predictor(model, device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
@@ -278,7 +278,7 @@ def explain(
 class _Following:
     """What `predict` has done so far: inputs, and seconds of a long one."""
 
-    def __init__(self, inputs: Sequence[str], place: options.ListPlace, *, pairs: bool, apart: bool) -> None:
+    def __init__(self, inputs: Sequence[str], place: sources.ListPlace, *, pairs: bool, apart: bool) -> None:
         self.inputs, self.place, self.pairs, self.apart = inputs, place, pairs, apart
         self.counter: Counter | None = None
         self.done, self.window_s, self.whole_s, self.path = 0, 0.0, 0.0, ""

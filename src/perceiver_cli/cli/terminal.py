@@ -324,6 +324,13 @@ def emit_bytes(data: bytes) -> None:
     sys.stdout.buffer.flush()
 
 
+def piped_stdin(example: str = "sox in.mp3 -t wav - | perceiver predict -") -> int:
+    """Return the file number of stdin; raise a UsageError with an example if it is a terminal."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("stdin is a terminal", f"pipe data in: {example}")
+    return sys.stdin.fileno()
+
+
 def end_by_signal(number: int) -> None:
     """End this process by a signal, which shells and schedulers see; on Windows by an exit status."""
     if not hasattr(signal, "SIGPIPE"):
