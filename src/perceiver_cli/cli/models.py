@@ -64,7 +64,7 @@ def info(
     on: options.On = None,
     json: options.Json = False,
 ) -> None:
-    """Print parameters, FLOPs and shapes of a preset or model file; --on adds the cost of training. Builds no model."""
+    """Print the size and shapes of a preset or model. --on adds what training costs on a machine. Builds no model."""
     from perceiver_cli.model.describe import describe
     from perceiver_cli.model.machines import estimate_lines
 
