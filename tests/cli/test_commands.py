@@ -158,9 +158,9 @@ def test_a_bad_input_is_a_line_and_status_3(perceive: Perceive, here: Path, file
     assert done.returncode == 3
     found = lines(done.stdout)
     assert [set(line) for line in found] == [
-        {"path", "label", "prob", "top"},
-        {"path", "error"},
-        {"path", "label", "prob", "top"},
+        {"path", "id", "label", "prob", "top"},
+        {"path", "id", "error"},
+        {"path", "id", "label", "prob", "top"},
     ]
     assert done.stderr.count(b"cut.png") == 1
 
