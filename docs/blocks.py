@@ -26,7 +26,7 @@ ELLIPSIS = "..."
 PREPARED = (
     ("python", str(ROOT / "examples" / "write_digits.py"), "digits"),
     ("python", str(ROOT / "examples" / "write_tones.py"), "tones"),
-    ("perceiver", "train", "tones", "-o", "runs/tones", "--steps", "15"),
+    ("perceiver", "train", "tones", "-o", "runs/tones", "--steps", "40"),
     ("perceiver", "train", "digits", "-o", "runs/digits", "--steps", "40"),  # the last run is runs/latest
 )
 

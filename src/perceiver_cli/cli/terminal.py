@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -298,7 +299,9 @@ def _print(message: str) -> None:
         try:
             from rich.text import Text
 
-            talk().print(Text(printable(message, "")))
+            is_command = re.search(r"(: |\| )perceiver [a-z]", message) is not None
+            # A command that is wrapped could not be copied; None is as the console wraps.
+            talk().print(Text(printable(message, "")), soft_wrap=is_command or None)
         except (MemoryError, ImportError):  # rich needs memory
             if stream := _stderr or sys.stderr:
                 os.write(stream.fileno(), f"{printable(message, '')}\n".encode("utf-8", "backslashreplace"))
