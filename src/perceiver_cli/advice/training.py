@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 from perceiver_cli.advice.base import MOST, UNEVEN, WEIGHTS, Advice, error_of, ratio_of
@@ -17,8 +17,8 @@ from perceiver_cli.errors import counted
 FEW_STEPS = 200  # below, a model that knows nothing was stopped too early
 MANY_STEPS = 500  # proposed in their place
 LEAST_EVALUATIONS = 6  # for a rule about the shape of a curve
-NOISE = 2.0  # standard errors between evaluations from which a curve jumps
-JUMP = 0.03  # smallest such difference
+NOISE = 1.2  # standard errors from which a fall between evaluations, of the same examples, is none of chance
+JUMP = 0.03  # smallest such fall
 SLOWER = 4  # divisor of the learning rate of a curve that jumps
 PERFECT, LEAST_PERFECT = 0.995, 50  # a score that copies in both splits would explain, and its least examples
 
@@ -58,7 +58,7 @@ def after_training(trained: Trained) -> list[Advice]:
     """Return what to do next, the most useful first: at most MOST pieces, of which the last is to evaluate."""
     if trained.data == "-":  # a pipe cannot be read again
         return []
-    rules = (_knows_nothing, _drowned_classes, _jumps, _still_improves, _shared_folders, _too_good, _unreadable)
+    rules = (_drowned_classes, _knows_nothing, _jumps, _still_improves, _shared_folders, _too_good, _unreadable)
     found = [advice for rule in rules if (advice := rule(trained)) is not None]
     return [*found[: MOST - 1], _evaluate(trained)]
 
@@ -86,18 +86,16 @@ def _knows_nothing(trained: Trained) -> Advice | None:
 
 
 def _jumps(trained: Trained) -> Advice | None:
-    """Advise a lower learning rate if scores of one evaluation and the next differ by more than chance."""
-    scores = trained.scores()[1:]
+    """Advise a lower learning rate if in the later half scores fall again and again, by more than chance."""
+    scores = trained.scores()
     if len(scores) < LEAST_EVALUATIONS or not _learned(trained):
         return None
-    steps = [after - before for before, after in pairwise(scores)]
-    jump = median(map(abs, steps))
-    if sum(step < 0 for step in steps) < len(steps) / 4 or jump < max(JUMP, NOISE * trained.error(fmean(scores))):
+    later = scores[len(scores) // 2 - 1 :]
+    falls = [before - after for before, after in pairwise(later) if after < before]
+    if len(falls) < max(2, len(later) // 4) or fmean(falls) < max(JUMP, NOISE * trained.error(fmean(later))):
         return None
-    lower = f"{trained.config.train.lr / SLOWER:.2g}"
-    return Advice(
-        f"the validation score jumps by {jump:.3f} between evaluations; a lower rate", trained.again("--lr", lower)
-    )
+    seen = f"the validation score falls by {fmean(falls):.3f} again and again; a lower rate"
+    return Advice(seen, trained.again("--lr", f"{trained.config.train.lr / SLOWER:.2g}"))
 
 
 def _still_improves(trained: Trained) -> Advice | None:

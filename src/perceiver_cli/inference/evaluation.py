@@ -347,8 +347,9 @@ def evaluate_shared(
     if not isfinite(report.loss):
         raise predictor.broken()
     files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
+    facts = facts_of(split_of_run(catalog, predictor, "val")[0])
     report = replace(
-        report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files, facts=facts_of(catalog)
+        report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files, facts=facts
     )
     if (by := predictor.options.get("group_by")) is None:
         return report
