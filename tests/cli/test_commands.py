@@ -279,7 +279,7 @@ def test_events_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path)
     clip = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
     run = ("predict", clip, "-m", filmed, "--merge")
     events = lines(perceive(*run).stdout)
-    assert [list(event) for event in events] == [["path", "start_s", "end_s", "label", "prob"]] * len(events)
+    assert [list(event) for event in events] == [["path", "id", "start_s", "end_s", "label", "prob"]] * len(events)
     ends = [event["end_s"] for event in events]
     assert [event["start_s"] for event in events] == [0.0, *ends[:-1]]
     first, *_ = perceive(*run, "--format", "audacity").stdout.decode().splitlines()
@@ -294,7 +294,13 @@ def test_events_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path)
     shutil.copy(clip, tmp_path / "d.mp4")
     two = perceive(*run, tmp_path / "bad.mp4")
     assert two.returncode == 3
-    assert lines(two.stdout)[-1].keys() == {"path", "error"}
+    assert lines(two.stdout)[-1].keys() == {"path", "id", "error"}
+    (tmp_path / "m.csv").write_text(f"path,speaker\n{clip},ann\n")
+    (head, row, *_) = perceive(
+        "predict", tmp_path / "m.csv", *run[2:], "--pass", "speaker", "--format", "csv"
+    ).stdout.decode().splitlines()  # fmt: skip
+    assert head == "path,speaker,start_s,end_s,label,prob,error"
+    assert row.split(",")[1:3] == ["ann", "0.0"]
     for more, message in (
         ([tmp_path / "d.mp4", "--format", "srt"], b"--format srt holds the events of one input"),
         (["--aggregate", "mean"], b"--merge keeps windows apart"),

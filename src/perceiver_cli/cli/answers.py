@@ -50,11 +50,16 @@ def show_predictions(
     return errors.end(reads)
 
 
-def show_events(events: Iterable["TimedEvent"], style: str, reads: Sequence[str] = ()) -> int:
-    """Print events as they end; return the exit code, 3 if any input was bad. Raises UsageError, see OF_EVENTS."""
+def show_events(
+    events: Iterable["TimedEvent"], style: str, reads: Sequence[str] = (), repeated: Sequence[str] = ()
+) -> int:
+    """Print events as they end; return the exit code, 3 if any input was bad. Raises UsageError, see OF_EVENTS.
+
+    repeated: columns of a manifest that CSV and TSV have too.
+    """
     if style == "auto":
         style = "table" if terminal.is_terminal() else "jsonl"
-    columns = ("path", "start_s", "end_s", "label", "prob", "error")
+    columns = ("path", *repeated, "start_s", "end_s", "label", "prob", "error")
     if style == "table":
         emit(f"{'file':<40} {'start':>10} {'end':>10}  {'label':<16} {'prob':>6}\n")
     elif style in ("csv", "tsv"):

@@ -204,8 +204,8 @@ def predict(
         predictions = predict_shared(predictor, named, ranks, batch_size, workers, windows, **wanted)
         if not ranks.first:
             predictions, embeddings = iter([*predictions]), None
-    extra = [name for name in repeated.get("pass_columns", ()) if name != "*"]
-    extra += ["start_s", "end_s"] if apart else []
+    named_columns = [name for name in repeated.get("pass_columns", ()) if name != "*"]
+    extra = named_columns + (["start_s", "end_s"] if apart else [])
     extra += ["used"] if len(predictor.modalities) > 1 else []
     extra += ["labels"] if predictor.info.config.multi_label else []
     if embeddings is not None:
@@ -216,7 +216,7 @@ def predict(
             from perceiver_cli.inference.merging import merged
 
             events = merged(predictions, max_gap or 0.0, min_length or 0.0)
-            exit_code = show_events(events, style, predictor.modalities)
+            exit_code = show_events(events, style, predictor.modalities, named_columns)
         else:
             predictions = with_hint(predictions, predictor.modalities, len(inputs or []))
             exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)

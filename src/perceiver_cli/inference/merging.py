@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ EPSILON_S = 1e-6  # windows' times are rounded to it
 
 @dataclass(frozen=True)
 class TimedEvent:
-    """A class in a part of an input, or an error. prob: its mean over the time in which it is the answer."""
+    """A class in a part of an input, or an error. prob: its mean over the time in which it is the answer.
+
+    names: of the input, as of a Prediction.
+    """
 
     path: str
     start_s: float = 0.0
@@ -27,13 +30,14 @@ class TimedEvent:
     label: str = ""
     prob: float = 0.0
     error: str | None = None
+    names: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON line of this event."""
+        line = {"path": self.path, **self.names}
         if self.error is not None:
-            return {"path": self.path, "error": self.error}
-        times = {"start_s": self.start_s, "end_s": self.end_s}
-        return {"path": self.path, **times, "label": self.label, "prob": self.prob}
+            return line | {"error": self.error}
+        return line | {"start_s": self.start_s, "end_s": self.end_s, "label": self.label, "prob": self.prob}
 
 
 def merged(windows: Iterable[Prediction], max_gap_s: float = 0.0, min_length_s: float = 0.0) -> Iterator[TimedEvent]:
@@ -54,9 +58,9 @@ def merged(windows: Iterable[Prediction], max_gap_s: float = 0.0, min_length_s: 
         if error is None and window.start_s is None:
             error = f"{show_path(window.path)}: has no time axis, and so no events"
         if error is not None:
-            yield TimedEvent(window.path, error=error)
+            yield TimedEvent(window.path, error=error, names=window.names)
             continue
-        current = current or _Input(window.path, max_gap_s, min_length_s)
+        current = current or _Input(window, max_gap_s, min_length_s)
         yield from current.add(window)
     if current is not None:
         yield from current.end()
@@ -81,8 +85,9 @@ class _Run:
 class _Input:
     """The windows of one input so far, and the events in them."""
 
-    def __init__(self, path: str, max_gap_s: float, min_length_s: float) -> None:
-        self.path, self.max_gap_s, self.min_length_s = path, max_gap_s, min_length_s
+    def __init__(self, first: Prediction, max_gap_s: float, min_length_s: float) -> None:
+        self.path, self.names = first.path, first.names
+        self.max_gap_s, self.min_length_s = max_gap_s, min_length_s
         self.windows: list[Prediction] = []  # those that reach beyond `at_s`
         self.at_s = 0.0  # events are known up to here
         self.runs: dict[str, _Run] = {}
@@ -140,7 +145,8 @@ class _Input:
         run = self.runs.pop(label)
         if run.end_s - run.start_s > self.min_length_s - EPSILON_S:
             times = round(run.start_s, 6), round(run.end_s, 6)
-            self.ended.append(TimedEvent(self.path, *times, label, run.weight / run.length_s))
+            prob = run.weight / run.length_s
+            self.ended.append(TimedEvent(self.path, *times, label, prob, names=self.names))
 
     def _in_order(self) -> Iterator[TimedEvent]:
         """Yield the ended events before which none goes on, by their start."""
