@@ -11,6 +11,7 @@ from perceiver_cli.advice.base import Advice, error_of, ratio_of, some
 from perceiver_cli.advice.data import after_import, after_lr_find, after_preprocess
 from perceiver_cli.advice.evaluation import Measured, after_evaluation
 from perceiver_cli.advice.training import Trained, after_training
+from perceiver_cli.cli import terminal
 from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.data.survey import DataFacts
 
@@ -217,3 +218,12 @@ def test_helpers() -> None:
     assert error_of(1.0, 50) == 0.02
     assert str(Advice("look")) == "look"
     assert Advice("run", ("a b", "c")).to_dict() == {"seen": "run", "command": "'a b' c"}
+
+
+def test_a_command_needs_the_plugins_of_the_one_that_advises_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "say", print)
+    monkeypatch.setattr(terminal, "plugins", ["my curve.py"])
+    terminal.say_advice([Advice("look"), Advice("to train", ("perceiver", "train", "data"))])
+    assert capsys.readouterr().out == "next: look\nnext: to train: perceiver train data --plugin 'my curve.py'\n"

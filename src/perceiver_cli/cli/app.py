@@ -71,6 +71,7 @@ def _with_plugins(command: Callable[..., None]) -> Callable[..., None]:
 
             for path in plugin:
                 load_plugin(path)
+            terminal.plugins = plugin
         command(**given)
 
     signature = inspect.signature(command)

@@ -18,6 +18,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+    from perceiver_cli.advice.base import Advice
+
 LAST_WORDS = 5  # lines of libraries that are shown after a failure
 LIBRARY_BYTES = 1 << 16  # read from the libraries' pipe at a time: its capacity
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -47,6 +50,7 @@ quiet = False  # -q: errors only
 verbose = False  # -v: also messages of libraries
 _at_signal: list[Callable[[], object]] = []
 _before_data: Callable[[], object] | None = None
+plugins: Sequence[str] = ()  # files that --plugin named
 _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe took its place
 
 
@@ -282,10 +286,11 @@ def say_notes(notes: Iterable[str]) -> None:
         say(f"note: {note}")
 
 
-def say_advice(advice: Iterable[object]) -> None:
-    """Print a line for each thing to do next."""
+def say_advice(advice: Iterable[Advice]) -> None:
+    """Print a line for each thing to do next; its command needs the plugins of this one."""
     for each in advice:
-        say(f"next: {each}")
+        words = [word for path in plugins if each.command for word in ("--plugin", path)]
+        say(f"next: {replace(each, command=(*each.command, *words))}")
 
 
 def complain(message: str) -> None:
