@@ -129,7 +129,7 @@ class DataConfig(Table):
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     pass_columns: tuple[str, ...] = ()  # columns of a manifest that answers and records repeat, "*" for all
     # Files of one stem in a folder that make one example: media, also tables of numbers (all), or none.
-    pair: Annotated[Pairs, BeforeValidator(lambda value: value or "none")] = "media"
+    pair: Pairs = "media"
     split: str | None = None  # file of an earlier run's split, which is reused
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
     workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen by cores and device

@@ -35,7 +35,7 @@ from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import ByteArray
 from perceiver_cli.preprocess.detection import detected, identified, only, with_formats
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.spec import InputSpec, Limits, stemless
 from perceiver_cli.records.byte_arrays import safetensors_rows
 from perceiver_cli.records.format import Content, Facts, Header
 from perceiver_cli.records.npy import npy_bytes
@@ -97,7 +97,10 @@ def plan(
         listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
     order = {name: n for n, row in enumerate(listing.rows) for name in row.names(listing.folder)}
-    config = (config or tiny_config(catalog.modalities)).override(list(changes))
+    config = config or tiny_config(catalog.modalities)
+    if fourier is not None and model is None and preset is None:
+        config = config.model_copy(update={"inputs": {name: stemless(spec) for name, spec in config.inputs.items()}})
+    config = config.override(list(changes))
     brought = {name: spec for name, spec in config.inputs.items() if name in catalog.modalities}
     if not brought:
         holds, wanted = "+".join(catalog.holds), "+".join(sorted(config.inputs))
@@ -181,7 +184,8 @@ def _check_rows(spec: InputSpec, hint: str) -> None:
     if layout.learned_channels or layout.permutation is not None:
         raise UsageError(f"inputs.{spec.modality} has learned positions or permuted rows", hint)
     if layout.stem != "none":
-        raise UsageError(f"inputs.{spec.modality} has learned layers before its positions", hint)
+        fault = f"inputs.{spec.modality}.stem = {layout.stem}: a model learns these layers, before positions are added"
+        raise UsageError(fault, f"{hint}, or train with --set inputs.{spec.modality}.stem=none")
 
 
 @dataclass(frozen=True)

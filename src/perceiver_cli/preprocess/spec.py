@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -33,13 +33,19 @@ class Table(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_key(cls, value: Any) -> Any:
-        """Refuse an unknown key and name the known ones, which pydantic's own error omits."""
+    def _check_keys(cls, value: Any) -> Any:
+        """Refuse an unknown key and name the known ones, which pydantic's own error omits.
+
+        None, which is `--set KEY=none`, is the word "none" where that is a choice.
+        """
         known = list(cls.model_fields)
         for key in value if isinstance(value, dict) else ():
             if key not in known:
                 raise PydanticCustomError("unknown_key", "unknown key {key}", {"key": str(key), "known": known})
-        return value
+        if not isinstance(value, dict):
+            return value
+        choices = {key for key, field in cls.model_fields.items() if "none" in get_args(field.annotation)}
+        return {key: "none" if item is None and key in choices else item for key, item in value.items()}
 
 
 class InputSpec(Table):
@@ -76,6 +82,14 @@ class InputSpec(Table):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         InputSpec.kinds[cls.model_fields["modality"].default] = cls
+
+
+S = TypeVar("S", bound=InputSpec)
+
+
+def stemless(spec: S) -> S:
+    """Return `spec` without a stem, whose learned layers come before positions: it makes the paper's byte array."""
+    return spec.model_copy(update={"stem": "none"}) if "stem" in type(spec).model_fields else spec
 
 
 class Limits(Table):

@@ -13,7 +13,7 @@ from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.detection import METADATA, is_safetensors
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.spec import InputSpec, Limits, stemless
 from perceiver_cli.records.format import HEAD_BYTES, Header, Stored, json_object
 from perceiver_cli.records.npy import npy_bytes, parse_npy
 
@@ -22,8 +22,8 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
     """Return a file's byte array as the array of a record. Raises DataError if it is damaged or does not fit `spec`."""
     layout = modality(name).layout(spec)
     if layout.learned_channels or layout.permutation is not None or layout.stem != "none":
-        raise DataError(f"{source.shown}: a byte array, but {name} is read with learned or permuted positions",
-                        "pass the file that it was made from")  # fmt: skip
+        fault = f"{source.shown}: a byte array, but {name} is read with learned or permuted positions, or with a stem"
+        raise DataError(fault, "pass the file that it was made from")
     npy, header = _rows_in(source, limits)
     if header is not None:
         header.check(source.shown, {name: spec}, "the model")
@@ -35,9 +35,9 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
 
 
 def settled_by_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> InputSpec:
-    """Return a spec whose every "auto" has the value in the file's header, if there is one. Raises DataError."""
+    """Return a spec without a stem, whose every "auto" has the value in the file's header, if any. Raises DataError."""
     _, header = _rows_in(source, limits)
-    return spec if header is None else header.settled({name: spec})[name]
+    return stemless(spec) if header is None else header.settled({name: spec})[name]
 
 
 def safetensors_rows(rows: Array, name: str, spec: InputSpec) -> bytes:

@@ -18,7 +18,7 @@ from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess import modality, timed_modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Span, check_contract, cut_windows
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.spec import InputSpec, Limits, stemless
 from perceiver_cli.records.digests import CHUNK, DIGEST, digests
 from perceiver_cli.records.npy import parse_npy
 
@@ -68,10 +68,11 @@ class Header:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def settled(self, specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
-        """Return specs whose every "auto" has the stream's value."""
+        """Return specs whose every "auto" has the stream's value. What has Fourier features is read without a stem."""
         settled = {}
         for name, spec in specs.items():
             if name in self.inputs:
+                spec = stemless(spec) if self.content == "fourier" else spec
                 autos = [key for key in type(spec).model_fields if getattr(spec, key) == "auto"]
                 spec = spec.model_copy(update={key: getattr(self.inputs[name], key) for key in autos})
             settled[name] = modality(name).resolve(spec, [], Limits())
