@@ -53,7 +53,7 @@ def test_train_evaluate_predict(perceive: Perceive, bars: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout == b"runs/tiny-image-1/model.safetensors\n"
     assert (
-        b"splits: train 105, val 15 (held out by a hash of each name), test 30\nimage: 12 x 12 grey, single pixels\n"
+        b"splits: train 105, val 15 (held out by a hash of each name), test 30\nimage: 12 x 12 grey, whole, single pixels"
         in done.stderr
     )
     assert b"val acc" in done.stderr
@@ -77,7 +77,8 @@ def test_train_evaluate_predict(perceive: Perceive, bars: Path, tmp_path: Path) 
 
 def test_evaluate_for_people(perceive: Perceive, here: Path, bars: Path) -> None:
     done = perceive("evaluate", bars, cwd=here)
-    head, alike, columns, *rows = done.stdout.decode().splitlines()
+    interval, head, alike, columns, *rows = done.stdout.decode().splitlines()
+    assert interval == "test: accuracy between 0.884 and 1.000 (95 % interval)"
     assert head.startswith("test: accuracy ")
     assert alike.startswith("each class alike: balanced accuracy ")
     assert columns.split() == ["class", "count", "accuracy", "precision", "f1"]

@@ -309,7 +309,7 @@ def test_intensity_beats_positions_alone(perceive: Perceive, tmp_path: Path, suf
     assert accuracy["xyz"] < 0.7
     config = (tmp_path / "intensity" / "config.toml").read_text()
     assert 'columns = [\n    "intensity",\n]' in config
-    assert "columns" not in (tmp_path / "xyz" / "config.toml").read_text()
+    assert "\ncolumns" not in (tmp_path / "xyz" / "config.toml").read_text()
     if suffix == ".pcd":
         after_training(perceive, tmp_path)
 

@@ -255,6 +255,9 @@ class Cut(NamedTuple):
     def check(self, workers: int) -> None:
         """Raise UsageError for options that contradict each other."""
         one = "--merge" if self.merge else "--every"
+        if any(seconds is not None and seconds <= 0 for seconds in (self.window, self.hop, self.every)):
+            hop = next((hop for hop in (self.hop, self.every) if hop is not None), self.window)
+            raise UsageError(f"windows of {self.window or 0:g} s every {hop:g} s, expected more than 0 s of both")
         if not self.is_wanted:
             if self.hop is not None or self.aggregate is not None:
                 fault = f"--{'hop' if self.hop is not None else 'aggregate'} needs windows"
