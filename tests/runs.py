@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -61,7 +62,9 @@ def wrong_figures(data: Path, run: Path, overrides: Sequence[str], precision: st
             _, tensors = read_tensors(event.path)
             kind = "average.module." if any(name.startswith("average.") for name in tensors) else "model."
             weights = {name.removeprefix(kind): t for name, t in tensors.items() if name.startswith(kind)}
-            save_model(alone / MODEL_FILE, weights, load_model(run / MODEL_FILE)[1])
+            # What is logged is of the weights alone; the temperature is fitted on it afterwards.
+            info = dataclasses.replace(load_model(run / MODEL_FILE)[1], calibration=None)
+            save_model(alone / MODEL_FILE, weights, info)
             shutil.copy(run / SPLIT_FILE, alone)
             report = evaluate(Predictor(alone, precision=precision), data, "val")
             if max(abs(report.loss - evaluated.loss), abs(report.accuracy - evaluated.accuracy)) > 1e-6:

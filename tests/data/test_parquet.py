@@ -199,7 +199,6 @@ def test_what_tables_lack_is_told(pictures: list[bytes], tmp_path: Path) -> None
         ({"image": image, "kind": ["a", "b"]}, {}, "no column of labels: columns are 'image', 'kind'; name it: "),
         ({"image": image, "label": ["a", "b"]}, {"label_column": "kind"}, "no column 'kind'; found 'image', 'label'"),
         ({"image": image, "label": ["a", "b"]}, {"group_by": "who"}, "no column 'who'; found"),
-        ({"x": [1.0, 2.0], "label": ["a", "b"]}, {}, "columns are 'x', 'label'; expected path or some of"),
         ({"image": image, "label": [{"a": 1}] * 2}, {}, "row x/000000 has an object as label or group; expected"),
         ({"image": image, "label": [0, 2]}, {}, "row x/000001 has label 2; the table names 2 classes"),
     ):  # fmt: skip

@@ -292,7 +292,7 @@ def read_container(data: bytes, name: str) -> None:
                     with suppress(PerceiverError):
                         row.looked_at(listing.folder).source.read(LIMITS)
         account = scan(path).accounted()
-        assert account.total == account.paths
+        assert account.total == account.found
 
 
 @target
