@@ -53,6 +53,7 @@ from perceiver_cli.training.trainer import Trainer
 PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "metrics.json"  # as evaluate writes
 MEDIAN_OF = 4  # ended runs that a run is compared with before it is pruned
 JUDGED_FROM = 0.2  # share of a run before which it is not pruned
+HEAD = ("head.weight", "head.bias")  # tensors of the last layer of a model
 Kind = Literal["seeds", "folds", "sweep"]
 
 
@@ -328,11 +329,12 @@ def write_ensemble(folder: Path, kind: Kind, runs: Sequence[Path]) -> None:
         metrics=metrics, members=len(runs), calibration=None,
         data_fingerprint=first.data_fingerprint if kind == "seeds" else "",
     )  # fmt: skip
-    tensors = {
-        f"members.{place}.{name}": tensor
-        for place, run in enumerate(runs)
-        for name, tensor in read_tensors(run / MODEL_FILE)[1].items()
-    }
+    tensors = {}
+    for place, (run, info) in enumerate(zip(runs, infos, strict=True)):
+        # A member's temperature is put into its last layer: the mean is of the probabilities that the member answers.
+        temperature = info.calibration.temperature if info.calibration is not None else 1.0
+        for name, tensor in read_tensors(run / MODEL_FILE)[1].items():
+            tensors[f"members.{place}.{name}"] = tensor / temperature if name in HEAD else tensor
     save_model(folder / MODEL_FILE, tensors, whole)
 
 
