@@ -163,7 +163,7 @@ def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path,
     lines = [json.loads(line) for line in (run / "split.jsonl").read_text().splitlines()[1:-1]]
     before = evaluate(Predictor(run), data)
     assert (before.split, before.split_from) == ("val", "run")
-    assert {record["path"] for record in before.records} == {
+    assert {record["id"] for record in before.records} == {
         line["path"] for line in lines if line.get("split") == "val"
     }
 
@@ -200,7 +200,7 @@ def test_a_time_limit_is_a_plan(bars: Path, tmp_path: Path) -> None:
     steps = [event for event in events if isinstance(event, StepDone)]
     assert 1.0 < took < 8.0  # wide: other tests share the cores
     assert steps[-1].lr < 0.1 * max(step.lr for step in steps)
-    assert steps[-1].step == events[-1].step > 20  # type: ignore[union-attr]
+    assert steps[-1].step == events[-1].step > 10  # type: ignore[union-attr]
     assert len([event for event in events if isinstance(event, Evaluated)]) >= 3
 
 
