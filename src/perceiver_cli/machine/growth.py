@@ -79,7 +79,7 @@ def made_up_segments(layouts: Mapping[str, Layout], batch: int, device: torch.de
         values = torch.randn(batch, *layout.prepared_shape, generator=generator)
         positions = None
         if not layout.is_grid:
-            positions = torch.rand(batch, layout.num_inputs, layout.dims, generator=generator).mul_(2).sub_(1)
+            positions = torch.rand(batch, layout.prepared_shape[0], layout.dims, generator=generator).mul_(2).sub_(1)
         segments[name] = Segment(values, positions).to(device)
     return segments
 
