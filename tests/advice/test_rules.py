@@ -204,6 +204,8 @@ def test_a_range_test_that_ended_early_is_made_longer() -> None:
     assert str(longer).endswith("perceiver lr-find data --steps 300")
     (look,) = after_lr_find(command, 100, fell=False, fell_to_the_end=False)
     assert str(look).endswith("perceiver lint data")
+    (few,) = after_lr_find(command, 20, fell=False, fell_to_the_end=False)
+    assert str(few).endswith("perceiver lr-find data --steps 60")
     assert after_lr_find(command, 100, fell=True, fell_to_the_end=False) == []
 
 

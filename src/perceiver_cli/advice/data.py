@@ -11,6 +11,7 @@ from perceiver_cli.data.lint import LintReport
 from perceiver_cli.errors import counted
 
 CLEAN = "clean.csv"  # name that is proposed for a list of the good files
+ENOUGH_STEPS = 50  # of a range test in which the loss of a model that can learn falls
 MORE_STEPS = 3  # factor of the steps of a range test that ended too early
 
 
@@ -42,15 +43,17 @@ def after_lint(report: LintReport, options: Sequence[str] = (), output: str | No
 
 def after_lr_find(command: Sequence[str], steps: int, *, fell: bool, fell_to_the_end: bool) -> list[Advice]:
     """Return what to do if a range test found no rate to trust. command: that repeats the test."""
-    if not fell:
-        return [
-            Advice("the loss never fell: are the labels right? To look at the data", ("perceiver", "lint", command[2]))
-        ]
-    if fell_to_the_end:
+    if not fell and steps >= ENOUGH_STEPS:
+        look = ("perceiver", "lint", command[2])
+        return [Advice("the loss never fell: are the labels right? To look at the data", look)]
+    if fell_to_the_end or not fell:
         more = str(MORE_STEPS * steps)
-        return [
-            Advice("the loss still fell at the end; a longer test finds where it stops", (*command, "--steps", more))
-        ]
+        seen = (
+            "the loss still fell at the end; a longer test finds where it stops"
+            if fell
+            else "a longer test may find a rate"
+        )
+        return [Advice(seen, (*command, "--steps", more))]
     return []
 
 
