@@ -163,9 +163,7 @@ def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path,
     lines = [json.loads(line) for line in (run / "split.jsonl").read_text().splitlines()[1:-1]]
     before = evaluate(Predictor(run), data)
     assert (before.split, before.split_from) == ("val", "run")
-    assert {record["id"] for record in before.records} == {
-        line["path"] for line in lines if line.get("split") == "val"
-    }
+    assert {record["id"] for record in before.records} == {line["path"] for line in lines if line.get("split") == "val"}
 
     write_images(data / "left", {"more": 20}, seed=9)
     write_images(data, {"new": 10}, seed=9)
