@@ -24,8 +24,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.command import report, start
-from benchmarks.learning import Budget, Contender, learn, perceiver, summed_up, with_seed
+from benchmarks import learning
+from benchmarks.command import Seconds, Seeds, Steps, report, start
+from benchmarks.learning import Budget, Contender, perceiver
 from benchmarks.rivals import PLAIN, GridNet
 from perceiver_cli.cli.options import Changes, Device, Json, Preset, recipe_of
 from perceiver_cli.errors import UsageError
@@ -104,17 +105,14 @@ def _rounds(count: int) -> str:
 
 
 def rows(claim: Claim, plans: Mapping[str, Plan], budget: Budget, seeds: int, split: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each model and seed, then the means. plans: by name, "" for those that need none."""
-    done = []
-    for seed in range(seeds):
+    """Return a row for each model and seed, then the means. plans: by name, "" for those that need none."""
+
+    def each(seed: int) -> Iterator[tuple[Plan, Contender]]:
         for label, plan in plans.items():
-            own = with_seed(plan, seed)
-            for contender in (
-                contenders(claim, own, seed) if not label else [Contender(f"{label} alone", perceiver(own, seed), {})]
-            ):
-                done.append(learn(own, contender, budget, seed, split))
-                yield done[-1]
-    yield from ({**line, "seed": "mean"} for line in summed_up(done)) if seeds > 1 else ()
+            alone = [Contender(f"{label} alone", perceiver(plan, seed), {})]
+            yield from ((plan, own) for own in (alone if label else contenders(claim, plan, seed)))
+
+    return learning.rows(each, budget, seeds, split)
 
 
 def main(
@@ -122,16 +120,15 @@ def main(
     data: Annotated[str, typer.Argument(help="Labelled data, as for `perceiver train`.")],
     preset: Preset = None,
     changes: Changes = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="CPU time of each training.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training, in place of --seconds.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 ...")] = 3,
+    seconds: Seconds = None,
+    steps: Steps = None,
+    seeds: Seeds = 3,
     split: Annotated[str, typer.Option(help="Split to score.")] = "val",
     device: Device = "auto",
     json: Json = False,
 ) -> None:
     """Train the models that a claim of the paper compares, at equal compute, and score them."""
-    if (seconds is None) == (steps is None):
-        raise UsageError("expected one of --seconds and --steps")
+    budget = Budget.of(seconds, steps)
     overrides = [*(changes or []), f"train.device={device}"]
     plan = Trainer(data, None, recipe_of(preset, None), overrides=overrides).plan
     plans = {"": plan}
@@ -141,7 +138,6 @@ def main(
             name: replace(plan, config=plan.config.model_copy(update={"inputs": {name: inputs[name]}}))
             for name in inputs
         }
-    budget = Budget(seconds) if steps is None else Budget(None, steps)
     report(rows(claim, plans, budget, seeds, split), plan.compute, json)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,10 @@ from perceiver_cli.cli.terminal import guarded, show_facts
 from perceiver_cli.machine.measure import describe_machine
 from perceiver_cli.malloc import keep_freed
 from perceiver_cli.model.device import Compute
+
+Seconds = Annotated[float | None, typer.Option(min=0.1, help="CPU time of each training.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Steps of each training, in place of --seconds.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 ...")]
 
 
 def start(command: Callable[..., None]) -> None:

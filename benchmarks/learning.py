@@ -7,7 +7,7 @@ a number of steps. `benchmarks/rivals.py` and `benchmarks/claims.py` compare by 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import cos, pi
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
+from perceiver_cli.errors import UsageError
 from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
@@ -46,6 +47,13 @@ class Budget:
 
     seconds: float | None
     steps: int = ENDLESS
+
+    @classmethod
+    def of(cls, seconds: float | None, steps: int | None) -> Budget:
+        """Return the budget of `--seconds` or `--steps`. Raises UsageError unless one of them is given."""
+        if (seconds is None) == (steps is None):
+            raise UsageError("expected one of --seconds and --steps")
+        return cls(seconds) if steps is None else cls(None, steps)
 
 
 def perceiver(plan: Plan, seed: int, **changes: Any) -> Make:
@@ -155,6 +163,18 @@ def _moved(segments: Mapping[str, Segment], plan: Plan) -> dict[str, Segment]:
 def clock(plan: Plan) -> float:
     """Return seconds of this process's CPU time, or of the clock with a GPU."""
     return time.process_time() if plan.compute.device.type == "cpu" else time.perf_counter()
+
+
+def rows(
+    each: Callable[[int], Iterable[tuple[Plan, Contender]]], budget: Budget, seeds: int, split: str
+) -> Iterator[dict[str, Any]]:
+    """Yield a row for each contender and seed, then the means. each: the contenders of a seed, with their plans."""
+    done = []
+    for seed in range(seeds):
+        for plan, contender in each(seed):
+            done.append(learn(with_seed(plan, seed), contender, budget, seed, split))
+            yield done[-1]
+    yield from ({**line, "seed": "mean"} for line in summed_up(done)) if seeds > 1 else ()
 
 
 def with_seed(plan: Plan, seed: int) -> Plan:

@@ -1,4 +1,4 @@
-"""Text, tables and series on real data, beside the usual baselines on the same split.
+"""Text and tables on real data, beside the usual baselines on the same split.
 
     python -m benchmarks.modalities breast-cancer wine packages man xor        (default: all; minutes each on two cores)
 

@@ -15,8 +15,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from benchmarks.command import report, start
-from benchmarks.learning import Budget, Contender, learn, perceiver, summed_up, with_seed
+from benchmarks import learning
+from benchmarks.command import Seconds, Seeds, Steps, report, start
+from benchmarks.learning import Budget, Contender, perceiver
 from perceiver_cli.cli.options import Changes, Device, Json, Precision, Preset, recipe_of
 from perceiver_cli.errors import UsageError
 from perceiver_cli.model.encoding import Segment
@@ -100,36 +101,28 @@ def contenders(plan: Plan, seed: int) -> list[Contender]:
 
 
 def rows(plan: Plan, budget: Budget, seeds: int, split: str) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender and seed, then the means."""
-    done = []
-    for seed in range(seeds):
-        own = with_seed(plan, seed)
-        for contender in contenders(own, seed):
-            done.append(learn(own, contender, budget, seed, split))
-            yield done[-1]
-    yield from ({**line, "seed": "mean"} for line in summed_up(done)) if seeds > 1 else ()
+    """Return a row for each contender and seed, then the means."""
+    return learning.rows(lambda seed: [(plan, own) for own in contenders(plan, seed)], budget, seeds, split)
 
 
 def main(
     data: Annotated[str, typer.Argument(help="Labelled data, as for `perceiver train`.")],
     preset: Preset = None,
     changes: Changes = None,
-    seconds: Annotated[float | None, typer.Option(min=0.1, help="CPU time of each training.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of each training, in place of --seconds.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Seeds: 0, 1, 2 ...")] = 3,
+    seconds: Seconds = None,
+    steps: Steps = None,
+    seeds: Seeds = 3,
     split: Annotated[str, typer.Option(help="Split to score: val to choose by, test once.")] = "val",
     device: Device = "auto",
     precision: Precision = "auto",
     json: Json = False,
 ) -> None:
     """Train the recipe's Perceiver and its rival at equal compute and score both."""
-    if (seconds is None) == (steps is None):
-        raise UsageError("expected one of --seconds and --steps")
+    budget = Budget.of(seconds, steps)
     overrides = [*(changes or []), f"train.device={device}", f"train.precision={precision}"]
     plan = Trainer(data, None, recipe_of(preset, None), overrides=overrides).plan
     if split not in plan.catalog.splits:
         raise UsageError(f"no {split} split in {data}", f"there are {', '.join(sorted(plan.catalog.splits))}")
-    budget = Budget(seconds) if steps is None else Budget(None, steps)
     report(rows(plan, budget, seeds, split), plan.compute, json)
 
 
