@@ -178,13 +178,7 @@ def lint(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=options.named,
-            metavar="PATH",
-            help="List of good files, FILE.csv or FILE.jsonl; of --labels a page, FILE.html.",
-        ),
+        options.output("List of good files, FILE.csv or FILE.jsonl; of --labels a page, FILE.html."),
     ] = None,
     json: options.Json = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,

@@ -17,9 +17,7 @@ from perceiver_cli.hardware import LAUNCHED, machine_cores
 
 def import_weights(
     source: Annotated[str, typer.Argument(help="Folder or .safetensors of transformers, or ORG/NAME on the hub.")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Model file to write.")
-    ] = Path("model.safetensors"),
+    output: Annotated[Path, options.output("Model file to write.")] = Path("model.safetensors"),
     variant: Annotated[Literal["dm", "hf"], typer.Option(help="Match official code (dm) or transformers (hf).")] = "dm",
 ) -> None:
     """Convert a transformers image classifier into a model file. Expects one of deepmind/vision-perceiver-*."""
@@ -34,9 +32,7 @@ def import_weights(
 
 def export(
     model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as for predict].")] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="FILE.onnx or FILE.pt2.")
-    ] = Path("model.onnx"),
+    output: Annotated[Path, options.output("FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
     json: options.Json = False,
 ) -> None:
     """Write a model as ONNX or torch.export for other programs. Its metadata holds the classes and the preparation.

@@ -3,7 +3,7 @@
 import glob
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -41,7 +41,9 @@ Views = Annotated[
     ),
 ]
 Precision = Annotated[Floats, typer.Option(help="Precision of matrix products; auto is bf16 on a GPU, else fp32.")]
-Workers = Annotated[int, typer.Option(min=0, max=256, help="Processes that read files ahead.")]
+_workers = typer.Option(min=0, max=256, help="Processes that read files ahead.")
+Workers = Annotated[int, _workers]
+WorkersOfRecipe = Annotated[int | None, _workers]
 Devices = Annotated[
     str | None, typer.Option(metavar="N", help="Processes on this machine: a number, or all for one per GPU.")
 ]
@@ -107,6 +109,11 @@ def _set_talk(option: typer.CallbackParam, wanted: bool) -> None:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set_talk, help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, help="Print library messages too.")]
+
+
+def output(help: str, complete: Callable[..., Any] | None = None) -> Any:
+    """Return the option --output, -o of a command: the path of what it writes."""
+    return typer.Option("--output", "-o", parser=named, metavar="PATH", autocompletion=complete, help=help)
 
 
 def named(text: str | Path) -> Path:

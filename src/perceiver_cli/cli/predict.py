@@ -42,13 +42,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split to measure [default: test, else val, else all].")] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=options.named,
-            metavar="PATH",
-            help="Folder for report.html, metrics.json, predictions.jsonl, confusion.png.",
-        ),
+        options.output("Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
     ] = None,
     by: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Also accuracy by a manifest's column, or by folder (parent).")
@@ -232,13 +226,7 @@ def explain(
     row: options.Rows = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=options.named,
-            metavar="PATH",
-            help="FILE.png, FILE.ply (colours) or FILE.npz (maps).",
-        ),
+        options.output("FILE.png, FILE.ply (colours) or FILE.npz (maps)."),
     ] = None,
     model: options.Model = None,
     use: options.Use = None,

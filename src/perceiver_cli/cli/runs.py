@@ -29,7 +29,7 @@ def compare(
     ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Also plot to FILE.png or FILE.svg."),
+        options.output("Also plot to FILE.png or FILE.svg."),
     ] = None,
     x: Annotated[Literal["seconds", "steps"], typer.Option(help="Axis of the curves in the plot.")] = "seconds",
     data: Annotated[str | None, typer.Option(help="Also measure every model on this data: the same examples.")] = None,

@@ -43,14 +43,7 @@ def train(
     data: Annotated[str | None, typer.Argument(help=options.DATA_HELP)] = None,
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            parser=options.named,
-            metavar="PATH",
-            autocompletion=completion.runs,
-            help="Run folder [default: runs/PRESET-N].",
-        ),
+        options.output("Run folder [default: runs/PRESET-N].", completion.runs),
     ] = None,
     preset: options.Preset = None,
     config: options.ConfigFile = None,
@@ -70,7 +63,7 @@ def train(
     compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
     devices: options.Devices = None,
     timeout: options.Timeout = None,
-    workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes that read files ahead.")] = None,
+    workers: options.WorkersOfRecipe = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
@@ -174,9 +167,7 @@ def _where_it_was_cut(output: Path | None, ranks: "Ranks") -> tuple[bool, bool]:
 
 def lr_find(
     data: Annotated[str, typer.Argument(help="Folder of class folders, or a manifest (CSV, TSV, JSON).")],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", parser=options.named, metavar="PATH", help="Plot: FILE.png or FILE.svg.")
-    ] = Path("lr-find.png"),
+    output: Annotated[Path, options.output("Plot: FILE.png or FILE.svg.")] = Path("lr-find.png"),
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,
