@@ -111,6 +111,11 @@ def _fold(text: str) -> str:
 
 Fold = Annotated[str, AfterValidator(_fold)]
 Pairs = Literal["media", "all", "none"]
+# The options of `DataConfig` that say how data is read, by the flag that sets each.
+READING = {
+    "root": "--root", "path_column": "--path-column", "label_column": "--label-column", "columns": "--column",
+    "pair": "--pair",
+}  # fmt: skip
 ANY = "path"  # key of `path_column` for files of any modality
 REST, AUTO, NONE = "*", "auto", "none"  # in `columns`: the other columns, a kind by content, no input
 
@@ -140,9 +145,17 @@ class DataConfig(Table):
     @property
     def of_manifest(self) -> list[str]:
         """The options that only a manifest has, as flags."""
-        flags = {"--root": self.root, "--path-column": self.path_column, "--label-column": self.label_column,
-                 "--column": self.columns}  # fmt: skip
-        return [flag for flag, value in flags.items() if value is not None]
+        return [flag for name, flag in READING.items() if name != "pair" and getattr(self, name) is not None]
+
+    def words(self) -> list[str]:
+        """Return how data is read as words of a command, without what is the default."""
+        words: list[str] = []
+        for name, flag in READING.items():
+            value = getattr(self, name)
+            if value != DataConfig.model_fields[name].default:
+                each = [f"{key}={word}" for key, word in value.items()] if isinstance(value, dict) else [value]
+                words += [word for text in each for word in (flag, text)]
+        return words
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -302,10 +315,11 @@ class Config(Table):
         tables = self.to_dict()
         typed: dict[str, str] = {}
         for assignment in assignments:
-            key, equals, text = assignment.partition("=")
+            flag = assignment if isinstance(assignment, Flag) else None
+            key, equals, text = (flag.key, "=", flag.text) if flag else assignment.partition("=")
             if not equals or not key:
                 raise UsageError(f"--set {assignment}: expected KEY=VALUE, such as train.lr=0.001")
-            *parents, leaf = key.strip().split(".")
+            *parents, leaf = keys = _keys(key.strip())
             table = tables
             for parent in parents:
                 if table.get(parent) is None:
@@ -317,7 +331,7 @@ class Config(Table):
                 table[leaf] = None if text.strip() == "none" else tomllib.loads(f"value = {text}")["value"]
             except tomllib.TOMLDecodeError:
                 table[leaf] = text.strip()
-            typed[key.strip()] = assignment.typed if isinstance(assignment, Flag) else f"--set {assignment}"
+            typed[".".join(keys)] = flag.typed if flag else f"--set {assignment}"
         return Config.parse(tables, "options", typed)
 
     def to_dict(self, *, without_none: bool = False) -> dict[str, Any]:
@@ -335,12 +349,28 @@ class Flag(str):
     """An assignment made by a flag; errors name the flag."""
 
     typed: str
+    key: str
+    text: str
 
     def __new__(cls, typed: str, key: str, value: object) -> Flag:
         """Return the assignment of a value to a key; typed: the flag and value in the command."""
-        flag = super().__new__(cls, f"{key}={json.dumps(value)}")
-        flag.typed = typed
+        text = json.dumps(value)
+        flag = super().__new__(cls, f"{key}={text}")
+        flag.typed, flag.key, flag.text = typed, key, text
         return flag
+
+
+def _keys(key: str) -> list[str]:
+    """Return the parts of a dotted key of TOML, in which a part with a dot is in quotes: data.columns."unit.price"."""
+    try:
+        tables = tomllib.loads(f"{key} = 0")
+    except tomllib.TOMLDecodeError:
+        return key.split(".")
+    keys = []
+    while isinstance(tables, dict):
+        ((name, tables),) = tables.items()
+        keys.append(name)
+    return keys
 
 
 def _first_problem(error: ValidationError) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_cli.cli import options, sources
-from perceiver_cli.config import Config, tiny_config
+from perceiver_cli.config import Config, DataConfig, tiny_config
 from perceiver_cli.data.examples import PAUSE
 from perceiver_cli.errors import ResourceError, UsageError
 from perceiver_cli.files import write_text
@@ -52,6 +52,16 @@ def test_a_forgotten_or_a_wrong_null_is_told(tmp_path: Path) -> None:
     assert listed(tmp_path / "list", b"a.png\n", null=True) == ["a.png\n"]
 
 
+def test_a_column_of_any_name_goes_into_the_configuration_and_back() -> None:
+    """`--columns` is no option, and a dot in a name made a table."""
+    given = options.data_options(None, None, None, columns=["unit.price=number", "a=b=text"])
+    changed = tiny_config(["table"]).override(options.data_changes(given)).data
+    assert changed.columns == {"unit.price": "number", "a=b": "text"}
+    assert changed.words() == ["--column", "unit.price=number", "--column", "a=b=text"]
+    typed = tiny_config(["table"]).override(['data.columns."unit.price"=number']).data
+    assert typed.columns == {"unit.price": "number"}
+
+
 def test_options_of_data_go_into_the_configuration_and_back_into_a_command() -> None:
     given = options.data_options(None, ["image=photo", "audio=so=und"], "kind", "none")
     changed = tiny_config(["image"]).override(options.data_changes(given)).data
@@ -60,7 +70,7 @@ def test_options_of_data_go_into_the_configuration_and_back_into_a_command() -> 
         "kind",
         "none",
     )
-    words = options.data_words(given)
+    words = DataConfig(**given).words()
     assert words == [
         "--path-column",
         "image=photo",

@@ -41,10 +41,15 @@ def after_lint(report: LintReport, options: Sequence[str] = (), output: str | No
     return [Advice(f"{' and '.join(faults)}{harm}; for a list without them, to train on", listed), train]
 
 
-def after_lr_find(command: Sequence[str], steps: int, *, fell: bool, fell_to_the_end: bool) -> list[Advice]:
-    """Return what to do if a range test found no rate to trust. command: that repeats the test."""
+def after_lr_find(
+    command: Sequence[str], steps: int, options: Sequence[str] = (), *, fell: bool, fell_to_the_end: bool
+) -> list[Advice]:
+    """Return what to do if a range test found no rate to trust.
+
+    command: that repeats the test. options: how the data is read, as words.
+    """
     if not fell and steps >= ENOUGH_STEPS:
-        look = ("perceiver", "lint", command[2])
+        look = ("perceiver", "lint", command[2], *options)
         return [Advice("the loss never fell: are the labels right? To look at the data", look)]
     if fell_to_the_end or not fell:
         more = str(MORE_STEPS * steps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,8 @@ LARGE_ECE = 0.05  # calibration error that a temperature is worth
 class Measured:
     """What is known after an evaluation. report: as in metrics.json. val_accuracy: the model's when it was saved.
 
-    run: its run folder, None if the model lies elsewhere. has_report: whether the report was written.
+    run: its run folder, None if the model lies elsewhere. has_report: whether the report was written. options: how the
+    data is read, as words.
     """
 
     data: str
@@ -33,13 +34,18 @@ class Measured:
     facts: DataFacts = field(default_factory=DataFacts)
     is_calibrated: bool = False
     has_report: bool = False
+    options: Sequence[str] = ()
 
     def again(self, *changes: str) -> tuple[str, ...]:
         """Return the command that trains once more with the model's options and changes."""
         recipe = (
             ("--init-from", self.model) if self.run is None else ("--config", os.path.join(self.run, "config.toml"))
         )
-        return "perceiver", "train", self.data, *recipe, *changes
+        return "perceiver", "train", self.data, *self.options, *recipe, *changes
+
+    def evaluate(self, *changes: str) -> tuple[str, ...]:
+        """Return the command that measures the model once more with changes."""
+        return "perceiver", "evaluate", self.data, *self.options, "-m", self.model, *changes
 
 
 def after_evaluation(measured: Measured) -> list[Advice]:
@@ -97,8 +103,7 @@ def _not_calibrated(measured: Measured) -> Advice | None:
         or ends[0] < LARGE_ECE / 2
     ):
         return None
-    command = ("perceiver", "evaluate", measured.data, "-m", measured.model, "--calibrate")
-    return Advice(f"probabilities are off by {ece:.2f} on average; to calibrate them", command)
+    return Advice(f"probabilities are off by {ece:.2f} on average; to calibrate them", measured.evaluate("--calibrate"))
 
 
 def _mistakes(measured: Measured) -> Advice | None:
@@ -108,5 +113,4 @@ def _mistakes(measured: Measured) -> Advice | None:
         return None
     wrong = round((1 - report["accuracy"]) * report["num_examples"])
     place = os.path.join(measured.run or ".", "report")
-    command = ("perceiver", "evaluate", measured.data, "-m", measured.model, "--split", report["split"], "-o", place)
-    return Advice(f"to see the {counted(wrong, 'mistake')}", command)
+    return Advice(f"to see the {counted(wrong, 'mistake')}", measured.evaluate("--split", report["split"], "-o", place))

@@ -44,6 +44,10 @@ class Trained:
         start = () if self.init_from is None else ("--init-from", self.init_from)
         return "perceiver", "train", self.data, "--config", os.path.join(self.run, "config.toml"), *start, *changes
 
+    def lint(self) -> tuple[str, ...]:
+        """Return the command that looks at the data."""
+        return "perceiver", "lint", self.data, *self.config.data.words()
+
     def scores(self) -> list[float]:
         """Return the validation scores, oldest first: mAP with several labels an example, else accuracy."""
         key = "val_mAP" if self.config.multi_label else "val_accuracy"
@@ -142,17 +146,13 @@ def _too_good(trained: Trained) -> Advice | None:
     scores = trained.scores()
     if trained.num_val < LEAST_PERFECT or max(scores, default=0) < PERFECT:
         return None
-    return Advice(
-        "nearly every answer is right; that no copies are in both splits", ("perceiver", "lint", trained.data)
-    )
+    return Advice("nearly every answer is right; that no copies are in both splits", trained.lint())
 
 
 def _unreadable(trained: Trained) -> Advice | None:
     if not trained.num_bad:
         return None
-    return Advice(
-        f"{counted(trained.num_bad, 'file')} could not be read; all faults", ("perceiver", "lint", trained.data)
-    )
+    return Advice(f"{counted(trained.num_bad, 'file')} could not be read; all faults", trained.lint())
 
 
 def _evaluate(trained: Trained) -> Advice:

@@ -194,8 +194,9 @@ def lint(
     rather than train, and none if their labels differ.
     """
     options.check_data(data)
+    given = options.data_options(root, path_columns, label_column, pair, columns)
     if labels is not None:
-        _lint_labels(data, labels, output, limit, options.data_options(root, path_columns, label_column, pair), json)
+        _lint_labels(data, labels, output, limit, given, json)
         return
     if output is not None:
         check_suffix(output, (".csv", ".jsonl"), "-o", "not a format of lists")
@@ -204,7 +205,6 @@ def lint(
     from perceiver_cli.data.clean import write_clean
     from perceiver_cli.data.lint import lint as check
 
-    given = options.data_options(root, path_columns, label_column, pair, columns)
     read = DataConfig(**given)
     with counting("checking") as progress:
         report = check(data, options.raised_limits(limit), workers, progress, read)
@@ -213,7 +213,7 @@ def lint(
     if output is not None:
         good, rest = write_clean(report, os.fspath(output))
         say(f"wrote {show_path(output)}: {counted(good, 'good example')}, {rest:,} left out")
-    say_advice(after_lint(report, options.data_words(given), None if output is None else os.fspath(output)))
+    say_advice(after_lint(report, read.words(), None if output is None else os.fspath(output)))
     if report.failed:
         raise typer.Exit(EXIT_DATA)
 
@@ -221,11 +221,11 @@ def lint(
 def _lint_labels(
     data: str, model: str, output: Path | None, limit: list[str] | None, read: Mapping[str, Any], as_json: bool
 ) -> None:
-    from perceiver_cli.inference.labels import check_labels
-
     if output is not None:
         check_suffix(output, (".html",), "-o", "not a page")
     predictor = options.open_predictor(model, "auto", "auto", limit, None, read)
+    from perceiver_cli.inference.labels import check_labels
+
     with counting("judging") as progress:
         report = check_labels(predictor, data, progress)
     say_notes(report.notes)

@@ -4,6 +4,7 @@ import glob
 import os
 import re
 from collections.abc import Callable, Mapping
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -192,23 +193,14 @@ def _kinds_of_columns(texts: list[str]) -> dict[str, str]:
 
 def data_changes(options: Mapping[str, Any]) -> list[str]:
     """Return `data_options` as assignments to a configuration."""
-    from perceiver_cli.config import Flag
+    from perceiver_cli.config import READING, Flag
 
     changes: list[str] = []
     for name, value in options.items():
-        keys = {f"data.{name}.{kind}": column for kind, column in value.items()} if isinstance(value, dict) else {}
+        keys = {f"data.{name}.{dumps(key)}": word for key, word in value.items()} if isinstance(value, dict) else {}
         for key, each in (keys or {f"data.{name}": value}).items():
-            changes.append(Flag(f"--{name.replace('_', '-')} {each}", key, each))
+            changes.append(Flag(f"{READING[name]} {each}", key, each))
     return changes
-
-
-def data_words(options: Mapping[str, Any]) -> list[str]:
-    """Return `data_options` as words of a command."""
-    words: list[str] = []
-    for name, value in options.items():
-        each = [f"{kind}={column}" for kind, column in value.items()] if isinstance(value, dict) else [str(value)]
-        words += [word for text in each for word in (f"--{name.replace('_', '-')}", text)]
-    return words
 
 
 def model_file(model: str | None) -> Path:

@@ -78,9 +78,8 @@ def evaluate(
     from perceiver_cli.report.html import save_report
 
     given = options.data_options(root, path_columns, label_column, None, columns)
-    given |= {} if by is None else {"group_by": by}
-    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
-    predictor.options = {**given, **options.passed_columns(passed)}
+    more = options.passed_columns(passed) | ({} if by is None else {"group_by": by})
+    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, {**given, **more}, views)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
@@ -100,12 +99,14 @@ def evaluate(
     for _, error in report.bad[:20]:
         complain(f"perceiver evaluate: {error}")
     if output is not None:
+        from perceiver_cli.config import DataConfig
         from perceiver_cli.report.html import REPORT_FILE, page
 
         save_report(report, output)
         words = ["perceiver", "evaluate", data, "-m", os.fspath(predictor.path), "--split", report.split]
-        words += (["--use", use] if use is not None else []) + options.data_words(given)
-        words = ["--by" if word == "--group-by" else word for word in words]
+        words += (["--use", use] if use is not None else []) + DataConfig(**given).words()
+        words += ([] if by is None else ["--by", by]) + ([] if passed is None else ["--pass", passed])
+        words += ["--worth"] if worth else []
         words += [word for raised in limit or [] for word in ("--limit", raised)]
         words += [] if views is None else ["--views", str(views)]
         write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))

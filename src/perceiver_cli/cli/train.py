@@ -182,20 +182,23 @@ def lr_find(
     json: options.Json = False,
 ) -> None:
     """Suggest a learning rate. A fresh model trains while the rate grows; the suggestion is below the lowest loss."""
+    from perceiver_cli.config import DataConfig
+
     recipe = options.recipe_of(preset, config)
     flags = {"--preset": preset, "--config": config, "--batch-size": batch_size}
     flags |= {} if device == "auto" else {"--device": device}
     words = [word for name, value in flags.items() if value is not None for word in (name, str(value))]
     words += [word for change in changes or [] for word in ("--set", change)]
     given = options.data_options(root, path_columns, label_column, pair, columns)
-    words += options.data_words(given)
+    read = DataConfig(**given).words()
+    words += read
     overrides = [*(changes or []), *options.data_changes(given), f"train.device={device}"]
     overrides += [] if batch_size is None else [f"train.batch_size={batch_size}"]
+    check_plot(output)
     from perceiver_cli.advice.data import after_lr_find
     from perceiver_cli.training import lr_find as finder
     from perceiver_cli.training.trainer import Trainer
 
-    check_plot(output)
     with counting("training") as progress:
         curve = finder.range_test(Trainer(data, None, recipe, overrides=overrides), steps, progress)
     finder.draw_curve(curve, output)
@@ -205,7 +208,7 @@ def lr_find(
         emit_json({**vars(curve), "plot": os.fspath(output), "command": command})
         return
     again = ["perceiver", "lr-find", data, *words]
-    advice = after_lr_find(again, steps, fell=curve.fell, fell_to_the_end=curve.fell_to_the_end)
+    advice = after_lr_find(again, steps, read, fell=curve.fell, fell_to_the_end=curve.fell_to_the_end)
     say(f"the curve of {len(curve.rates)} steps is in {show_path(output)}; next:")
     say_advice(advice)
     emit(f"{command}\n")

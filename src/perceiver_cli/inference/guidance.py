@@ -6,6 +6,7 @@ import os
 
 from perceiver_cli.advice.base import Advice
 from perceiver_cli.advice.evaluation import Measured, after_evaluation
+from perceiver_cli.config import DataConfig
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.run_folder import MODEL_FILE
@@ -21,6 +22,6 @@ def advice_on(report: Report, predictor: Predictor, data: str, *, has_report: bo
     figures = {name: getattr(report, name) for name in FIGURES}
     measured = Measured(
         data, run or os.fspath(path), info.config, figures, run, info.metrics.get("val_accuracy"),
-        report.facts, info.calibration is not None, has_report,
+        report.facts, info.calibration is not None, has_report, DataConfig(**predictor.options).words(),
     )  # fmt: skip
     return after_evaluation(measured)
