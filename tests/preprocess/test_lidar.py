@@ -290,7 +290,7 @@ def write_materials(folder: Path, suffix: str, count: int, seed: int) -> None:
 SMALL = [
     *("--preset", "tiny-points", "--device", "cpu", "--steps", "40", "--batch-size", "8"),
     *("--set", "inputs.points.num_points=64", "--set", "inputs.points.bands=2", "--set", "model.num_latents=8"),
-    *("--set", "model.latent_channels=32", "--set", "train.lr=0.01"),
+    *("--set", "model.latent_channels=32", "--set", "train.lr=0.01", "--set", "inputs.points.stem=none"),
 ]
 
 
