@@ -37,6 +37,21 @@ def test_a_list_of_paths_is_read_as_each_system_writes_it(tmp_path: Path, conten
     assert listed(tmp_path / "list", content) == ["a.png", "b c.png"]
 
 
+def test_a_list_goes_on_after_the_last_answer_wherever_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between an answer and the next line, when no line waits, it did not say what goes on."""
+    (tmp_path / "list").write_text("a.png\nb.png\nc.png\n")
+    monkeypatch.setattr("sys.argv", ["perceiver", "predict", "--files-from", str(tmp_path / "list")])
+    paths, place = sources.listed_to_predict([], str(tmp_path / "list"), False, "-")
+    assert place.command() is None  # nothing is answered: the command itself goes on
+    assert [next(iter(paths)), place.answered("a.png", is_part=False)][0] == "a.png"
+    rest = f"{tmp_path}/list | perceiver predict --files-from -"
+    assert place.command() == f"tail -n +2 {rest}"
+    next(iter(paths))
+    assert place.command() == f"tail -n +2 {rest}"
+
+
 def test_a_name_that_ends_in_cr_is_kept_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a\r").touch()

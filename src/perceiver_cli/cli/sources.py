@@ -29,19 +29,21 @@ class ListPlace:
     list: str | None = None
     null: bool = False
     waiting: deque[tuple[int, str]] = field(default_factory=deque)  # the lines that are taken, and not answered
+    line: int = 0  # the last one that is answered
 
     def answered(self, path: str, *, is_part: bool) -> None:
         """Note an answer to a path, or to a part of its input."""
         places = [place for place, (_, own) in enumerate(self.waiting) if own == path]  # none for a file of a folder
         for _ in range(places[0] + (not is_part) if places else 0):
-            self.waiting.popleft()
+            self.line, _ = self.waiting.popleft()
 
     def command(self) -> str | None:
         """Return the command that goes on with the rest of a list, or None if the list is a pipe or ends in NULs."""
-        if self.list in (None, "-") or self.null or not self.waiting:
+        if self.list in (None, "-") or self.null or not (self.waiting or self.line):
             return None
+        first = self.waiting[0][0] if self.waiting else self.line + 1  # none waits right after an answer
         words = [re.sub(f"^(--files-from=)?{re.escape(str(self.list))}$", r"\1-", word) for word in sys.argv[1:]]
-        tail = show_command(["tail", "-n", f"+{self.waiting[0][0]}", str(self.list)])
+        tail = show_command(["tail", "-n", f"+{first}", str(self.list)])
         return f"{tail} | {show_command(['perceiver', *words])}"
 
 
