@@ -196,6 +196,8 @@ def lint(
     options.check_data(data)
     given = options.data_options(root, path_columns, label_column, pair, columns)
     if labels is not None:
+        if workers is not None:
+            raise UsageError("--workers is not for --labels, which one process judges", "leave it out")
         _lint_labels(data, labels, output, limit, given, json)
         return
     if output is not None:
@@ -223,7 +225,7 @@ def _lint_labels(
 ) -> None:
     if output is not None:
         check_suffix(output, (".html",), "-o", "not a page")
-    predictor = options.open_predictor(model, "auto", "auto", limit, None, read)
+    predictor = options.open_predictor(options.model_file(model), "auto", "auto", limit, None, read)
     from perceiver_cli.inference.labels import check_labels
 
     with counting("judging") as progress:

@@ -66,6 +66,7 @@ ConfigFile = Annotated[Path | None, typer.Option(help="Recipe in a TOML file, e.
 FilesFrom = Annotated[str | None, typer.Option(help="File that lists more paths, or - for stdin.")]
 Null = Annotated[bool, typer.Option("--null", "-0", help="Paths of --files-from end in NUL (find -print0).")]
 StdinName = Annotated[str, typer.Option(help="Name for the bytes on stdin.")]
+GroupBy = Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")]
 Root = Annotated[str | None, typer.Option(metavar="DIR", help="Folder of a manifest's paths [default: its own].")]
 PathColumns = Annotated[
     list[str] | None,
@@ -110,6 +111,12 @@ def _set_talk(option: typer.CallbackParam, wanted: bool) -> None:
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_set_talk, help="Print errors only.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, help="Print library messages too.")]
+
+
+def length_changes(steps: int | None, limit_s: float | None = None, runs: int = 1) -> list[str]:
+    """Return the assignments that replace every length of a recipe by these; `runs` runs share the time limit."""
+    lengths = {"max_steps": None, "steps": steps, "max_time_s": limit_s and limit_s / runs}
+    return [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
 
 
 def output(help: str, complete: Callable[..., Any] | None = None) -> Any:
@@ -216,7 +223,7 @@ def model_file(model: str | None) -> Path:
 
 
 def open_predictor(
-    model: str | None,
+    path: Path,
     device: str,
     precision: str,
     limit: list[str] | None,
@@ -224,11 +231,9 @@ def open_predictor(
     data: Mapping[str, Any] | None = None,
     views: int | None = None,
 ) -> Any:
-    """Return the Predictor that the options ask for. data: see `data_options`."""
-    from perceiver_cli.preprocess.spec import Limits
-
-    path = model_file(model)
+    """Return the Predictor of a model file that the options ask for. data: see `data_options`."""
     from perceiver_cli.inference.predictor import Predictor
+    from perceiver_cli.preprocess.spec import Limits
 
     used = None if use is None else re.split(r"[,\s]+", use.strip())
     predictor = Predictor(path, device, precision, use=used, views=views)

@@ -72,14 +72,16 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled files. Print accuracy, top-5, loss, calibration error (ECE), and each class."""
     options.check_data(data)
-    ranks = processes.shared(devices, timeout, [data])
+    processes.started(devices, [data])
+    given = options.data_options(root, path_columns, label_column, None, columns)
+    more = options.passed_columns(passed) | ({} if by is None else {"group_by": by})
+    path = options.model_file(model)
+    ranks = processes.joined(timeout)
     from perceiver_cli.inference.evaluation import calibrate as calibrate_model, evaluate_shared
     from perceiver_cli.inference.guidance import advice_on
     from perceiver_cli.report.html import save_report
 
-    given = options.data_options(root, path_columns, label_column, None, columns)
-    more = options.passed_columns(passed) | ({} if by is None else {"group_by": by})
-    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, {**given, **more}, views)
+    predictor = options.open_predictor(path, ranks.device(device), precision, limit, use, {**given, **more}, views)
     if calibrate:
         temperature = calibrate_model(predictor, data, batch_size, workers, ranks).temperature
         say(f"temperature {temperature:.4f}, stored in {show_path(predictor.path)}")
@@ -171,13 +173,12 @@ def predict(
     """
     from perceiver_cli.data.account import Account
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
-    from perceiver_cli.inference.shared import predict_shared
 
     merge = merge or style in OF_EVENTS
     cut = options.Cut(window, hop, every, aggregate, merge)
     cut.check(workers)
     _check_merge(merge, all_probs, embeddings, max_gap, min_length)
-    ranks = processes.shared(devices, timeout, [*(inputs or []), files_from])
+    processes.started(devices, [*(inputs or []), files_from])
     raw = sources.raw_of(inputs or [], rate, channels, encoding)
     named, place = sources.listed_to_predict(
         inputs or [], files_from, null, stdin_name, row, raw=raw, is_live=every is not None
@@ -186,7 +187,9 @@ def predict(
         check_embeddings(embeddings)
     repeated = options.passed_columns(passed, style)
     given = options.data_options(root, path_columns, None, None, columns) | repeated
-    predictor = options.open_predictor(model, ranks.device(device), precision, limit, use, given, views)
+    path = options.model_file(model)
+    ranks = processes.joined(timeout)
+    predictor = options.open_predictor(path, ranks.device(device), precision, limit, use, given, views)
     windows, account = options.windows_of(cut, predictor), Account()
     if every is not None and "-" in (inputs or []):
         batch_size = batch_size or 1  # each answer when it is due
@@ -196,6 +199,8 @@ def predict(
     if ranks.size == 1:
         predictions = predictor.predict(named, batch_size, workers, windows, progress=follow.window, **wanted)
     else:
+        from perceiver_cli.inference.shared import predict_shared
+
         predictions = predict_shared(predictor, named, ranks, batch_size, workers, windows, **wanted)
         if not ranks.first:
             predictions, embeddings = iter([*predictions]), None
@@ -242,7 +247,7 @@ def explain(
     if output is not None:
         check_suffix(output, (".png", ".ply", ".npz"), "-o", "not a format of explanations")
     named = list(sources.listed_to_predict(inputs or [], None, False, "-", row)[0])
-    predictor = options.open_predictor(model, device, "fp32", limit, use)
+    predictor = options.open_predictor(options.model_file(model), device, "fp32", limit, use)
     from perceiver_cli.inference.explain import explain as explained
     from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save

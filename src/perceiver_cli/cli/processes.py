@@ -28,15 +28,20 @@ def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None
     With `--devices` it first starts them, waits, and ends with their status. Raises UsageError if one of `inputs` is
     stdin, which several processes cannot share.
     """
-    timeout_s = options.seconds(timeout, "--timeout")
     started(devices, inputs)
+    return joined(timeout)
+
+
+def joined(timeout: str | None) -> Ranks:
+    """Return the place of this process, connected to the others; imports torch, so that checks come before it."""
+    timeout_s = options.seconds(timeout, "--timeout")
     from perceiver_cli.model import ranks
 
     return ranks.joined(ranks.TIMEOUT_S if timeout_s is None else timeout_s)
 
 
 def started(devices: str | None, inputs: Sequence[str | None] = ()) -> Place:
-    """Return what `shared` does for processes that tell each other nothing."""
+    """Return what `shared` does before the processes talk, or if they tell each other nothing; without torch."""
     count = 1 if devices is None or LAUNCHED in os.environ else count_of(devices)
     if "-" in inputs and max(count, place().size) > 1:
         raise UsageError("stdin is for one process", "write it to a file first")

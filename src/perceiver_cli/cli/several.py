@@ -2,10 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perceiver_cli.cli.plan import say_start, step_facts
+from perceiver_cli.cli.progress import PLAIN_EVERY_S
 from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first_signal, say, say_lines, say_notes
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_command, show_path
@@ -14,9 +15,6 @@ from perceiver_cli.training.events import Event, Loaded, Note, Started, StepDone
 
 if TYPE_CHECKING:
     from perceiver_cli.training.several import Began, Ended, Request, RunEntry, Several
-
-PLAIN_EVERY_S = 30.0  # between lines of progress where there is no terminal
-Start = Callable[[Started], None]  # prints the plan of a run
 
 
 def is_several(folder: Path | None) -> bool:
@@ -37,12 +35,12 @@ def folder_for(kind: str, output: Path | None, *, replace: bool) -> Path:
     return output
 
 
-def train_several(request: "Request", folder: Path, start: Start) -> None:
+def train_several(request: "Request", folder: Path) -> None:
     """Train the runs of seeds or folds; the last line on stdout is the path of their ensemble."""
     from perceiver_cli.training.several import Several
 
     several = Several(folder, request, latest=True)
-    follow(several, start, ["perceiver", "train", "--resume", "-o", os.fspath(folder)])
+    follow(several, ["perceiver", "train", "--resume", "-o", os.fspath(folder)])
     say_lines(summary_of(several))
     compare, evaluate = ["compare", os.fspath(folder)], ["evaluate", request.data, "-m", os.fspath(folder)]
     say(f"the ensemble of {len(several.members)} answers with the mean of their probabilities; next:")
@@ -70,13 +68,13 @@ def summary_of(several: "Several") -> list[str]:
     return [line, f"right answers of the models to examples that they were not trained on: {whole:.4f}, in {where}"]
 
 
-def follow(several: "Several", start: Start, again: list[str]) -> None:
+def follow(several: "Several", again: list[str]) -> None:
     """Print the runs as they come; an interrupted one is saved, and the process ends by the signal.
 
     again: the command that goes on with them.
     """
     received = on_first_signal(several.stop)
-    display = _Progress(start)
+    display = _Progress()
     with display.bar:
         for event in several.events():
             display.show(event)
@@ -88,8 +86,8 @@ def follow(several: "Several", start: Start, again: list[str]) -> None:
 class _Progress:
     """A live bar of the run in progress, and a line for each run that ended."""
 
-    def __init__(self, start: Start) -> None:
-        self.start: Start | None = start
+    def __init__(self) -> None:
+        self.has_told_plan = False
         self.bar = bar("{task.fields[facts]}")
         self.task: Any = self.bar.add_task("reading", total=None, facts="")
         self.title, self.last_line = "", time.monotonic()
@@ -104,15 +102,15 @@ class _Progress:
                 self.title = f"{member.name} ({place} of {total})"
                 self.bar.update(self.task, description=self.title, completed=0, total=None, facts="")
             case Started():
-                if self.start is not None:  # the plans of the others differ little
-                    self.start(event)
-                self.start = None
+                if not self.has_told_plan:  # the plans of the others differ little
+                    say_start(event)
+                self.has_told_plan = True
             case Loaded(done, total, _):
                 self.bar.update(self.task, completed=done, total=total, facts="reading")
             case Note(message):
                 say_notes([f"{self.title}: {message}"])
-            case StepDone(step, total, epoch, loss, _, rate):
-                facts = f"loss {loss:.3f}  {rate:.0f}/s  epoch {epoch:.1f}"
+            case StepDone(step, total):
+                facts = step_facts(event)
                 self.bar.update(self.task, completed=step, total=total, facts=facts)
                 if self.bar.disable and time.monotonic() - self.last_line > PLAIN_EVERY_S:
                     self.last_line = time.monotonic()

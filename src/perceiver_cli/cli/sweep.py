@@ -11,7 +11,6 @@ from perceiver_cli.cli import completion, options
 from perceiver_cli.cli.runs import show_comparison
 from perceiver_cli.cli.several import folder_for, follow, is_several
 from perceiver_cli.cli.terminal import emit, emit_json, say
-from perceiver_cli.cli.train import say_start
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_command, show_path
 
@@ -49,7 +48,7 @@ def sweep(
     path_columns: options.PathColumns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
-    group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
+    group_by: options.GroupBy = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in -o; --runs adds some.")] = False,
     replace: Annotated[bool, typer.Option("--replace", help="Replace the runs that -o already holds.")] = False,
     json: options.Json = False,
@@ -71,7 +70,7 @@ def sweep(
         raise UsageError("no data given", "pass a folder of class folders: perceiver sweep DATA")
     overrides = list(changes or [])
     if epochs is not None or steps is not None:
-        overrides += ["train.max_steps=none", f"train.steps={steps or 'none'}", "train.max_time_s=none"]
+        overrides += options.length_changes(steps)
     overrides += [] if epochs is None else [f"train.epochs={epochs:g}"]
     overrides += [f"train.seed={seed}", f"train.device={device}"]
     overrides += [] if workers is None else [f"data.workers={workers}"]
@@ -84,7 +83,7 @@ def sweep(
 
     chosen, count = settled(search, [parse_vary(text) for text in vary or []], runs)
     if seconds is not None and epochs is None and steps is None:
-        overrides += ["train.max_steps=none", "train.steps=none", f"train.max_time_s={seconds / count:.6g}"]
+        overrides += options.length_changes(None, seconds, count)
         seconds = None  # each run ends in its time
     request = Request(
         kind="sweep", data=os.path.abspath(data), config=None if recipe is None else recipe.to_dict(),
@@ -117,10 +116,9 @@ def run_sweep(request: "Request", folder: Path, seconds: float | None, as_json: 
     how = {"grid": "the whole grid", "random": "drawn at random", "tpe": "chosen by Optuna's TPE"}[request.search]
     say(f"{counted(request.num_runs, 'run')} into {show_path(folder)}, values {how}")
     again = ["perceiver", "sweep", "--resume", "-o", os.fspath(folder)]
-    follow(several, say_start, again)
-    if any(member.state in ("planned", "begun") for member in several.members) or len(several.members) < (
-        request.num_runs
-    ):
+    follow(several, again)
+    ended = sum(member.state not in ("planned", "begun") for member in several.members)
+    if several.is_over and ended < request.num_runs:
         say(f"the time is over; to go on: {show_command(again)}")
     show_sweep(several, as_json)
 
@@ -148,8 +146,10 @@ def show_sweep(several: "Several", as_json: bool) -> None:
 
 def command_of(request: "Request", values: dict[str, Any]) -> list[str]:
     """Return the words of the command that trains a run with these values."""
+    from perceiver_cli.config import Config, TrainConfig
     from perceiver_cli.training.several import assignment
 
     changes = [*request.overrides, *map(assignment, values.items())]
-    kept = [c for c in changes if c not in ("train.device=auto", "train.seed=0")]
+    recipe = TrainConfig() if request.config is None else Config.model_validate(request.config).train
+    kept = [c for c in changes if c not in (f"train.device={recipe.device}", f"train.seed={recipe.seed}")]
     return [*request.words, *(word for change in kept for word in ("--set", change))]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
+from perceiver_cli.cli.plan import plan_lines, say_start, step_facts
 from perceiver_cli.cli.progress import PLAIN_EVERY_S, counting, working
 from perceiver_cli.cli.several import folder_for, is_several, train_several
 from perceiver_cli.cli.terminal import (
@@ -22,7 +23,6 @@ from perceiver_cli.cli.terminal import (
     on_first_signal,
     say,
     say_advice,
-    say_lines,
     say_notes,
 )
 from perceiver_cli.data.account import Account
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from perceiver_cli.training.trainer import Trainer
 
 STARTED_AT = time.monotonic()  # a time limit counts from here, the import of torch included
-ORDER = {"train": 0, "val": 1, "test": 2}  # of splits, for people
 
 
 def train(
@@ -72,7 +71,7 @@ def train(
     balance: Annotated[
         bool, typer.Option("--balance", help="Weigh classes, or labels, by how rare they are: each counts alike.")
     ] = False,
-    group_by: Annotated[str | None, typer.Option(help="Keep a folder (parent) or column value in one split.")] = None,
+    group_by: options.GroupBy = None,
     seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train as many runs of different seeds.")] = None,
     folds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train a run for each fold of the data.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
@@ -120,9 +119,7 @@ def train(
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
         # A length on the command line replaces every length of the recipe.
-        limit_s = options.seconds(max_time)
-        lengths = {"max_steps": None, "steps": steps, "max_time_s": limit_s and limit_s / (seeds or folds or 1)}
-        overrides += [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
+        overrides += options.length_changes(steps, options.seconds(max_time), seeds or folds or 1)
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
     overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair, columns))
     overrides += options.limit_changes(limit)
@@ -134,6 +131,8 @@ def train(
     if (resume and is_several(output)) or ((seeds or folds) and not dry_run and on is None):
         if devices is not None:
             raise UsageError("--devices is for one run, --seeds and --folds make several", "leave one out")
+        if go_on:
+            raise UsageError("--continue is for one run", "go on with several by --resume -o FOLDER")
         several_runs(data, output, recipe, overrides, seeds, folds, resume, init_from, replace, log)
         return
     ranks = processes.shared(devices, timeout, [data])
@@ -227,7 +226,7 @@ def several_runs(
             raise UsageError(f"{show_path(output)}: holds a sweep", "go on with perceiver sweep --resume -o")
         if overrides or seeds or folds:
             raise UsageError("--resume of several runs changes nothing", f"leave out all but -o {show_path(output)}")
-        train_several(request, output, say_start)
+        train_several(request, output)
         return
     if seeds and folds:
         raise UsageError("--seeds and --folds are two ways to repeat a run", "pass one of them")
@@ -243,13 +242,7 @@ def several_runs(
         overrides=overrides, init_from=None if init_from is None else os.path.abspath(init_from),
         runs=repeated(kind, seeds or folds or 0, first),
     )  # fmt: skip
-    train_several(request, folder_for(kind, output, replace=replace), say_start)
-
-
-def say_start(event: Started) -> None:
-    """Print the plan of a run."""
-    say_lines([*plan_lines(event.summary), *event.account.brief()])
-    say_notes(event.notes)
+    train_several(request, folder_for(kind, output, replace=replace))
 
 
 def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
@@ -321,8 +314,8 @@ class _Display:
                 self.bar.update(self.task, completed=done, total=total, facts=facts)
                 if done == total and not self.live:
                     say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
-            case StepDone(step, total, epoch, loss, _, rate):
-                facts = f"loss {loss:.3f}  {rate:.0f}/s  epoch {epoch:.1f}"
+            case StepDone(step, total):
+                facts = step_facts(event)
                 self.bar.update(self.task, description="training", completed=step, total=total, facts=facts)
                 if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
                     self.last_line = time.monotonic()
@@ -337,38 +330,6 @@ class _Display:
                 mark = " *" if event.best else ""
                 say(f"{event.epoch:8.2f} {event.step:8d} {losses} {clock(event.elapsed_s):>8}{mark}")
                 self.last_line = time.monotonic()
-
-
-def plan_lines(summary: Mapping[str, Any]) -> list[str]:
-    """Return the plan of a run as lines of text: the data, what is read of each file, the model, the length."""
-    counts = list(summary["classes"].values())
-    splits = [
-        f"{name} {count:,}" + (f" ({summary['val_from']})" if name == "val" else "")
-        for name, count in sorted(summary["splits"].items(), key=lambda item: ORDER.get(item[0], len(ORDER)))
-    ]
-    sizes = f"{min(counts):,} to {max(counts):,}" if min(counts) < max(counts) else f"{max(counts):,}"
-    shapes = ", ".join(
-        f"{' x '.join(map(str, layout['shape']))} inputs of {counted(layout['channels'], 'channel')}"
-        for layout in summary["inputs"].values()
-    )
-    steps = summary["steps"]
-    if steps:
-        epochs = steps * summary["batch_size"] / summary["splits"]["train"]
-        length = f"{counted(steps, 'step')} ({epochs:.3g} epochs)"
-    else:
-        length = f"as many steps as fit in {clock(summary['max_time_s'])}"
-    data = Path(summary["data"])
-    place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
-    return [
-        f"{summary['preset']}: {counted(len(counts), 'class')} of {'+'.join(summary['modalities'])} in "
-        f"{show_path(place)}, {sizes} training examples each",
-        f"splits: {', '.join(splits)}",
-        *(f"{name}: {layout['words']}" for name, layout in summary["inputs"].items()),
-        f"model: {shapes}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
-        f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
-        f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
-        f"{show_path(summary['output'])}",
-    ]
 
 
 def show_dry_run(trainer: "Trainer", on: Any) -> None:

@@ -120,7 +120,7 @@ class Report:
         known = [value for row in rows if (value := row[figure]) is not None]
         return float(np.mean(known)) if known else None
 
-    @property
+    @cached_property
     def per_class(self) -> dict[str, dict[str, float | int | None]]:
         """By class name: count, recall, precision, F1, or average precision; None for 0 / 0."""
         if self.confusion is None:

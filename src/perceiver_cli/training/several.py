@@ -170,7 +170,7 @@ class Several:
 
     def _events(self) -> Iterator[Began | Ended | Event]:
         self._save()
-        while not self._over() and (member := self._next()) is not None:
+        while not self.is_over and (member := self._next()) is not None:
             yield Began(member, 1 + self.members.index(member), max(self.request.num_runs, len(self.members)))
             try:
                 yield from self._train(member)
@@ -181,7 +181,9 @@ class Several:
         if self.request.kind == "sweep" or all(member.state == "done" for member in self.members):
             self._finish()
 
-    def _over(self) -> bool:
+    @property
+    def is_over(self) -> bool:
+        """Whether no other run begins: the time is over, or a signal came."""
         return self.stopping or (self.until is not None and time.monotonic() >= self.until)
 
     def _next(self) -> RunEntry | None:
@@ -220,7 +222,7 @@ class Several:
                     share = event.step / max(1, event.total_steps)
                 if isinstance(event, Evaluated) and request.prune and not pruned:
                     pruned = self._behind(event.accuracy, share)
-                if pruned or self._over():
+                if pruned or self.is_over:
                     trainer.stop()
                 yield event
                 if isinstance(event, Finished):
