@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from perceiver_cli.config import load_preset, tiny_config
 from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.hardware import Place
+from perceiver_cli.model.ranks import Ranks
 from perceiver_cli.training.events import Started
 from perceiver_cli.training.plan import settled_training
 from perceiver_cli.training.trainer import Trainer
@@ -83,6 +88,19 @@ def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
     )
     assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
     assert plan["training_bytes"] > plan["parameters"] * 16
+
+
+def test_a_dry_run_of_several_processes_measures_the_share_of_one(
+    bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of six processes computes one of the step's batches; at two, three; none has fewer to measure."""
+    trainer = Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.batch_size=2", "train.accumulate=6"])
+    seconds = count()
+    monkeypatch.setattr("perceiver_cli.training.trainer.time", SimpleNamespace(perf_counter=lambda: next(seconds)))
+    for place, expected in ((Place(0, 1), 6), (Place(1, 2), 3), (Place(5, 6), 1), (Place(0, 12), 1)):
+        request = replace(trainer.plan.request, ranks=Ranks(place))
+        trainer.plan = replace(trainer.plan, request=request)
+        assert trainer.dry_run()["seconds_per_step"] == expected
 
 
 def test_a_plan_stays_as_it_was_made(bars: Path, tmp_path: Path) -> None:

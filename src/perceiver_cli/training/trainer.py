@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +24,7 @@ from perceiver_cli.advice.training import Trained, after_training
 from perceiver_cli.config import Config
 from perceiver_cli.data.decoder import told_once
 from perceiver_cli.data.likeness import leak_note
+from perceiver_cli.data.loader import training_tasks
 from perceiver_cli.data.splits import SPLIT_FILE, save_split
 from perceiver_cli.data.survey import facts_of
 from perceiver_cli.errors import DataError, counted
@@ -108,10 +110,12 @@ class Trainer:
         return {**facts, "seconds_per_step": step_s, "eta_s": eta_s}
 
     def _measured(self) -> float:
-        """Return the measured seconds of a step."""
-        run, train = self.new_run(), self.plan.config.train
-        times = []
-        for batch in self.plan.reader.batches(run.tasks(TIMED_STEPS)):
+        """Return the measured seconds of a step, which last as long as those of the process with the most batches."""
+        run, plan = self.new_run(), self.plan
+        train, times = plan.config.train, []
+        # Of no process's share: that of a batch or two may be empty.
+        tasks = training_tasks(plan.train_examples, train.batch_size, train.seed, 0, TIMED_STEPS)
+        for batch in plan.reader.batches(tasks):
             if not batch.examples:
                 raise DataError(f"no file of a batch can be read, the first: {batch.bad[0][2]}")
             before = time.perf_counter()
@@ -121,7 +125,7 @@ class Trainer:
             if run.compute.device.type == "cuda":
                 torch.cuda.synchronize(run.compute.device)
             times.append(time.perf_counter() - before)
-        return median(times) * train.accumulate
+        return median(times) * ceil(train.accumulate / plan.request.ranks.size)
 
     def fit(self) -> Iterator[Event]:
         """Train and yield events. A generator closed early leaves the last saved state to resume from.
