@@ -22,6 +22,7 @@ import pytest
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.archives import opened
 from perceiver_cli.data.catalog import Catalog, scan
+from perceiver_cli.data.containers import containers
 from perceiver_cli.data.inputs import examples_of
 from perceiver_cli.data.lint import lint
 from perceiver_cli.data.loader import Reader, ordered_tasks
@@ -649,6 +650,19 @@ def test_a_tar_beside_class_folders_is_no_data(folder: Path, tmp_path: Path) -> 
     for name in ("backup.tar", "old.zip"):
         (tar_of if name.endswith("tar") else zip_of)(tmp_path / "data" / name, [("z/1.png", PNG)])
     assert labelled(scan(tmp_path / "data")) == labelled(scan(folder))
+
+
+def test_a_folder_of_containers_is_listed_without_a_look_at_each(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x-0.tar", "x-1.tar"):
+        tar_of(tmp_path / name, files_in(folder))
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    asked: list[object] = []
+    isdir = os.path.isdir
+    monkeypatch.setattr(os.path, "isdir", lambda path: asked.append(path) or isdir(path))
+    assert containers(str(tmp_path)) == ("archives", [str(tmp_path / name) for name in ("x-0.tar", "x-1.tar")])
+    assert asked == [str(tmp_path)]
 
 
 @pytest.mark.parametrize(

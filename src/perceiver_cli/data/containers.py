@@ -92,9 +92,15 @@ def _in_folder(top: str) -> list[str]:
 
 def _names(folder: str) -> tuple[list[str], list[str]]:
     """Return the names of the files and of the folders in a folder, sorted, without hidden ones."""
-    names = [entry.name for entry in entries(folder) if not entry.name.startswith(".")]
-    folders = [name for name in names if os.path.isdir(os.path.join(folder, name))]
-    return [name for name in names if name not in folders], folders
+    files: list[str] = []
+    folders: list[str] = []
+    for entry in entries(folder):
+        is_folder = False
+        with suppress(OSError):  # a link to itself
+            is_folder = entry.is_dir()
+        if not entry.name.startswith("."):
+            (folders if is_folder else files).append(entry.name)
+    return files, folders
 
 
 def count_containers(name: str, paths: Sequence[str], account: Account) -> None:
