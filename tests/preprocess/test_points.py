@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from perceiver_cli.data.model_inputs import graph_inputs
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess.detection import detected
+from perceiver_cli.preprocess.image import MODALITY as IMAGE, ImageSpec
 from perceiver_cli.preprocess.mesh_files import read_mesh
 from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec
 from perceiver_cli.preprocess.source import Source
@@ -497,3 +499,14 @@ def test_a_face_of_an_off_has_the_corners_that_it_declares(face: bytes) -> None:
     assert len(read_mesh(Source("x.off", data % b"3 0 1 2"), Limits())[1]) == 1
     with pytest.raises(DataError, match="corners, found 3"):
         read_mesh(Source("x.off", data % face), Limits())
+
+
+def test_a_missing_cloud_of_a_model_with_a_stem_has_a_place_for_each_prepared_point() -> None:
+    """`preprocess --model-input` stacked the few inputs after the stem with the many points before it."""
+    spec = PointsSpec(pool_points=64, num_points=32, stem="neighbours", stem_points=8)
+    cloud = POINTS.prepare(ON_CUBE, spec, None)
+    layouts = {"image": IMAGE.layout(ImageSpec(size=(8, 8), patch=(4, 4))), "points": POINTS.layout(spec)}
+    arrays = graph_inputs(layouts, [{"points": cloud}, {}])
+    assert arrays["points_positions"].shape == (2, 32, 3)
+    assert not arrays["points_positions"][1].any()
+    assert arrays["points_present"].tolist() == [True, False]

@@ -44,10 +44,10 @@ def write_model_inputs(
     if not views:
         raise DataError(f"{show_path(output)}: not written: no input can be read")
     with atomic_write(output) as file:
-        np.savez(file, **stacked(decoder.layouts, views))  # type: ignore[arg-type]
+        np.savez(file, **graph_inputs(decoder.layouts, views))  # type: ignore[arg-type]
 
 
-def stacked(layouts: Mapping[str, Layout], views: Sequence[View]) -> dict[str, Array]:
+def graph_inputs(layouts: Mapping[str, Layout], views: Sequence[View]) -> dict[str, Array]:
     """Return the graph's inputs (B, ...) by name; a missing modality is 0 and not present."""
     arrays: dict[str, Array] = {}
     for name, layout in layouts.items():
@@ -56,7 +56,7 @@ def stacked(layouts: Mapping[str, Layout], views: Sequence[View]) -> dict[str, A
             blank = np.zeros(layout.prepared_shape, np.float32)
             arrays[name] = np.stack([blank if each is None else each.values.astype(np.float32) for each in own])
         if not layout.is_grid:
-            nowhere = np.zeros((*layout.grid, layout.dims), np.float32)
+            nowhere = np.zeros((*layout.prepared_shape[:-1], layout.dims), np.float32)
             places = [None if each is None else each.positions for each in own]
             arrays[f"{name}_positions"] = np.stack([nowhere if each is None else each for each in places])
         if len(layouts) > 1:
