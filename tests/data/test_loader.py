@@ -499,6 +499,30 @@ def test_views_of_evaluation_are_spread_over_the_file(tmp_path: Path) -> None:
     assert row["audio"].values.shape == (40, 50)
 
 
+def test_sound_that_begins_with_its_onset_has_one_view(tmp_path: Path) -> None:
+    spec = SOUND.model_copy(update={"eval_windows": 3, "start": "onset"})
+    reader = Reader({"audio": spec}, Limits())
+    examples = []
+    for seconds in (1, 3):  # decoded whole, and too long for that
+        path = tmp_path / f"{seconds}.wav"
+        soundfile.write(path, np.linspace(0.1, 0.9, seconds * RATE_HZ, dtype=np.float32), RATE_HZ, subtype="FLOAT")
+        examples.append(Example(str(seconds), {"audio": Source(str(path))}))
+    assert len(reader.views(reader.decode(examples[0]))) == 3
+    batches = [*reader.batches(ordered_tasks(examples, 1)), *reader.batches(ordered_tasks(examples, 2))]
+    assert [batch.num_views for batch in batches] == [1, 3, 3]
+    assert [len(batch.segments["audio"].values) for batch in batches] == [1, 3, 6]
+    assert torch.equal(batches[2].segments["audio"].values[2], batches[0].segments["audio"].values[0])
+    assert batches[2].used == (("audio",), ("audio",))
+
+
+def test_a_film_without_sound_has_windows_spread_over_it(tmp_path: Path) -> None:
+    """A spec of sound that finds its own start decided for the film too: all windows were the middle one."""
+    film = Example("film", {"video": Source(str(write_clip(tmp_path / "c.mp4", 1, None, 3.0)))})
+    sound = SOUND.model_copy(update={"start": "onset"})
+    reader = Reader({"audio": sound, "video": PICTURES.model_copy(update={"eval_windows": 3})}, Limits())
+    assert reader.starts(reader.decode(film)) == [0.0, 1.25, 2.5]
+
+
 def test_windows_of_a_file_are_as_files_of_their_own(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "c.mp4", 1, 300, 3.0)
     example = Example("c", {"audio": Source(str(path)), "video": Source(str(path))})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import zip_longest
 from math import inf, isinf
 from typing import Any
@@ -185,7 +186,8 @@ class Decoder:
     def views(self, decoded: Decoded, seeds: tuple[int, ...] | None = None) -> list[View]:
         """Return one augmented view of an example with `seeds`, else the `num_views` views of evaluation.
 
-        Sound and picture share one start in seconds, drawn from the time that both cover.
+        Sound and picture share one start in seconds, drawn from the time that both cover. Views that cannot differ, as
+        of a sound from its first audible sample on, are one object.
         """
         names, rng = decoded.names, None
         if seeds is not None:
@@ -194,9 +196,18 @@ class Decoder:
             names = kept(dropout, np.random.default_rng([*seeds, DROPOUT_STREAM]))
         starts = self.starts(decoded, rng)
         rngs = [rng] if rng is not None else [self._view_rng(place) for place in range(len(starts))]
-        looks = zip(starts, rngs, strict=True)
-        specs = self.specs if rng is not None else {name: modality(name).viewed(self.specs[name]) for name in names}
-        return [{name: self._prepare(name, specs[name], decoded, r, start_s) for name in names} for start_s, r in looks]
+        looks = list(zip(starts, rngs, strict=True))
+        specs = self.specs if rng is not None or self.asked_views is None else self._viewed
+        made = {
+            (start_s, r): {name: self._prepare(name, specs[name], decoded, r, start_s) for name in names}
+            for start_s, r in dict.fromkeys(looks)
+        }
+        return [made[look] for look in looks]
+
+    @cached_property
+    def _viewed(self) -> dict[str, InputSpec]:
+        """The specs of the views that were asked for."""
+        return {name: modality(name).viewed(spec) for name, spec in self.specs.items()}
 
     def _view_rng(self, place: int) -> np.random.Generator | None:
         """Return the random numbers of a view that was asked for; the first is that of one view alone."""
@@ -207,7 +218,7 @@ class Decoder:
         clips = [self.timed[name].clip_s(self.specs[name]) for name in decoded.seconds]
         count = 1 if rng is not None else self.num_views
         alone = len(clips) == 1 and not decoded.long
-        itself = any(timed.starts_itself(self.specs[name]) for name, timed in self.timed.items())
+        itself = any(self.timed[name].starts_itself(self.specs[name]) for name in decoded.seconds)
         if not clips or (alone and (count == 1 or itself)):
             return [None] * count
         spare_s = max(0.0, min(decoded.seconds.values()) - max(clips))

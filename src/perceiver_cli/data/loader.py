@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import repeat
+from itertools import chain, repeat
 from math import prod
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -99,7 +99,7 @@ class Reader(Decoder, Dataset[Batch]):
 
     def __getitem__(self, task: Task) -> Batch:
         """Return the batch of a task, with its unreadable examples in `bad`."""
-        rows: list[View] = []
+        views: list[list[View]] = []
         good: list[Example] = []
         notes: list[tuple[str, ...]] = []
         bad: list[tuple[int, Example, str]] = []
@@ -107,15 +107,16 @@ class Reader(Decoder, Dataset[Batch]):
             seeds = None if task.seeds is None else (*task.seeds[position], example.key)
             try:
                 decoded = self.decode(example)
-                views = self.views(decoded, seeds)
+                views.append(self.views(decoded, seeds))
             except DataError as error:
                 bad.append((position, example, str(error)))
                 continue
             good.append(example)
             notes.append(decoded.notes)
-            rows += views
-        views_each = len(rows) // len(good) if good else 1
-        used = tuple(tuple(row) for row in rows[::views_each])
+        if all(view is each[0] for each in views for view in each):
+            views = [each[:1] for each in views]
+        used = tuple(tuple(each[0]) for each in views)
+        rows, views_each = list(chain.from_iterable(views)), max(map(len, views), default=1)
         shared = None if get_worker_info() is None else self._shared.next()
         return Batch(collate(rows, shared), self.labels(good), tuple(good), tuple(bad), used, views_each, tuple(notes))
 
