@@ -243,7 +243,7 @@ class TrainConfig(Table):
         """Return the epochs of a run on `count` training examples."""
         if self.epochs != "auto":
             return self.epochs
-        return max(AUTO_EPOCHS, AUTO_STEPS * self.batch_size * self.accumulate / max(1, count))
+        return float(max(AUTO_EPOCHS, AUTO_STEPS * self.batch_size * self.accumulate / max(1, count)))
 
 
 def _validation(key: str, table: Any) -> Callable[[], InputSpec]:

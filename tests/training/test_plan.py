@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -128,6 +129,9 @@ def test_length_and_mixing_follow_the_number_of_examples() -> None:
     few, many = (settled_training(recipe, count) for count in (200, 60_000))
     assert (few.epochs, few.mixup, few.cutmix) == (640, 0.2, 1.0)  # 2,000 steps of 64
     assert (many.epochs, many.mixup, many.cutmix) == (40, 0, 0)
+    with warnings.catch_warnings():  # of pydantic, about an integer where the recipe has a float
+        warnings.simplefilter("error")
+        assert recipe.model_copy(update={"train": many}).to_dict()["train"]["epochs"] == 40
     sound = settled_training(load_preset("tiny-audio"), 200)
     assert (sound.mixup, sound.cutmix) == (0.2, 0)
     mine = settled_training(recipe.override(["train.epochs=3", "train.mixup=0"]), 200)
