@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -243,7 +244,19 @@ class TrainConfig(Table):
         """Return the epochs of a run on `count` training examples."""
         if self.epochs != "auto":
             return self.epochs
-        return float(max(AUTO_EPOCHS, AUTO_STEPS * self.batch_size * self.accumulate / max(1, count)))
+        return float(max(AUTO_EPOCHS, AUTO_STEPS * self.examples_per_step / max(1, count)))
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples in one optimiser step."""
+        return self.batch_size * self.accumulate
+
+    def steps_for(self, count: int) -> int:
+        """Return the optimiser steps of a run on `count` training examples, without a time limit."""
+        if self.steps is not None:
+            return self.steps
+        whole = max(1, ceil(self.epochs_for(count) * count / self.examples_per_step))
+        return min(whole, self.max_steps or whole)
 
 
 def _validation(key: str, table: Any) -> Callable[[], InputSpec]:

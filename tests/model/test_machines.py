@@ -38,6 +38,7 @@ def test_more_of_a_machine_is_faster_and_holds_more() -> None:
     assert found["h100x8"]["hours"] < found["h100"]["hours"] < found["a100"]["hours"] < found["cpu"]["hours"]
     assert found["h100"]["largest_batch"] > found["rtx4090"]["largest_batch"]
     assert "1,281,167 training examples, 1,024 a step" in found["h100"]["assumptions"]
+    assert "8 GPUs share each step, as with --devices 8" in found["h100x8"]["assumptions"]
     less = training_estimate("rtx4090", *sized("imagenet", "train.recompute=true"))
     assert less["memory_bytes"] < found["rtx4090"]["memory_bytes"]
     small = training_estimate("rtx4090", *sized("imagenet", "train.batch_size=512"))

@@ -73,7 +73,7 @@ def training_estimate(
     """
     train, target, is_cpu = config.train, machine(name), name == "cpu"
     published = next((count for data, count in PUBLISHED.items() if config.name.startswith(data)), DEFAULT_EXAMPLES)
-    examples, per_step = examples or published, train.batch_size * train.accumulate
+    examples, per_step = examples or published, train.examples_per_step
     in_bf16 = not is_cpu and train.precision != "fp32"
     share = (1.0 if is_cpu else SHARE) * (SHARED if target.count > 1 else 1.0)
     speed = (target.bf16 if in_bf16 else target.fp32) * target.count * share
@@ -81,7 +81,7 @@ def training_estimate(
     rounds = ceil(train.accumulate / target.count)  # batches that one device computes in a step
     launches = 0.0 if is_cpu else LAUNCH_S * _num_blocks(config) * rounds
     step_s = max(passes * cost.flops * per_step / speed, launches)
-    steps = max(1, int(train.max_time_s / step_s)) if train.max_time_s else _num_steps(config, examples, per_step)
+    steps = max(1, int(train.max_time_s / step_s)) if train.max_time_s else train.steps_for(examples)
     state = cost.training_bytes(0, averaged=train.ema_decay > 0)
     each = int((cost.recomputed_bytes if train.recompute else cost.activation_bytes) * (BF16 if in_bf16 else 1))
     moments = state - 4 * cost.parameters  # without gradients
@@ -92,7 +92,7 @@ def training_estimate(
         f"{_rounded(cost.flops / 1e9)} GFLOP a forward pass, {passes} of them a step",
         f"{_rounded(speed / 1e12)} TFLOP a second{how}",
         *([] if is_cpu else [f"no step faster than {launches:.2g} s, in which the GPU waits for launches"]),
-        *([f"{target.count} GPUs share each batch: this version trains on one"] if target.count > 1 else []),
+        *([f"{target.count} GPUs share each step, as with --devices {target.count}"] if target.count > 1 else []),
         "files are read as fast as they are needed; the time may be wrong by a factor of two",
         "records of pictures and sounds of the model's own size",
     ]
@@ -132,14 +132,6 @@ def _num_blocks(config: Config) -> int:
     """Return the number of attention blocks that a forward pass runs."""
     kinds = [kind for kind, _ in config.model.steps]
     return kinds.count("c") + kinds.count("t") * config.model.self_attends_per_block
-
-
-def _num_steps(config: Config, examples: int, per_step: int) -> int:
-    train = config.train
-    if train.steps is not None:
-        return train.steps
-    whole = max(1, ceil(train.epochs_for(examples) * examples / per_step))
-    return min(whole, train.max_steps or whole)
 
 
 def _record_bytes(spec: InputSpec, layout: Layout) -> float:

@@ -87,7 +87,7 @@ class Plan:
     @property
     def examples_per_step(self) -> int:
         """Examples in one optimiser step."""
-        return self.config.train.batch_size * self.config.train.accumulate
+        return self.config.train.examples_per_step
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -97,12 +97,7 @@ class Plan:
     @cached_property
     def planned_steps(self) -> int:
         """Optimiser steps of the run without a time limit."""
-        train = self.config.train
-        if train.steps is not None:
-            return train.steps
-        count = len(self.train_examples)
-        whole = max(1, ceil(train.epochs_for(count) * count / self.examples_per_step))
-        return min(whole, train.max_steps or whole)
+        return self.config.train.steps_for(len(self.train_examples))
 
     @property
     def training_bytes(self) -> int:
@@ -245,7 +240,7 @@ def shared_out(train: TrainConfig, size: int, notes: list[str]) -> TrainConfig:
     """
     if train.accumulate >= size:
         return train
-    whole = train.batch_size * train.accumulate
+    whole = train.examples_per_step
     count = next((count for count in range(size, whole + 1) if whole % count == 0 and count % train.accumulate == 0), 0)
     if not count:
         step = counted(whole, "example")

@@ -31,7 +31,7 @@ class Timing:
     def __init__(self, config: TrainConfig, steps_per_epoch: int, num_val_examples: int, start: Progress) -> None:
         self.config, self.steps_per_epoch, self.start = config, steps_per_epoch, start
         self.limit_s = config.max_time_s
-        self.steps_per_evaluation = STEPS_PER_FORWARD * num_val_examples / (config.batch_size * config.accumulate)
+        self.steps_per_evaluation = STEPS_PER_FORWARD * num_val_examples / config.examples_per_step
         self.evaluating_s, self.evaluations = 0.0, 0
         self.mark_s = start.elapsed_s  # end of the last step or evaluation
         self.evaluated_s = start.elapsed_s  # end of the last evaluation
