@@ -340,10 +340,7 @@ class Config(Table):
                 table = table[parent]
                 if not isinstance(table, dict):
                     raise UsageError(f"--set {assignment}: {parent} is a value, not a table")
-            try:
-                table[leaf] = None if text.strip() == "none" else tomllib.loads(f"value = {text}")["value"]
-            except tomllib.TOMLDecodeError:
-                table[leaf] = text.strip()
+            table[leaf] = parse_value(text)
             typed[".".join(keys)] = flag.typed if flag else f"--set {assignment}"
         return Config.parse(tables, "options", typed)
 
@@ -356,6 +353,16 @@ class Config(Table):
     def to_toml(self) -> str:
         """Return the resolved configuration as TOML, without the keys that have no value."""
         return tomli_w.dumps(self.to_dict(without_none=True))
+
+
+def parse_value(text: str) -> Any:
+    """Return a value in TOML, a bare word as text, or None for none."""
+    if text.strip() == "none":
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text.strip()
 
 
 class Flag(str):

@@ -113,6 +113,8 @@ def test_the_values_of_a_sweep() -> None:
     for text in ("train.lr", "=1", "train.lr=", "train.lr=log:0:1", "train.lr=lin:2:1", "train.lr=log:a:b"):
         with pytest.raises(UsageError, match="--vary"):
             parse_vary(text)
+    narrow = parse_vary("train.lr=log:0.0012345:0.0012349")  # narrower than the digits of a drawn number
+    assert (narrow.at(0), narrow.at(1)) == (0.0012345, 0.0012345)
     two = [Vary("a", (1, 2, 3)), Vary("b", ("x", "y"))]
     assert settled("auto", two, None) == ("grid", 6)
     assert settled("random", two, 4) == ("random", 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from perceiver_cli.config import parse_value
 from perceiver_cli.errors import UsageError
 from perceiver_cli.training.several import RunEntry
 
@@ -43,7 +43,11 @@ class Vary:
             value = exp(log(self.low) + share * (log(self.high) - log(self.low)))
         else:
             value = self.low + share * (self.high - self.low)
-        return round(value) if self.is_whole else float(f"{value:.{DIGITS}g}")
+        return round(value) if self.is_whole else self.short(value)
+
+    def short(self, value: float) -> float:
+        """Return a drawn number with few digits, inside the range."""
+        return min(self.high, max(self.low, float(f"{value:.{DIGITS}g}")))
 
 
 def parse_vary(text: str) -> Vary:
@@ -61,16 +65,8 @@ def parse_vary(text: str) -> Vary:
             raise UsageError(f"--vary {text}: a range goes from a lower to a higher number, of log above 0")
         whole = all(re.fullmatch(r"-?\d+", end.strip()) for end in match.groups()[1:])
         return Vary(key, (), low, high, match[1] == "log", bool(whole))
-    values = tuple(_value(part) for part in re.split(r",(?![^\[]*\])", rest))
+    values = tuple(parse_value(part) for part in re.split(r",(?![^\[]*\])", rest))
     return Vary(key, tuple(dict.fromkeys(values)) if all(map(_is_plain, values)) else values)
-
-
-def _value(text: str) -> Any:
-    """Return a value in TOML, or a bare word as text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return None if text.strip() == "none" else text.strip()
 
 
 def _is_plain(value: Any) -> bool:
@@ -156,9 +152,9 @@ def _asked(vary: Sequence[Vary], members: Sequence[RunEntry], seed: int) -> Valu
             score = 0.0 if member.score is None else member.score
             study.add_trial(optuna.trial.create_trial(params=own, distributions=kinds, value=score))
         asked = study.ask(kinds).params
-    return {one.key: one.values[asked[one.key]] if one.values else _short(one, asked[one.key]) for one in vary}
 
+    def value_of(one: Vary) -> Any:
+        found = asked[one.key]
+        return one.values[found] if one.values else found if one.is_whole else one.short(found)
 
-def _short(one: Vary, value: Any) -> Any:
-    """Return a drawn number with few digits, inside its range."""
-    return value if one.is_whole else min(one.high, max(one.low, float(f"{value:.{DIGITS}g}")))
+    return {one.key: value_of(one) for one in vary}
