@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,12 +17,14 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import scan
 from perceiver_cli.data.inputs import Pipe
 from perceiver_cli.data.lint import lint
+from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.manifest import ColumnError, read_manifest
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
-from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.inference.predictor import Predictor, forward_batches
 from perceiver_cli.inference.worth import worth
+from perceiver_cli.model.ensemble import Model
 from perceiver_cli.report.explanation import to_picture
 from perceiver_cli.report.html import page
 from perceiver_cli.training.trainer import Trainer
@@ -145,6 +148,22 @@ def test_the_worth_of_inputs_adds_up(sold: tuple[Path, Predictor]) -> None:
     assert {*measured.per_class} == {"0", "1"}
     with pytest.raises(UsageError, match="2 to 8 inputs"):
         worth(predictor, replace(report, modalities=("text",)))
+
+
+def test_the_worth_is_measured_with_the_views_of_the_evaluation(
+    sold: tuple[Path, Predictor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, predictor = sold
+    views = []
+
+    def noted(model: Model, reader: Reader, *rest: Any) -> Any:
+        views.append(reader.num_views)
+        return forward_batches(model, reader, *rest)
+
+    monkeypatch.setattr("perceiver_cli.inference.labelled.forward_batches", noted)
+    monkeypatch.setattr(predictor.reader, "asked_views", 2)
+    worth(predictor, evaluate(predictor, data))
+    assert views == [2, 2, 2]  # the evaluation and each input alone
 
 
 def test_words_and_columns_are_explained_and_shown(sold: tuple[Path, Predictor], tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -336,7 +336,7 @@ def evaluate_shared(
     if name == "val" and predictor.info.calibration is not None:
         notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
     scored = label_logits(
-        predictor.model, reader_of(predictor, catalog), examples, predictor.compute,
+        predictor.model, reader_of(predictor, catalog.bad), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
         None if progress is None else lambda done: progress(done, len(examples)), ranks,
     )  # fmt: skip
@@ -376,7 +376,7 @@ def calibrate(
     catalog, _ = split_of_run(labelled_catalog(predictor, data)[0], predictor, "val")
     _, examples = choose_split(catalog, "val")
     scored = label_logits(
-        predictor.model, reader_of(predictor, catalog), examples, predictor.compute,
+        predictor.model, reader_of(predictor, catalog.bad), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers, None, ranks,
     )  # fmt: skip
     temperature, thresholds = ranks.from_first(lambda: _fitted(predictor, scored))
@@ -411,9 +411,11 @@ def calibrated(scored: LabelledLogits) -> tuple[float, float]:
     return temperature, calibration_error(*_judged(probabilities, scored.targets))
 
 
-def reader_of(predictor: Predictor, catalog: Catalog) -> Reader:
+def reader_of(predictor: Predictor, bad: Mapping[str, str] | None = None, use: Collection[str] | None = None) -> Reader:
+    """Return a reader as the predictor's. bad: errors by id of examples; use: the modalities to read, None for all."""
     reader = predictor.reader
-    mine = Reader(reader.specs, reader.limits, catalog.bad, reader.multi_label_classes)
+    specs = {name: spec for name, spec in reader.specs.items() if use is None or name in use}
+    mine = Reader(specs, reader.limits, bad, reader.multi_label_classes)
     mine.asked_views = reader.asked_views
     return mine
 

@@ -93,7 +93,7 @@ def check_labels(
     catalog, _ = labelled_catalog(predictor, data)
     if catalog.multi_label or predictor.info.config.multi_label:
         raise UsageError("--labels judges one label an example, this data or model has several")
-    reader = reader_of(predictor, catalog)
+    reader = reader_of(predictor, catalog.bad)
     split_of = {example.id: split for split, examples in catalog.splits.items() for example in examples}
     every = [example for example in catalog.merged(catalog.splits) if example.labels]
     examples: list[Example] = []

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.data.loader import Reader
 from perceiver_cli.errors import UsageError
-from perceiver_cli.inference.evaluation import Report
+from perceiver_cli.inference.evaluation import Report, reader_of
 from perceiver_cli.inference.labelled import label_logits
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import Interval, figure_interval
@@ -104,14 +103,12 @@ def _right(
     workers: int,
 ) -> NDArray[np.float64]:
     """Return for each example whether the answer from some inputs is right, chance for one that lacks them."""
-    reader = predictor.reader
-    specs = {name: spec for name, spec in reader.specs.items() if name in chosen}
     known = [example for example in report.examples if chosen & example.sources.keys()]
     right = chance.copy()
     if not known:
         return right
     scored = label_logits(
-        predictor.model, Reader(specs, reader.limits), known, predictor.compute,
+        predictor.model, reader_of(predictor, use=chosen), known, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
     )  # fmt: skip
     assert scored is not None  # one process answers
