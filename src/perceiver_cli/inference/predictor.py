@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, takewhile
-from math import inf, log
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD, Calibration, load_
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.encoding import Segment
-from perceiver_cli.model.ensemble import Model
+from perceiver_cli.model.ensemble import Model, joined
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.run_folder import find_model
@@ -39,7 +39,6 @@ from perceiver_cli.run_folder import find_model
 FORWARD_BYTES = 256 << 20  # activations on a CPU, where larger batches are no faster
 UNKNOWN = "unknown"  # the label if no class reaches `min_prob`
 MOST_AT_ONCE = {"cpu": 32, "cuda": 256}  # the largest batch; a reader of a pipe waits for one
-NEVER = 1e-12  # smallest mean probability of views, so that its logit is finite
 
 
 @dataclass(frozen=True)
@@ -421,11 +420,7 @@ def forward(
         latents = model.encode({name: segment.to(compute.device) for name, segment in segments.items()})
         logits = model.classify(latents).cpu().double()
         embeddings = latents.float().mean(dim=1).cpu()
-    if num_views == 1:
-        return Outputs(logits, embeddings)
     # (B V, ...) -> (B, V, ...)
     embeddings = embeddings.reshape(-1, num_views, embeddings.shape[-1]).mean(dim=1)
-    logits = logits.reshape(-1, num_views, logits.shape[-1])
-    if multi_label:
-        return Outputs(logits.sigmoid().mean(dim=1).logit(eps=NEVER), embeddings)
-    return Outputs(logits.log_softmax(dim=-1).logsumexp(dim=1) - log(num_views), embeddings)
+    views = logits.reshape(-1, num_views, logits.shape[-1]).unbind(dim=1)
+    return Outputs(joined(views, multi_label=multi_label), embeddings)

@@ -10,11 +10,10 @@ from math import log
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from perceiver_cli.model.encoding import ByteArrayEncoding, Segment
 from perceiver_cli.model.perceiver import Perceiver
-
-NEVER = 1e-12  # smallest mean probability, so that its logit is finite
 
 
 class Ensemble(nn.Module):
@@ -63,10 +62,12 @@ def parts_of(model: Model) -> tuple[Perceiver, ...]:
 
 
 def joined(logits: Sequence[Tensor], *, multi_label: bool) -> Tensor:
-    """Return the logits (B, classes) of the mean probabilities of several models' logits; of one, its own."""
+    """Return the logits (B, classes) of the mean probabilities of several models' or views' logits; of one, its own."""
     if len(logits) == 1:
         return logits[0]
     stacked = torch.stack(list(logits))
     if multi_label:
-        return stacked.sigmoid().mean(dim=0).logit(eps=NEVER)
+        # The odds of the mean, as sums in logarithms: a mean in float32 rounds to 1, whose logit is infinite. A
+        # softplus, because ONNX has no stable logsigmoid.
+        return (-F.softplus(-stacked)).logsumexp(dim=0) - (-F.softplus(stacked)).logsumexp(dim=0)
     return stacked.log_softmax(dim=-1).logsumexp(dim=0) - log(len(logits))
