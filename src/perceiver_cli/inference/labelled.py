@@ -61,11 +61,10 @@ def label_logits(
         if progress is not None:
             progress(min(done * ranks.size, len(known)))
     model.train(was_training)
-    parts = [_unpacked(packed, model.head.out_features) for packed in ranks.gather(_packed(answers))]
-    if not parts:
-        return None
-    every = [answer for turn in zip_longest(*parts) for answer in turn if answer is not None]
-    return _labelled(reader, examples, known, batch_size, every)
+    if ranks.size > 1:
+        parts = [_unpacked(packed, model.head.out_features) for packed in ranks.gather(_packed(answers))]
+        answers = [answer for turn in zip_longest(*parts) for answer in turn if answer is not None]
+    return _labelled(reader, examples, known, batch_size, answers) if ranks.first else None
 
 
 class _Answers(NamedTuple):
