@@ -322,7 +322,11 @@ def evaluate_shared(
 ) -> Report | None:
     """Return in the first of several processes what `evaluate` does, None in the others."""
     reads, (catalog, used) = predictor.modalities, labelled_catalog(predictor, data)
-    catalog, origin = split_of_run(catalog, predictor, split)
+    divided, origin = split_of_run(catalog, predictor)
+    if split in ("test", "all") or (split is None and "test" in catalog.splits):
+        origin = "data"  # these need no split of the run
+    else:
+        catalog = divided
     name, examples = choose_split(catalog, split)
     present = {predictor.classes[label] for e in examples for label in e.labels}
     missing = [c for c in predictor.classes if c not in present]
@@ -347,7 +351,7 @@ def evaluate_shared(
     if not isfinite(report.loss):
         raise predictor.broken()
     files = catalog.accounted({example.id for example, _ in report.bad}, name, scored=True)
-    facts = facts_of(split_of_run(catalog, predictor, "val")[0])
+    facts = facts_of(divided)
     report = replace(
         report, split=name, split_from=origin, modalities=used, notes=tuple(notes), files=files, facts=facts
     )
@@ -373,7 +377,7 @@ def calibrate(
     """
     if predictor.reader.specs.keys() != set(predictor.modalities):
         raise UsageError("a calibration needs all modalities of the model", "leave out --use")
-    catalog, _ = split_of_run(labelled_catalog(predictor, data)[0], predictor, "val")
+    catalog, _ = split_of_run(labelled_catalog(predictor, data)[0], predictor)
     _, examples = choose_split(catalog, "val")
     scored = label_logits(
         predictor.model, reader_of(predictor, catalog.bad), examples, predictor.compute,
@@ -437,14 +441,12 @@ def labelled_catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tupl
     return catalog, used
 
 
-def split_of_run(catalog: Catalog, predictor: Predictor, split: str | None) -> tuple[Catalog, str]:
+def split_of_run(catalog: Catalog, predictor: Predictor) -> tuple[Catalog, str]:
     """Return the catalog split as in the model's run, and the source of the split: "run" or "data".
 
     A run's saved split is valid even if files were added since. Outside its run a model file has the split by hash, if
-    the data are unchanged. The test split and "all" need neither.
+    the data are unchanged.
     """
-    if split in ("test", "all") or (split is None and "test" in catalog.splits):
-        return catalog, "data"
     catalog = replace(catalog, group_by=predictor.info.config.data.group_by)  # not that of the report
     path = predictor.path.parent / SPLIT_FILE
     saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
