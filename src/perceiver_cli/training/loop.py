@@ -92,7 +92,7 @@ class Run:
         self.total_steps = plan.planned_steps
         self.elapsed_before = 0.0
         self.best: dict[str, Any] = {}
-        self.answers = ""  # of the last evaluation, to each validation example, as lines of JSON
+        self.records: tuple[dict[str, Any], ...] = ()  # of the last evaluation, one for each validation example
         self.top = 0.0  # the highest validation score so far
         self.stale = 0  # evaluations since
         self.loss_sum = torch.zeros((), device=self.compute.device)  # since the last evaluation
@@ -361,7 +361,7 @@ class Run:
         assert scored is not None, "the first process has the answers of all"
         report = report_of(self.judged, scored, self.catalog.classes)
         scores = {"val_accuracy": report.accuracy, "val_top5": report.top5, "val_loss": report.loss}
-        self.answers = "".join(json.dumps(answer) + "\n" for answer in report.records)
+        self.records = report.records
         if len(scored.examples) >= CALIBRATED_EXAMPLES and report.ece is not None:
             temperature, ece = calibrated(scored)
             scores |= {"val_ece": ece, "val_ece_uncalibrated": report.ece, "temperature": temperature}
@@ -371,8 +371,9 @@ class Run:
     def _write_evaluation(self, log: Mapping[str, Any]) -> None:
         """Write a line of the log and, of the best model so far, its answers to the validation split and the model."""
         if log["best"]:
-            if self.answers:
-                write_text(self.plan.output / ANSWERS_FILE, self.answers)
+            if self.records:
+                lines = (json.dumps(record) + "\n" for record in self.records)
+                write_text(self.plan.output / ANSWERS_FILE, "".join(lines))
             self._save_model(self.best)
         append_log(self.plan.output, log)
 
