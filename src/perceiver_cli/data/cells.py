@@ -32,6 +32,7 @@ UNQUOTED: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # XLSX and ODS, which are zips; XLS
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte of a text that is not UTF-8
 BLANKS = r"[\s\ufeff\u200b\u2060]"  # no-break spaces too; the last three have no width
+ENDS, LINE_ENDS = re.compile(rf"^{BLANKS}+|{BLANKS}+$"), re.compile(r"[\r\n\t]+")
 
 NOTE_CP1252 = "not UTF-8: read as Windows-1252"
 
@@ -103,7 +104,7 @@ def as_label(cell: Any) -> str:
     if isinstance(cell, list | dict):
         raise ValueError("a list" if isinstance(cell, list) else "an object")
     text = "" if cell is None else str(cell).lower() if isinstance(cell, bool) else str(cell)
-    return re.sub(rf"^{BLANKS}+|{BLANKS}+$", "", re.sub(r"[\r\n\t]+", " ", text))
+    return ENDS.sub("", LINE_ENDS.sub(" ", text))
 
 
 # ---------------------------------------------------------------- CSV

@@ -37,8 +37,9 @@ BESIDE = "_file_name"  # image_file_name: Hugging Face's columns for files of se
 LIKE_PATH = (*PATH_COLUMNS, "source", "uri", "image_path", "filename_path")
 NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
 LIKE_NOTHING = ("nan", "null", "none", "n/a", "<na>")  # what programs write for a missing value
+SEVERAL = re.compile(r"[;,|]")  # parts the labels of a cell
 NAMED = 5  # columns in a note
-NOTHING: Mapping[str, str] = {}  # of a million rows, each without cells that are passed
+NOTHING: Mapping[str, Any] = {}  # of a million rows, each without cells that are inputs or passed
 EVERY = "*"  # in `pass_columns`
 ID = "id"  # passed, it takes the place of an example's own id
 NO_OPTIONS = DataConfig()
@@ -187,11 +188,11 @@ def read_manifest(
     )
     beside = beside if options.root is None else None
     rows, unlabelled, left_out = [], 0, list[str]()
+    inputs = _by_modality(roles.cells)
     for number, of_row in enumerate(cells.rows, start=1):
         try:
-            row = replace(_row(of_row, roles, is_several, split, beside), cells=_inputs(of_row, roles, number))
-            if roles.passed:
-                row = replace(row, passed={name: _text(of_row.get(name)) for name in roles.passed})
+            own, passed = _inputs(of_row, inputs, number), {name: _text(of_row.get(name)) for name in roles.passed}
+            row = _row(of_row, roles, is_several, split, beside, cells=own or NOTHING, passed=passed or NOTHING)
         except ValueError as error:
             raise DataError(f"{shown}: row {number} has {error}") from error
         if roles.label is not None and not row.labels and not is_several:
@@ -213,34 +214,42 @@ def read_manifest(
     return Manifest(rows, is_several, tuple(filter(None, notes)), tuple(left_out), roles.cells)
 
 
-def _row(cells: Mapping[str, Any], roles: Roles, is_several: bool, split: str, beside: str | None) -> Row:
-    """Return a row with its cells. Raises ValueError with the cell that is wrong."""
-    paths: dict[str, str] = {name: cell for name, column in roles.paths.items() if (cell := cells.get(column))}
+def _row(of_row: Mapping[str, Any], roles: Roles, is_several: bool, split: str, beside: str | None, **more: Any) -> Row:
+    """Return the row of these cells, and with `more` of its fields. Raises ValueError with the cell that is wrong."""
+    paths: dict[str, str] = {name: cell for name, column in roles.paths.items() if (cell := of_row.get(column))}
     if not all(isinstance(path, str) for path in paths.values()):
         raise ValueError("a path that is not text")
     paths = {name: path for name, path in paths.items() if path.strip()}
     if beside is not None:
         paths = {name: os.path.normpath(os.path.join(beside, path)) for name, path in paths.items()}
         split = next((folder for path in paths.values() if (folder := top_split(path))), split)
-    own = as_label(cells.get(roles.split)).lower() if roles.split is not None else ""
+    own = as_label(of_row.get(roles.split)).lower() if roles.split is not None else ""
     if own and own not in SPLIT_NAMES:
         raise ValueError(f"split {show_path(own)}, expected train, val or test")
-    label = None if roles.label is None else cells.get(roles.label)
-    several = label if isinstance(label, list) else re.split(r"[;,|]", as_label(label)) if is_several else [label]
+    label = None if roles.label is None else of_row.get(roles.label)
+    several = label if isinstance(label, list) else SEVERAL.split(as_label(label)) if is_several else [label]
     try:
         named = tuple(filter(None, map(as_label, several)))
     except ValueError as error:
         raise ValueError(f"a label that is {error}, expected text or a number") from error
-    group = "" if roles.group is None else as_label(cells.get(roles.group))
-    return Row(paths.pop("", ""), paths, SPLIT_NAMES[own or split], named, group)
+    group = "" if roles.group is None else as_label(of_row.get(roles.group))
+    return Row(paths.pop("", ""), paths, SPLIT_NAMES[own or split], named, group, **more)
 
 
-def _inputs(cells: Mapping[str, Any], roles: Roles, number: int) -> dict[str, Source]:
+def _by_modality(kinds: Mapping[str, str]) -> dict[str, list[tuple[str, str]]]:
+    """Return the columns, with their kinds, whose cells each modality reads."""
+    owners, columns = preprocess.cell_kinds() if kinds else {}, defaultdict[str, list[tuple[str, str]]](list)
+    for column, kind in kinds.items():
+        columns[owners[kind]].append((column, kind))
+    return columns
+
+
+def _inputs(cells: Mapping[str, Any], columns: Mapping[str, list[tuple[str, str]]], number: int) -> dict[str, Source]:
     """Return the inputs, by modality, that are cells of a row."""
-    owners, by_modality = preprocess.cell_kinds(), defaultdict[str, list[tuple[str, str, Any]]](list)
-    for column, kind in roles.cells.items():
-        by_modality[owners[kind]].append((column, kind, cells.get(column)))
-    each = {name: preprocess.modality(name).of_cells(own) for name, own in by_modality.items()}
+    each = {
+        name: preprocess.modality(name).of_cells([(column, kind, cells.get(column)) for column, kind in own])
+        for name, own in columns.items()
+    }
     return {name: Source(f"row {number}", data, (name,)) for name, data in each.items() if data is not None}
 
 
