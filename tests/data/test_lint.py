@@ -69,6 +69,17 @@ def test_the_list_of_good_files_has_no_fault(faulty: Path, tmp_path: Path, name:
     assert [each.command[1] for each in after_lint(clean)] == ["train"]
 
 
+def test_a_label_with_a_separator_is_listed_as_json_alone(tmp_path: Path) -> None:
+    write_images(tmp_path, {"a": 2})
+    rows = [{"path": f"a/{number:03d}.png", "labels": [["red, dark", "old"], ["new"]][number]} for number in (0, 1)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = lint(tmp_path / "data.jsonl", workers=0)
+    with pytest.raises(UsageError, match=r"'red, dark'.*pass -o FILE\.jsonl"):
+        write_clean(report, str(tmp_path / "clean.csv"))
+    write_clean(report, str(tmp_path / "clean.jsonl"))
+    assert lint(tmp_path / "clean.jsonl", workers=0).catalog.classes == ("new", "old", "red, dark")
+
+
 def test_a_class_of_silence_stays(tmp_path: Path) -> None:
     for k, label in enumerate(("hum", "silence")):
         (tmp_path / label).mkdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 from perceiver_cli.data.catalog import Catalog
 from perceiver_cli.data.examples import Example, Records
 from perceiver_cli.data.lint import LintReport
+from perceiver_cli.data.manifest import SEVERAL
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import check_suffix, show_path, write_text
 from perceiver_cli.preprocess.source import Source
@@ -54,7 +55,8 @@ def is_listable(catalog: Catalog) -> bool:
 def write_clean(report: LintReport, output: str) -> tuple[int, int]:
     """Write the list of good examples to FILE.csv or FILE.jsonl; return how many are in it and how many left out.
 
-    Paths are relative to the list's folder. Raises UsageError for another suffix, and for data that no list can name.
+    Paths are relative to the list's folder. Raises UsageError for another suffix, for data that no list can name, and
+    for a label that a CSV would part in two.
     """
     suffix = check_suffix(output, (".csv", ".jsonl"), "-o", "not a format of lists")
     catalog = report.catalog
@@ -71,6 +73,9 @@ def write_clean(report: LintReport, output: str) -> tuple[int, int]:
     if suffix == ".jsonl":
         write_text(output, "".join(json.dumps(row) + "\n" for row in rows))
     else:
+        labels = (label for row in rows for label in row.get("labels", ()) if SEVERAL.search(label))
+        if (label := next(labels, None)) is not None:
+            raise UsageError(f"label {show_path(label)}: ; , and | part the labels of a CSV", "pass -o FILE.jsonl")
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()
