@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from perceiver_cli.config import DataConfig
+from perceiver_cli.config import DataConfig, tiny_config
 from perceiver_cli.data.catalog import scan
-from perceiver_cli.data.inputs import Pipe
+from perceiver_cli.data.inputs import Pipe, examples_of
 from perceiver_cli.data.lint import lint
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.manifest import ColumnError, read_manifest
@@ -25,6 +25,7 @@ from perceiver_cli.inference.explain import explain
 from perceiver_cli.inference.predictor import Predictor, forward_batches
 from perceiver_cli.inference.worth import worth
 from perceiver_cli.model.ensemble import Model
+from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.report.explanation import to_picture
 from perceiver_cli.report.html import page
 from perceiver_cli.training.trainer import Trainer
@@ -210,6 +211,27 @@ def test_cells_beside_files(tmp_path: Path) -> None:
     plain = scan(tmp_path / "rows.csv", options=DataConfig(path_column={"image": "photo"}))
     assert plain.modalities == ("image",)
     assert not plain.columns
+
+
+def test_rows_have_one_id_wherever_they_are_read(tmp_path: Path) -> None:
+    """A prediction had the whole path as id, and rows of one file had one id; a cell was named as a file."""
+    for name in ("0.png", "1.png"):
+        Image.new("L", (8, 8), 30).save(tmp_path / name)
+    data = tmp_path / "rows.csv"
+    data.write_text(
+        "photo,title,label\n0.png,red words,0\n1.png,blue words,1\n0.png,other words,0\n0.png,,1\n,alone,1\n"
+    )
+    options = DataConfig(path_column={"image": "photo"}, columns={"title": "text"})
+    reads = tiny_config(["image", "text"]).inputs
+    predicted = list(examples_of(data, reads, Limits(), options=(options,)))
+    trained = {example.id: example for example in scan(data, options=options).splits["train"]}
+    assert [example.id for example in predicted] == ["0.png", "1.png", "0.png (2)", "0.png (3)", "row 5"]
+    assert {example.id: {*example.sources} for example in predicted} == {
+        name: {*example.sources} for name, example in trained.items()
+    }
+    assert [example.paths for example in predicted[-2:]] == [{"image": str(tmp_path / "0.png")}, {}]
+    assert [example.path for example in predicted[-2:]] == [str(tmp_path / "0.png"), "row 5"]
+    assert predicted[0].names == {"id": "0.png"}
 
 
 def test_the_command_line_names_columns(sold: tuple[Path, Predictor], perceive: Perceive, tmp_path: Path) -> None:

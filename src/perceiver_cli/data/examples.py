@@ -39,8 +39,9 @@ class Example:
 
     @property
     def paths(self) -> dict[str, str]:
-        """The path of each modality's file, as it can be opened; none for a record."""
-        return {name: source.name for name, source in self.sources.items() if isinstance(source, Source)}
+        """The path of each modality's file, as it can be opened; none for a record, a cell or bytes."""
+        files = ((name, source) for name, source in self.sources.items() if isinstance(source, Source))
+        return {name: source.name for name, source in files if not isinstance(source.data, bytes)}
 
     @property
     def path(self) -> str:
@@ -56,9 +57,7 @@ class Example:
     @property
     def files(self) -> set[str]:
         """The names of its files; its id for a record, or without a file."""
-        files = (source for source in self.sources.values() if isinstance(source, Source))
-        names = {source.name for source in files if not isinstance(source.data, bytes)}
-        return names or {self.id}
+        return {*self.paths.values()} or {self.id}
 
     @cached_property
     def key(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +24,17 @@ from perceiver_cli.data.examples import PAUSE, Example, passed_on
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
 from perceiver_cli.data.manifest import NO_OPTIONS, Row, is_manifest, read_manifest
-from perceiver_cli.data.pairing import TABLE, as_points, assemble, either, identity, sources_of, stem, tables_beside
+from perceiver_cli.data.pairing import (
+    TABLE,
+    as_points,
+    assemble,
+    either,
+    identity,
+    numbered,
+    sources_of,
+    stem,
+    tables_beside,
+)
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import modality, with_time
@@ -214,7 +224,8 @@ def _row_examples(
 ) -> Iterator[Example]:
     """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder."""
     manifest = fitting(lambda each: read_manifest(source, each, "ignored"), options)
-    yield from _listing_examples(Listing(manifest.rows, folder=options[0].root or "", by_stem=False), [*reads], use)
+    listing = Listing(manifest.rows, folder=options[0].root or "", by_stem=False, columns=manifest.columns)
+    yield from _listing_examples(listing, [*reads], use)
 
 
 def piped(source: Source, wanted: str | None = None) -> File:
@@ -249,14 +260,15 @@ def _file_example(file: File, use: Collection[str]) -> Example:
     return Example(file.path, sources_of({nearest: file}, use))
 
 
-def _row_example(row: Row, reads: Collection[str], use: Collection[str]) -> Example:
-    """Return the example of a row of which cells are inputs."""
+def _row_example(row: Row, number: int, folder: str, reads: Collection[str], use: Collection[str]) -> Example:
+    """Return the example of a row with a file for each modality, or of which cells are inputs."""
     cells = {name: source for name, source in row.cells.items() if name in reads}
     if row.path:
-        example = _file_example(row.looked_at("", None), use)
+        example = _file_example(row.looked_at(folder, only(use)), use)
     else:
-        sources = {name: Source(path) for name, path in row.columns.items()}
-        example = Example(identity(row.paths) or next(iter(row.cells.values())).name, sources)
+        sources = {name: Source(os.path.join(folder, path)) for name, path in row.columns.items()}
+        own = next(iter(row.cells.values())).name if row.cells else f"row {number}"
+        example = Example(identity(row.paths) if sources else own, sources)
     return replace(example, sources={**example.sources, **cells}, passed=row.passed)
 
 
@@ -265,14 +277,17 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
     is_folder = listing.by_stem and listing.folder != ""
     by_stem = is_folder and listing.pair != "none" and len(reads) > 1
     suffixes = frozenset[str]().union(*(modality(name).suffixes for name in reads))
+    ids = Counter[str]()
     rows = enumerate(listing.rows, start=1)
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
         groups: dict[str, list[File]] = defaultdict(list)
         passed: dict[str, Mapping[str, str]] = {}
         for number, row in folder_rows:
-            if row.cells:
-                yield _row_example(row.below(listing.folder), reads, use)
-            elif row.path:
+            if row.cells or listing.columns or not row.path:
+                example = _row_example(row, number, listing.folder, reads, use)
+                is_of_cells = row.cells or listing.columns
+                yield replace(example, id=numbered(example.id, ids)) if is_of_cells else example
+            else:
                 file = row.looked_at(listing.folder, only(use))
                 file = as_points(file) if by_stem and listing.pair == "all" else file
                 if is_folder and file.among(reads) is None and suffix_of(file.path) not in suffixes:
@@ -280,11 +295,6 @@ def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[
                 else:
                     groups[stem(file.path)].append(file)
                     passed[file.path] = row.passed
-            else:
-                whole = row.below(listing.folder)
-                sources = {name: Source(path) for name, path in whole.columns.items()}
-                name = identity(row.paths) if sources else f"row {number}"
-                yield Example(name, sources, passed=row.passed)
         tables = tables_beside(chain.from_iterable(groups.values()), reads, listing.pair) if by_stem else set()
         for path in sorted(tables):
             listing.account.pass_over(TABLE, path)

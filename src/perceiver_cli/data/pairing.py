@@ -134,11 +134,16 @@ def with_cells(
     every, ids = [], Counter[str]()
     for example, row in (*examples, *alone):
         cells = {name: source for name, source in row.cells.items() if name in read}
-        ids[example.id] += 1
-        name = f"{example.id} ({ids[example.id]})" if ids[example.id] > 1 else example.id
+        name = numbered(example.id, ids)
         if example.sources or example.error or cells:
             every.append((replace(example, id=name, sources={**example.sources, **cells}), row))
     return every, holds | held, brings | read
+
+
+def numbered(name: str, names: Counter[str]) -> str:
+    """Return the id of one more row of a name, which is counted: "a.png", then "a.png (2)"."""
+    names[name] += 1
+    return f"{name} ({names[name]})" if names[name] > 1 else name
 
 
 def either(names: Iterable[str]) -> str:
