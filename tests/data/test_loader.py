@@ -515,6 +515,17 @@ def test_sound_that_begins_with_its_onset_has_one_view(tmp_path: Path) -> None:
     assert batches[2].used == (("audio",), ("audio",))
 
 
+def test_a_fast_clip_of_a_long_sound_is_not_filled_up(tmp_path: Path) -> None:
+    """Only the clip itself was decoded: played faster, it ended early, and its beginning was heard again."""
+    soundfile.write(tmp_path / "a.wav", np.linspace(0, 0.9, 4 * RATE_HZ, dtype=np.float32), RATE_HZ, subtype="FLOAT")
+    reader = Reader({"audio": SOUND.model_copy(update={"speed": 0.5})}, Limits())
+    decoded = reader.decode(Example("a", {"audio": Source(str(tmp_path / "a.wav"))}))
+    assert decoded.long
+    for seed in range(8):
+        (view,) = reader.views(decoded, (0, seed))
+        assert (np.diff(view["audio"].values.reshape(-1)) >= 0).all()
+
+
 def test_a_film_without_sound_has_windows_spread_over_it(tmp_path: Path) -> None:
     """A spec of sound that finds its own start decided for the film too: all windows were the middle one."""
     film = Example("film", {"video": Source(str(write_clip(tmp_path / "c.mp4", 1, None, 3.0)))})

@@ -131,6 +131,22 @@ def test_sound_is_varied_by_its_seed_alone() -> None:
     assert not np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_speed_keeps_the_moment_that_a_picture_shares(seed: int) -> None:
+    """The sound was played faster before it was cut: at 30 s of a film it was up to 6 s away from the picture."""
+    spec = AudioSpec(features="raw", rate_hz=1000, clip_s=1.0, patch=(1,), speed=0.2)
+    seconds = np.arange(40_000, dtype=np.float32) / 1000
+    clip = modality("audio").prepare(seconds, spec, np.random.default_rng(seed), 30.0).values[:, 0]
+    assert clip.shape == (1000,)
+    assert clip[0] == pytest.approx(30.0)
+    factor = np.random.default_rng(seed).uniform(0.8, 1.2)
+    assert clip[-1] == pytest.approx(30.0 + factor, abs=0.01)
+    # What fills a short sound up is played as fast as the sound.
+    filled = spec.model_copy(update={"short": "pad"})
+    clip = modality("audio").prepare(1 + seconds[:500], filled, np.random.default_rng(seed), 0.0).values[:, 0]
+    assert np.count_nonzero(clip) == pytest.approx(500 / factor, abs=2)
+
+
 def test_the_first_points_of_a_cloud_stored_line_by_line_are_a_fair_sample() -> None:
     spec = PointsSpec(num_points=400, stem="neighbours", stem_points=50)
     line = np.stack([np.linspace(0, 1, 400), np.zeros(400), np.zeros(400)], axis=1).astype(np.float32)

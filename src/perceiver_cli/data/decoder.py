@@ -246,6 +246,10 @@ class Decoder:
             return decoded.ready[name]
         if timed is None:
             return modality(name).prepare(decoded.arrays[name], spec, rng)
+        if name in decoded.long and rng is not None and start_s is not None:
+            span_s = timed.span_s(spec)
+            first_s = max(0.0, min(start_s, decoded.seconds[name] - span_s))
+            return timed.prepare(decoded.long[name].array((first_s, span_s)), spec, rng, start_s - first_s)
         if name in decoded.long:
             return timed.prepare(self.clip(name, decoded, start_s)[0], spec, rng, 0.0)
         return timed.prepare(decoded.arrays[name], spec, rng, start_s)

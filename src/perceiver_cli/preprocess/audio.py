@@ -131,6 +131,9 @@ class AudioModality(TimedModality[AudioSpec]):
     def clip_s(self, spec: AudioSpec) -> float:
         return _clip_s(spec)
 
+    def span_s(self, spec: AudioSpec) -> float:
+        return _clip_s(spec) * (1 + _varied(spec.speed))
+
     def first_s(self, raw: Array, spec: AudioSpec) -> float:
         if spec.start == "onset" and (loud := _audible(raw)).size:
             return max(0.0, int(loud[0]) / _rate(spec) - ONSET_MARGIN_S)
@@ -272,9 +275,8 @@ class AudioModality(TimedModality[AudioSpec]):
     def prepare(self, raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
         speed = _varied(spec.speed)
-        if rng is not None and speed:
-            raw = _at_speed(raw, float(rng.uniform(1 - speed, 1 + speed)))
-        clip = _clip(raw, spec, rng, start_s)
+        factor = float(rng.uniform(1 - speed, 1 + speed)) if rng is not None and speed else 1.0
+        clip = _clip(raw, spec, rng, start_s, factor)
         if rng is not None and (noise := _varied(spec.noise)):
             level = rng.uniform(0, noise) * float(np.sqrt(np.mean(np.square(clip))))
             clip = clip + rng.normal(0, level, clip.size).astype(np.float32)
@@ -382,11 +384,12 @@ def is_one_shot(sound: Samples) -> bool:
     return bool(energy[: max(1, energy.size // 4)].sum() > ONE_SHOT_SHARE * energy.sum())
 
 
-def _at_speed(sound: Samples, factor: float) -> Samples:
-    """Return a sound played `factor` times as fast, by linear interpolation: good enough for training."""
-    places = np.arange(0, max(1, sound.size - 1), factor)
-    faster: Samples = np.interp(places, np.arange(sound.size), sound).astype(np.float32)
-    return faster
+def _of_length(sound: Samples, samples: int) -> Samples:
+    """Return a sound played faster or slower, by linear interpolation: good enough for training."""
+    if sound.size == samples:
+        return sound
+    played: Samples = np.interp(np.linspace(0, sound.size - 1, samples), np.arange(sound.size), sound)
+    return played.astype(np.float32)
 
 
 def _num_samples(spec: AudioSpec, seconds: float) -> int:
@@ -407,9 +410,13 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
     return 1 + (samples - window) // hop, spec.num_mels
 
 
-def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -> Samples:
-    """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up."""
-    samples = _num_samples(spec, _clip_s(spec))
+def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None, factor: float = 1.0) -> Samples:
+    """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up.
+
+    The clip is `factor` times as fast as `raw`. Its place is a time of `raw`, which a picture shares.
+    """
+    whole = _num_samples(spec, _clip_s(spec))
+    samples = max(1, round(whole * factor))
     if spec.start == "onset" and start_s is None and (loud := _audible(raw)).size:
         early = ONSET_MARGIN_S if rng is None else rng.uniform(0, 4 * ONSET_MARGIN_S)
         raw = raw[max(0, int(loud[0]) - round(early * _rate(spec))) :]
@@ -420,11 +427,11 @@ def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None) -
     drawn = int(rng.integers(places)) if rng is not None else max(0, spare // 2)
     if spare >= 0:
         start = drawn if at is None else min(at, spare)
-        return raw[start : start + samples]
+        return _of_length(raw[start : start + samples], whole)
     if spec.short == "loop":
-        return raw.take(np.arange(samples) + (drawn if at is None else at), mode="wrap")
+        return _of_length(raw.take(np.arange(samples) + (drawn if at is None else at), mode="wrap"), whole)
     kept, before = raw[at or 0 :], drawn if at is None else 0
-    return np.pad(kept, (before, samples - before - kept.size))
+    return _of_length(np.pad(kept, (before, samples - before - kept.size)), whole)
 
 
 def _log_mel(clip: Samples, spec: AudioSpec, rng: Rng | None) -> Samples:

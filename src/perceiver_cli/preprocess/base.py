@@ -269,6 +269,10 @@ class TimedModality(Modality[S]):
     def clip_s(self, spec: S) -> float:
         """Return the length in seconds of the byte arrays of `prepare`."""
 
+    def span_s(self, spec: S) -> float:
+        """Return the seconds of a file that a clip of training may need: more than its length if it is played fast."""
+        return self.clip_s(spec)
+
     def starts_itself(self, spec: S) -> bool:
         """Return whether `prepare` finds the start of each clip of a file that was decoded whole."""
         return False
