@@ -28,7 +28,7 @@ from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Pipe, Predictor, Windows
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.records.shards import open_shards, spooled
+from perceiver_cli.records.shards import Shards, open_shards, spooled
 from perceiver_cli.records.stream import Feed, read_records
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import RATE_HZ, SMALL, SMALL_CLIPS, SMALL_PAIRS, tone_of
@@ -516,3 +516,18 @@ def test_records_keep_the_columns_of_their_manifest(bars: Path, trained: Path, t
     predictor.options = {"pass_columns": ("*",)}
     lines = [p.to_dict() for p in predictor.predict(tmp_path / "m.tar")]
     assert [(line["id"], line["speaker"]) for line in lines[:2]] == [("n0", "s0"), ("n1", "s1")]
+
+
+def test_the_column_of_groups_is_read_once(bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at a training example read its facts from the tar again."""
+    paths = sorted((bars / "train").rglob("*.png"))
+    rows = [f"{path},{path.parent.name},s{n % 5}" for n, path in enumerate(paths)]
+    (tmp_path / "m.csv").write_text("\n".join(["path,label,speaker", *rows]) + "\n")
+    list(write_records(plan([str(tmp_path / "m.csv")], changes=SMALL), str(tmp_path / "m.tar"), lambda _: None))
+    read: list[int] = []
+    facts = Shards.facts
+    monkeypatch.setattr(Shards, "facts", lambda self, row: (read.append(row), facts(self, row))[1])
+    catalog = scan(tmp_path / "m.tar", options=DataConfig(group_by="speaker")).hold_out(0.2)
+    catalog.check_groups()
+    assert {example.group for split in catalog.splits.values() for example in split} == {f"s{n}" for n in range(5)}
+    assert sorted(read) == list(range(len(paths)))

@@ -448,8 +448,7 @@ def _records_catalog(
 ) -> Catalog:
     """Return the catalog of records, the same as of their files. beside: the account of what lies beside them."""
     column = None if group_by == PARENT else group_by
-    if column is not None:
-        shards.check_column(column)
+    groups = None if column is None else shards.column(column)
     holds = set(shards.header.inputs)
     brings = sorted(holds if reads is None else holds & set(reads))
     notes = list(shards.notes)
@@ -467,7 +466,7 @@ def _records_catalog(
         if missing:
             notes.append(f"{missing} of {len(shards)} records have no {name}")
     rows = {split: order[splits == number] for number, split in enumerate(SPLITS)}
-    made = partial(Records, shards, label_classes=label_classes, modalities=brings, group_by=column)
+    made = partial(Records, shards, label_classes=label_classes, modalities=brings, groups=groups)
     records = {split: made(own, passed=options.pass_columns) for split, own in rows.items() if len(own)}
     header, kinds = shards.header, tuple(sorted(holds))
     account = beside or Account()

@@ -16,7 +16,7 @@ from perceiver_cli.data.folders import parent
 from perceiver_cli.data.manifest import EVERY, NOTHING
 from perceiver_cli.preprocess.source import Source, key_of
 from perceiver_cli.records.format import Stored
-from perceiver_cli.records.shards import Shards
+from perceiver_cli.records.shards import Shards, TextColumn
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,8 @@ class Examples(Sequence[Example]):
 class Records(Examples):
     """Rows of shards as examples, made when needed: a million of them take no memory.
 
-    label_classes: the class of each of the shards' names, -1 for none. group_by: the column of an example's group;
-    without one, that is the folder in its id. passed: see `pass_columns` of the configuration.
+    label_classes: the class of each of the shards' names, -1 for none. groups: a column, the group of each row; without
+    one, that is the folder in its id. passed: see `pass_columns` of the configuration.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class Records(Examples):
         rows: NDArray[np.int64],
         label_classes: NDArray[np.int64],
         modalities: Sequence[str],
-        group_by: str | None = None,
+        groups: TextColumn | None = None,
         passed: Sequence[str] = (),
     ) -> None:
         self.shards, self.rows, self.label_classes, self.modalities = shards, rows, label_classes, modalities
-        self.group_by, self.passed = group_by, passed
+        self.groups, self.passed = groups, passed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,17 +141,14 @@ class Records(Examples):
         row = int(self.rows[index])
         name, error = self.shards.id(row), self.shards.errors.get(row)
         stored, labels = self.shards.stored(row, name, self.modalities), self._labels(row)
-        if not (self.group_by or self.passed):
-            return Example(name, stored, labels, error=error)
+        group = "" if self.groups is None else self.groups.of(row)
+        if not self.passed:
+            return Example(name, stored, labels, group, error)
         facts = self.shards.facts(row)
-        passed = passed_on(facts.columns, self.passed)
-        return Example(name, stored, labels, self._group(row), error, facts.path, passed)
+        return Example(name, stored, labels, group, error, facts.path, passed_on(facts.columns, self.passed))
 
     def _with(self, rows: NDArray[np.int64]) -> Records:
-        return Records(self.shards, rows, self.label_classes, self.modalities, self.group_by, self.passed)
-
-    def _group(self, row: int) -> str:
-        return self.shards.facts(row).columns.get(self.group_by, "") if self.group_by else ""
+        return Records(self.shards, rows, self.label_classes, self.modalities, self.groups, self.passed)
 
     def _labels(self, row: int) -> tuple[int, ...]:
         classes = {int(self.label_classes[label]) for label in self.shards.label_indices(row)}
@@ -181,9 +178,9 @@ class Records(Examples):
             firsts[row] = next(iter(self._labels(row)), -1)
         keys = self.shards.columns["keys"][self.rows]
         if grouped:
-            groups = (self._group(row) or (self.shards.id(row) if self.group_by else "") for row in self.rows.tolist())
-            folders = (group or parent(name) or name for group, (name, _) in zip(groups, self.named(), strict=True))
-            keys = np.array([key_of(name) for name in folders], np.uint64)
+            groups, each = self.groups, ((row, self.shards.id(row)) for row in self.rows.tolist())
+            names = ((parent(name) if groups is None else groups.of(row)) or name for row, name in each)
+            keys = np.array([key_of(name) for name in names], np.uint64)
         return keys, firsts[self.rows]
 
     def where(self, mask: NDArray[np.bool_]) -> Records:

@@ -388,8 +388,9 @@ def _of_length(sound: Samples, samples: int) -> Samples:
     """Return a sound played faster or slower, by linear interpolation: good enough for training."""
     if sound.size == samples:
         return sound
-    played: Samples = np.interp(np.linspace(0, sound.size - 1, samples), np.arange(sound.size), sound)
-    return played.astype(np.float32)
+    places = np.linspace(0, sound.size - 1, samples)
+    played: Samples = np.interp(places, np.arange(sound.size), sound).astype(np.float32)
+    return played
 
 
 def _num_samples(spec: AudioSpec, seconds: float) -> int:

@@ -84,6 +84,18 @@ def _opened(token: int) -> Tar:
 
 
 @dataclass(frozen=True)
+class TextColumn:
+    """The cells of a column, four bytes for each record. places: of a record's cell in texts."""
+
+    places: NDArray[np.int32]
+    texts: tuple[str, ...]
+
+    def of(self, row: int) -> str:
+        """Return the cell of a record."""
+        return self.texts[int(self.places[row])]
+
+
+@dataclass(frozen=True)
 class Shards:
     """Records of one or more tars, as columns; each row is a record.
 
@@ -156,13 +168,21 @@ class Shards:
                 return Facts.parse(bytes(tar.bytes_at(place + BLOCK, int(found[1], 8))), tar.shown)
         return Facts(self.given_id(row), self.given_id(row))  # an unreadable input has no arrays
 
-    def check_column(self, column: str) -> None:
-        """Raise DataError if a readable record lacks a column of its manifest."""
+    def column(self, column: str) -> TextColumn:
+        """Return the cells of a manifest's column, after reading the facts of all records.
+
+        Raises DataError if a readable record lacks it.
+        """
+        texts: dict[str, int] = {"": 0}
+        places = np.zeros(len(self), np.int32)
         for row in range(len(self)):
-            if row not in self.errors and column not in self.facts(row).columns:
+            cell = self.facts(row).columns.get(column)
+            if cell is None and row not in self.errors:
                 shown = self.tars[int(self.columns["files"][row])].shown
                 fault = f"{shown}: no column {show_path(column)} in the record {show_path(self.given_id(row))}"
                 raise DataError(fault, "prepare a manifest that has it, or group by parent")
+            places[row] = texts.setdefault(cell or "", len(texts))
+        return TextColumn(places, tuple(texts))
 
     def in_order(self) -> NDArray[np.int64]:
         """Return the rows sorted by id."""
