@@ -191,6 +191,12 @@ def read_log(run: Path) -> list[dict[str, Any]]:
         raise IntegrityError(f"{show_path(path)}: not the log of a run, or a damaged one: {error}", hint) from error
 
 
+def score_of(record: Mapping[str, Any]) -> float | None:
+    """Return the figure of an evaluation that decides: mAP with several labels an example, else accuracy."""
+    score: float | None = record.get("val_mAP", record.get("val_accuracy"))
+    return score
+
+
 def runs_in(folder: str | os.PathLike[str]) -> list[Path] | None:
     """Return the runs in a folder of several that have a model, in their order; None for another folder.
 

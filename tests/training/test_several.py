@@ -100,6 +100,11 @@ def test_a_run_behind_the_median_is_pruned(tmp_path: Path) -> None:
     assert "below the median 0.2500 of 4 runs" in several._behind(0.24, 0.5)
     assert several._behind(0.26, 0.5) == ""
     assert several._behind(0.0, 0.1) == ""  # too early
+    for member in several.members:  # with several labels an example the mAP decides, and many are as accurate
+        lines = [{"step": step, "val_accuracy": 0.9, "val_mAP": (member.score or 0) * step / 10} for step in (5, 10)]
+        (tmp_path / member.name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "below the median 0.2500 of 4 runs" in several._behind(0.24, 0.5)
+    assert several._behind(0.26, 0.5) == ""
     del several.members[0]
     assert several._behind(0.0, 0.5) == ""  # too few
 

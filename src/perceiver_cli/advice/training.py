@@ -13,6 +13,7 @@ from perceiver_cli.advice.base import MOST, UNEVEN, WEIGHTS, Advice, error_of, r
 from perceiver_cli.config import Config
 from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
+from perceiver_cli.run_folder import score_of
 
 FEW_STEPS = 200  # below, a model that knows nothing was stopped too early
 MANY_STEPS = 500  # proposed in their place
@@ -50,8 +51,7 @@ class Trained:
 
     def scores(self) -> list[float]:
         """Return the validation scores, oldest first: mAP with several labels an example, else accuracy."""
-        key = "val_mAP" if self.config.multi_label else "val_accuracy"
-        return [record[key] for record in self.log if key in record]
+        return [score for record in self.log if (score := score_of(record)) is not None]
 
     def error(self, score: float) -> float:
         """Return the standard error of a validation score."""

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import show_command, show_path
 from perceiver_cli.run_folder import MODEL_FILE, RUNS_FILE, make_next_run
-from perceiver_cli.training.events import Event, Loaded, Note, Started, StepDone
+from perceiver_cli.training.events import Event, Finished, Loaded, Note, Started, StepDone
 
 if TYPE_CHECKING:
     from perceiver_cli.training.several import Began, Ended, Request, RunEntry, Several
@@ -58,14 +59,22 @@ def summary_of(several: "Several") -> list[str]:
     count = counted(len(several.members), several.request.kind[:-1])
     if len(scores) < 2:
         return [f"{count}: without validation scores"]
+    whole = read_info(several.folder / MODEL_FILE).metrics
     low, high = mean_interval(scores)
     spread = f"{min(scores):.4f} to {max(scores):.4f}, 95 % interval of the mean {low:.4f} to {high:.4f}"
-    line = f"{count}: validation accuracy {sum(scores) / len(scores):.4f} on average, {spread}"
+    line = f"{count}: validation {_figure(whole)} {sum(scores) / len(scores):.4f} on average, {spread}"
     if several.request.kind == "seeds":
         return [line]
-    whole = read_info(several.folder / MODEL_FILE).metrics["val_accuracy"]
     where = show_path(several.folder / "predictions.jsonl")
-    return [line, f"right answers of the models to examples that they were not trained on: {whole:.4f}, in {where}"]
+    return [
+        line,
+        f"right answers of the models to examples that they were not trained on: {whole['val_accuracy']:.4f}, in {where}",
+    ]
+
+
+def _figure(metrics: Mapping[str, Any]) -> str:
+    """Return the name of the score that decides."""
+    return "mAP" if "val_mAP" in metrics else "accuracy"
 
 
 def follow(several: "Several", again: list[str]) -> None:
@@ -91,7 +100,7 @@ class _Progress:
         self.bar = bar("{task.fields[facts]}")
         self.task: Any = self.bar.add_task("reading", total=None, facts="")
         self.title, self.last_line = "", time.monotonic()
-        self.width = 8
+        self.width, self.figure = 8, ""
 
     def show(self, event: "Began | Ended | Event") -> None:
         """Print an event or update the bar."""
@@ -115,14 +124,16 @@ class _Progress:
                 if self.bar.disable and time.monotonic() - self.last_line > PLAIN_EVERY_S:
                     self.last_line = time.monotonic()
                     say(f"{self.title}: step {step} of {total}  {facts}")
+            case Finished():
+                self.figure = _figure(event.metrics)
             case Ended(member):
                 self.last_line = time.monotonic()
                 self.width = max(self.width, len(member.name))
-                say(f"{member.name:<{self.width}}  {_outcome(member)}")
+                say(f"{member.name:<{self.width}}  {_outcome(member, self.figure)}")
 
 
-def _outcome(member: "RunEntry") -> str:
-    score = "" if member.score is None else f"accuracy {member.score:.4f}"
+def _outcome(member: "RunEntry", figure: str) -> str:
+    score = "" if member.score is None else f"{figure} {member.score:.4f}"
     spent = "" if member.seconds is None else f"in {clock(member.seconds)}"
     state = {"done": "", "begun": "interrupted"}.get(member.state, member.state)
     note = f"{state}: {member.note}" if member.note else state

@@ -50,7 +50,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The validation split was evaluated. best: whether this is the best model so far."""
+    """The validation split was evaluated. best: whether this is the best model so far. score: that which decides."""
 
     step: int
     epoch: float
@@ -59,6 +59,7 @@ class Evaluated:
     loss: float
     best: bool
     elapsed_s: float
+    score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,16 @@ from perceiver_cli.inference.evaluation import calibrated, report_of
 from perceiver_cli.inference.labelled import LabelledLogits, label_logits
 from perceiver_cli.model.checkpoint import Calibration, ModelInfo, not_finite, save_model
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
-from perceiver_cli.run_folder import ANSWERS_FILE, MANIFEST, MODEL_FILE, STATE_FOLDER, append_log, cut_log, mark_latest
+from perceiver_cli.run_folder import (
+    ANSWERS_FILE,
+    MANIFEST,
+    MODEL_FILE,
+    STATE_FOLDER,
+    append_log,
+    cut_log,
+    mark_latest,
+    score_of,
+)
 from perceiver_cli.training.events import Evaluated, Event, Finished, Note, Saved, StepDone
 from perceiver_cli.training.mixing import mix
 from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
@@ -344,7 +353,7 @@ class Run:
             scored = label_logits(self.judged, self.plan.reader, examples, self.compute, batch_size, ranks=self.ranks)
             record |= self.ranks.from_first(lambda: self._scores(scored))
             self._check_loss(record["val_loss"])
-            value = record.get("val_mAP", record["val_accuracy"])
+            value = score_of(record) or 0.0
             self.stale = 0 if value > self.top else self.stale + 1
             self.top = max(self.top, value)
             better = within_one_error(value, self.top, len(examples))
@@ -354,7 +363,7 @@ class Run:
         log = {**record, "elapsed_s": round(self.elapsed, 3), "best": better}
         self.ranks.from_first(lambda: self._write_evaluation(log))
         accuracy, loss = record.get("val_accuracy", float("nan")), record.get("val_loss", float("nan"))
-        return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed)
+        return Evaluated(self.step, self.epoch, train_loss, accuracy, loss, better, self.elapsed, score_of(record))
 
     def _scores(self, scored: LabelledLogits | None) -> dict[str, float]:
         """Return the validation scores of a record."""

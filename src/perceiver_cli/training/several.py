@@ -46,6 +46,7 @@ from perceiver_cli.run_folder import (
     locked,
     mark_latest,
     read_log,
+    score_of,
 )
 from perceiver_cli.training.events import Evaluated, Event, Finished, StepDone
 from perceiver_cli.training.trainer import Trainer
@@ -220,8 +221,8 @@ class Several:
             for event in trainer.fit():
                 if isinstance(event, StepDone):
                     share = event.step / max(1, event.total_steps)
-                if isinstance(event, Evaluated) and request.prune and not pruned:
-                    pruned = self._behind(event.accuracy, share)
+                if isinstance(event, Evaluated) and event.score is not None and request.prune and not pruned:
+                    pruned = self._behind(event.score, share)
                 if pruned or self.is_over:
                     trainer.stop()
                 yield event
@@ -231,7 +232,7 @@ class Several:
             self.trainer = None
 
     def _note_end(self, member: RunEntry, event: Finished, pruned: str) -> None:
-        score = event.metrics.get("val_mAP", event.metrics.get("val_accuracy"))
+        score = score_of(event.metrics)
         member.score, member.seconds = None if score is None else float(score), round(event.elapsed_s, 3)
         if pruned:
             member.state, member.note = "pruned", pruned
@@ -241,21 +242,21 @@ class Several:
             # Nothing resumes it, and the states of many runs fill a disk.
             shutil.rmtree(self.folder / member.name / STATE_FOLDER, ignore_errors=True)
 
-    def _behind(self, accuracy: float, share: float) -> str:
+    def _behind(self, score: float, share: float) -> str:
         """Return why a run is pruned: it is below the median of the ended runs at the same share of the run."""
         if share < JUDGED_FROM or share >= 1:
             return ""
-        others = [score for member in self.done if (score := self._score_at(member, share)) is not None]
-        if len(others) < MEDIAN_OF or accuracy >= (median := float(np.median(others))):
+        others = [found for member in self.done if (found := self._score_at(member, share)) is not None]
+        if len(others) < MEDIAN_OF or score >= (median := float(np.median(others))):
             return ""
-        return f"{accuracy:.4f} at {share:.0%} of the run, below the median {median:.4f} of {len(others)} runs"
+        return f"{score:.4f} at {share:.0%} of the run, below the median {median:.4f} of {len(others)} runs"
 
     def _score_at(self, member: RunEntry, share: float) -> float | None:
-        """Return the highest validation accuracy of an ended run up to a share of its steps."""
+        """Return the highest validation score of an ended run up to a share of its steps."""
         log = read_log(self.folder / member.name)
         steps = log[-1]["step"] if log else 0
-        found = [float(r["val_accuracy"]) for r in log if "val_accuracy" in r and r["step"] <= share * steps * 1.001]
-        return max(found, default=None)
+        found = [score_of(record) for record in log if record["step"] <= share * steps * 1.001]
+        return max((float(score) for score in found if score is not None), default=None)
 
     def _note_failure(self, member: RunEntry, error: Exception) -> None:
         """Note why a run of a sweep failed; raise the error if it is not of this run alone."""
