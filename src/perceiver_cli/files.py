@@ -37,6 +37,7 @@ NOT_WRITTEN = {
 }
 # For os.open, where the system has them. Without O_BINARY Windows changes line ends.
 BINARY, NO_LINK, NO_WAIT = (getattr(os, name, 0) for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"))
+plugins: list[str] = []  # files of --plugin that this process has run, as the user named them
 
 
 def show_path(path: str | os.PathLike[str]) -> str:
@@ -62,6 +63,13 @@ def _cut(escaped: str) -> str:
 def show_command(words: Iterable[str]) -> str:
     """Return a command that can be copied and run: words are quoted for a shell, with escapes as bash's $'...'."""
     return " ".join(shlex.quote(word) if _escaped(word) == word else f"$'{_escaped(word)}'" for word in words)
+
+
+def perceiver_command(words: Iterable[str]) -> str:
+    """Return a command of this program that can be copied and run: it names the plugins of this process."""
+    words = list(words)
+    more = (word for path in plugins if path not in words for word in ("--plugin", path))
+    return show_command([*words, *more])
 
 
 def _escaped(text: str, marks: str = "\\'") -> str:

@@ -14,6 +14,7 @@ from perceiver_cli.advice.training import Trained, after_training
 from perceiver_cli.cli import terminal
 from perceiver_cli.config import Config, tiny_config
 from perceiver_cli.data.survey import DataFacts
+from perceiver_cli.files import perceiver_command
 
 EVEN = {"cat": 100, "dog": 100}
 RISING = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.9, 0.9, 0.9]
@@ -226,6 +227,15 @@ def test_a_command_needs_the_plugins_of_the_one_that_advises_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(terminal, "say", print)
-    monkeypatch.setattr(terminal, "plugins", ["my curve.py"])
+    monkeypatch.setattr("perceiver_cli.files.plugins", ["my curve.py"])
     terminal.say_advice([Advice("look"), Advice("to train", ("perceiver", "train", "data"))])
     assert capsys.readouterr().out == "next: look\nnext: to train: perceiver train data --plugin 'my curve.py'\n"
+
+
+def test_a_printed_command_names_the_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that trains the best run of a sweep, or goes on, did not: copied, it knew no such modality."""
+    monkeypatch.setattr("perceiver_cli.files.plugins", ["my waves.py"])
+    advice = Advice("to train", ("perceiver", "train", "d"))
+    assert advice.to_dict()["command"] == "perceiver train d --plugin 'my waves.py'"
+    typed = ("perceiver", "train", "d", "--plugin", "my waves.py")
+    assert perceiver_command(typed) == "perceiver train d --plugin 'my waves.py'"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from perceiver_cli.files import show_command, show_path
+from perceiver_cli.files import perceiver_command, show_path
 
 MOST = 3  # pieces of advice at the end of a command
 UNEVEN = 10.0  # times the smallest class from which the largest drowns it
@@ -23,11 +23,11 @@ class Advice:
     command: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.seen}: {show_command(self.command)}" if self.command else self.seen
+        return f"{self.seen}: {perceiver_command(self.command)}" if self.command else self.seen
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        return {"seen": self.seen, "command": show_command(self.command)}
+        return {"seen": self.seen, "command": perceiver_command(self.command) if self.command else ""}
 
 
 def error_of(share: float, count: int) -> float:

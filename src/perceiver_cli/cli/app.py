@@ -71,7 +71,6 @@ def _with_plugins(command: Callable[..., None]) -> Callable[..., None]:
 
             for path in plugin:
                 load_plugin(path)
-            terminal.plugins = plugin
         command(**given)
 
     signature = inspect.signature(command)

@@ -10,7 +10,7 @@ from perceiver_cli.cli.plan import say_start, step_facts
 from perceiver_cli.cli.progress import PLAIN_EVERY_S
 from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first_signal, say, say_lines, say_notes
 from perceiver_cli.errors import UsageError, counted
-from perceiver_cli.files import show_command, show_path
+from perceiver_cli.files import perceiver_command, show_path
 from perceiver_cli.run_folder import MODEL_FILE, RUNS_FILE, make_next_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Started, StepDone
 
@@ -46,7 +46,7 @@ def train_several(request: "Request", folder: Path) -> None:
     compare, evaluate = ["compare", os.fspath(folder)], ["evaluate", request.data, "-m", os.fspath(folder)]
     say(f"the ensemble of {len(several.members)} answers with the mean of their probabilities; next:")
     for words in (compare, evaluate):
-        say(f"  {show_command(['perceiver', *words])}")
+        say(f"  {perceiver_command(['perceiver', *words])}")
     emit(f"{folder / MODEL_FILE}\n")
 
 
@@ -66,10 +66,8 @@ def summary_of(several: "Several") -> list[str]:
     if several.request.kind == "seeds":
         return [line]
     where = show_path(several.folder / "predictions.jsonl")
-    return [
-        line,
-        f"right answers of the models to examples that they were not trained on: {whole['val_accuracy']:.4f}, in {where}",
-    ]
+    right = f"{whole['val_accuracy']:.4f}"
+    return [line, f"right answers of the models to examples that they were not trained on: {right}, in {where}"]
 
 
 def _figure(metrics: Mapping[str, Any]) -> str:
@@ -88,7 +86,7 @@ def follow(several: "Several", again: list[str]) -> None:
         for event in several.events():
             display.show(event)
     if received:
-        say(f"stopped and saved; to continue: {show_command(again)}")
+        say(f"stopped and saved; to continue: {perceiver_command(again)}")
         end_by_signal(received[0])
 
 

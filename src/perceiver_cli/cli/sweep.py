@@ -12,7 +12,7 @@ from perceiver_cli.cli.runs import show_comparison
 from perceiver_cli.cli.several import folder_for, follow, is_several
 from perceiver_cli.cli.terminal import emit, emit_json, say
 from perceiver_cli.errors import DataError, UsageError, counted
-from perceiver_cli.files import show_command, show_path
+from perceiver_cli.files import perceiver_command, show_path
 
 if TYPE_CHECKING:
     from perceiver_cli.training.several import Request, Several
@@ -119,7 +119,7 @@ def run_sweep(request: "Request", folder: Path, seconds: float | None, as_json: 
     follow(several, again)
     ended = sum(member.state not in ("planned", "begun") for member in several.members)
     if several.is_over and ended < request.num_runs:
-        say(f"the time is over; to go on: {show_command(again)}")
+        say(f"the time is over; to go on: {perceiver_command(again)}")
     show_sweep(several, as_json)
 
 
@@ -130,7 +130,7 @@ def show_sweep(several: "Several", as_json: bool) -> None:
     if not several.done:
         raise DataError("no run of the sweep ended", "; ".join(m.note for m in several.members if m.note))
     best = several.done[0]
-    command = show_command(command_of(several.request, best.values))
+    command = perceiver_command(command_of(several.request, best.values))
     if as_json:
         members = [member.model_dump(mode="json") for member in several.members]
         emit_json({"best": best.model_dump(mode="json"), "command": command, "runs": members})

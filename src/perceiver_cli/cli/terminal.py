@@ -18,7 +18,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
@@ -50,7 +49,6 @@ quiet = False  # -q: errors only
 verbose = False  # -v: also messages of libraries
 _at_signal: list[Callable[[], object]] = []
 _before_data: Callable[[], object] | None = None
-plugins: Sequence[str] = ()  # files that --plugin named
 _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe took its place
 
 
@@ -287,10 +285,9 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 def say_advice(advice: Iterable[Advice]) -> None:
-    """Print a line for each thing to do next; its command needs the plugins of this one."""
+    """Print a line for each thing to do next."""
     for each in advice:
-        words = [word for path in plugins if each.command for word in ("--plugin", path)]
-        say(f"next: {replace(each, command=(*each.command, *words))}")
+        say(f"next: {each}")
 
 
 def complain(message: str) -> None:
@@ -304,7 +301,7 @@ def _print(message: str) -> None:
         try:
             from rich.text import Text
 
-            is_command = re.search(r"(: |\| )perceiver [a-z]", message) is not None
+            is_command = re.search(r"(^ +|: |\| )perceiver [a-z]", message) is not None
             # A command that is wrapped could not be copied; None is as the console wraps.
             talk().print(Text(printable(message, "")), soft_wrap=is_command or None)
         except (MemoryError, ImportError):  # rich needs memory

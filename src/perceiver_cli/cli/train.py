@@ -27,7 +27,7 @@ from perceiver_cli.cli.terminal import (
 )
 from perceiver_cli.data.account import Account
 from perceiver_cli.errors import UsageError, counted
-from perceiver_cli.files import check_plot, show_command, show_path
+from perceiver_cli.files import check_plot, perceiver_command, show_path
 from perceiver_cli.training.events import Evaluated, Event, Finished, Loaded, Note, Started, StepDone
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def lr_find(
     with counting("training") as progress:
         curve = finder.range_test(Trainer(data, None, recipe, overrides=overrides), steps, progress)
     finder.draw_curve(curve, output)
-    command = show_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
+    command = perceiver_command(["perceiver", "train", data, *words, "--lr", f"{curve.suggestion:g}"])
     say_notes(curve.notes)
     if json:
         emit_json({**vars(curve), "plot": os.fspath(output), "command": command})
@@ -268,7 +268,8 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
         if "temperature" in event.metrics:
             say(calibration_line(event.metrics))
     if received:
-        say(f"to continue: perceiver train --resume -o {show_path(event.model.parent)}")
+        again = ["perceiver", "train", "--resume", "-o", os.fspath(event.model.parent)]
+        say(f"to continue: {perceiver_command(again)}")
         end_by_signal(received[0])
     say_advice(event.advice)
     emit(f"{event.model}\n")

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import plugins, show_path
 
 
 def load_plugin(path: str | os.PathLike[str]) -> None:
@@ -38,3 +38,5 @@ def load_plugin(path: str | os.PathLike[str]) -> None:
         raise
     except Exception as error:  # anything can go wrong in a program
         raise UsageError(f"{shown}: {type(error).__name__}: {error}") from error
+    if (name := os.fspath(path)) not in plugins:
+        plugins.append(name)

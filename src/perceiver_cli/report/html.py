@@ -27,7 +27,7 @@ from perceiver_cli.data.examples import Example
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.survey import in_words
 from perceiver_cli.errors import DataError, IntegrityError, counted
-from perceiver_cli.files import MAX_SHOWN, printable, show_command, write_text
+from perceiver_cli.files import MAX_SHOWN, perceiver_command, printable, write_text
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.guidance import advice_on
 from perceiver_cli.inference.predictor import Predictor
@@ -102,8 +102,8 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         compute=predictor.compute,
         versions=versions(),
         advice=advice_on(report, predictor, data, has_report=True),
-        command=show_command(command),
-        training=show_command(again) if config.is_file() else "",
+        command=perceiver_command(command),
+        training=perceiver_command(again) if config.is_file() else "",
         listed=LISTED,
         cells=CELLS,
     )
