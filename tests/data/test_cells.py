@@ -13,23 +13,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from perceiver_cli.cli.options import data_changes
 from perceiver_cli.config import DataConfig, tiny_config
 from perceiver_cli.data.catalog import scan
 from perceiver_cli.data.inputs import Pipe, examples_of
 from perceiver_cli.data.lint import lint
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.manifest import ColumnError, read_manifest
+from perceiver_cli.data.prepare import plan
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
 from perceiver_cli.inference.predictor import Predictor, forward_batches
 from perceiver_cli.inference.worth import worth
+from perceiver_cli.model.checkpoint import ModelInfo, save_model
 from perceiver_cli.model.ensemble import Model
+from perceiver_cli.model.perceiver import Perceiver
+from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.report.explanation import to_picture
 from perceiver_cli.report.html import page
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL, Perceive
+from tests.conftest import SMALL, Perceive, write_images
 
 COLOURS = ("red", "blue")
 
@@ -187,6 +192,31 @@ def test_records_answer_as_the_rows(sold: tuple[Path, Predictor], perceive: Perc
     tar = str(tmp_path / "rows.tar")
     perceive("preprocess", data, "-m", predictor.path, "-o", tar)
     assert evaluate(predictor, tar).loss == pytest.approx(evaluate(predictor, data).loss, abs=1e-6)
+
+
+def test_a_manifest_is_prepared_by_the_columns_of_its_model(tmp_path: Path, perceive: Perceive) -> None:
+    """They were those of a model without options, and `--model-input` passed over the options of its command."""
+    write_images(tmp_path / "in", {"a": 2, "b": 2})
+    rows = [f"{path.relative_to(tmp_path / 'in')},{path.parent.name},old" for path in sorted(tmp_path.rglob("*.png"))]
+    data, folder = tmp_path / "m.csv", tmp_path / "run"
+    data.write_text("\n".join(["photo,animal,label", *rows]) + "\n")
+    read = {"path_column": {"image": "photo"}, "label_column": "animal", "root": str(tmp_path / "in")}
+    config = tiny_config(["image"]).override([*SMALL, *data_changes(read)])
+    config = config.model_copy(update={"inputs": {"image": settled(config.inputs["image"])}})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+    model = Perceiver(config.model, {"image": modality("image").layout(config.inputs["image"])}, 2)
+    folder.mkdir()
+    (folder / "config.toml").write_text(config.to_toml())
+    save_model(folder / "model.safetensors", model.state_dict(), ModelInfo(config, ("a", "b"), 1, {}))
+    catalog = plan([str(data)], model=str(folder)).catalog
+    assert (catalog.classes, len(catalog.splits["train"])) == (("a", "b"), 4)
+    other = tmp_path / "other.csv"
+    other.write_text(data.read_text().replace("photo", "picture"))
+    done = perceive(
+        "preprocess", other, "-m", folder, "--model-input", "--root", tmp_path / "in", "--path-column", "image=picture",
+        "-o", tmp_path / "x.npz",
+    )  # fmt: skip
+    assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [row.partition(",")[0] for row in rows]
 
 
 def test_lint_reads_cells(sold: tuple[Path, Predictor], tmp_path: Path) -> None:

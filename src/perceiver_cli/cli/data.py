@@ -81,8 +81,9 @@ def preprocess(
     --model-input writes an array for each input of an exported model to FILE.npz, and a line for each file to stdout.
     """
     named = sources.inputs_to_prepare(inputs or [], files_from, null, stdin_name, limit)
+    given = options.data_options(root, path_columns, label_column, pair, columns)
     if model_input:
-        raise typer.Exit(_model_input(named, output, options.model_file(model), limit))
+        raise typer.Exit(_model_input(named, output, options.model_file(model), limit, given))
     if Path(output).suffix.lower() in (".npy", ".safetensors"):
         _byte_array(named, output, model, preset, limit)
         return
@@ -92,7 +93,6 @@ def preprocess(
     own, output = _part_of(part, devices, output, [*(inputs or []), files_from])
     if output == "-" and terminal.is_terminal():
         raise UsageError("records are binary and stdout is a terminal", "pass -o FILE, or pipe them to a command")
-    given = options.data_options(root, path_columns, label_column, pair, columns)
     changes = [*(changes or []), *options.data_changes(given)]
     with working("looking at the files"):
         job = prepare.plan(
@@ -145,13 +145,13 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
     say(f"{source.shown}: {shape[0]} x {shape[1]} float32")
 
 
-def _model_input(named: Any, output: str, model: Path, limit: list[str] | None) -> int:
+def _model_input(named: Any, output: str, model: Path, limit: list[str] | None, read: Mapping[str, Any]) -> int:
     """Write the inputs of an exported model and print a line for each example; return the exit code."""
     from perceiver_cli.data.model_inputs import write_model_inputs
 
     exit_code = 0
     every = named if isinstance(named, list) else [named]
-    for line in write_model_inputs(every, str(model), output, options.raised_limits(limit)):
+    for line in write_model_inputs(every, str(model), output, options.raised_limits(limit), read):
         if "error" in line:
             exit_code = EXIT_DATA
             complain(f"perceiver preprocess: {line['error']}")

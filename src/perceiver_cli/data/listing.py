@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
-from perceiver_cli.config import DataConfig
+from perceiver_cli.config import DataConfig, load_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import Contents, contents_of_stream, opened
 from perceiver_cli.data.cells import SUFFIXES
@@ -20,7 +20,7 @@ from perceiver_cli.data.manifest import NEEDED, NO_OPTIONS, ColumnError, Labels,
 from perceiver_cli.data.parquet import rows_of_tables
 from perceiver_cli.data.paths import located
 from perceiver_cli.data.webdataset import rows_of
-from perceiver_cli.errors import DataError, counted
+from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
@@ -54,6 +54,23 @@ def fitting(read: Callable[[DataConfig], T], options: Sequence[DataConfig]) -> T
         with suppress(ColumnError):
             return read(each)
     return read(options[-1])
+
+
+def ways_to_read(
+    model: Path, trained: DataConfig, path: str | os.PathLike[str] | None, given: Mapping[str, Any]
+) -> tuple[DataConfig, DataConfig]:
+    """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
+
+    model: the model's file; trained: how its data was read. The root of the manifest of training, in the run's folder,
+    is for that manifest alone. given: the user's options, which go before both.
+    """
+    named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
+    if path is not None:
+        with suppress(UsageError):  # a model file without its run
+            own = load_config(model.parent / "config.toml").data
+            named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
+    usual = DataConfig(**{"pair": trained.pair, "columns": trained.columns, **given})
+    return usual.model_copy(update={**named, **given}), usual
 
 
 def listed(

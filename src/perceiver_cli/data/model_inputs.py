@@ -10,6 +10,7 @@ import numpy as np
 
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.inputs import Named, examples_of
+from perceiver_cli.data.listing import ways_to_read
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.model.checkpoint import read_info
@@ -19,9 +20,15 @@ from perceiver_cli.run_folder import find_model
 
 
 def write_model_inputs(
-    named: Iterable[Named], model: str | None, output: str | os.PathLike[str], raised: Mapping[str, float]
+    named: Iterable[Named],
+    model: str | None,
+    output: str | os.PathLike[str],
+    raised: Mapping[str, float],
+    given: Mapping[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield a line for each example: its names and its rows in FILE.npz, or its error; then write the file.
+
+    given: see `ways_to_read`.
 
     FILE.npz holds an array for each input of the exported graph, by its name. An example has a row for each view (eval
     window); an unreadable one has none. Raises DataError if no example can be read, UsageError for another suffix.
@@ -32,7 +39,8 @@ def write_model_inputs(
     decoder = Decoder(config.inputs, Limits.model_validate({**vars(config.data.limits), **raised}))
     views: list[View] = []
     for each in named:
-        for example in examples_of(each, config.inputs, decoder.limits):
+        ways = ways_to_read(path, config.data, each if isinstance(each, str) else None, given or {})
+        for example in examples_of(each, config.inputs, decoder.limits, options=ways):
             line = {"path": example.path, **example.names}
             try:
                 own = decoder.views(decoder.decode(example))

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import Config, DataConfig, load_preset, tiny_config
+from perceiver_cli.config import READING, Config, DataConfig, load_preset, tiny_config
 from perceiver_cli.data.archives import unpacked
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.containers import kind_of_stream
@@ -25,8 +25,8 @@ from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
 from perceiver_cli.data.inputs import opened, piped
-from perceiver_cli.data.listing import Listing, listed, listed_stream
-from perceiver_cli.data.manifest import EVERY, Row
+from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream, ways_to_read
+from perceiver_cli.data.manifest import EVERY, Labels, Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import atomic_write, show_path
@@ -94,7 +94,7 @@ def plan(
         if first is not None and first.error is not None:
             raise with_formats(first.error, None if config is None else config.inputs)
     else:
-        listing, root = _listing_of(inputs, label_from_parent, _options(config, changes))
+        listing, root = _listing_of(inputs, label_from_parent, partial(_ways_to_read, model, config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
     order = {name: n for n, row in enumerate(listing.rows) for name in row.names(listing.folder)}
     config = config or tiny_config(catalog.modalities)
@@ -135,12 +135,18 @@ def _recipe(model: str | None, preset: str | None) -> Config | None:
     return None if preset is None else load_preset(preset)
 
 
-def _options(config: Config | None, changes: Sequence[str]) -> DataConfig:
-    """Return how to read data: by the changes of the command line, in pairs as a model's own data."""
+def _ways_to_read(
+    model: str | None, config: Config | None, changes: Sequence[str], path: str
+) -> tuple[DataConfig, ...]:
+    """Return how to read data at a path: by the changes of the command line, else as a model's own data."""
     config = config or tiny_config(["image"])
-    config = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
-    changed = config.override([change for change in changes if change.startswith("data.")])
-    return changed.data.model_copy(update={"group_by": None, "pass_columns": (EVERY,)})
+    bare = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
+    own = [change for change in changes if change.startswith("data.")]
+    given = {name: value for name, value in vars(bare.override(own).data).items() if name in READING}
+    given = {name: value for name, value in given.items() if any(change.startswith(f"data.{name}") for change in own)}
+    usual = bare.data.model_copy(update=given)
+    ways = (usual,) if model is None else ways_to_read(find_model(model), config.data, path, given)
+    return tuple(way.model_copy(update={"pass_columns": (EVERY,)}) for way in ways)
 
 
 def _listing_of_bytes(source: Source, wanted: str | None) -> Listing:
@@ -152,11 +158,16 @@ def _listing_of_bytes(source: Source, wanted: str | None) -> Listing:
     return Listing([Row(source.name, file=piped(source, wanted))])
 
 
-def _listing_of(paths: Sequence[str], label_from_parent: bool, options: DataConfig) -> tuple[Listing, str]:
-    """Return the rows of files, folders and manifests together, and a name for them."""
-    listings = [
-        listed(path, "ignored" if label_from_parent and os.path.isdir(path) else "optional", options) for path in paths
-    ]
+def _listing_of(
+    paths: Sequence[str], label_from_parent: bool, ways: Callable[[str], Sequence[DataConfig]]
+) -> tuple[Listing, str]:
+    """Return the rows of files, folders and manifests together, and a name for them. ways: to read each, in order."""
+
+    def listing_of(path: str) -> Listing:
+        labels: Labels = "ignored" if label_from_parent and os.path.isdir(path) else "optional"
+        return fitting(lambda options: listed(path, labels, options), ways(path))
+
+    listings = list(map(listing_of, paths))
     for place, each in enumerate(listings if label_from_parent else ()):
         # Only the absolute path of "." or "a.png" has the name of its folder.
         wholes = ((row, os.path.abspath(os.path.join(each.folder, next(iter(row.paths), "")))) for row in each.rows)
@@ -167,7 +178,8 @@ def _listing_of(paths: Sequence[str], label_from_parent: bool, options: DataConf
     rows = [row.below(each.folder) for each in listings for row in each.rows]
     several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
     by_stem = all(each.by_stem for each in listings)
-    return Listing(rows, by_stem=by_stem, pair=options.pair, multi_label=several, notes=notes), f"{len(paths)} inputs"
+    pair = ways(paths[0])[-1].pair
+    return Listing(rows, by_stem=by_stem, pair=pair, multi_label=several, notes=notes), f"{len(paths)} inputs"
 
 
 def _check_prepared(header: Header) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby, islice, takewhile
 from math import inf
@@ -19,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perceiver_cli.config import DataConfig, load_config
+from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
+from perceiver_cli.data.listing import ways_to_read
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
 from perceiver_cli.files import show_path
@@ -266,18 +266,8 @@ class Predictor:
         return examples_of(named, reads, limits, use, account, self.data_options(path))
 
     def data_options(self, path: str | os.PathLike[str] | None) -> tuple[DataConfig, DataConfig]:
-        """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
-
-        The root of the manifest of training, in the run's folder, is for that manifest alone. `options` go before both.
-        """
-        trained = self.info.config.data
-        named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
-        if path is not None:
-            with suppress(UsageError):  # a model file without its run
-                own = load_config(self.path.parent / "config.toml").data
-                named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
-        usual = DataConfig(**{"pair": trained.pair, "columns": trained.columns, **self.options})
-        return usual.model_copy(update={**named, **self.options}), usual
+        """Return how to read data at a path, see `ways_to_read`."""
+        return ways_to_read(self.path, self.info.config.data, path, self.options)
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return the used modalities for a model of several, else none."""
