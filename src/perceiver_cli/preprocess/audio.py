@@ -194,7 +194,7 @@ class AudioModality(TimedModality[AudioSpec]):
         spec = self._with_rate(spec, sources, limits)
         if "auto" in (spec.clip_s, spec.start):
             spec = self._with_clip(spec, sources, limits)
-        return spec.model_copy(update={key: 0.0 for key in VARIATIONS if getattr(spec, key) == "auto"})
+        return spec.filled(dict.fromkeys(VARIATIONS, 0.0))
 
     def _with_clip(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         """Return `spec` with length and beginning of a clip, from the sound of a few sources."""
@@ -207,7 +207,7 @@ class AudioModality(TimedModality[AudioSpec]):
         dying = sum(is_one_shot(sound) for sound in sounds)
         chosen: dict[str, Any] = {"clip_s": min(longest, max(SHORTEST_CLIP_S, fits))}
         chosen["start"] = "onset" if 2 * dying > len(sounds) else "random"
-        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+        return spec.filled(chosen)
 
     def adapt(self, spec: AudioSpec, training_set: TrainingSet) -> AudioSpec:
         """Return `spec` with its "auto" variations: strong ones for few sounds, which are heard hundreds of times."""
@@ -218,7 +218,7 @@ class AudioModality(TimedModality[AudioSpec]):
             "equalizer_db": 6.0 if small else 0.0,
             "noise": 0.02 if small else 0.0,
         }
-        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+        return spec.filled(chosen)
 
     def _with_rate(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
         if spec.rate_hz != "auto":

@@ -364,7 +364,7 @@ class ImageModality(Modality[ImageSpec]):
             "flip": 0.5 if may_mirror(training_set.classes) else 0.0,
             "color_jitter": 0.4 if small else 0.0,
         }
-        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+        return spec.filled(chosen)
 
     def sketch(self, raw: Array, spec: ImageSpec) -> Array:
         """Return the picture at SKETCH x SKETCH pixels, without its mean: brightness and size do not tell."""
@@ -385,8 +385,7 @@ class ImageModality(Modality[ImageSpec]):
         RGB. Unreadable sources are skipped. Raises DataError if no source can be read.
         """
         if not sources:
-            known = {"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"}
-            spec = spec.model_copy(update={key: value for key, value in known.items() if getattr(spec, key) == "auto"})
+            spec = spec.filled({"size": (spec.max_auto_size, spec.max_auto_size), "color": "rgb"})
         size = _auto_size(spec, sources, limits) if spec.size == "auto" else spec.size
         side = min(math.ceil(math.sqrt(size[0] * size[1] / spec.max_auto_inputs)), *size)
         side = 1 << (side - 1).bit_length() if spec.stem == "conv" else side  # the next power of 2
@@ -400,7 +399,7 @@ class ImageModality(Modality[ImageSpec]):
             spec = spec.model_copy(update={"color": _auto_color(spec, sources, limits)})
         if spec.color == "grey":
             spec = spec.model_copy(update={key: (float(np.mean(getattr(spec, key))),) for key in ("mean", "std")})
-        return spec.model_copy(update={key: v for key, v in MILD.items() if getattr(spec, key) == "auto"})
+        return spec.filled(MILD)
 
 
 MODALITY = ImageModality()

@@ -129,7 +129,7 @@ class PointsModality(Modality[PointsSpec]):
             known = np.isin(spec.columns, NORMALS)
             mean, std = np.where(known, mean, sample.mean(axis=0)), np.where(known, std, sample.std(axis=0))
         neat = {"mean": [float(f"{m:.4g}") for m in mean], "std": [float(f"{s:.4g}") or 1.0 for s in std]}
-        return spec.model_copy(update={key: tuple(n) for key, n in neat.items() if getattr(spec, key) == "auto"})
+        return spec.filled({key: tuple(numbers) for key, numbers in neat.items()})
 
     def layout(self, spec: PointsSpec) -> Layout:
         """Return num_points inputs, or stem_points after a stem; the paper's have 387 channels of positions alone."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -78,6 +79,10 @@ class InputSpec(Table):
         fields, options = type(self).model_fields, dump(self)
         unused = {name for name in self.newer if getattr(self, name) == fields[name].default}
         return {name: value for name, value in options.items() if name not in unused}
+
+    def filled(self, values: Mapping[str, Any]) -> Self:
+        """Return the options with these values in place of "auto"."""
+        return self.model_copy(update={key: value for key, value in values.items() if getattr(self, key) == "auto"})
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

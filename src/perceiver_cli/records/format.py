@@ -73,8 +73,7 @@ class Header:
         for name, spec in specs.items():
             if name in self.inputs:
                 spec = stemless(spec) if self.content == "fourier" else spec
-                autos = [key for key in type(spec).model_fields if getattr(spec, key) == "auto"]
-                spec = spec.model_copy(update={key: getattr(self.inputs[name], key) for key in autos})
+                spec = spec.filled(vars(self.inputs[name]))
             settled[name] = modality(name).resolve(spec, [], Limits())
         return settled
 
