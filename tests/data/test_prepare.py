@@ -531,3 +531,19 @@ def test_the_column_of_groups_is_read_once(bars: Path, tmp_path: Path, monkeypat
     catalog.check_groups()
     assert {example.group for split in catalog.splits.values() for example in split} == {f"s{n}" for n in range(5)}
     assert sorted(read) == list(range(len(paths)))
+
+
+def test_variants_of_clouds_are_stored_for_a_model_with_a_stem(tmp_path: Path) -> None:
+    """The record holds the points before the stem; as many as the inputs after it were expected."""
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        for number in range(2):
+            np.savetxt(tmp_path / "in" / label / f"{number}.xyz", rng.normal(size=(64, 3)))
+    changes = ["inputs.points.num_points=32", "inputs.points.stem=neighbours", "inputs.points.stem_points=8"]
+    job = plan([str(tmp_path / "in")], changes=[*changes, "data.val_fraction=0"], augment=1)
+    list(write_records(job, str(tmp_path / "x.tar"), print))
+    catalog = scan(tmp_path / "x.tar")
+    reader = Reader(catalog.prepared.inputs, Limits())  # type: ignore[union-attr]
+    (view,) = reader.views(reader.decode(catalog.splits["train"][0]))
+    assert view["points"].positions.shape == (32, 3)  # type: ignore[union-attr]

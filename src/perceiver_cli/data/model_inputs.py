@@ -15,7 +15,6 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.preprocess.base import Array, Layout
-from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.run_folder import find_model
 
 
@@ -36,7 +35,7 @@ def write_model_inputs(
     check_suffix(output, (".npz",), "-o", "not a format of a model's inputs")
     path = find_model(model)
     config = read_info(path).config
-    decoder = Decoder(config.inputs, Limits.model_validate({**vars(config.data.limits), **raised}))
+    decoder = Decoder(config.inputs, config.data.limits.raised(raised))
     views: list[View] = []
     for each in named:
         ways = ways_to_read(path, config.data, each if isinstance(each, str) else None, given or {})
@@ -64,7 +63,7 @@ def graph_inputs(layouts: Mapping[str, Layout], views: Sequence[View]) -> dict[s
             blank = np.zeros(layout.prepared_shape, np.float32)
             arrays[name] = np.stack([blank if each is None else each.values.astype(np.float32) for each in own])
         if not layout.is_grid:
-            nowhere = np.zeros((*layout.prepared_shape[:-1], layout.dims), np.float32)
+            nowhere = np.zeros(layout.positions_shape, np.float32)
             places = [None if each is None else each.positions for each in own]
             arrays[f"{name}_positions"] = np.stack([nowhere if each is None else each for each in places])
         if len(layouts) > 1:

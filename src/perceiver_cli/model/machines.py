@@ -141,7 +141,7 @@ def _record_bytes(spec: InputSpec, layout: Layout) -> float:
     if timed is not None:
         count = timed.clip_s(spec) * timed.steps_hz(spec) * prod(filter(None, shape[1:]))
     else:
-        count = prod(layout.prepared_shape) + (0 if layout.is_grid else layout.prepared_shape[0] * layout.dims)
+        count = prod(layout.prepared_shape) + prod(layout.positions_shape)
     return np.dtype(dtype).itemsize * count
 
 

@@ -131,6 +131,11 @@ class Layout:
         return (*(self.values_grid or self.grid), self.channels)
 
     @property
+    def positions_shape(self) -> tuple[int, ...]:
+        """(M, d) of the positions of a point set as prepared, before a stem; (0, d) for a grid, which has none."""
+        return (0 if self.is_grid else prod(self.prepared_shape[:-1]), self.dims)
+
+    @property
     def num_inputs(self) -> int:
         """M, the number of rows of the byte array."""
         return prod(self.grid)

@@ -268,7 +268,7 @@ class Stored:
             return _without_features(rows.astype(np.float32, copy=False), layout, dtype)
         if layout.is_grid:
             return ByteArray(self._checked((dtype.name,), layout.prepared_shape))
-        rows = self._checked(("float32",), (layout.num_inputs, layout.dims + layout.channels))
+        rows = self._checked(("float32",), (layout.positions_shape[0], layout.dims + layout.channels))
         return ByteArray(rows[:, layout.dims :], rows[:, : layout.dims])
 
     def _checked(self, dtypes: Sequence[str], shape: tuple[int | None, ...], span: Span | None = None) -> Array:
