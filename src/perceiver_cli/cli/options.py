@@ -233,11 +233,10 @@ def open_predictor(
 ) -> Any:
     """Return the Predictor of a model file that the options ask for. data: see `data_options`."""
     from perceiver_cli.inference.predictor import Predictor
-    from perceiver_cli.preprocess.spec import Limits
 
     used = None if use is None else re.split(r"[,\s]+", use.strip())
     predictor = Predictor(path, device, precision, use=used, views=views)
-    predictor.reader.limits = Limits.model_validate({**vars(predictor.reader.limits), **raised_limits(limit)})
+    predictor.reader.limits = predictor.reader.limits.raised(raised_limits(limit))
     predictor.options = data or {}
     return predictor
 

@@ -187,7 +187,7 @@ def inputs_to_prepare(
         if len(inputs) > 1 or files_from is not None:
             raise UsageError("- must be the only input", "pass several paths with --files-from")
         with os.fdopen(terminal.piped_stdin(), "rb", closefd=False) as stream:
-            return Source(stdin_name, received(stream, Limits.model_validate(options.raised_limits(limit))))
+            return Source(stdin_name, received(stream, Limits().raised(options.raised_limits(limit))))
     if files_from == "-":
         terminal.piped_stdin()
     return [*inputs, *(path for _, path in _lines(files_from, null))]

@@ -125,7 +125,7 @@ def lint(
     catalog = scan(data, options=options)
     splits = sorted(catalog.splits)
     ends = list(accumulate(len(catalog.splits[split]) for split in splits))
-    examine = partial(_examined, _decoder(catalog, Limits.model_validate(raised or {})))
+    examine = partial(_examined, _decoder(catalog, Limits().raised(raised)))
     examples = chain.from_iterable(catalog.splits[split] for split in splits)
     workers = cores() if workers is None else workers
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)

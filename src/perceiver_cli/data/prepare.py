@@ -105,7 +105,7 @@ def plan(
     if not brought:
         holds, wanted = "+".join(catalog.holds), "+".join(sorted(config.inputs))
         raise DataError(f"{show_path(catalog.root)}: holds {holds}, but {config.name} reads {wanted}")
-    limits = Limits.model_validate({**vars(config.data.limits), **(raised or {})})
+    limits = config.data.limits.raised(raised)
     held = catalog.hold_out(config.data.val_fraction)
     every = replace(held, splits={"train": Examples(chain(*held.splits.values()))})
     held = held if "train" in held.splits else every
@@ -398,7 +398,7 @@ def input_recipe(
     config = config or _recipe(None, modality(kind).paper_preset)
     if config is None:
         raise UsageError(f"the paper has no recipe for {kind}", "pass --preset or --model")
-    limits = Limits.model_validate({**vars(config.data.limits), **raised})
+    limits = config.data.limits.raised(raised)
     for name in (kind, *others):  # a video may be read for its sound
         if name in config.inputs:
             return settled(config.inputs[name]), limits

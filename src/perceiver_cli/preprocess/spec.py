@@ -111,3 +111,7 @@ class Limits(Table):
     faces: int = 20_000_000  # of a mesh
     text_bytes: int = 64 << 20  # of a text
     decoded_bytes: int = 1 << 30  # of a decoded array
+
+    def raised(self, limits: Mapping[str, float] | None) -> Limits:
+        """Return the limits with these in place of their own. Raises ValidationError for one of another name."""
+        return Limits.model_validate({**vars(self), **(limits or {})})
