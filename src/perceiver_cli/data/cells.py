@@ -18,13 +18,11 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.preprocess.text import NOTE_CP1252, marked
 
 PARQUET = ".parquet"
 LINES = ".txt"  # lines of PATH LABEL, as in the lists of Kinetics
 MAX_MANIFEST_BYTES = 256 << 20
-# UTF-32 first: its mark for little endian begins with UTF-16's.
-MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
-MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 SEPARATOR_LINE = re.compile(r'\ufeff?"?sep=(.)"?[ ,;\t]*(?:\r\n|\r|\n)', re.IGNORECASE)  # Excel's
 # How programs quote cells, in the order of trying: as RFC 4180; with backslashes (Spark, MySQL); in TSV not at all.
 QUOTING: tuple[dict[str, Any], ...] = ({}, {"escapechar": "\\", "doublequote": False})
@@ -33,8 +31,6 @@ SPREADSHEETS = (b"PK\x03\x04", b"\xd0\xcf\x11\xe0")  # XLSX and ODS, which are z
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # a byte of a text that is not UTF-8
 BLANKS = r"[\s\ufeff\u200b\u2060]"  # no-break spaces too; the last three have no width
 ENDS, LINE_ENDS = re.compile(rf"^{BLANKS}+|{BLANKS}+$"), re.compile(r"[\r\n\t]+")
-
-NOTE_CP1252 = "not UTF-8: read as Windows-1252"
 
 Fits = Callable[[list[str]], bool]  # whether columns of these names can be a manifest's
 
@@ -67,14 +63,14 @@ def read_cells(source: Source, fits: Fits) -> Cells:
     if data.startswith(SPREADSHEETS):
         raise DataError(f"{shown}: a spreadsheet or another zip, not a {suffix} manifest", "save it as CSV")
     try:
-        return MANIFESTS[suffix](as_text(data), fits)
+        return MANIFESTS[suffix](decoded(data), fits)
     except (ValueError, csv.Error, RecursionError) as error:
         raise DataError(f"{shown}: not a {suffix} manifest: {error}") from error
 
 
-def as_text(data: bytes) -> str:
+def decoded(data: bytes) -> str:
     """Return bytes as text by their byte order mark, else as UTF-8; bytes that are not UTF-8 become surrogates."""
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+    encoding = marked(data)
     if encoding is None and len(data) > 1 and (data[0] == 0) != (data[1] == 0):  # UTF-16 without a mark
         encoding = "utf-16-le" if data[1] == 0 else "utf-16-be"
     if encoding is None or encoding == "utf-8":

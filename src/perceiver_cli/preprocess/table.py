@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
@@ -42,6 +43,11 @@ class Column(Table):
     categories: tuple[str, ...] = ()  # known ones, the most common first
     has_missing: bool = False  # whether training rows lack it
     has_rare: bool = False  # whether training rows have categories that are too rare to be known
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The place of each category, from 1 on."""
+        return {name: place for place, name in enumerate(self.categories, start=1)}
 
     @property
     def is_number(self) -> bool:
@@ -251,7 +257,7 @@ def _value(source: Source, column: Column, text: str) -> float:
         fault = f"{source.shown}: column {show_path(column.name)} has {show_path(text)}, expected a {column.kind}"
         raise DataError(fault, "as 2024-12-31 or 2024-12-31T23:59:59" if column.kind == "date" else "")
     if isinstance(value, str):
-        return 1.0 + column.categories.index(value) if value in column.categories else 0.0
+        return float(column.places.get(value, 0))
     return float(np.clip((value - column.mean) / column.std, -FARTHEST, FARTHEST))
 
 

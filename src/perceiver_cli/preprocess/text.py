@@ -44,7 +44,10 @@ class TextSpec(InputSpec):
 
 # Suffixes of formats that other readers take apart: tables, pages and programs are text too, but rarely meant.
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-MARKS = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+# UTF-32 first: its mark for little endian begins with UTF-16's.
+MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+NOTE_CP1252 = "not UTF-8: read as Windows-1252"
 CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # characters that no text has; ESC colours logs
 WORD = re.compile(rb"\S+")
 WHOLE = 0.25  # share of the kept bytes up to which a cut moves back to the end of a word
@@ -75,7 +78,7 @@ class TextModality(Modality[TextSpec]):
     def may_read(self, head: bytes, name: str) -> bool:
         if name.lower().endswith(TABLES):
             return False
-        with_mark = head.startswith(tuple(mark for mark, _ in MARKS[1:]))
+        with_mark = head.startswith(tuple(mark for mark in MARKS if mark != codecs.BOM_UTF8))
         return with_mark or CONTROLS.search(head.decode("utf-8", "replace")) is None
 
     def of_cells(self, cells: Sequence[tuple[str, str, Any]]) -> bytes | None:
@@ -161,15 +164,20 @@ MODALITY = TextModality()
 register(MODALITY)
 
 
+def marked(data: bytes) -> str | None:
+    """Return the encoding that the byte order mark of a text says, or None without a mark."""
+    return next((name for mark, name in MARKS.items() if data.startswith(mark)), None)
+
+
 def _decoded(source: Source, data: bytes) -> str:
     """Return bytes as text by their mark, as UTF-8, or else as Windows-1252, which is noted."""
-    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8")
+    encoding = marked(data) or "utf-8"
     try:
         return data.removeprefix(codecs.BOM_UTF8).decode(encoding)
     except UnicodeDecodeError as error:
         if encoding != "utf-8":
-            raise DataError(f"{source.shown}: damaged UTF-16: {error.reason}") from error
-        source.note("not UTF-8: read as Windows-1252")
+            raise DataError(f"{source.shown}: damaged {encoding.upper()}: {error.reason}") from error
+        source.note(NOTE_CP1252)
         return data.decode("cp1252", "replace")
 
 
