@@ -29,7 +29,8 @@ import typer
 
 from benchmarks.command import start
 from perceiver_cli.cli.options import Json
-from perceiver_cli.cli.terminal import emit_json, emit_table, say, show_facts
+from perceiver_cli.cli.tables import emit_table
+from perceiver_cli.cli.terminal import emit_json, say, show_facts
 from perceiver_cli.errors import DataError, ResourceError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.hardware import cores

@@ -499,9 +499,9 @@ def test_mel_is_standardised_and_independent_of_level() -> None:
 
 def test_every_band_sees_white_noise_alike() -> None:
     # 128 bands at 8 kHz lie closer than the bins of the transform: a filter without a bin would stand out.
-    from perceiver_cli.preprocess.audio import _filters
+    from perceiver_cli.preprocess.mel import mel_filters
 
-    taper, filters = _filters(8_000, 200, 128, 20.0)
+    taper, filters = mel_filters(8_000, 200, 128, 20.0)
     assert len(filters) == 128
     assert max(abs(weights.sum() - 1) for _, weights in filters) < 0.35
     assert all(first >= 0 and first + len(weights) <= 129 for first, weights in filters)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from perceiver_cli.cli import terminal
+from perceiver_cli.cli.tables import cut, padded, terminal_width
 from perceiver_cli.cli.terminal import complain, emit, emit_json, say
 from perceiver_cli.errors import EXIT_DATA, UsageError
 from perceiver_cli.files import show_path, show_text
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 EXTRA_WIDTH = {"start_s": 8, "end_s": 8, "used": 12, "labels": 20}  # columns that only some predictions have
 FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in a spreadsheet
 Format = Literal["auto", "table", "jsonl", "csv", "tsv", "audacity", "srt"]
+OTHER_WIDTH = 12  # of other columns
+FILE_WIDTH, LABEL_WIDTH = 40, 16
+LEAST_FILE, ROOM = 16, 22  # columns of a narrow terminal for a file, and for further answers beside it
 OF_EVENTS = ("audacity", "srt")  # formats that hold the events of one input
 
 
@@ -34,13 +38,14 @@ def show_predictions(
     """
     if style == "auto":
         style = "table" if terminal.is_terminal() else "jsonl"
+    table = AnswerTable(extra)
     if style == "table":
-        emit(f"{'file':<40} {_padded({name: name for name in extra})}{'label':<16} {'prob':>6}  others\n")
+        emit(table.row("file", {name: name for name in extra}, "label", "prob", ["others"]))
     header, errors = True, _Errors()
     for prediction in predictions:
         errors.tell(prediction.error)
         if style == "table":
-            emit(_table_row(prediction, top_k, all_probs, extra))
+            emit(_table_row(table, prediction, top_k, all_probs))
         elif style == "jsonl":
             emit_json(prediction.to_dict(top_k, all_probs=all_probs))
         else:
@@ -61,7 +66,7 @@ def show_events(
         style = "table" if terminal.is_terminal() else "jsonl"
     columns = ("path", *repeated, "start_s", "end_s", "label", "prob", "error")
     if style == "table":
-        emit(f"{'file':<40} {'start':>10} {'end':>10}  {'label':<16} {'prob':>6}\n")
+        emit(_event_row("file", "start", "end", "label", "prob"))
     elif style in ("csv", "tsv"):
         emit(_csv_row(columns, style))
     errors, number, only = _Errors(), 0, None
@@ -79,7 +84,7 @@ def show_events(
         elif event.error is None:
             emit(_event_text(event, style, number))
         elif style == "table":
-            emit(f"{show_text(event.path):<40} (not read)\n")
+            emit(f"{show_text(event.path)}  (not read)\n")
     return errors.end(reads)
 
 
@@ -92,7 +97,16 @@ def _event_text(event: "TimedEvent", style: str, number: int) -> str:
         begin, end = (_time(seconds, 3).replace(".", ",") for seconds in (event.start_s, event.end_s))
         return f"{number}\n{begin} --> {end}\n{label}\n\n"
     begin, end = (_time(seconds, 2).removeprefix("00:") for seconds in (event.start_s, event.end_s))
-    return f"{show_text(event.path):<40} {begin:>10} {end:>10}  {label:<16} {event.prob:6.3f}\n"
+    return _event_row(show_text(event.path), begin, end, label, f"{event.prob:.3f}")
+
+
+def _event_row(file: str, start: str, end: str, label: str, prob: str) -> str:
+    """Return a row of a table of events, which fits 80 columns of a terminal."""
+    width = FILE_WIDTH
+    if terminal.is_terminal():
+        width = max(LEAST_FILE, min(FILE_WIDTH, terminal_width() - LABEL_WIDTH - 31))
+        file, label = cut(file, width), cut(label, LABEL_WIDTH)
+    return f"{padded(file, width)} {start:>10} {end:>10}  {padded(label, LABEL_WIDTH)} {prob:>6}\n"
 
 
 def _time(seconds: float, digits: int) -> str:
@@ -172,16 +186,46 @@ def _extra(prediction: "Prediction", names: Sequence[str]) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
-def _padded(cells: Mapping[str, str]) -> str:
-    return "".join(f"{show_text(cell):<{EXTRA_WIDTH.get(name, 12)}} " for name, cell in cells.items())
+class AnswerTable:
+    """The widths of a table of answers. On a terminal of a few columns files have less room, and further answers.
+
+    extra: columns of EXTRA_WIDTH.
+    """
+
+    def __init__(self, extra: Sequence[str]) -> None:
+        self.extra = extra
+        self.width = terminal_width() if terminal.is_terminal() else None
+        others = sum(EXTRA_WIDTH.get(name, OTHER_WIDTH) + 1 for name in extra) + LABEL_WIDTH + 10 + ROOM
+        self.file = FILE_WIDTH if self.width is None else max(LEAST_FILE, min(FILE_WIDTH, self.width - others))
+
+    def row(
+        self, file: str, extra: Mapping[str, str], label: str, prob: str, others: Sequence[str], *, whole: bool = False
+    ) -> str:
+        """Return a row. others: as many as fit, or all of them in further lines if `whole`."""
+        from rich.cells import cell_len
+
+        cells = [padded(self._cut(file, self.file), self.file)]
+        cells += [padded(show_text(cell), EXTRA_WIDTH.get(name, OTHER_WIDTH)) for name, cell in extra.items()]
+        row = f"{' '.join([*cells, padded(self._cut(label, LABEL_WIDTH), LABEL_WIDTH)])} {prob:>6}  "
+        lines, indent = [row], " " * cell_len(row)
+        for number, other in enumerate(others):
+            text = other if number == len(others) - 1 else f"{other}, "
+            if self.width is not None and cell_len(lines[-1] + text.rstrip()) > self.width and lines[-1] != indent:
+                if not whole:
+                    break
+                lines.append(indent)
+            lines[-1] += text
+        return "".join(f"{line.rstrip(', ')}\n" for line in lines)
+
+    def _cut(self, text: str, width: int) -> str:
+        return text if self.width is None else cut(text, width)
 
 
-def _table_row(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequence[str]) -> str:
+def _table_row(table: AnswerTable, prediction: "Prediction", top_k: int, all_probs: bool) -> str:
     shown = show_text(prediction.path)
     if prediction.error is not None:
-        return f"{shown:<40} (not read)\n"
+        return f"{shown}  (not read)\n"
     (best, prob), *others = prediction.top(len(prediction.classes) if all_probs else top_k)
-    rest = ", ".join(f"{show_text(name)} {p:.3f}" for name, p in others)
-    further = _padded(_extra(prediction, extra))
+    rest = [f"{show_text(name)} {p:.3f}" for name, p in others]
     label = prediction.label if prediction.label == best else f"{prediction.label} ({best})"
-    return f"{shown:<40} {further}{show_text(label):<16} {prob:6.3f}  {rest}".rstrip() + "\n"
+    return table.row(shown, _extra(prediction, table.extra), show_text(label), f"{prob:.3f}", rest, whole=all_probs)

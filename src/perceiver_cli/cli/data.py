@@ -10,11 +10,11 @@ import typer
 
 from perceiver_cli.cli import completion, options, processes, sources, terminal
 from perceiver_cli.cli.progress import counting, this_command, working
+from perceiver_cli.cli.tables import emit_table
 from perceiver_cli.cli.terminal import (
     complain,
     emit,
     emit_json,
-    emit_table,
     say,
     say_advice,
     say_lines,

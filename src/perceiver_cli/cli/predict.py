@@ -14,11 +14,11 @@ import typer
 from perceiver_cli.cli import options, processes, sources
 from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions, with_hint
 from perceiver_cli.cli.progress import BESIDE_AFTER_S, Counter, counting, working
+from perceiver_cli.cli.tables import emit_facts, emit_table
 from perceiver_cli.cli.terminal import (
     complain,
     emit,
     emit_json,
-    emit_table,
     figure,
     say,
     say_advice,
@@ -337,17 +337,17 @@ def show_report(report: "Report", as_json: bool) -> None:
     if as_json:
         emit_json(report.to_dict())
         return
-    precision = "" if report.mean_average_precision is None else f"mAP {report.mean_average_precision:.4f}  "
-    calibration = "" if report.ece is None else f"ECE {report.ece:.4f}  "
+    precision = [] if report.mean_average_precision is None else [f"mAP {report.mean_average_precision:.4f}"]
+    calibration = [] if report.ece is None else [f"ECE {report.ece:.4f}"]
     if report.ece != report.ece_uncalibrated:
-        calibration += f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})  "
+        calibration.append(f"({report.ece_uncalibrated:.4f} without temperature {report.temperature:.3f})")
     low, high = report.intervals_95.get("accuracy", (None, None))
     if low is not None and high is not None:
         emit(f"{report.split}: accuracy between {low:.3f} and {high:.3f} (95 % interval)\n")
-    emit(
-        f"{report.split}: {precision}accuracy {report.accuracy:.4f}  top-5 {report.top5:.4f}  loss {report.loss:.4f}  "
-        f"{calibration}({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})\n"
-    )
+    figures = [f"accuracy {report.accuracy:.4f}", f"top-5 {report.top5:.4f}", f"loss {report.loss:.4f}", *calibration]
+    first, *others = [*precision, *figures]
+    examples = f"({counted(report.num_examples, 'example')} of {'+'.join(report.modalities)})"
+    emit_facts([f"{report.split}: {first}", *others, examples], indent="  ")
     if report.balanced_accuracy is not None and report.macro_f1 is not None:
         emit(f"each class alike: balanced accuracy {report.balanced_accuracy:.4f}  macro F1 {report.macro_f1:.4f}\n")
     key = "accuracy" if report.confusion else "average_precision"

@@ -1,14 +1,14 @@
 """The command `compare`, and its table, which fits a terminal."""
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from perceiver_cli.cli import completion, options, terminal
-from perceiver_cli.cli.terminal import emit, emit_json, emit_table, figure, say, say_notes
+from perceiver_cli.cli import completion, options
+from perceiver_cli.cli.tables import GAP, cut, emit_table, terminal_width
+from perceiver_cli.cli.terminal import emit, emit_json, figure, is_terminal, say, say_notes
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import check_plot, show_path, show_text
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from perceiver_cli.report.compare import Comparison, Group, RunFacts
 
 LONGEST_NAME, LONGEST_VALUE = 28, 16  # characters of a run's name and of an option's value on a terminal
-GAP = 2  # blanks between columns
 SPARE = ("seconds", "loss", "examples", "parameters")  # columns that may be left out
 
 
@@ -64,8 +63,8 @@ def show_comparison(comparison: "Comparison", as_json: bool) -> None:
         return
     columns = columns_of(comparison)
     shown, rest = columns, dict[str, list[str]]()
-    if terminal.is_terminal():
-        shown, rest = fitted(columns, shutil.get_terminal_size().columns)
+    if is_terminal():
+        shown, rest = fitted(columns, terminal_width())
     emit_table(list(shown), zip(*shown.values(), strict=True))
     for key, cells in rest.items():
         values = [f"{cell} ({name.strip()})" for cell, name in zip(cells, shown["name"], strict=True) if cell != "-"]
@@ -150,7 +149,7 @@ def fitted(columns: Mapping[str, list[str]], width: int) -> tuple[dict[str, list
     for name in sorted(columns, key=lambda name: (name in SPARE, name.endswith(" interval"))):
         cells = columns[name]
         longest = LONGEST_NAME if name == "name" else LONGEST_VALUE
-        short = [_cut(cell, longest) for cell in cells]
+        short = [cut(cell, longest) for cell in cells]
         wide = GAP + max(map(len, (name, *short)))
         if used + wide <= width and (name == "name" or short == cells):
             shown[name] = short
@@ -158,11 +157,3 @@ def fitted(columns: Mapping[str, list[str]], width: int) -> tuple[dict[str, list
         elif not (name in SPARE or name.endswith(" interval")):
             rest[name] = cells
     return {name: shown[name] for name in columns if name in shown}, rest
-
-
-def _cut(text: str, longest: int) -> str:
-    """Return a text with its middle left out if it is longer."""
-    if len(text) <= longest:
-        return text
-    half = (longest - 1) // 2
-    return f"{text[: longest - 1 - half]}…{text[-half:]}"

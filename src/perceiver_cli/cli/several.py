@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perceiver_cli.cli.plan import say_start, step_facts
+from perceiver_cli.cli.plan import done_of, say_start, step_facts
 from perceiver_cli.cli.progress import PLAIN_EVERY_S
 from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first_signal, say, say_lines, say_notes
 from perceiver_cli.errors import UsageError, counted
@@ -99,6 +99,7 @@ class _Progress:
         self.task: Any = self.bar.add_task("reading", total=None, facts="")
         self.title, self.last_line = "", time.monotonic()
         self.width, self.figure = 8, ""
+        self.limit_s: float | None = None
 
     def show(self, event: "Began | Ended | Event") -> None:
         """Print an event or update the bar."""
@@ -108,7 +109,8 @@ class _Progress:
             case Began(member, place, total):
                 self.title = f"{member.name} ({place} of {total})"
                 self.bar.update(self.task, description=self.title, completed=0, total=None, facts="")
-            case Started():
+            case Started(summary):
+                self.limit_s = summary["max_time_s"]
                 if not self.has_told_plan:  # the plans of the others differ little
                     say_start(event)
                 self.has_told_plan = True
@@ -118,7 +120,8 @@ class _Progress:
                 say_notes([f"{self.title}: {message}"])
             case StepDone(step, total):
                 facts = step_facts(event)
-                self.bar.update(self.task, completed=step, total=total, facts=facts)
+                at, end = done_of(event, self.limit_s)
+                self.bar.update(self.task, completed=at, total=end, facts=facts)
                 if self.bar.disable and time.monotonic() - self.last_line > PLAIN_EVERY_S:
                     self.last_line = time.monotonic()
                     say(f"{self.title}: step {step} of {total}  {facts}")

@@ -1,6 +1,6 @@
 """Data on stdout, talk on stderr, progress bars, exit codes.
 
-The only user of rich, imported when it first draws, so that `--help` does not wait for it.
+rich is imported when it first draws, so that `--help` does not wait for it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
@@ -49,6 +49,8 @@ quiet = False  # -q: errors only
 verbose = False  # -v: also messages of libraries
 _at_signal: list[Callable[[], object]] = []
 _before_data: Callable[[], object] | None = None
+# rich's own suit dark backgrounds: on light ones the rest of a bar stands out more than what is done.
+STYLES = {"bar.back": "dim", "progress.percentage": "default", "progress.remaining": "default"}
 _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe took its place
 
 
@@ -56,12 +58,14 @@ _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe to
 def talk() -> Console:
     """Return the console on stderr; it turns quiet when its reader leaves, so that a run goes on."""
     from rich.console import Console
+    from rich.theme import Theme
 
     # Lines wrap on a terminal only.
     stream = _stderr or sys.stderr
     console = Console(
-        file=stream, quiet=stream is None, highlight=False, markup=False, soft_wrap=not stderr_is_terminal()
-    )
+        file=stream, quiet=stream is None, highlight=False, markup=False, soft_wrap=not stderr_is_terminal(),
+        theme=Theme(STYLES),
+    )  # fmt: skip
     console.on_broken_pipe = lambda: setattr(console, "quiet", True)  # type: ignore[method-assign]
     return console
 
@@ -266,10 +270,10 @@ def hush() -> None:
     os.close(null)
 
 
-def say(message: str) -> None:
-    """Print one line on stderr; nothing with -q."""
+def say(message: str, style: str = "") -> None:
+    """Print one line on stderr, in a style of rich on a terminal; nothing with -q."""
     if not quiet:
-        complain(message)
+        complain(message, style)
 
 
 def say_lines(lines: Iterable[str]) -> None:
@@ -290,20 +294,20 @@ def say_advice(advice: Iterable[Advice]) -> None:
         say(f"next: {each}")
 
 
-def complain(message: str) -> None:
+def complain(message: str, style: str = "") -> None:
     """Print one line on stderr, with -q too: an error, or an unreadable input."""
     _libraries.heard()
-    _print(message)
+    _print(message, style)
 
 
-def _print(message: str) -> None:
+def _print(message: str, style: str = "") -> None:
     with suppress(OSError, ValueError):  # stderr may be closed or full
         try:
             from rich.text import Text
 
             is_command = re.search(r"(^ +|: |\| )perceiver [a-z]", message) is not None
             # A command that is wrapped could not be copied; None is as the console wraps.
-            talk().print(Text(printable(message, "")), soft_wrap=is_command or None)
+            talk().print(Text(printable(message, ""), style), soft_wrap=is_command or None)
         except (MemoryError, ImportError):  # rich needs memory
             if stream := _stderr or sys.stderr:
                 os.write(stream.fileno(), f"{printable(message, '')}\n".encode("utf-8", "backslashreplace"))
@@ -380,25 +384,6 @@ def is_terminal() -> bool:
 def emit_json(record: Mapping[str, Any]) -> None:
     """Write one JSON object on one line."""
     emit(json.dumps(record) + "\n")
-
-
-def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Sequence[str] = ()) -> None:
-    """Write a table to stdout, its first column left-aligned, figures right-aligned; total: the cells of a last row."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    if total:
-        table.add_row(*map(Text, total), style="bold")
-    stream = io.StringIO()
-    width = None if is_terminal() else 1000  # in a pipe rows do not wrap
-    Console(file=stream, width=width, force_terminal=is_terminal(), markup=False).print(table)
-    emit("".join(line.rstrip() + "\n" for line in stream.getvalue().splitlines()), styled=True)
 
 
 def is_mute() -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from perceiver_cli.cli import completion, options, processes, terminal
-from perceiver_cli.cli.plan import plan_lines, say_start, step_facts
+from perceiver_cli.cli.plan import done_of, plan_lines, say_start, step_facts
 from perceiver_cli.cli.progress import PLAIN_EVERY_S, counting, working
 from perceiver_cli.cli.several import folder_for, is_several, train_several
 from perceiver_cli.cli.terminal import (
@@ -138,9 +138,9 @@ def train(
     ranks = processes.shared(devices, timeout, [data])
     if go_on:
         resume, replace = _where_it_was_cut(output, ranks)
-    from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
-
     with working("looking at the files"):
+        from perceiver_cli.training.trainer import Trainer  # imports torch: after every check that needs none
+
         trainer = Trainer(
             data, output, recipe, overrides=overrides, resume=resume, init_from=init_from, replace=replace, latest=True,
             started_at=STARTED_AT, dry_run=dry_run or on is not None, ranks=ranks,
@@ -301,12 +301,14 @@ class _Display:
         self.bar = bar("{task.fields[facts]}")
         self.task = self.bar.add_task("reading", total=None, facts="")
         self.highest: Evaluated | None = None  # the evaluation of the highest accuracy
+        self.limit_s: float | None = None
         self.live, self.header_shown, self.last_line = not self.bar.disable, False, time.monotonic()
 
     def show(self, event: Event) -> None:
         """Print an event or update the bar."""
         match event:
-            case Started():
+            case Started(summary):
+                self.limit_s = summary["max_time_s"]
                 say_start(event)
             case Note(message):
                 say_notes([message])
@@ -315,21 +317,26 @@ class _Display:
                 self.bar.update(self.task, completed=done, total=total, facts=facts)
                 if done == total and not self.live:
                     say(f"read {counted(total, 'file')}" + (f", {bad} of them unreadable and left out" if bad else ""))
-            case StepDone(step, total):
+                elif done == total:
+                    self.bar.update(self.task, description="first step", completed=0, total=None)
+            case StepDone(step, steps):
                 facts = step_facts(event)
-                self.bar.update(self.task, description="training", completed=step, total=total, facts=facts)
+                at, end = done_of(event, self.limit_s)
+                self.bar.update(self.task, description="training", completed=at, total=end, facts=facts)
                 if not self.live and time.monotonic() - self.last_line > PLAIN_EVERY_S:
                     self.last_line = time.monotonic()
-                    say(f"step {step} of {total}  {facts}")
+                    say(f"step {step} of {steps}  {facts}")
             case Evaluated():
                 if self.highest is None or event.accuracy > self.highest.accuracy:
                     self.highest = event
                 if not self.header_shown:
                     self.header_shown = True
-                    say(f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}")
+                    columns = f"{'epoch':>8} {'step':>8} {'train loss':>11} {'val loss':>9} {'val acc':>8} {'time':>8}"
+                    say(f"{columns}  * kept so far")
                 losses = f"{_figure(event.train_loss):>11} {_figure(event.loss):>9} {_figure(event.accuracy):>8}"
                 mark = " *" if event.best else ""
-                say(f"{event.epoch:8.2f} {event.step:8d} {losses} {clock(event.elapsed_s):>8}{mark}")
+                row = f"{event.epoch:8.2f} {event.step:8d} {losses} {clock(event.elapsed_s):>8}{mark}"
+                say(row, "bold" if event.best else "")
                 self.last_line = time.monotonic()
 
 

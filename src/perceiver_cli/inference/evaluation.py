@@ -337,8 +337,8 @@ def evaluate_shared(
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
     if predictor.info.members > 1 and not predictor.info.data_fingerprint and name != "test":
         notes.append("each model of the ensemble was trained on most of these examples: the test split is fair")
-    if name == "val" and predictor.info.calibration is not None:
-        notes.append("the temperature was fitted on a validation split: if it is this one, the ECE is too low")
+    if name == "val":
+        notes += note_on_calibration(predictor, same=origin == "run" or is_data_of_run(catalog, predictor))
     scored = label_logits(
         predictor.model, reader_of(predictor, catalog.bad), examples, predictor.compute,
         batch_size or predictor.batch_that_fits, workers,
@@ -439,6 +439,24 @@ def labelled_catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tupl
     if catalog.multi_label and not predictor.info.config.multi_label:
         raise DataError(f"{show_path(data)}: has several labels an example, but the model was trained for one")
     return catalog, used
+
+
+def is_data_of_run(catalog: Catalog, predictor: Predictor) -> bool:
+    """Return whether the examples and their splits are those of the model's run."""
+    return catalog.fingerprint == predictor.info.data_fingerprint
+
+
+def note_on_calibration(predictor: Predictor, *, same: bool) -> list[str]:
+    """Return a note if the temperature was, or may have been, fitted on the validation split that is measured.
+
+    same: whether it is that of the run, on which `train` fits it.
+    """
+    calibration, by_training = predictor.info.calibration, predictor.info.metrics.get("temperature")
+    if calibration is None or (not same and calibration.temperature == by_training):
+        return []
+    if calibration.temperature == by_training:
+        return ["the temperature was fitted on these examples: the ECE is too low, expect a higher one on others"]
+    return ["the temperature was fitted on a validation split: if it is this one, the ECE is too low"]
 
 
 def split_of_run(catalog: Catalog, predictor: Predictor) -> tuple[Catalog, str]:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -34,6 +34,7 @@ from perceiver_cli.preprocess.base import (
     share_in_words,
     varied_in_words,
 )
+from perceiver_cli.preprocess.mel import fft_size, mel_filters
 from perceiver_cli.preprocess.sound_files import FORMATS, Samples, is_sound, open_sound
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Auto, Fraction, InputSpec, Limits, Positive, Size
@@ -441,9 +442,9 @@ def _log_mel(clip: Samples, spec: AudioSpec, rng: Rng | None) -> Samples:
     With `rng`, through a random equaliser: a slope and a bend over all mels, up to +- equalizer_db each.
     """
     window, hop = _window_and_hop(spec)
-    taper, filters = _filters(_rate(spec), window, spec.num_mels, spec.min_hz)
+    taper, filters = mel_filters(_rate(spec), window, spec.num_mels, spec.min_hz)
     frames = sliding_window_view(clip, window)[::hop] * taper
-    spectrum = np.fft.rfft(frames, n=_fft_size(window), axis=1)
+    spectrum = np.fft.rfft(frames, n=fft_size(window), axis=1)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
     # One product for each band: the matrix of all filters is mostly zeros, and BLAS would start threads for it that
     # slow down other processes (8 ms instead of 0.3 ms).
@@ -458,33 +459,6 @@ def _log_mel(clip: Samples, spec: AudioSpec, rng: Rng | None) -> Samples:
     features -= features.mean()
     std = features.std()
     return features / std if std > MIN_STD else np.zeros_like(features)
-
-
-def _fft_size(window: int) -> int:
-    return 1 << max(1, (window - 1).bit_length())
-
-
-@lru_cache(maxsize=8)
-def _filters(rate_hz: int, window: int, num_mels: int, min_hz: float) -> tuple[Samples, list[tuple[int, Samples]]]:
-    """Return the periodic Hann window (window,), and the HTK mel filters with equal areas (Slaney).
-
-    Each filter is (first bin of the power spectrum, weights from there on). The window gives a full-scale sine power 1.
-    A narrow triangle is widened to one bin of the Fourier transform on either side, so that no filter is empty.
-    """
-    taper = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(window) / window) if window > 1 else np.ones(1)
-    taper /= taper.sum() / 2
-    bin_hz = rate_hz / _fft_size(window)
-    low, high = (2595 * math.log10(1 + hz / 700) for hz in (min_hz, rate_hz / 2))
-    edges = 700 * (10 ** (np.linspace(low, high, num_mels + 2) / 2595) - 1)
-    hz = np.arange(_fft_size(window) // 2 + 1) * bin_hz
-    filters = []
-    for left, centre, right in zip(edges[:-2], edges[1:-1], edges[2:], strict=True):
-        left, right = min(left, centre - bin_hz), max(right, centre + bin_hz)
-        triangle = np.minimum((hz - left) / (centre - left), (right - hz) / (right - centre)).clip(0)
-        inside = np.flatnonzero(triangle)
-        weights = triangle[inside[0] : inside[-1] + 1] * (2 * bin_hz / (right - left))
-        filters.append((int(inside[0]), weights.astype(np.float32)))
-    return taper.astype(np.float32), filters
 
 
 def _mask(features: Samples, axis: int, count: int, share: float, rng: Rng) -> None:

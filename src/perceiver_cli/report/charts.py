@@ -16,6 +16,7 @@ from math import ceil, inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from perceiver_cli.errors import counted
 from perceiver_cli.files import atomic_write, check_plot, show_text
@@ -25,6 +26,10 @@ if TYPE_CHECKING:  # `compare` works without torch
     from perceiver_cli.inference.evaluation import Report
 
 SIZE = 4.9, 3.1  # a diagram in a page, in inches of 72 SVG units
+DOT_AREA = 90  # of the largest dot of a reliability diagram, in square points
+NAMED, COUNTED = 60, 25  # classes up to which a matrix has names, and counts in its cells
+LONGEST_NAME = 28  # letters of a class beside a matrix
+DIAGONAL, OFF_DIAGONAL = (27, 108, 168), (200, 72, 48)  # colours of a confusion matrix
 MAX_POINTS = 500  # points of a line; more cannot be seen
 ONE, TWO, BAR, RULE, TEXT = "#1b6ca8", "#c84830", "#c9d3dc", "#e3e4e6", "#646b73"
 IN_PAGE = {ONE: "var(--one)", TWO: "var(--two)", BAR: "var(--bar)", RULE: "var(--rule)", TEXT: "currentColor"}
@@ -94,7 +99,10 @@ def reliability_diagram(bins: Sequence[Bin | None]) -> str:
             share = f"mean probability {one.confidence:.3f}, {one.correct:.3f} of them right"
             bar.set_gid(f"title: {one.count:,} of {sum(counts):,}: {share}")
         dots = [(one.confidence, one.correct) for one in full.values()]
-        axes.plot(*zip(*dots, strict=True), "o-", color=ONE, markersize=5, clip_on=False, label="share that is right")
+        areas = DOT_AREA * np.array(counts) / max(counts)  # that of few answers must not stand out
+        axes.scatter(
+            *zip(*dots, strict=True), areas.clip(min=4), ONE, clip_on=False, zorder=3, label="share that is right"
+        )
         axes.plot((0, 1), (0, 1), "--", color=TEXT, linewidth=1, label="if calibrated")
         axes.set(xlim=(0, 1), ylim=(0, 1))
         return _svg(figure, "Reliability diagram")
@@ -132,24 +140,42 @@ def _svg(figure: Any, name: str) -> str:
     return svg
 
 
+def tints_of(shares: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return RGBA (classes, classes, 4) of a confusion matrix: right answers blue, mistakes red, by their share.
+
+    shares: of each row. The square root keeps small shares visible.
+    """
+    tints = np.where(np.eye(len(shares), dtype=bool)[..., None], DIAGONAL, OFF_DIAGONAL)
+    opacity = (255 * np.sqrt(shares)).round()[..., None]
+    return np.concatenate([tints, opacity], axis=-1).astype(np.uint8)
+
+
 def draw_confusion(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the confusion matrix as PNG or SVG: shares of each true class as colours, counts in the cells."""
+    """Write the confusion matrix as PNG or SVG: the page's colours, counts in the cells, the share of each row."""
     counts = np.array(report.confusion)
-    shares = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    size = min(16.0, 3.0 + 0.42 * len(report.classes))
-    with plotted(path, size + 1, size) as figure:
+    totals = counts.sum(axis=1)
+    shares = counts / totals[:, None].clip(min=1)
+    names = [_short(show_text(name)) for name in report.classes]
+    size = float(np.clip(0.34 * len(names), 2.4, 13.0))
+    margin = 0.075 * max(map(len, names)) if len(names) <= NAMED else 0.0
+    with plotted(path, max(5.2, size + margin + 1.4), size + margin + 1.1) as figure:
         axes = figure.subplots()
-        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-        names = [show_text(name) for name in report.classes]
-        if len(names) <= 60:
+        axes.imshow(tints_of(shares))
+        axes.spines[:].set_color(RULE)
+        axes.tick_params(length=0)
+        if len(names) <= NAMED:
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8)
-            axes.set_yticks(range(len(names)), names, fontsize=8)
-        if len(names) <= 25:
+            rows = [f"{name}  {share:.0%}" for name, share in zip(names, shares.diagonal(), strict=True)]
+            axes.set_yticks(range(len(names)), rows, fontsize=8)
+        if len(names) <= COUNTED:
             for (i, j), count in np.ndenumerate(counts):
                 if count:
-                    color = "white" if shares[i, j] > 0.5 else "black"
-                    axes.text(j, i, str(count), ha="center", va="center", fontsize=7, color=color)
+                    color = "white" if shares[i, j] > 0.4 else "black"
+                    axes.text(j, i, f"{count:,}", ha="center", va="center", fontsize=7, color=color)
         examples = counted(report.num_examples, "example")
-        axes.set(xlabel="predicted", ylabel="true")
-        axes.set_title(f"accuracy {report.accuracy:.4f} on {examples} ({report.split})", fontsize=10)
-        figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+        axes.set(xlabel="answer", ylabel="truth, share that is right")
+        axes.set_title(f"accuracy {report.accuracy:.4f}, {examples} ({report.split})", fontsize=10)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 10]}…{name[-9:]}"

@@ -21,6 +21,10 @@ GAP = 12
 WIDTH = 3 * pictures.SIDE + 2 * GAP  # the page between its margins, in pixels
 HEAD, LINE, KEY = 38, 25, 48  # heights of the first line, of other lines, of a colour bar
 
+MEANING = (
+    "Heat: the inputs that speak for this class. Attention: the inputs that were read, for any class; a model reads "
+    "silence and empty ground too, to know that nothing is there."
+)
 Draw = Callable[[Any], None]
 Row = tuple[int, Draw]  # its height, and a function that draws it on a figure
 
@@ -79,6 +83,7 @@ def to_picture(explanation: Explanation) -> pictures.Picture:
         for name, shown in media:
             rows += _medium(name, shown, label, several=len(media) > 1)
         rows.append((KEY, partial(_key, name=pictures.HEAT, low="none", high="most")))
+        rows.append((LINE, partial(_write, text=MEANING, size=6, color=pictures.FAINT)))
         for name, shown in media:
             rows += _score_maps(name, shown, explanation.maps)
         rows.append((KEY, partial(_key, name=pictures.SCORE, low="lowest", high="highest")))
@@ -111,19 +116,25 @@ def _panels(figure: Any, panels: Sequence[tuple[str, Draw]], color: str = "black
 def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> list[Row]:
     """Return the rows of a modality: attention and heat beside the medium, or below each other if it is wide."""
     attention_share, heat_share = (f": {share.sum():.0%}" if several else "" for share in (shown.attention, shown.heat))
+    plain = ", read inside the frame" if pictures.is_cropped(shown.raw, shown.spec) else ""
+    begin = shown.start_s or 0.0
     heats = {
-        name: None,
-        f"{name}, where it looked (attention){attention_share}": shown.attention,
-        f"{name}, what it found for {label} (heat){heat_share}": shown.heat,
+        f"{name}{plain}": None,
+        f"heat{heat_share}: speaks for {label}": shown.heat,
+        f"attention{attention_share}: where it looked": shown.attention,
     }
     panels = [
-        (title, partial(pictures.draw, raw=shown.raw, spec=shown.spec, heat=heat, start_s=shown.start_s or 0.0))
+        (title, partial(pictures.draw, raw=shown.raw, spec=shown.spec, heat=heat, start_s=begin, framed=True))
         for title, heat in heats.items()
     ]
     has_parts = modality(shown.spec.modality).parts(shown.raw, shown.spec) is not None
     wide = shown.start_s is not None or has_parts
+    if wide and len(shown.heat.shape) > 1:
+        panels[1:] = [
+            (f"{title} ({' x '.join(map(str, shown.heat.shape))} inputs)", draw) for title, draw in panels[1:]
+        ]
     height = LINE + GAP + pictures.size_of(shown.raw, shown.spec, WIDTH // 2 if wide else pictures.SIDE)[1]
-    rows = [[panel] for panel in panels[1:]] if wide else [panels]
+    rows = [[panel] for panel in panels[has_parts:]] if wide else [panels]  # names are legible under their heat
     return [(height, partial(_panels, panels=row)) for row in rows]
 
 

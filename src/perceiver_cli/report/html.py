@@ -54,7 +54,6 @@ LISTED = 20  # names or files in a sentence
 SIDES = {"image": 200, "points": 240, "audio": 208, "video": 208}  # `side` of `pictures.sample`, in pixels
 JPEG_QUALITY = 85
 MOST_DRAWN = 1e9  # the largest number of a log in a diagram, where pixels still differ
-DIAGONAL, OFF_DIAGONAL = (27, 108, 168), (200, 72, 48)  # colours of the confusion matrix as a picture
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,8 @@ def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]
         matrix=_matrix(report),
         reliability=charts.reliability_diagram(report.bins),
         curves=_curves(log, several=report.confusion is None),
+        why_higher=_why_higher(log, several=report.confusion is None),
+        fitted=_fitted(report, predictor),
         why_no_curves=why_no_log,
         data=data,
         path=str(predictor.path),
@@ -153,9 +154,7 @@ def _matrix(report: Report) -> dict[str, Any] | None:
     if len(counts) <= CELLS:
         cells = [list(zip(*row, strict=True)) for row in zip(counts.tolist(), shares.tolist(), strict=True)]
         return {"rows": list(zip(report.classes, cells, strict=True)), "picture": ""}
-    tints = np.where(np.eye(len(counts), dtype=bool)[..., None], DIAGONAL, OFF_DIAGONAL)
-    opacity = (255 * np.sqrt(shares)).round()[..., None]  # the square root keeps small shares visible
-    picture = Image.fromarray(np.concatenate([tints, opacity], axis=-1).astype(np.uint8), "RGBA")
+    picture = Image.fromarray(charts.tints_of(shares), "RGBA")
     return {"rows": [], "picture": _data_uri(_encoded(picture, "PNG", optimize=True), "image/png")}
 
 
@@ -170,12 +169,17 @@ class Gallery:
 
     def show(self, example: Example, detail: str) -> Medium | None:
         """Return an example to look at, or None if its media do not fit."""
+        medium = self.beside(example, detail)
+        self.num_shown += medium is not None
+        self.num_left_out += medium is None
+        return medium
+
+    def beside(self, example: Example, detail: str) -> Medium | None:
+        """Return an example as `show` does, without counting it."""
         medium = self._medium(example, detail)
         if medium.size > self.room:
-            self.num_left_out += 1
             return None
         self.room -= medium.size
-        self.num_shown += 1
         return medium
 
     def _medium(self, example: Example, detail: str) -> Medium:
@@ -236,12 +240,31 @@ def _pairs(report: Report, gallery: Gallery) -> list[dict[str, Any]]:
     for k, record in enumerate(report.records):
         if not record["correct"]:
             mistakes[record["truth"], record["label"]].append((-record["prob"], k))
-    pairs, per_class = [], report.per_class
+    pairs, per_class, right = [], report.per_class, _surest(report)
     for (true, predicted), ranked in sorted(mistakes.items(), key=lambda item: -len(item[1]))[:PAIRS]:
         media = [gallery.show(report.examples[k], f"{percent(-prob)} sure") for prob, k in sorted(ranked)[:EACH]]
-        total = per_class[true]["count"]
-        pairs.append({"true": true, "predicted": predicted, "count": len(ranked), "total": total, "media": media})
+        known = [
+            gallery.beside(report.examples[place], f"right: {shown(name)}, {percent(prob)} sure")
+            for name in (true, predicted)
+            if name in right
+            for prob, place in [right[name]]
+        ]
+        pairs.append(
+            {
+                "true": true, "predicted": predicted, "count": len(ranked), "total": per_class[true]["count"],
+                "media": media, "right": [medium for medium in known if medium is not None],
+            }
+        )  # fmt: skip
     return pairs
+
+
+def _surest(report: Report) -> dict[str, tuple[float, int]]:
+    """Return by class the probability and place of its most probable right answer."""
+    best: dict[str, tuple[float, int]] = {}
+    for place, record in enumerate(report.records):
+        if record["correct"] and record["prob"] > best.get(record["truth"], (0.0, 0))[0]:
+            best[record["truth"]] = record["prob"], place
+    return best
 
 
 def _hardest(report: Report, gallery: Gallery) -> list[Medium | None]:
@@ -266,6 +289,28 @@ def _log(predictor: Predictor) -> tuple[list[dict[str, Any]], str]:
     except IntegrityError as error:
         return [], str(error)
     return log, "" if len(log) > 1 else "The run has no log of several evaluations."
+
+
+def _fitted(report: Report, predictor: Predictor) -> str:
+    """Return a sentence if the temperature was surely fitted on other examples; a note tells of the same ones."""
+    by_training = predictor.info.metrics.get("temperature") == report.temperature
+    return (
+        "It was fitted on the validation examples of the run, not on these."
+        if by_training and report.split == "test"
+        else ""
+    )
+
+
+def _why_higher(log: Sequence[Mapping[str, Any]], *, several: bool) -> str:
+    """Return a sentence if the last training loss lies above the validation loss and both are drawn."""
+    last = log[-1] if log else {}
+    train, val = last.get("train_loss"), last.get("val_loss")
+    if several or not (_is_drawable(train) and _is_drawable(val) and train > val):
+        return ""
+    return (
+        "The training loss lies above the validation loss, which is no fault: it is the mean since the evaluation "
+        "before, and of varied examples (crops, noise, dropout, MixUp) where the recipe varies them."
+    )
 
 
 def _curves(log: Sequence[Mapping[str, Any]], *, several: bool) -> dict[str, str]:

@@ -18,6 +18,7 @@ from perceiver_cli.preprocess import audio, modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.image import ImageSpec
+from perceiver_cli.preprocess.mel import mel_of
 from perceiver_cli.preprocess.pixels import Box, center_box, padded
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.preprocess.spec import InputSpec
@@ -37,7 +38,8 @@ PALED = -139  # start of the grey scale under heat, so that black is drawn as 90
 FILM_FRAMES, FILM_TEXT = 6, 18
 LEAST_CELLS = 8  # smallest side of a grid whose cells are blended; a coarser grid shows its cells
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
-SOUND_MARGIN, SOUND_TEXT = 12, 22  # beside it, for the labels of the first and last second; below it
+SOUND_LEFT, SOUND_MARGIN, SOUND_TEXT = 50, 12, 22  # for frequencies; for the label of the last second; below it
+PITCHES_HZ = (250, 1000, 4000, 16000)  # that have a mark
 LETTER, LETTER_SIZE, LINE = 10, 9, 24  # width of a letter of a word, its size in points, height of a line
 MOST_NAMES, LONGEST_NAME = 200, 48  # words that are drawn, and letters of one
 TURN, TILT = np.radians(35), np.radians(22)  # the view of a cloud, y axis up
@@ -58,7 +60,7 @@ def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
     """Return width and height of a medium within side x side; sound and video are 2 side wide."""
     match spec:
         case ImageSpec():
-            tall, wide = raw.shape[:2]
+            tall, wide = _seen(raw, spec).shape[:2]
             return max(1, round(side * wide / max(tall, wide))), max(1, round(side * tall / max(tall, wide)))
         case AudioSpec():
             return 2 * side, 5 * side // 6 + SOUND_TEXT
@@ -68,6 +70,11 @@ def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
         case _:
             parts = modality(spec.modality).parts(raw, spec)
             return (2 * side, _laid(parts.names, 2 * side)[1]) if parts is not None else (side, side)
+
+
+def _seen(raw: Array, spec: ImageSpec) -> Array:
+    """Return a picture with the margins that the model reads around it."""
+    return padded(raw, spec.size) if spec.fit == "pad" and isinstance(spec.size, tuple) else raw
 
 
 def new_figure(width: int, height: int) -> Any:
@@ -86,8 +93,12 @@ def rendered(figure: Any) -> Picture:
     return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
 
-def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, start_s: float = 0.0) -> None:
+def draw(
+    figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, start_s: float = 0.0, *, framed: bool = False
+) -> None:
     """Draw a decoded array from `Modality.load` with the heat of the model's inputs on it.
+
+    framed: a frame shows the crop that the model reads, and what lies outside is pale.
 
     figure: a Figure or a SubFigure. raw: for sound and video the clip that the model read, which starts at `start_s`
     seconds. A modality from outside the package has no picture, so only its heat is drawn.
@@ -95,12 +106,15 @@ def draw(figure: Any, raw: Array, spec: InputSpec, heat: Array | None = None, st
     heat = None if heat is None else scaled(heat)
     match spec:
         case ImageSpec() if isinstance(spec.size, tuple):
-            raw = padded(raw, spec.size) if spec.fit == "pad" else raw
-            _still(bare_axes(figure), raw, heat, center_box(raw, spec, spec.size))
+            raw = _seen(raw, spec)
+            axes, box = bare_axes(figure), center_box(raw, spec, spec.size)
+            _still(axes, raw, heat, box)
+            if framed and is_cropped(raw, spec):
+                _frame(axes, box)
         case AudioSpec():
             _sound(figure, raw, spec, heat, start_s)
         case VideoSpec():
-            _film(figure, raw, spec, heat, start_s)
+            _film(figure, raw, spec, heat, start_s, framed=framed)
         case PointsSpec():
             tints = None
             if heat is not None:  # points without heat are a grey that is visible on white
@@ -161,12 +175,37 @@ def _still(axes: Any, values: Array, heat: Array | None, box: Box) -> None:
     _lay(axes, heat, (left, right, bottom, top))
 
 
+def is_cropped(raw: Array, spec: InputSpec) -> bool:
+    """Return whether parts of a picture or film lie outside the crop that the model reads."""
+    if not isinstance(spec, ImageSpec | VideoSpec) or not isinstance(spec.size, tuple):
+        return False
+    still = raw[0] if isinstance(spec, VideoSpec) else _seen(raw, spec)
+    return center_box(still, spec, spec.size) != (0, 0, still.shape[1], still.shape[0])
+
+
+def _frame(axes: Any, box: Box) -> None:
+    """Draw a frame around a box of a picture, and a veil over the rest."""
+    from matplotlib.patches import PathPatch, Rectangle
+    from matplotlib.path import Path
+
+    axes.autoscale(False)
+    (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
+    left, top, right, bottom = (edge - 0.5 for edge in box)
+    whole = [(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]
+    hole = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]  # the other way round
+    codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * 2
+    axes.add_patch(PathPatch(Path(whole + hole, codes), facecolor="white", alpha=0.6, linewidth=0))
+    axes.add_patch(
+        Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1, linestyle="--")
+    )
+
+
 def _sound(figure: Any, samples: Array, spec: AudioSpec, heat: Array | None, start_s: float) -> None:
     """Draw the waveform above the mel spectrogram of (samples,); heat is (time,) or (time, mel bins)."""
     assert spec.rate_hz != "auto"
     end_s = start_s + len(samples) / spec.rate_hz
-    margin, bottom = SOUND_MARGIN / figure.bbox.width, SOUND_TEXT / figure.bbox.height
-    places = {"left": margin, "right": 1 - margin, "bottom": bottom, "top": 1, "hspace": 0.02}
+    left, right = SOUND_LEFT / figure.bbox.width, 1 - SOUND_MARGIN / figure.bbox.width
+    places = {"left": left, "right": right, "bottom": SOUND_TEXT / figure.bbox.height, "top": 1, "hspace": 0.02}
     wave, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3), gridspec_kw=places)
     peak = 1.05 * float(np.abs(samples).max()) or 1.0
     wave.set(xlim=(start_s, end_s), ylim=(-peak, peak), facecolor=GROUND)
@@ -179,9 +218,23 @@ def _sound(figure: Any, samples: Array, spec: AudioSpec, heat: Array | None, sta
     for axes in (wave, below):
         axes.spines[:].set_visible(False)
         axes.set_yticks([])
+    pitches = {hz: height for hz in PITCHES_HZ if 0.04 < (height := _height(hz, spec)) < 0.96}
+    below.set_yticks([*pitches.values()], [f"{hz} Hz" if hz < 1000 else f"{hz // 1000} kHz" for hz in pitches])
     wave.tick_params(bottom=False)
     below.tick_params(labelsize=7, colors=FAINT)
     below.xaxis.set_major_formatter("{x:g} s")
+
+
+def _height(hz: float, spec: AudioSpec) -> float:
+    """Return the height of a frequency in the spectrogram, in 0..1."""
+    assert spec.rate_hz != "auto"
+    low, high, mel = (mel_of(each) for each in (_lowest_hz(spec), spec.rate_hz / 2, hz))
+    return (mel - low) / (high - low)
+
+
+def _lowest_hz(spec: AudioSpec) -> float:
+    assert spec.rate_hz != "auto"
+    return min(spec.min_hz, spec.rate_hz / 4)
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
@@ -192,14 +245,14 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
         update={
             "features": "mel", "patch": (1, 1), "max_resolution": None, "clip_s": seconds, "num_mels": SPECTROGRAM_BINS,
             "window_s": min(0.032, seconds), "hop_s": max(seconds / SPECTROGRAM_COLUMNS, 1 / spec.rate_hz),
-            "min_hz": min(spec.min_hz, spec.rate_hz / 4), "stem": "none", "start": "random", "floor_db": None,
+            "min_hz": _lowest_hz(spec), "stem": "none", "start": "random", "floor_db": None,
         }
     )  # fmt: skip
     bins = audio.MODALITY.prepare(samples, shown, None).values[..., 0].T[::-1]
     return np.asarray(np.clip(bins, *np.percentile(bins, (5, 99.8))))
 
 
-def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float) -> None:
+def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float, *, framed: bool) -> None:
     """Draw a strip of frames of (T, H, W, 3), evenly in time, each with its part of the heat (time, h, w)."""
     places = _middles(FILM_FRAMES, len(frames))
     room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - FILM_TEXT / figure.bbox.height, "wspace": 0.03}
@@ -207,6 +260,8 @@ def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start
     box = center_box(frames[0], spec, spec.size)
     for axes, place in zip(strip[0], places, strict=True):
         _still(axes, frames[place], None if heat is None else heat[place * len(heat) // len(frames)], box)
+        if framed and is_cropped(frames, spec):
+            _frame(axes, box)
         axes.set_axis_off()
         axes.set_anchor("NW")
         axes.set_title(f"{start_s + place / spec.frame_rate_hz:.2f} s", loc="left", fontsize=6.5, color=FAINT, pad=3)

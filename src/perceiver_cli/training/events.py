@@ -38,7 +38,10 @@ class Note:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimiser step ended. loss: mean of its batches; samples_per_s: since the last StepDone, 16 steps on a GPU."""
+    """An optimiser step ended. loss: mean of its batches; samples_per_s: since the last StepDone, 16 steps on a GPU.
+
+    elapsed_s: seconds of training, as a time limit counts them.
+    """
 
     step: int
     total_steps: int
@@ -46,6 +49,7 @@ class StepDone:
     loss: float
     lr: float
     samples_per_s: float
+    elapsed_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -169,7 +169,7 @@ class Run:
                 now_s = time.perf_counter()
                 rate = (self.step - read_step) * plan.examples_per_step / max(1e-9, now_s - read_s)
                 read_s, read_step = now_s, self.step
-                yield StepDone(self.step, self.total_steps, self.epoch, step_loss, self.lr, rate)
+                yield StepDone(self.step, self.total_steps, self.epoch, step_loss, self.lr, rate, self.elapsed)
             if now.evaluate or (self.learned and now.save):
                 self._check_loss(float(self.loss_sum))
                 if now.evaluate:

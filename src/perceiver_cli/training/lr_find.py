@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite, sqrt
 
@@ -17,6 +17,7 @@ RATES = (1e-5, 1.0)  # first and last
 SMOOTHING = 0.9  # share that the moving average of the loss keeps at each step
 WORSE = 1.5  # the test ends at this multiple of the lowest loss
 MIN_STEPS = 10
+MARGIN = 0.3  # shown above the first and below the lowest loss, as a share of the fall
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,7 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
             f"the loss is not finite after {len(rates)} steps of a learning rate up to {rates[-1] if rates else 0:.2g}",
             "look at the data and its scale",
         )
-    best = int(np.argmin(smoothed))
-    half = int(np.argmax(np.asarray(smoothed) <= (smoothed[0] + smoothed[best]) / 2))  # the first
+    half, best = usable(smoothed)
     suggestion = float(f"{sqrt(rates[half] * rates[best]):.2g}")
     notes = []
     if best == len(rates) - 1:
@@ -90,13 +90,26 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
     return Curve(tuple(rates), tuple(losses), tuple(smoothed), suggestion, tuple(notes))
 
 
+def usable(smoothed: Sequence[float]) -> tuple[int, int]:
+    """Return the places of the first rate at which half of the fall is done, and of the rate of the lowest loss."""
+    best = int(np.argmin(smoothed))
+    return int(np.argmax(np.asarray(smoothed) <= (smoothed[0] + smoothed[best]) / 2)), best
+
+
 def draw_curve(curve: Curve, path: str | os.PathLike[str]) -> None:
     """Write the curve as PNG or SVG. Raises ResourceError if it cannot be written."""
     with plotted(path, 6, 3.6) as figure:
         axes = figure.subplots()
         axes.plot(curve.rates, curve.losses, color="#1b6ca8", alpha=0.3, linewidth=1)
         axes.plot(curve.rates, curve.smoothed, color="#1b6ca8", label="loss, smoothed")
-        axes.axvline(curve.suggestion, color="#c8553d", linestyle="--", label=f"suggested {curve.suggestion:g}")
+        if curve.fell:
+            low, high = (curve.rates[place] for place in usable(curve.smoothed))
+            axes.axvspan(low, high, color="#1b6ca8", alpha=0.12, linewidth=0, label=f"usable: {low:.2g} to {high:.2g}")
+        axes.axvline(curve.suggestion, color="#c8553d", linestyle="--", label=f"suggested: {curve.suggestion:g}")
         axes.set(xscale="log", xlabel="learning rate", ylabel="training loss")
+        axes.xaxis.set_major_formatter("{x:g}")  # the usual one writes powers as mathematics, which `plotted` turns off
+        lowest, first = min(curve.smoothed), curve.smoothed[0]
+        margin = max(first - lowest, 0.1 * first)  # a loss that explodes would flatten the rest
+        axes.set_ylim(max(0.0, lowest - MARGIN * margin), first + MARGIN * margin)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, frameon=False)
