@@ -14,8 +14,8 @@ from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Header
+from tests.preprocess.test_point_tables import npy, text, with_normals
 from tests.preprocess.test_points import exported
-from tests.preprocess.test_tables import npy, text, with_normals
 
 trimesh = pytest.importorskip("trimesh")
 

@@ -57,9 +57,9 @@ from perceiver_cli.preprocess.detection import (
     other_kind,
     with_formats,
 )
+from perceiver_cli.preprocess.point_tables import described
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from perceiver_cli.preprocess.tables import described
 from perceiver_cli.records.byte_arrays import settled_by_rows
 from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled

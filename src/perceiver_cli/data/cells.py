@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from perceiver_cli.data.tables import TableFile
+from perceiver_cli.data.table_files import TableFile
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import parse_json, show_path
 from perceiver_cli.preprocess.source import Source

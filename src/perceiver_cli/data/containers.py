@@ -13,7 +13,7 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import holds_records, kind_of, unpacked
 from perceiver_cli.data.folders import METADATA, entries, walk
 from perceiver_cli.data.manifest import SPLIT_NAMES, is_manifest, top_split
-from perceiver_cli.data.tables import holds_files
+from perceiver_cli.data.table_files import holds_files
 from perceiver_cli.errors import DataError, PerceiverError, counted
 from perceiver_cli.files import open_file, show_path
 from perceiver_cli.preprocess.detection import looked_at

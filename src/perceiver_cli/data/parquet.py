@@ -18,7 +18,7 @@ from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of
 from perceiver_cli.data.manifest import LABEL_COLUMNS, LIKE_LABEL, NEEDED, SPLIT_NAMES, ColumnError, Labels, Row
 from perceiver_cli.data.members import Archive, Slice, archive_of
-from perceiver_cli.data.tables import TableFile, is_list
+from perceiver_cli.data.table_files import TableFile, is_list
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import names

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import foreign, modality, names
 from perceiver_cli.preprocess.geometry import BOM
+from perceiver_cli.preprocess.point_tables import described
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.tables import described
 
 # A byte array in a file, the paper's M x C with Fourier features, is an .npy, or the .safetensors of `perceiver
 # preprocess`. Only the latter says how it was prepared; an .npy could be of any modality.

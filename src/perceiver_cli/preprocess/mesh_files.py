@@ -32,9 +32,9 @@ from perceiver_cli.preprocess.geometry import (
 )  # fmt: skip
 from perceiver_cli.preprocess.glb_files import read_glb
 from perceiver_cli.preprocess.lidar_files import is_pcd, is_raw_cloud, raw_suffix, read_las, read_pcd, read_raw
+from perceiver_cli.preprocess.point_tables import are_points, may_be_points, read_array, read_points
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
-from perceiver_cli.preprocess.tables import are_points, may_be_points, read_array, read_points
 
 Property = tuple[str, str, str]  # of a PLY: name, NumPy type, NumPy type of a list's length or ""
 Element = tuple[str, int, list[Property]]  # of a PLY: name, number of rows, properties of a row

@@ -16,9 +16,9 @@ from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract
 from perceiver_cli.preprocess.geometry import COLOURS, NORMALS, Floats, Mesh
 from perceiver_cli.preprocess.mesh_files import FORMATS, mesh_format, read_mesh
+from perceiver_cli.preprocess.point_tables import may_be_points
 from perceiver_cli.preprocess.source import Source, as_data_errors, probed
 from perceiver_cli.preprocess.spec import InputSpec, Limits, Positive, Range, Size
-from perceiver_cli.preprocess.tables import may_be_points
 
 
 class PointsSpec(InputSpec):
