@@ -80,6 +80,22 @@ def test_a_label_with_a_separator_is_listed_as_json_alone(tmp_path: Path) -> Non
     assert lint(tmp_path / "clean.jsonl", workers=0).catalog.classes == ("new", "old", "red, dark")
 
 
+def test_a_preset_says_how_files_are_read(tmp_path: Path, perceive: Perceive) -> None:
+    """Text files are read if they are asked for, and nothing could ask."""
+    for label in ("a", "b"):
+        (tmp_path / "in" / label).mkdir(parents=True)
+        for number in range(3):
+            (tmp_path / "in" / label / f"{number}.txt").write_text(f"some words of {label} {number}")
+    (tmp_path / "in" / "a" / "bad.txt").write_bytes(b"\0\1\2")
+    done = perceive("lint", tmp_path / "in", "--preset", "tiny-text", "--json", "-o", tmp_path / "c.csv")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["modalities"]) == (3, ["text"])
+    assert [each["path"] for each in found["unreadable"]] == ["a/bad.txt"]
+    assert f"perceiver train {tmp_path / 'c.csv'} --preset tiny-text".encode() in done.stderr
+    refused = perceive("lint", tmp_path / "in", "--labels", "run", "--preset", "tiny-text")
+    assert (refused.returncode, b"--preset is not for --labels" in refused.stderr) == (2, True)
+
+
 def test_a_class_of_silence_stays(tmp_path: Path) -> None:
     for k, label in enumerate(("hum", "silence")):
         (tmp_path / label).mkdir()

@@ -15,14 +15,16 @@ ENOUGH_STEPS = 50  # of a range test in which the loss of a model that can learn
 MORE_STEPS = 3  # factor of the steps of a range test that ended too early
 
 
-def after_lint(report: LintReport, options: Sequence[str] = (), output: str | None = None) -> list[Advice]:
+def after_lint(
+    report: LintReport, options: Sequence[str] = (), output: str | None = None, recipe: Sequence[str] = ()
+) -> list[Advice]:
     """Return what to do next: leave out what is bad, then train. options: how the data is read, as words.
 
-    output: the list of good files, if it was written.
+    output: the list of good files, if it was written. recipe: the option that names it, as words.
     """
     if report.data == "-" or not report.sizes.get("train"):
         return []
-    data = [report.data, *options] if output is None else [output]
+    data = [*([report.data, *options] if output is None else [output]), *recipe]
     weigh = WEIGHTS if report.imbalance is not None and report.imbalance >= UNEVEN else ()
     seen = (
         f"the largest class has {report.imbalance:.0f} times the files of the smallest; to train with weights"

@@ -167,6 +167,7 @@ def lint(
     columns: options.Columns = None,
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
+    preset: options.Preset = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -198,6 +199,8 @@ def lint(
     if labels is not None:
         if workers is not None:
             raise UsageError("--workers is not for --labels, which one process judges", "leave it out")
+        if preset is not None:
+            raise UsageError("--preset is not for --labels, which reads data as its model does", "leave it out")
         _lint_labels(data, labels, output, limit, given, json)
         return
     if output is not None:
@@ -209,13 +212,14 @@ def lint(
 
     read = DataConfig(**given)
     with counting("checking") as progress:
-        report = check(data, options.raised_limits(limit), workers, progress, read)
+        report = check(data, options.raised_limits(limit), workers, progress, read, preset)
     say_notes(report.notes)
     show_lint(report, json)
     if output is not None:
         good, rest = write_clean(report, os.fspath(output))
         say(f"wrote {show_path(output)}: {counted(good, 'good example')}, {rest:,} left out")
-    say_advice(after_lint(report, read.words(), None if output is None else os.fspath(output)))
+    recipe = [] if preset is None else ["--preset", preset]
+    say_advice(after_lint(report, read.words(), None if output is None else os.fspath(output), recipe))
     if report.failed:
         raise typer.Exit(EXIT_DATA)
 

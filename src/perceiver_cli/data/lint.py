@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perceiver_cli.config import DataConfig, tiny_config
+from perceiver_cli.config import Config, DataConfig, load_preset, tiny_config
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder, notes_of, told_once
@@ -116,16 +116,19 @@ def lint(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     options: DataConfig = NO_OPTIONS,
+    preset: str | None = None,
 ) -> LintReport:
-    """Return the faults of a folder, a manifest or records; each example is decoded once, as in a tiny preset.
+    """Return the faults of a folder, a manifest or records; each example is decoded once, as a recipe reads it.
 
-    raised: limits per input. workers: processes; None is one per core. options: how to read data. Memory: 32 bytes of
-    hashes per example. Raises DataError if nothing is usable.
+    raised: limits per input. workers: processes; None is one per core. options: how to read data. preset: the recipe;
+    None is the tiny one for the data, as in training. Memory: 32 bytes of hashes per example. Raises DataError if
+    nothing is usable.
     """
-    catalog = scan(data, options=options)
+    recipe = None if preset is None else load_preset(preset)
+    catalog = scan(data, reads=None if recipe is None else recipe.inputs, options=options)
     splits = sorted(catalog.splits)
     ends = list(accumulate(len(catalog.splits[split]) for split in splits))
-    examine = partial(_examined, _decoder(catalog, Limits().raised(raised)))
+    examine = partial(_examined, _decoder(catalog, recipe, Limits().raised(raised)))
     examples = chain.from_iterable(catalog.splits[split] for split in splits)
     workers = cores() if workers is None else workers
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
@@ -170,13 +173,14 @@ def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int
     yield from sorted(group for group in readable if len(group) > 1)
 
 
-def _decoder(catalog: Catalog, limits: Limits) -> Decoder:
-    """Return a decoder with the records' specs or those of a tiny preset."""
+def _decoder(catalog: Catalog, recipe: Config | None, limits: Limits) -> Decoder:
+    """Return a decoder with the records' specs or those of a recipe, without one a tiny preset's."""
     if catalog.prepared is not None:
         specs = dict(catalog.prepared.inputs)
     else:
         sample = catalog.splits.get("train") or catalog.merged(catalog.splits)
-        specs = tiny_config(catalog.modalities).inputs
+        inputs = (recipe or tiny_config(catalog.modalities)).inputs
+        specs = {name: inputs[name] for name in catalog.modalities}
         try:
             specs = resolve_specs(specs, replace(catalog, splits={"train": sample}), limits)
         except DataError:  # no file can be read to settle them: the report lists each error
