@@ -83,9 +83,10 @@ class IntegrityError(PerceiverError):
     exit_code = EXIT_INTEGRITY
 
 
-def error_facts(error: PerceiverError) -> dict[str, str | int]:
-    """Return an error as JSON types, for another process."""
-    return {"status": error.exit_code, "message": error.message, "hint": error.hint}
+def error_facts(error: PerceiverError) -> dict[str, Any]:
+    """Return an error as JSON types, for another process. lost: whether only the others of its job know the cause."""
+    lost = isinstance(error, LostError)
+    return {"status": error.exit_code, "message": error.message, "hint": error.hint, "lost": lost}
 
 
 def error_from(facts: Mapping[str, Any]) -> PerceiverError:

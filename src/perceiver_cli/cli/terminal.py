@@ -22,13 +22,12 @@ from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
 from perceiver_cli.errors import (
-    EXIT_BUG,
-    EXIT_RESOURCE,
     DataError,
     LostError,
     PerceiverError,
     ResourceError,
     UsageError,
+    error_facts,
     is_out_of_memory,
 )
 from perceiver_cli.files import SHORTAGES, cause, printable, show_path, show_text, write_text
@@ -92,16 +91,15 @@ def guarded(app: Callable[[], None]) -> None:
         finally:
             sys.stdout.flush()  # a failure at exit would print no message
     except PerceiverError as error:
-        lost = isinstance(error, LostError)
-        _fail(str(error), error.exit_code, quote_libraries=isinstance(error, ResourceError) and not lost, lost=lost)
+        _fail(error, quote_libraries=isinstance(error, ResourceError) and not isinstance(error, LostError))
     except Exception as error:
         if (known := _of_the_system(error)) is not None:
-            _fail(str(known), known.exit_code)
+            _fail(known)
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # frees their arrays: the message needs memory too
-            _fail("out of memory; try a smaller --batch-size, or --recompute in training", EXIT_RESOURCE)
+            _fail(ResourceError("out of memory", "try a smaller --batch-size, or --recompute in training"))
         bug = f"this is a bug: {type(error).__name__}: {error}"
-        _fail(f"{bug}; for a traceback pass --debug before the command", EXIT_BUG, quote_libraries=True)
+        _fail(PerceiverError(bug, "for a traceback pass --debug before the command"), quote_libraries=True)
     finally:
         _libraries.heard()
 
@@ -128,26 +126,25 @@ def _of_the_system(error: Exception) -> PerceiverError | None:
     return DataError(f"{shown}{cause(error)}") if shown else None
 
 
-def _told_launcher(message: str, exit_code: int, *, lost: bool) -> bool:
+def _told_launcher(error: PerceiverError) -> bool:
     """Leave an error to the launcher of this process, which prints one for all; return whether there is a launcher."""
     folder, number = os.environ.get(LAUNCHED), os.environ.get("RANK")
     if folder is None or number is None:
         return False
-    facts = {"status": exit_code, "message": message, "hint": "", "lost": lost, "at": time.monotonic()}
     with suppress(OSError):
-        write_text(os.path.join(folder, f"failed-{number}"), json.dumps(facts))
+        write_text(os.path.join(folder, f"failed-{number}"), json.dumps(error_facts(error) | {"at": time.monotonic()}))
         return True
     return False
 
 
-def _fail(message: str, exit_code: int, *, quote_libraries: bool = False, lost: bool = False) -> None:
+def _fail(error: PerceiverError, *, quote_libraries: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    if not _told_launcher(message, exit_code, lost=lost):
-        complain(f"perceiver: {message}")
+    if not _told_launcher(error):
+        complain(f"perceiver: {error}")
     if quote_libraries:
         _libraries.last_words()
-    sys.exit(exit_code)
+    sys.exit(error.exit_code)
 
 
 class _Escaped(io.TextIOWrapper):

@@ -14,12 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from perceiver_cli.data.workers import GROUP_SIGNALS
 from perceiver_cli.errors import PerceiverError, ResourceError, error_from
 from perceiver_cli.hardware import LAUNCHED, machine_cores
 
 LOOK_S = 0.05  # between looks at the processes
 GRACE_S = 10.0  # for the others to end by themselves after one has failed
-FORWARDED = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 def launch(count: int, words: Sequence[str], stderr: int | None = None) -> int:
@@ -77,7 +77,7 @@ def _forwarding(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[list[i
         os.kill(os.getpid(), signal.SIGSTOP)
         send(signal.SIGCONT)
 
-    handlers = dict.fromkeys((name for name in FORWARDED if hasattr(signal, name)), forward)
+    handlers = dict.fromkeys((name for name in GROUP_SIGNALS if hasattr(signal, name)), forward)
     handlers |= {"SIGTSTP": pause} if hasattr(signal, "SIGTSTP") else {}
     before = {}
     for name, handler in handlers.items():
