@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perceiver_cli.data.account import NAMED, Account
+from perceiver_cli.data.account import Account, Paths
 from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.inputs import Named
 from perceiver_cli.errors import PerceiverError, error_facts, error_from
@@ -57,10 +57,7 @@ def predict_shared(
     facts = [answered.used, [bad.count, bad.first], error_facts(errors[0]) if errors else None]
     errors.clear()
     for used, (count, first), error in ranks.exchange(facts):
-        for split, number in used.items():
-            account.used[split] = account.used.get(split, 0) + number
-        account.unreadable.count += count
-        account.unreadable.first = [*account.unreadable.first, *first][:NAMED]
+        account.add(Account(used=used, unreadable=Paths(count, first)))
         errors += [] if error is None else [error_from(error)]
     if errors:
         raise errors[0]
