@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
 from perceiver_cli.errors import UsageError
+from perceiver_cli.inference.evaluation import choose_split
 from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
@@ -70,14 +71,17 @@ def specs_of(plan: Plan, contender: Contender) -> dict[str, InputSpec]:
 def learn(plan: Plan, contender: Contender, budget: Budget, seed: int, split: str) -> dict[str, Any]:
     """Return what a contender reaches on a split of the plan's data after training with a budget.
 
+    Raises UsageError if there is no such split.
+
     Keys: name, seed, parameters, steps, epochs, seconds, accuracy, low and high (95 %), loss, train_accuracy.
     """
+    _, examples = choose_split(plan.catalog, split)
     torch.manual_seed(seed)
     reader = Reader(specs_of(plan, contender), plan.config.data.limits, plan.catalog.bad)
     classes = len(plan.catalog.classes)
     model = contender.make(reader.layouts, classes).to(plan.compute.device)
     steps, seconds = fit(model, reader, plan, budget, seed)
-    right, count, loss = scored(model, reader, plan, plan.catalog.splits[split])
+    right, count, loss = scored(model, reader, plan, examples)
     seen = list(plan.train_examples)[:: max(1, len(plan.train_examples) // 1000)]
     train_right, train_count, _ = scored(model, reader, plan, seen)
     low, high = share_interval(right, count)
