@@ -23,7 +23,7 @@ def test_by_command(perceive: Perceive) -> None:
     )  # a wheel may leave it out
     assert set(facts["optional"]) == {
         "av", "pillow-heif", "pyarrow", "onnx", "onnxscript", "onnxruntime", "tensorboard", "huggingface_hub",
-        "laspy", "lazrs",
+        "laspy", "lazrs", "optuna",
     }  # fmt: skip
     assert facts["devices"]["cpu"]["kernel"] == kernels.choose(torch.device("cpu"), torch.float32).name
     assert facts["threads"]["torch"] == 1

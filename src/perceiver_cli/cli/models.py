@@ -1,4 +1,4 @@
-"""The commands about models and this machine: import, export, info, compare, doctor, presets, bench."""
+"""The commands about models and this machine: import, export, info, doctor, presets, bench."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping

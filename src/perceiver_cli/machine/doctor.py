@@ -36,6 +36,7 @@ OPTIONAL = {
     **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), ("export to ONNX", "onnx")),
     "tensorboard": ("train --log tensorboard", "tensorboard"),
     "huggingface_hub": ("import ORG/NAME", "hub"),
+    "optuna": ("sweep --search tpe", "sweep"),
 }
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 SELF_TEST_STEPS = 40  # of training; a time would leave a slow or a cold machine too few

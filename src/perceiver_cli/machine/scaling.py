@@ -9,12 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from perceiver_cli.config import load_preset
-from perceiver_cli.machine.growth import made_up_segments
+from perceiver_cli.machine.growth import layouts_of, made_up_segments
 from perceiver_cli.model.describe import DEFAULT_CLASSES
 from perceiver_cli.model.device import choose_compute
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.model.ranks import Ranks
-from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.training.optimizer import make_optimizer
 from perceiver_cli.training.sums import Node, TreeSum, nodes_of, tree_total
 
@@ -32,7 +31,7 @@ def scaling(
     config = load_preset(preset)
     compute = choose_compute(ranks.device(device), precision)
     size = max(1, (batch_size or config.train.batch_size) // batches)
-    layouts = {name: modality(name).layout(settled(spec)) for name, spec in config.inputs.items()}
+    layouts = layouts_of(config, None)
     model = Perceiver(config.model, layouts, DEFAULT_CLASSES).to(compute.device)
     segments = made_up_segments(layouts, size, compute.device)
     labels = torch.zeros(size, dtype=torch.long, device=compute.device)
