@@ -13,7 +13,7 @@ from math import cos, pi
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from perceiver_cli.data.loader import Batch, Reader, ordered_tasks, training_tasks
@@ -24,7 +24,7 @@ from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.preprocess.base import Layout
 from perceiver_cli.preprocess.spec import InputSpec
-from perceiver_cli.training.mixing import mix
+from perceiver_cli.training.mixing import mixed
 from perceiver_cli.training.optimizer import Average, make_optimizer
 from perceiver_cli.training.plan import Plan
 
@@ -107,7 +107,7 @@ def fit(model: nn.Module, reader: Reader, plan: Plan, budget: Budget, seed: int)
             return _finished(model, average, steps, spent)
         for group in optimizer.param_groups:
             group["lr"] = train.lr * min(1.0, (done + 1e-3) / 0.05) * 0.5 * (1 + cos(pi * done))
-        segments, targets = _mixed(plan, batch, seed, steps)
+        segments, targets = mixed(batch, train, [seed, steps])
         with plan.compute.autocast():
             logits = model(_moved(segments, plan)).float()
         each = (
@@ -128,18 +128,6 @@ def _finished(model: nn.Module, average: Average | None, steps: int, seconds: fl
     if average is not None:
         model.load_state_dict(average.module.state_dict())
     return steps, seconds
-
-
-def _mixed(plan: Plan, batch: Batch, seed: int, step: int) -> tuple[Mapping[str, Segment], list[tuple[Tensor, float]]]:
-    import numpy as np
-
-    train = plan.config.train
-    assert train.mixup != "auto", "settled with the plan"
-    assert train.cutmix != "auto", "settled with the plan"
-    if not (train.mixup or train.cutmix):
-        return batch.segments, [(batch.labels, 1.0)]
-    mixed = mix(batch, train.mixup, train.cutmix, np.random.default_rng([seed, step]))
-    return mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
 
 
 @torch.no_grad()

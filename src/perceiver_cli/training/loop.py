@@ -11,7 +11,6 @@ from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +34,7 @@ from perceiver_cli.run_folder import (
     score_of,
 )
 from perceiver_cli.training.events import Evaluated, Event, Finished, Note, Saved, StepDone
-from perceiver_cli.training.mixing import mix
+from perceiver_cli.training.mixing import mixed
 from perceiver_cli.training.optimizer import Average, learning_rate, make_optimizer
 from perceiver_cli.training.plan import Plan
 from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
@@ -273,14 +272,7 @@ class Run:
     def backward(self, batch: Batch, accumulate: int, micro: int = 0) -> Tensor:
         """Add the gradients of one batch, the `micro`-th of its step; return its loss divided by `accumulate`."""
         device, train = self.compute.device, self.config.train
-        segments, targets = batch.segments, [(batch.labels, 1.0)]
-        assert train.mixup != "auto", "settled with the plan"
-        assert train.cutmix != "auto", "settled with the plan"
-        if train.mixup or train.cutmix:
-            # A function of the seed and the place in the run, so that a resumed run mixes the same examples.
-            rng = np.random.default_rng([train.seed, self.step, micro, MIX_STREAM])
-            mixed = mix(batch, train.mixup, train.cutmix, rng)
-            segments, targets = mixed.segments, [(mixed.labels, mixed.share), (mixed.other_labels, 1 - mixed.share)]
+        segments, targets = mixed(batch, train, [train.seed, self.step, micro, MIX_STREAM])
         with self.compute.autocast():
             logits = self.model({name: segment.to(device) for name, segment in segments.items()})
         loss = torch.zeros((), device=device)

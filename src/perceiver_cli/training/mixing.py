@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
+from perceiver_cli.config import TrainConfig
 from perceiver_cli.data.loader import Batch
 from perceiver_cli.model.encoding import Segment
 
@@ -47,3 +48,18 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
             values = share * values.float() + (1 - share) * other.float()
         segments[name] = Segment(values, segment.positions)
     return MixedBatch(segments, batch.labels, batch.labels.flip(0), share)
+
+
+def mixed(
+    batch: Batch, train: TrainConfig, seeds: Sequence[int]
+) -> tuple[Mapping[str, Segment], list[tuple[Tensor, float]]]:
+    """Return the inputs of a batch, mixed as the recipe says, and its labels, each with its weight in the loss.
+
+    seeds: the seed of the run and the place in it, so that a resumed run mixes the same examples.
+    """
+    assert train.mixup != "auto", "settled with the plan"
+    assert train.cutmix != "auto", "settled with the plan"
+    if not (train.mixup or train.cutmix):
+        return batch.segments, [(batch.labels, 1.0)]
+    pairs = mix(batch, train.mixup, train.cutmix, np.random.default_rng(seeds))
+    return pairs.segments, [(pairs.labels, pairs.share), (pairs.other_labels, 1 - pairs.share)]
