@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from perceiver_cli.inference.labels import combined, out_of_fold, suspect_labels, votes
+from perceiver_cli.errors import IntegrityError
+from perceiver_cli.inference.labels import check_labels, combined, out_of_fold, suspect_labels, votes
+from perceiver_cli.inference.predictor import Predictor
 from tests.conftest import Perceive
 
 
@@ -44,6 +47,14 @@ def test_lint_judges_labels_and_draws_a_page(perceive: Perceive, trained: Path, 
     shown = perceive("lint", data, "--labels", trained).stdout.decode()
     assert "suspect labels: " in shown
     assert f"moved-{victim.name}" in shown
+
+
+def test_a_broken_model_judges_no_labels(trained: Path, bars: Path) -> None:
+    """Its answers were NaN, which is above no margin: every label was right."""
+    predictor = Predictor(trained)
+    torch.nn.init.constant_(predictor.model.head.bias, float("nan"))
+    with pytest.raises(IntegrityError, match="not finite"):
+        check_labels(predictor, bars)
 
 
 @pytest.mark.parametrize(("words", "status"), [(("-o", "x.html"), 2), (("--labels", "RUN", "-o", "x.txt"), 2)])

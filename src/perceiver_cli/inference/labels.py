@@ -88,7 +88,8 @@ def check_labels(
 ) -> LabelReport:
     """Return suspect labels and near-copies of labelled data. Raises UsageError for several labels an example.
 
-    Of train, validation and test alike. Raises DataError for fewer than LEAST examples.
+    Of train, validation and test alike. Raises DataError for fewer than LEAST examples, IntegrityError for a model
+    whose answers are not finite.
     """
     catalog, _ = labelled_catalog(predictor, data)
     if catalog.multi_label or predictor.info.config.multi_label:
@@ -98,7 +99,10 @@ def check_labels(
     every = [example for example in catalog.merged(catalog.splits) if example.labels]
     examples: list[Example] = []
     logits, latents = [], []
-    for batch, outputs in forward_batches(predictor.model, reader, ordered_tasks(every, 32), predictor.compute):
+    tasks = ordered_tasks(every, predictor.rows_at_once(None, None))
+    for batch, outputs in forward_batches(predictor.model, reader, tasks, predictor.compute):
+        if not (outputs.logits.isfinite().all() and outputs.embeddings.isfinite().all()):
+            raise predictor.broken()
         examples += batch.examples
         logits.append(outputs.logits)
         latents.append(outputs.embeddings)
