@@ -252,13 +252,12 @@ def test_pictures_are_still_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("picture.npy", b"an array of float64 (64, 64), which could be anything; expected a picture, a sound, "),
+        ("picture.npy", b"an array of float64 (64, 64), which could be anything; to read it as series, name it in a "),
         ("spectrogram.npy", b"an array of float32 (128, 431), which could be anything; to read it as a byte array"),
         (
             "eeg.npy",
-            b"an array of float32 (128, 14), which could be anything; to read it as points, name it in a column",
+            b"an array of float32 (128, 14), which could be anything; to read it as points or series, name it in a",
         ),
-        ("acceleration.csv", b"a table of 4 numbers a line, which could be anything; to read it as points"),
     ],
 )
 def test_a_folder_of_tables_is_refused_by_name(perceive: Perceive, tmp_path: Path, name: str, words: bytes) -> None:

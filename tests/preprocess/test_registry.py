@@ -167,7 +167,7 @@ def test_detection_asks_the_new_modality_by_content(extended: Path) -> None:
     by_content, by_name_alone, known = map(ast.literal_eval, done.stdout.splitlines())
     assert by_content == ("curve",)
     assert by_name_alone == ("points",)
-    assert known == ("curve", "video", "image", "audio", "points", "text", "table")
+    assert known == ("curve", "video", "image", "audio", "points", "series", "text", "table")
 
 
 def test_a_preset_is_one_file(extended: Path) -> None:

@@ -50,14 +50,14 @@ from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.detection import (
     UNKNOWN,
     File,
-    TableError,
     formats,
     looked_at,
     only,
     other_kind,
+    taker,
     with_formats,
+    without_rows,
 )
-from perceiver_cli.preprocess.point_tables import described
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 from perceiver_cli.records.byte_arrays import settled_by_rows
@@ -249,7 +249,7 @@ def of_listing(
             hint = f"expected {formats(wanted)}" if full else "add rows to it"
             raise DataError(f"{show_path(top)}: {what}{cause}", hint)
         reason = f"{show_path(top)}: no usable files: {'; '.join(listing.account.brief())}"
-        looked = (_without_rows(row.looked_at(listing.folder)).error for row in full[:PROBES] if row.path)
+        looked = (without_rows(row.looked_at(listing.folder)).error for row in full[:PROBES] if row.path)
         known = (error for error in looked if error is not None and not error.message.endswith(UNKNOWN))
         if (first := next(known, None)) is not None:
             raise DataError(f"{reason}, the first: {first.message}", first.hint)
@@ -343,7 +343,10 @@ def _looked_at(
     """Return the one file of each row, with the row, but tables of numbers that lie beside media."""
     files = [row.looked_at(listing.folder) for row in rows]
     if reads is None:
-        files = [_without_rows(file) for file in files]
+        files = [without_rows(file) for file in files]
+        if not any(file.source.kinds for file in files) and (taken := taker(files)) is not None:
+            files = [row.looked_at(listing.folder, taken) for row in rows]
+            notes.append(f"tables of numbers below names of columns are read as {taken}; --preset chooses another kind")
     elif not any(file.among(reads) for file in files):
         files = [row.looked_at(listing.folder, only(reads)) for row in rows]
     if listing.by_stem and listing.pair == "all":
@@ -427,16 +430,6 @@ def _assembled(
     return examples
 
 
-def _without_rows(file: File) -> File:
-    """Return a file without the kinds of an .npy that is of any kind: nothing says that it is a byte array."""
-    source = file.source
-    if not (source.holds_rows and len(source.kinds) > 1):
-        return file
-    what = f"{source.shown}: {described(source.head())}, which could be anything"
-    fault = TableError(what, "to read it as a byte array, pass a preset of its modality: --preset tiny-image")
-    return File(file.path, replace(source, kinds=()), fault)
-
-
 def _records_catalog(
     shards: Shards,
     root: str,
@@ -492,7 +485,7 @@ def resolve_specs(specs: Mapping[str, InputSpec], catalog: Catalog, limits: Limi
     for name, spec in specs.items():
         brought = (example.sources.get(name) for example in ranked)
         probes = list(islice((source for source in brought if isinstance(source, Source)), modality(name).probes))
-        if probes and looked_at(probes[0]).source.holds_rows:
+        if probes and looked_at(probes[0], None, name).source.holds_rows:
             probes, spec = [], settled_by_rows(probes[0], name, spec, limits)
         settled[name] = modality(name).resolve(spec, probes, limits)
     return settled

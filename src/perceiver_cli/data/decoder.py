@@ -97,11 +97,16 @@ class Decoder:
         for name, each in inputs.items():
             if each.is_prepared:
                 ready[name] = each.prepared()
-            elif name in self.timed and (each.seconds or 0) > LONG_CLIPS * self.timed[name].clip_s(self.specs[name]):
+            elif self._is_long(name, each):
                 long[name] = each
             else:
                 arrays[name] = each.array()
         return Decoded(arrays, long, seconds_of(inputs), ready, notes_of(inputs))
+
+    def _is_long(self, name: str, each: Input) -> bool:
+        timed = self.timed.get(name)
+        long_s = LONG_CLIPS * timed.clip_s(self.specs[name]) if timed is not None and timed.reads_spans else inf
+        return (each.seconds or 0) > long_s
 
     def windows(
         self, example: Example, window_s: float, hop_s: float
@@ -155,7 +160,7 @@ class Decoder:
         state = each.source.state()
         seconds = self._seconds.get((name, state))
         if seconds is None:
-            seconds = self.timed[name].duration_s(each.source, self.limits)
+            seconds = self.timed[name].duration_s(each.source, self.limits, self.specs[name])
             if state is not None and len(self._seconds) < NOTED:
                 self._seconds[name, state] = seconds
         return replace(each, seconds=seconds)

@@ -43,7 +43,7 @@ from perceiver_cli.preprocess.detection import File, detected, looked_at, only, 
 from perceiver_cli.preprocess.live_sound import SOUND, Live, Raw, live
 from perceiver_cli.preprocess.source import Source, received
 from perceiver_cli.preprocess.spec import InputSpec, Limits
-from perceiver_cli.records.byte_arrays import stored_rows
+from perceiver_cli.records.byte_arrays import is_byte_array, stored_rows
 from perceiver_cli.records.format import HEAD_BYTES, Stored
 from perceiver_cli.records.shards import UNLIMITED
 from perceiver_cli.records.stream import Feed, is_tar, read_records
@@ -94,7 +94,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
     if isinstance(source, Stored):
         return source
     source = detected(source, spec.modality)
-    if source.holds_rows:
+    if source.holds_rows or is_byte_array(source, spec):
         return stored_rows(source, spec.modality, spec, limits)
     if spec.modality not in source.kinds:
         raise other_kind(source, spec.modality)

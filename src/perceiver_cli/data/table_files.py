@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from perceiver_cli.errors import UsageError
+from perceiver_cli.preprocess.recordings import load_pyarrow
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
@@ -27,7 +27,7 @@ class TableFile:
             if path.lower().endswith(".arrow"):
                 self.file, self.schema = None, self._arrow().schema
             else:
-                parquet = _pyarrow().parquet
+                parquet = load_pyarrow().parquet
                 self.file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
                 self.schema = self.file.schema_arrow
                 if self.file.metadata.num_rows > MAX_ROWS:
@@ -40,7 +40,7 @@ class TableFile:
         return as_data_errors(self.source, "table")
 
     def _arrow(self) -> Any:
-        pyarrow = _pyarrow()
+        pyarrow = load_pyarrow()
         with open(self.path, "rb") as file:
             is_stream = file.read(6) != b"ARROW1"
         mapped = pyarrow.memory_map(self.path)
@@ -68,19 +68,6 @@ class TableFile:
             yield from (chosen.slice(at, 1) for at in range(len(chosen)))
 
 
-def _pyarrow() -> Any:
-    """Return pyarrow. Raises UsageError if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            "pyarrow, which reads Parquet and Arrow files, is missing", "pip install 'perceiver-cli[parquet]'"
-        ) from error
-    return pyarrow
-
-
 def holds_files(path: str) -> bool:
     """Return whether a file is a table with a column of bytes: else it is at most a manifest. Raises DataError."""
     return path.lower().endswith((".parquet", ".arrow")) and bool(TableFile(path).held)
@@ -88,13 +75,13 @@ def holds_files(path: str) -> bool:
 
 def is_list(kind: Any) -> bool:
     """Return whether a column of a type holds lists."""
-    types = _pyarrow().types
+    types = load_pyarrow().types
     return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
 
 
 def is_binary(kind: Any) -> bool:
     """Return whether a column of a type holds bytes, or a struct with a field of bytes."""
-    types = _pyarrow().types
+    types = load_pyarrow().types
     if types.is_struct(kind):
         return any(field.name == "bytes" and is_binary(field.type) for field in kind)
     return bool(types.is_binary(kind) or types.is_large_binary(kind))

@@ -9,9 +9,9 @@ From one input and one class:
   2020). It goes back from the output to the latents of each cross-attend as N weights, and from there to the inputs a
   block of tiles at a time, so nothing of size N x M exists. It is the same for every class.
 - Evidence: integrated gradients (Sundararajan et al. 2017) of the class's log-odds, from a blank input to this one. A
-  blank input has its mean in all places; a blank cloud has all points in its centre; blank words and cells are 0. An
-  input's gain is the sum over its channels, averaged with neighbours within a few percent of a grid's side against
-  noise, but not of words and cells; only positive gains count.
+  blank input has its mean in all places; a blank cloud has all points in its centre; blank words, cells and series are
+  0. An input's gain is the sum over its channels, or over those of each channel of a series. It is averaged with
+  neighbours within a few percent of a grid's side against noise, but not of words and cells; only positive gains count.
 - Heat: evidence times the square root of attention. In tests with known evidence, neither factor alone locates it in
   all of pictures, sound and clouds.
 """
@@ -80,8 +80,8 @@ class ExplainedInput:
 
     raw: Array  # the decoded array or clip that the model read
     spec: InputSpec
-    heat: Heat  # by input, in the shape of the grid or (points,)
-    attention: Heat  # the same shape
+    heat: Heat  # by input, in the shape of the grid or (points,); of a series (inputs, channels)
+    attention: Heat  # by input
     start_s: float | None = None  # of the clip in its file
     end_s: float | None = None
 
@@ -97,9 +97,12 @@ class ExplainedInput:
             return fields | {"columns": ["x", "y", "z", *named, "heat", "attention"], "points": rows.tolist()}
         if self.start_s is not None:
             fields |= {"start_s": self.start_s, "end_s": self.end_s}
+        if self.heat.ndim > self.attention.ndim:
+            names = getattr(self.spec, "channels", ())
+            fields["channels"] = dict(zip(names, self.heat.sum(axis=0).tolist(), strict=True))
         for name, heat in (("heat", self.heat), ("attention", self.attention)):
-            audio = self.spec.modality == "audio"  # over time only
-            grid = coarse(heat.reshape(len(heat), -1).sum(axis=1), COARSE_TIME) if audio else coarse(heat, COARSE)
+            is_1d = self.spec.modality in ("audio", "series")  # over time only
+            grid = coarse(heat.reshape(len(heat), -1).sum(axis=1), COARSE_TIME) if is_1d else coarse(heat, COARSE)
             fields[name] = grid.tolist()
         return fields
 
@@ -248,7 +251,7 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
     full = {name: [x for x in (s.values.float(), s.positions) if x is not None] for name, s in segments.items()}
     layouts = model.encoding.layouts
     pairs = {n: [(x, _blank(x, layouts[n])) for x in full[n]] for n in full}
-    gained = {name: values.new_zeros(values.shape[:-1]) for name, (values, *_) in full.items()}
+    gained = {name: _summed(values * 0, layouts[name]) for name, (values, *_) in full.items()}
     with _lean(model), torch.enable_grad():
         for step in range(PATH_STEPS):
             share = (step + 0.5) / PATH_STEPS
@@ -258,20 +261,29 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
             slopes = iter(torch.autograd.grad(odds, [x for tensors in partial.values() for x in tensors]))
             for name, both in pairs.items():
                 for x, mean in both:
-                    gained[name] += (next(slopes) * (x - mean)).sum(dim=-1) / PATH_STEPS
+                    gained[name] += _summed(next(slopes) * (x - mean), layouts[name]) / PATH_STEPS
     gains = {name: sums[0].double().cpu() for name, sums in gained.items()}
     smooth = {name for name in gains if len(full[name]) == 1 and layouts[name].stem != "embed"}
-    gains = {name: _with_neighbours(x) if name in smooth else x for name, x in gains.items()}
+    gains = {name: _smoothed(x, layouts[name]) if name in smooth else x for name, x in gains.items()}
     return _normalised({name: x.clamp(min=0) for name, x in gains.items()})
+
+
+def _summed(gains: Tensor, layout: Layout) -> Tensor:
+    """Return the gains of an input's channels (..., C) in one sum (...), or in one for each group (..., groups)."""
+    if not layout.groups:
+        return gains.sum(dim=-1)
+    return gains[..., : -layout.presence].reshape(*gains.shape[:-1], layout.groups, -1).sum(dim=-1)
 
 
 def _blank(x: Tensor, layout: Layout) -> Tensor:
     """Return the blank input: values or positions (1, *grid, C) with their mean over all places; codes without weight.
 
-    With all weights 0 an embedding is 0, so the weights are a straight path to it from the blank one.
+    With all weights 0 an embedding is 0, so the weights are a straight path to it from the blank one. Other values
+    that may be missing are 0 and stay there or missing.
     """
-    if layout.stem == "embed":
-        return torch.cat([x[..., : -layout.presence], torch.zeros_like(x[..., -layout.presence :])], dim=-1)
+    if layout.presence:
+        values, weights = x[..., : -layout.presence], x[..., -layout.presence :]
+        return torch.cat([values, weights * 0] if layout.stem == "embed" else [values * 0, weights], dim=-1)
     return x.mean(tuple(range(1, x.dim() - 1)), keepdim=True)
 
 
@@ -279,7 +291,7 @@ def weighed(gains: Mapping[str, Heat], attention: Mapping[str, Heat]) -> dict[st
     """Return the heat: evidence times the square root of attention, with sum 1 over all modalities, or 0."""
     heat = {}
     for name, grid in gains.items():
-        looked = attention[name]
+        looked = attention[name].reshape(*attention[name].shape, *(1,) * (grid.ndim - attention[name].ndim))
         for axis, side in enumerate(grid.shape):  # with a stem there are fewer inputs than values
             looked = looked.take(np.arange(side) * looked.shape[axis] // side, axis=axis)
         heat[name] = torch.from_numpy(grid * np.sqrt(looked)).double()
@@ -298,6 +310,13 @@ def _lean(model: Perceiver) -> Iterator[None]:
         model.recompute = recompute
         for weight in learned:
             weight.requires_grad_(True)
+
+
+def _smoothed(gains: Tensor, layout: Layout) -> Tensor:
+    """Return gains (*grid) averaged with neighbours, or those of each group (*grid, groups)."""
+    if not layout.groups:
+        return _with_neighbours(gains)
+    return torch.stack([_with_neighbours(own) for own in gains.unbind(-1)], dim=-1)
 
 
 def _with_neighbours(grid: Tensor) -> Tensor:

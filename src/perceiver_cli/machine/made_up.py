@@ -9,10 +9,12 @@ from typing import BinaryIO
 
 import numpy as np
 
+from perceiver_cli.preprocess.series import MADE_UP as CHANNELS
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.table import MADE_UP
 
 WORDS = 200  # of a text
+SAMPLES = 512  # of a series
 
 
 def made_up_files(folder: Path, modality: str, count: int) -> list[Source]:
@@ -72,11 +74,19 @@ def _cells(rng: np.random.Generator, file: BinaryIO) -> None:
     file.write(json.dumps([[f"column {place + 1}", "number", str(x)] for place, x in enumerate(numbers)]).encode())
 
 
+def _csv(rng: np.random.Generator, file: BinaryIO) -> None:
+    steps = np.arange(SAMPLES)[:, None]
+    waves = np.sin(steps * rng.uniform(0.05, 0.5, CHANNELS)) + rng.normal(0, 0.1, (SAMPLES, CHANNELS))
+    names = [f"channel {place + 1}" for place in range(CHANNELS)]
+    np.savetxt(file, waves, "%.4f", ",", header=",".join(names), comments="")
+
+
 _MAKERS: dict[str, tuple[str, Callable[[np.random.Generator, BinaryIO], None]]] = {
     "image": (".jpg", _jpeg),
     "audio": (".wav", _wav),
     "points": (".stl", _stl),
     "video": (".mp4", _mp4),
+    "series": (".csv", _csv),
     "text": (".txt", _txt),
     "table": (".json", _cells),
 }

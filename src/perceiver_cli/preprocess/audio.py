@@ -143,7 +143,7 @@ class AudioModality(TimedModality[AudioSpec]):
     def steps_hz(self, spec: AudioSpec) -> float:
         return _rate(spec)
 
-    def duration_s(self, source: Source, limits: Limits) -> float:
+    def duration_s(self, source: Source, limits: Limits, spec: AudioSpec | None = None) -> float:
         """Return the length in seconds that a file declares; without a declaration its samples are counted."""
         with open_sound(source, "mix", limits) as sound:
             samples = sum(map(len, sound.read(0, math.inf))) if sound.samples is None else sound.samples

@@ -77,6 +77,7 @@ class Layout:
     stem, stem_channels: learned layers on the values before positions are attached, and their output channels.
     codes: number of learned vectors of the stem "embed", whose values are codes, then as many weights.
     presence: number of last channels of the values that are all 0 where there is no input, which is hidden.
+    groups: number of parts of equal width of the other channels, for each of which there is evidence; 0 for one.
     values_grid: shape of the values as prepared if a stem makes the grid smaller; else None.
     stem_stride: values along each axis for one input of the stem "conv".
     stem_neighbours: points that the stem "neighbours" sees around each input.
@@ -100,6 +101,7 @@ class Layout:
     stem_neighbours: int = 0
     codes: int = 0
     presence: int = 0
+    groups: int = 0
 
     @classmethod
     def of_conv_stem(cls, spec: Any, sides: tuple[int, ...], channels: int, **options: Any) -> Layout:
@@ -200,6 +202,10 @@ class Modality(ABC, Generic[S]):
         """Return what `load` reads of the cells (column, kind, value) of a row; None if all of them are empty."""
         return None
 
+    def takes_folders(self, head: bytes, name: str) -> bool:
+        """Return whether a table is of this kind beyond doubt, if the files of a data set are tables alone."""
+        return False
+
     def also_reads(self, head: bytes) -> bool:
         """Return whether a file of another kind can be read as this one too: a still picture as a film."""
         return False
@@ -269,6 +275,7 @@ class TimedModality(Modality[S]):
     """A modality with a time axis: one clip can be read without the rest, by a time that sound and picture share."""
 
     steps: ClassVar[str]  # the noun of the items along its time axis, for messages
+    reads_spans: ClassVar[bool] = True  # whether a span costs less to read than the whole file
 
     @abstractmethod
     def clip_s(self, spec: S) -> float:
@@ -291,8 +298,11 @@ class TimedModality(Modality[S]):
         """Return the steps per second along the first axis of the arrays of `load`."""
 
     @abstractmethod
-    def duration_s(self, source: Source, limits: Limits) -> float:
-        """Return the length in seconds that a file declares, without decoding it. Raises as `load` does."""
+    def duration_s(self, source: Source, limits: Limits, spec: S | None = None) -> float:
+        """Return the length in seconds that a file declares, if it does without decoding it. Raises as `load` does.
+
+        spec: settles it where the file alone does not.
+        """
 
     @abstractmethod
     def load(self, source: Source, spec: S, limits: Limits, span: Span | None = None) -> Array:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from perceiver_cli.errors import DataError
@@ -34,6 +35,8 @@ def detected(source: Source, wanted: str | None = None) -> Source:
         return source
     head, every = source.head(), names()
     rows = _kinds_of_rows(head, every)
+    if wanted is not None and not is_safetensors(head) and modality(wanted).may_read(head, source.name):
+        rows = ()  # an array of many channels; `inputs.opened` knows a byte array of the model by its shape
     if wanted is not None and not rows and modality(wanted).sniff(head, source.name):
         return replace(source, kinds=(wanted,), is_table=modality(wanted).is_table(head, source.name))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
@@ -78,6 +81,28 @@ def looked_at(source: Source, path: str | None = None, wanted: str | None = None
         return File(path, detected(source, wanted))
     except DataError as error:
         return File(path, replace(source, is_table=isinstance(error, TableError)), error)
+
+
+def without_rows(file: File) -> File:
+    """Return a file without the kinds of an .npy that is of any kind: nothing says that it is a byte array."""
+    source = file.source
+    if not (source.holds_rows and len(source.kinds) > 1):
+        return file
+    what = f"{source.shown}: {described(source.head())}, which could be anything"
+    fault = TableError(what, "to read it as a byte array, pass a preset of its modality: --preset tiny-image")
+    return File(file.path, replace(source, kinds=()), fault)
+
+
+def taker(files: Sequence[File]) -> str | None:
+    """Return the modality that most of the files are of beyond doubt if none has a known kind, else None."""
+    heads = []
+    for file in files:
+        with suppress(DataError):
+            heads.append((file.source.head(), file.source.name))
+    for name in names():
+        if 2 * sum(modality(name).takes_folders(*head) for head in heads) > len(files):
+            return name
+    return None
 
 
 def only(names: Iterable[str] | None) -> str | None:

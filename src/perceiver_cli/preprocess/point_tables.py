@@ -213,7 +213,7 @@ class ArrayHeader(NamedTuple):
     start: int
 
 
-def _header_of(data: bytes) -> ArrayHeader:
+def header_of(data: bytes) -> ArrayHeader:
     """Return the header of an NPY. Raises ValueError for a damaged one."""
     file, npy = io.BytesIO(data), np.lib.format
     read_header = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
@@ -224,7 +224,7 @@ def _header_of(data: bytes) -> ArrayHeader:
 def _array_head(head: bytes) -> ArrayHeader | None:
     """Return the header of an NPY that begins with `head`, or None for other or damaged bytes."""
     with suppress(Exception):  # NumPy reads it as Python, which fails in dozens of ways
-        return _header_of(head) if head.startswith(b"\x93NUMPY") else None
+        return header_of(head) if head.startswith(b"\x93NUMPY") else None
     return None
 
 
@@ -241,7 +241,7 @@ def _rows_in(head: bytes, array: ArrayHeader | None) -> Floats | None:
 
 def read_array(source: Source, data: bytes, limits: Limits) -> Mesh:
     """Return the points of an (N, 3 or more) array of numbers. Raises DataError for objects, never unpickling them."""
-    dtype, shape, column_major, start = _header_of(data)
+    dtype, shape, column_major, start = header_of(data)
     if dtype.kind not in "fiu":
         raise DataError(f"{source.shown}: an array of {dtype.name}, expected numbers")
     if len(shape) != 2 or min(shape) < 0 or not 3 <= shape[1] <= MAX_COLUMNS or (shape[0] == 3 and shape[1] > 3):

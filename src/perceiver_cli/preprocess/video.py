@@ -100,7 +100,7 @@ class VideoModality(TimedModality[VideoSpec]):
     def steps_hz(self, spec: VideoSpec) -> float:
         return spec.frame_rate_hz
 
-    def duration_s(self, source: Source, limits: Limits) -> float:
+    def duration_s(self, source: Source, limits: Limits, spec: VideoSpec | None = None) -> float:
         """Return the end of the last frame in seconds, as declared; in an animation, every frame is visited."""
         if container.format_of(source.head(), source.name) is not None:
             with container.open_track(source, limits, "video") as track:

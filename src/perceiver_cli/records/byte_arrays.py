@@ -12,10 +12,19 @@ from perceiver_cli.files import show_text
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.detection import METADATA, is_safetensors
+from perceiver_cli.preprocess.point_tables import shape_of
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits, stemless
 from perceiver_cli.records.format import HEAD_BYTES, Header, Stored, json_object
 from perceiver_cli.records.npy import npy_bytes, parse_npy
+
+
+def is_byte_array(source: Source, spec: InputSpec) -> bool:
+    """Return whether an .npy that could be a file of the modality has the shape of the byte array of `spec`."""
+    if not source.is_table or not (head := source.head()).startswith(b"\x93NUMPY"):
+        return False
+    layout = modality(spec.modality).layout(spec)
+    return shape_of(head) == (layout.num_inputs, layout.num_channels)
 
 
 def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> Stored:

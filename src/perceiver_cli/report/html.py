@@ -36,9 +36,7 @@ from perceiver_cli.model.describe import describe
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.audio import AudioSpec
 from perceiver_cli.preprocess.base import Array
-from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.points import PointsSpec
-from perceiver_cli.preprocess.video import VideoSpec
 from perceiver_cli.report import charts, pictures
 from perceiver_cli.report.model_card import versions
 from perceiver_cli.run_folder import MODEL_FILE, read_log
@@ -51,7 +49,8 @@ CELLS = 30  # classes up to which the confusion matrix is a table of numbers; a 
 MAX_MATRIX = 1000  # classes up to which the confusion matrix is shown
 MAX_ROWS = 200  # classes in the table
 LISTED = 20  # names or files in a sentence
-SIDES = {"image": 200, "points": 240, "audio": 208, "video": 208}  # `side` of `pictures.sample`, in pixels
+# `side` of `pictures.sample`, in pixels
+SIDES = {"image": 200, "points": 240, "audio": 208, "video": 208, "series": 208}
 JPEG_QUALITY = 85
 MOST_DRAWN = 1e9  # the largest number of a log in a diagram, where pixels still differ
 
@@ -193,7 +192,7 @@ class Gallery:
                 raw = decoded.arrays.get(name)
                 if raw is not None and (parts := modality(name).parts(raw, spec)) is not None:
                     words.append(" ".join(parts.names))
-                if not isinstance(spec, ImageSpec | AudioSpec | VideoSpec | PointsSpec):
+                if spec.modality not in SIDES:
                     continue
                 if name in reader.timed:
                     raw, start_s = reader.clip(name, decoded, starts[len(starts) // 2])

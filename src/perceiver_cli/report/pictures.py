@@ -21,6 +21,7 @@ from perceiver_cli.preprocess.image import ImageSpec
 from perceiver_cli.preprocess.mel import mel_of
 from perceiver_cli.preprocess.pixels import Box, center_box, padded
 from perceiver_cli.preprocess.points import PointsSpec
+from perceiver_cli.preprocess.series import SeriesSpec
 from perceiver_cli.preprocess.spec import InputSpec
 from perceiver_cli.preprocess.video import VideoSpec
 from perceiver_cli.report.charts import plain_text
@@ -38,6 +39,7 @@ PALED = -139  # start of the grey scale under heat, so that black is drawn as 90
 FILM_FRAMES, FILM_TEXT = 6, 18
 LEAST_CELLS = 8  # smallest side of a grid whose cells are blended; a coarser grid shows its cells
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
+LANES, LANE = 240, (14, 60)  # height of all channels of a series together, least and most of one
 SOUND_LEFT, SOUND_MARGIN, SOUND_TEXT = 50, 12, 22  # for frequencies; for the label of the last second; below it
 PITCHES_HZ = (250, 1000, 4000, 16000)  # that have a mark
 LETTER, LETTER_SIZE, LINE = 10, 9, 24  # width of a letter of a word, its size in points, height of a line
@@ -67,6 +69,8 @@ def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
         case VideoSpec():
             tall, wide = raw.shape[1:3]
             return 2 * side, min(2 * side, round(2 * side * tall / wide / min(FILM_FRAMES, len(raw)))) + FILM_TEXT
+        case SeriesSpec():
+            return 2 * side, raw.shape[1] * _lane(raw.shape[1]) + SOUND_TEXT
         case _:
             parts = modality(spec.modality).parts(raw, spec)
             return (2 * side, _laid(parts.names, 2 * side)[1]) if parts is not None else (side, side)
@@ -115,6 +119,8 @@ def draw(
             _sound(figure, raw, spec, heat, start_s)
         case VideoSpec():
             _film(figure, raw, spec, heat, start_s, framed=framed)
+        case SeriesSpec():
+            _lanes(figure, raw, spec, heat, start_s)
         case PointsSpec():
             tints = None
             if heat is not None:  # points without heat are a grey that is visible on white
@@ -250,6 +256,36 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
     )  # fmt: skip
     bins = audio.MODALITY.prepare(samples, shown, None).values[..., 0].T[::-1]
     return np.asarray(np.clip(bins, *np.percentile(bins, (5, 99.8))))
+
+
+def _lane(count: int) -> int:
+    """Return the height of each of so many channels."""
+    return int(np.clip(LANES // count, *LANE))
+
+
+def _lanes(figure: Any, raw: Array, spec: SeriesSpec, heat: Array | None, start_s: float) -> None:
+    """Draw the channels of (T, channels, 2) below each other; heat is (inputs,) or (inputs, channels)."""
+    assert spec.rate_hz != "auto"
+    assert spec.patch != "auto"
+    count, rate_hz = raw.shape[1], spec.rate_hz
+    axes = figure.add_axes((SOUND_MARGIN / figure.bbox.width, SOUND_TEXT / figure.bbox.height,
+                            1 - 2 * SOUND_MARGIN / figure.bbox.width, 1 - SOUND_TEXT / figure.bbox.height))  # fmt: skip
+    seconds = start_s + np.arange(len(raw)) / rate_hz
+    end_s = start_s + max(1, len(raw)) / rate_hz
+    axes.set(xlim=(start_s, end_s), ylim=(count, 0), facecolor=GROUND)
+    for place, name in enumerate(spec.channels):
+        values = np.where(raw[:, place, 1] != 0, raw[:, place, 0], np.nan)
+        low, high = (float(np.nanmin(values)), float(np.nanmax(values))) if np.isfinite(values).any() else (0.0, 0.0)
+        middle, reach = (low + high) / 2, (high - low) or 1.0
+        axes.plot(seconds, place + 0.5 - 0.8 * (values - middle) / reach, color=INK, linewidth=0.6)
+        axes.text(start_s, place + 0.05, f" {show_text(name)}", size=5.5, color=FAINT, va="top")
+    if heat is not None:
+        layer = np.broadcast_to(heat.reshape(len(heat), -1).T, (count, len(heat)))
+        _lay(axes, layer, (start_s, start_s + len(heat) * spec.patch[0] / rate_hz, count, 0.0))
+    axes.spines[:].set_visible(False)
+    axes.set_yticks([])
+    axes.tick_params(labelsize=7, colors=FAINT)
+    axes.xaxis.set_major_formatter("{x:g} s" if rate_hz != 1 else "{x:g}")
 
 
 def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float, *, framed: bool) -> None:

@@ -1,0 +1,430 @@
+"""Files of several numbers over time: tables in text (CSV, TSV), arrays (NPY), Parquet and Arrow.
+
+Columns are channels. A line of names may stand above the rows, and one column may hold times. Sizes are checked before
+memory is allocated; objects in arrays are never unpickled.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from itertools import islice
+from math import prod
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.point_tables import header_of
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
+from perceiver_cli.preprocess.spec import Limits
+
+Floats = NDArray[np.float64]
+Kind = Literal["number", "time", "words"]
+
+NPY, PARQUET, ARROW = b"\x93NUMPY", b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
+MAX_COLUMNS = 4096
+MAX_LINE = 1 << 20  # letters of a line of text
+LOOKED_AT = 64  # lines that show the form of a text
+LAST = 8  # of these, the lines by which separators are compared
+LEAST_ROWS = 8  # of a file whose names of columns tell that it is numbers over time
+# Separators of cells, None for blanks, and whether a comma is a decimal point.
+MARKS = ((",", False), *((mark, comma) for mark in (";", "\t", "|", None) for comma in (False, True)))
+COMMENTS = ("#", "%", "//", "!")
+MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # cells that programs write for nothing
+PATH = re.compile(r".*\.[A-Za-z]\w{1,7}$")  # a cell that names a file
+BATCH_ROWS = 1 << 16
+TIME = re.compile(
+    r"datetime|(?:time|date)[ _-]?(?:stamps?|s)?|ts|t|secs?|seconds?|millis|micros|nanos|epoch|unix|elapsed"
+)
+UNIT = re.compile(
+    r"[ _\[(/]*(s|secs?|seconds?|ms|millis|milliseconds|us|µs|μs|micros|microseconds|ns|nanos|nanoseconds)[\])]?"
+)
+SECONDS = {"s": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}  # by the first letter of a unit
+EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3))  # a count since 1970 that is at least this, and its unit in seconds
+
+
+class Recording(NamedTuple):
+    """Numbers over time. names: of the channels, "1", "2", ... if the file has none. is_named: whether it has names.
+
+    values: (T, channels) float64, NaN where missing. times: (T,) in seconds, never falling, or None.
+    """
+
+    names: tuple[str, ...]
+    is_named: bool
+    values: Floats
+    times: Floats | None = None
+
+
+class Form(NamedTuple):
+    """The form of a text of numbers. separator: None for blanks. comma: whether decimal points are commas.
+
+    start: lines above the rows. rows: number of rows among the lines that were looked at.
+    """
+
+    separator: str | None
+    names: tuple[str, ...]
+    kinds: tuple[Kind, ...]
+    start: int
+    comma: bool
+    rows: int
+
+
+def is_recording(head: bytes) -> bool:
+    """Return whether a file that begins with `head` can be numbers over time."""
+    if head.startswith((PARQUET, *ARROW)):
+        return True
+    if head.startswith(NPY):
+        with suppress(Exception):  # NumPy reads the header as Python, which fails in dozens of ways
+            header = header_of(head)
+            return header.dtype.kind in "fiu" and len(header.shape) in (1, 2)
+        return False
+    return _form_of_head(head) is not None
+
+
+def is_named_recording(head: bytes) -> bool:
+    """Return whether a text table is beyond doubt numbers over time: rows of numbers below names of their columns.
+
+    Columns x, y and z without times may be points.
+    """
+    form = None if head.startswith((NPY, PARQUET, *ARROW)) else _form_of_head(head)
+    if form is None or not form.names or form.rows < LEAST_ROWS or 2 * form.kinds.count("words") > len(form.kinds):
+        return False
+    return any(map(_is_time, form.names)) or not {"x", "y", "z"} <= {name.strip().lower() for name in form.names}
+
+
+def _form_of_head(head: bytes) -> Form | None:
+    lines = _lines(_as_text(head))
+    return _form(lines if len(head) < HEAD_BYTES else lines[:-1])
+
+
+def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str = "auto") -> Recording:
+    """Return the numbers of a file. time: the name of the column of times; "auto": by its name; "none".
+
+    Raises DataError for a file that is damaged, has no numbers or times that fall, LimitError for a too large one.
+    """
+    with as_data_errors(source, "series"), source.open(limits) as file:
+        head = file.read(len(NPY))
+        file.seek(0)
+        if head.startswith((PARQUET, *ARROW)):
+            names, kinds, values = _parquet(source, file, limits)
+        else:
+            data = file.read()
+            names, kinds, values = _array(source, data, limits) if head == NPY else _text(source, data, limits)
+    is_named = any(names)
+    names = names if is_named else tuple(str(place) for place in range(1, len(names) + 1))
+    return _divided(source, Recording(names, is_named, values), kinds, time, unit)
+
+
+def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str) -> Recording:
+    """Return a recording without its column of times and without one that counts the rows."""
+    names, values = every.names, every.values
+    place = _time_place(source, names, kinds, time, is_named=every.is_named)
+    channels = [at for at, kind in enumerate(kinds) if kind == "number" and at != place]
+    if every.is_named:
+        channels = [at for at in channels if not _counts(names[at], values[:, at])]
+        channels = [at for at in channels if names[at] or np.isfinite(values[:, at]).any()]
+    times = None
+    if place is not None:
+        scale = 1.0 if kinds[place] == "time" else _scale(names[place], values[:, place], unit)
+        times = values[:, place] * scale
+        known = np.isfinite(times)
+        if not known.all():
+            source.note(f"left out {int((~known).sum())} of {len(known)} rows without a time")
+            values, times = values[known], times[known]
+        if len(times) > 1 and (np.diff(times) < 0).any():
+            row = int(np.flatnonzero(np.diff(times) < 0)[0]) + 2
+            raise DataError(f"{source.shown}: times in {show_path(names[place])} fall at row {row}", "sort the rows")
+    values = values[:, channels]
+    values = np.where(np.isfinite(values), values, np.nan)
+    if not channels or not values.size:
+        raise DataError(f"{source.shown}: no {'samples' if channels else 'column of numbers'} in the file")
+    return Recording(tuple(names[at] for at in channels), every.is_named, values, times)
+
+
+def _time_place(
+    source: Source, names: Sequence[str], kinds: Sequence[Kind], time: str, *, is_named: bool
+) -> int | None:
+    """Return the number of the column of times, or None. Raises DataError if there is no column of that name."""
+    if time == "none":
+        return None
+    if time != "auto":
+        if time not in names or kinds[names.index(time)] == "words":
+            shown = ", ".join(map(show_path, names[:10]))
+            raise DataError(f"{source.shown}: no column of times {show_path(time)}", f"there are {shown}")
+        return names.index(time)
+    dated = [at for at, kind in enumerate(kinds) if kind == "time"]
+    called = [at for at, name in enumerate(names) if kinds[at] == "number" and is_named and _is_time(name)]
+    return next(iter([*dated, *called]), None)
+
+
+def _is_time(name: str) -> bool:
+    word = name.strip().lower()
+    start = TIME.match(word)
+    return start is not None and (start.end() == len(word) or UNIT.fullmatch(word, start.end()) is not None)
+
+
+def _scale(name: str, times: Floats, unit: str) -> float:
+    """Return the seconds of one unit of a column of times: by `unit`, by its name, or by the size of the numbers."""
+    if unit != "auto":
+        return SECONDS[unit[0]]
+    word = name.strip().lower()
+    if (start := TIME.match(word)) is not None and (found := UNIT.fullmatch(word, start.end())) is not None:
+        return SECONDS[found[1][0].replace("µ", "u").replace("μ", "u")]
+    if word[:5] in ("milli", "micro", "nanos"):
+        return {"milli": 1e-3, "micro": 1e-6, "nanos": 1e-9}[word[:5]]
+    first = np.nanmin(np.abs(times)) if np.isfinite(times).any() else 0.0
+    return next((seconds for least, seconds in EPOCHS if first >= least), 1.0)
+
+
+def _counts(name: str, column: Floats) -> bool:
+    """Return whether a column counts the rows, as programs write an index."""
+    plain = name.strip().lower()
+    known = plain in ("", "index", "id", "row", "sample", "n", "#") or plain.startswith(("unnamed:", "__index_level"))
+    return known and len(column) > 1 and bool((np.diff(column) == 1).all())
+
+
+# ---------------------------------------------------------------- text
+
+
+def _as_text(data: bytes) -> str:
+    """Return bytes as text by their mark, as UTF-8 or as Windows-1252; names alone may be other than ASCII."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace")
+    with suppress(UnicodeDecodeError):
+        return data.decode("utf-8-sig")
+    return data.removeprefix(b"\xef\xbb\xbf").decode("cp1252", "replace")
+
+
+def _lines(text: str) -> list[str]:
+    return list(islice(_each_line(text), LOOKED_AT))
+
+
+def _each_line(text: str) -> Iterator[str]:
+    return iter(io.StringIO(text, newline=None))
+
+
+def _cells(line: str, separator: str | None) -> list[str]:
+    if separator is None:
+        return line.split()
+    try:
+        row = next(csv.reader([line.strip("\r\n")], delimiter=separator, skipinitialspace=True), [])
+    except csv.Error:
+        return []
+    return [cell.strip() for cell in row]
+
+
+def _form(lines: Sequence[str]) -> Form | None:
+    """Return the form of a text by its first lines, or None for other text, such as a manifest of files."""
+    lines = [line for line in lines if not line.lower().startswith("sep=")]
+    shown = [line for line in lines if line.strip() and not line.lstrip().startswith(COMMENTS)]
+    if not shown or any("\0" in line or len(line) > MAX_LINE for line in shown):
+        return None
+    ranked = []
+    for place, (separator, comma) in enumerate(MARKS):
+        if (separator and separator not in shown[-1]) or (comma and "," not in shown[-1]):
+            continue
+        rows = [_cells(line, separator) for line in shown[-LAST:]]
+        rows = [row for row in rows if any(_kind(cell, comma) == "number" for cell in row)]
+        width = Counter(map(len, rows)).most_common(1)[0][0] if rows else 0
+        cells = [cell for row in rows for cell in row if len(row) == width and cell.lower() not in MISSING]
+        words = sum(_kind(cell, comma) == "words" for cell in cells)
+        ranked += [(words / len(cells), -width, place)] if cells else []
+    if not ranked:
+        return None
+    _, width, place = min(ranked)
+    return _of_columns(lines, *MARKS[place], -width)
+
+
+def _of_columns(lines: Sequence[str], separator: str | None, comma: bool, width: int) -> Form | None:
+    """Return the form of a text whose rows have so many columns, None for one of other columns than a recording's."""
+    above, rows = list[list[str]](), list[list[str]]()
+    for line in lines:
+        is_comment = line.lstrip().startswith(COMMENTS)
+        cells = _cells(line.strip().lstrip("".join(COMMENTS)) if is_comment else line, separator)
+        if rows or (len(cells) == width and not is_comment and any(_kind(cell, comma) == "number" for cell in cells)):
+            rows += [cells] if len(cells) == width and not is_comment else []
+        else:
+            above.append(cells)
+    if width > MAX_COLUMNS or not rows:
+        return None
+    kinds: list[Kind] = []
+    for column in zip(*rows, strict=True):
+        known = [cell for cell in column if cell.lower() not in MISSING]
+        found = Counter(_kind(cell, comma) for cell in known)
+        kinds.append(next((kind for kind in ("number", "time") if 2 * found[kind] > len(known)), "words"))
+        kinds[-1] = kinds[-1] if known else "number"
+        if kinds[-1] == "words" and any(map(PATH.match, known)):
+            return None  # a manifest
+    if kinds.count("words") > 2 * kinds.count("number"):
+        return None
+    start = len(above)
+    above = [cells + [""] * (width - len(cells)) for cells in above if len(cells) in (width, max(2, width - 1))]
+    named = (cells for cells in above if not any(_kind(cell, comma) == "number" for cell in cells))
+    return Form(separator, tuple(next(named, ())), tuple(kinds), start, comma, len(rows))
+
+
+def _kind(cell: str, comma: bool) -> Kind:
+    try:
+        float(cell.replace(",", ".") if comma else cell)
+        return "number"
+    except ValueError:
+        return "time" if _date(cell) is not None else "words"
+
+
+def _date(cell: str) -> float | None:
+    """Return a date and time in ISO 8601 in seconds; without a zone it is taken as UTC."""
+    with suppress(ValueError, OverflowError):
+        date = datetime.fromisoformat(cell.replace("/", "-", 2))
+        return (date.replace(tzinfo=UTC) if date.tzinfo is None else date).timestamp()
+    return None
+
+
+def _text(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
+    """Return names, kinds and values of the columns of a text. Raises DataError for a row of another length."""
+    source.check_limit(len(data), "bytes", "text_bytes", limits)
+    text = _as_text(data)
+    form = _form(_lines(text))
+    if form is None:
+        raise DataError(
+            f"{source.shown}: no table of numbers over time", "expected a line of names, then rows of numbers"
+        )
+    width = len(form.kinds)
+    source.check_decoded(8.0 * width * (text.count("\n") + text.count("\r") + 1), 1, limits)
+    places = [place for place, kind in enumerate(form.kinds) if kind != "words"]
+    numbers = array("d")
+    for number, row in _rows(text, form):
+        if len(row) != width:
+            fault = f"{source.shown}: row {number} has {len(row)} cells, expected {width}"
+            raise DataError(fault, "the file may be cut short")
+        chosen = [row[place] for place in places]
+        try:
+            numbers.extend(array("d", map(float, chosen)))
+        except ValueError:
+            numbers.extend(
+                _number(source, cell, form, place, number) for place, cell in zip(places, chosen, strict=True)
+            )
+    known = np.frombuffer(numbers, np.float64).reshape(-1, len(places)) if numbers else np.empty((0, len(places)))
+    values = np.full((len(known), width), np.nan)
+    values[:, places] = known
+    return form.names or ("",) * width, form.kinds, values
+
+
+def _rows(text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number and the cells of each row."""
+    lines = _each_line(text)
+    if text[:4].lower() == "sep=":
+        next(lines)
+    body = islice(lines, form.start, None)
+    width = len(form.kinds)
+    rows = csv.reader(body, delimiter=form.separator) if form.separator else (line.split() for line in body)
+    for number, row in enumerate(rows, start=1):
+        if row and not row[0].lstrip().startswith(COMMENTS) and (len(row) > 1 or row[0].strip()):
+            yield number, row[:width] if len(row) == width + 1 and not row[width].strip() else row
+
+
+def _number(source: Source, cell: str, form: Form, place: int, row: int) -> float:
+    """Return the number or time in a cell, NaN for a missing one. Raises DataError for other words."""
+    text = cell.strip()
+    if text.lower() in MISSING:
+        return np.nan
+    if form.kinds[place] == "time" and (seconds := _date(text)) is not None:
+        return seconds
+    with suppress(ValueError):
+        return float(text.replace(",", ".") if form.comma else text)
+    where = f"row {row}, column {show_path(form.names[place]) if form.names else place + 1}"
+    raise DataError(f"{source.shown}: {where} has {show_path(text[:40])}, expected a number")
+
+
+# ---------------------------------------------------------------- arrays and Parquet
+
+
+def _array(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
+    """Return the columns of an array (T,), (T, channels) or (channels, T): time is the longer axis."""
+    dtype, shape, column_major, start = header_of(data)
+    if dtype.kind not in "fiu" or len(shape) not in (1, 2) or min(shape, default=0) < 1:
+        what = "objects" if dtype.hasobject else f"{dtype.name} of shape {shape}"
+        raise DataError(f"{source.shown}: an array of {what}, expected numbers (time, channels)")
+    declared, available = prod(shape) * dtype.itemsize, len(data) - start
+    if declared != available:
+        raise DataError(f"{source.shown}: declared {declared} bytes of numbers, found {available}")
+    source.check_decoded(prod(shape), 8, limits)
+    values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if column_major else "C")
+    values = values.reshape(len(values), -1)
+    values = values if len(shape) == 1 or shape[0] >= shape[1] else values.T
+    _check_columns(source, values.shape[1])
+    numbers: list[Kind] = ["number"] * values.shape[1]
+    return ("",) * len(numbers), tuple(numbers), values.astype(np.float64)
+
+
+def _check_columns(source: Source, count: int) -> None:
+    if count > MAX_COLUMNS:
+        raise DataError(f"{source.shown}: {count} columns, expected {MAX_COLUMNS} at most")
+
+
+def load_pyarrow() -> Any:
+    """Return pyarrow. Raises UsageError if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            "pyarrow, which reads Parquet and Arrow files, is missing", "pip install 'perceiver-cli[parquet]'"
+        ) from error
+    return pyarrow
+
+
+def _parquet(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
+    """Return the columns of numbers and of times of a Parquet or Arrow file; other columns are left out."""
+    pyarrow = load_pyarrow()
+    types = pyarrow.types
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith(PARQUET):
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        schema = table.schema_arrow
+        source.check_decoded(float(table.metadata.num_rows) * len(schema), 8, limits)
+    else:
+        reader = pyarrow.ipc.open_file(file) if head.startswith(ARROW[0]) else pyarrow.ipc.open_stream(file)
+        schema = reader.schema
+    _check_columns(source, len(schema))
+    kinds: dict[str, Kind] = {}
+    for field in schema:
+        is_number = types.is_integer(field.type) or types.is_floating(field.type) or types.is_decimal(field.type)
+        is_time = types.is_timestamp(field.type) or types.is_date(field.type)
+        if is_number or is_time:
+            kinds[str(field.name)] = "time" if is_time else "number"
+    if len({*schema.names}) < len(schema.names):
+        raise DataError(f"{source.shown}: two columns of one name")
+    parts, total = [], 0
+    if head.startswith(PARQUET):
+        batches = table.iter_batches(BATCH_ROWS, columns=list(kinds), use_threads=False)
+    else:
+        streams = hasattr(reader, "read_next_batch")
+        every = reader if streams else map(reader.get_batch, range(reader.num_record_batches))
+        batches = (batch.select(list(kinds)) for batch in every)
+    for batch in batches:
+        batch.validate(full=True)
+        total += batch.num_rows * max(1, len(kinds))
+        source.check_decoded(total, 8, limits)
+        columns = [_column(pyarrow, batch.column(place), kind) for place, kind in enumerate(kinds.values())]
+        parts.append(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
+    values = np.concatenate(parts) if parts else np.empty((0, len(kinds)))
+    return tuple(kinds), tuple(kinds.values()), values
+
+
+def _column(pyarrow: Any, column: Any, kind: Kind) -> Floats:
+    """Return a column as float64, times in seconds, NaN for nothing."""
+    if kind == "time":
+        column = column.cast(pyarrow.timestamp("us"), safe=False).cast(pyarrow.int64())
+    numbers = column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.asarray(numbers * 1e-6 if kind == "time" else numbers, np.float64)

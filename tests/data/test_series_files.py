@@ -1,0 +1,131 @@
+"""Series in class folders and in a manifest's column, from training to every answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from perceiver_cli.config import DataConfig
+from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.lint import lint
+from perceiver_cli.errors import DataError
+from perceiver_cli.inference.evaluation import evaluate
+from perceiver_cli.inference.explain import explain
+from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.report.explanation import to_arrays, to_picture
+from perceiver_cli.training.trainer import Trainer
+from tests.conftest import SMALL, Perceive
+
+SAMPLES, RATE_HZ = 200, 100
+SERIES = ("inputs.series.bands=4", "train.steps=60", "train.lr=0.01", "data.workers=0")
+
+
+def recorded(rng: np.random.Generator, label: int) -> np.ndarray:
+    """Return rows of time and two channels, of which one swings faster in the second class, in its first half."""
+    seconds = np.arange(SAMPLES) / RATE_HZ
+    waves = rng.normal(0, 0.3, (2, SAMPLES))
+    waves[1] += np.sin(2 * np.pi * (20 if label else 6) * seconds) * (seconds < 1)
+    return np.column_stack([seconds, *waves])
+
+
+def write(path: Path, rows: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(path, rows, "%.4f", ",", header="time,ax,ay", comments="")
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Predictor]:
+    """Class folders of CSV files, and a model trained on them."""
+    folder, rng = tmp_path_factory.mktemp("moved"), np.random.default_rng(0)
+    for split, count in (("train", 20), ("test", 8)):
+        for label, name in enumerate(("slow", "fast")):
+            for number in range(count):
+                write(folder / "data" / split / name / f"{number}.csv", recorded(rng, label))
+    for _ in Trainer(folder / "data", folder / "run", None, overrides=[*SMALL, *SERIES]).fit():
+        pass
+    return folder / "data", Predictor(folder / "run")
+
+
+def test_class_folders_of_tables_are_series(moved: tuple[Path, Predictor]) -> None:
+    data, predictor = moved
+    catalog = scan(data)
+    assert catalog.modalities == ("series",)
+    assert any("are read as series; --preset" in note for note in catalog.notes)
+    spec = predictor.info.config.inputs["series"]
+    assert spec.channels == ("ax", "ay")  # type: ignore[attr-defined]
+    assert spec.rate_hz == RATE_HZ  # type: ignore[attr-defined]
+    report = evaluate(predictor, data)
+    assert (report.num_examples, report.accuracy) == (16, 1.0)
+
+
+def test_tables_without_names_are_asked_for(moved: tuple[Path, Predictor], tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.csv"
+        path.parent.mkdir(exist_ok=True)
+        np.savetxt(path, recorded(np.random.default_rng(number), 0), "%.4f", ",")
+    with pytest.raises(DataError, match="pass --preset tiny-points or --preset tiny-series"):
+        scan(tmp_path)
+    assert scan(tmp_path, reads=["series"]).modalities == ("series",)
+    assert len(list(moved[1].predict(tmp_path))) == 4
+
+
+def test_a_list_of_files_stays_a_list(moved: tuple[Path, Predictor], perceive: Perceive) -> None:
+    data, predictor = moved
+    rows = [(f"data/test/{name}/{n}.csv", name) for name in ("slow", "fast") for n in range(8)]
+    with (data.parent / "list.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("vib", "label"), *rows])
+    options = DataConfig(path_column={"series": "vib"})
+    assert scan(data.parent / "list.csv", options=options).modalities == ("series",)
+    words = ("--column", "vib=series", "-m", predictor.path, "--json")
+    report = json.loads(perceive("evaluate", data.parent / "list.csv", *words).stdout)
+    assert (report["num_examples"], report["accuracy"]) == (16, 1.0)
+    answers = perceive("predict", data.parent / "list.csv", "--column", "vib=series", "-m", predictor.path).stdout
+    assert [json.loads(line)["label"] for line in answers.splitlines()] == [name for _, name in rows]
+
+
+def test_records_windows_and_pipes_answer_the_same(
+    moved: tuple[Path, Predictor], perceive: Perceive, tmp_path: Path
+) -> None:
+    data, predictor = moved
+    tar = str(tmp_path / "series.tar")
+    perceive("preprocess", data, "-m", predictor.path, "-o", tar)
+    assert evaluate(predictor, tar).loss == pytest.approx(evaluate(predictor, data).loss, abs=1e-6)
+    path = data / "test" / "fast" / "0.csv"
+    (whole,) = predictor.predict(path)
+    piped = json.loads(perceive("predict", "-", "-m", predictor.path, stdin=path.read_bytes()).stdout)
+    assert (piped["label"], piped["prob"]) == ("fast", pytest.approx(whole.prob, abs=1e-6))
+    perceive("preprocess", path, "-m", predictor.path, "-o", tmp_path / "rows.npy")
+    (rows,) = predictor.predict(tmp_path / "rows.npy")
+    assert rows.prob == pytest.approx(whole.prob, abs=1e-5)
+    parts = perceive("predict", path, "-m", predictor.path, "--window", "1", "--hop", "1", "--aggregate", "none").stdout
+    assert [json.loads(line)["start_s"] for line in parts.splitlines()] == [0.0, 1.0]
+
+
+def test_time_and_channel_are_explained_and_shown(moved: tuple[Path, Predictor]) -> None:
+    data, predictor = moved
+    explanation = explain(predictor, data / "test" / "fast" / "0.csv")
+    told = explanation.to_dict()["inputs"]["series"]
+    assert (told["start_s"], told["end_s"]) == (0.0, 2.0)
+    assert told["channels"]["ay"] > 0.8
+    half = len(told["heat"]) // 2
+    assert sum(told["heat"][:half]) > 0.7
+    arrays = to_arrays(explanation)
+    assert arrays["series"].shape == (SAMPLES, 2, 2)
+    assert arrays["series_heat"].shape == (len(arrays["series_attention"]), 2)
+    assert to_picture(explanation).size[0] > 100
+
+
+def test_lint_finds_copies_and_what_is_constant(moved: tuple[Path, Predictor], tmp_path: Path) -> None:
+    assert not lint(moved[0], workers=0).failed
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        write(tmp_path / "ab"[number % 2] / f"{number}.csv", recorded(rng, 0))
+    write(tmp_path / "a" / "copy.csv", recorded(np.random.default_rng(0), 0))
+    write(tmp_path / "b" / "flat.csv", recorded(rng, 0) * [1, 0, 0])
+    report = lint(tmp_path, workers=0)
+    assert [len(copies.examples) for copies in report.copies] == [2]
+    assert [name for _, name, _ in report.faults["constant"]] == ["b/flat.csv"]

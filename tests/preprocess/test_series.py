@@ -1,0 +1,269 @@
+"""Series: files of any writer, times made even, missing samples, inputs of the model, hostile files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from perceiver_cli.errors import DataError, LimitError, UsageError
+from perceiver_cli.preprocess.base import TrainingSet
+from perceiver_cli.preprocess.detection import File, detected, looked_at, taker
+from perceiver_cli.preprocess.recordings import is_recording, read_recording
+from perceiver_cli.preprocess.series import MODALITY, SeriesSpec
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+
+LIMITS = Limits()
+NUM_ROWS = 40
+STEPS = np.arange(NUM_ROWS)
+WAVES = np.stack([np.sin(STEPS / 3), np.cos(STEPS / 5)], axis=1).round(3)
+SPEC = SeriesSpec(
+    channels=("ax", "ay"), mean=(0.0, 0.0), std=(1.0, 1.0), rate_hz=100.0, clip_s=0.4, patch=(8,), window=16
+)
+
+
+def lines(separator: str = ",", decimal: str = ".", period: float = 0.01) -> str:
+    """Return rows of time, ax and ay as text."""
+    rows = np.column_stack([STEPS * period, WAVES])
+    return "\n".join(separator.join(f"{x:.3f}".replace(".", decimal) for x in row) for row in rows)
+
+
+def npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def columns(**each: object) -> bytes:
+    """Return a Parquet file."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table(each), file)
+    return file.getvalue()
+
+
+NAMED = f"time,ax,ay\n{lines()}"
+WRITERS = {
+    "plain": NAMED,
+    "windows": NAMED.replace("\n", "\r\n"),
+    "old Mac": NAMED.replace("\n", "\r"),
+    "marked": f"\ufeff{NAMED}",
+    "spreadsheet": f"sep=;\ntime;ax;ay\n{lines(';', ',')}",
+    "tabs": f"t\tax\tay\n{lines(chr(9), ',')}",
+    "blanks": f"# time ax ay\n{lines(' ')}",
+    "quotes": f'"time","ax","ay"\n{lines()}',
+    "units": f"time,ax,ay\ns,g,g\n{lines()}",
+    "facts above": f"Device: X12\nRate: 100\n\n{NAMED}",
+    "empty last column": NAMED.replace("\n", ",\n") + ",",
+    "index": "\n".join(f"{place},{line}" for place, line in zip(["", *STEPS], NAMED.split("\n"), strict=True)),
+    "milliseconds": f"time_ms,ax,ay\n{lines(period=10)}",
+    "since 1970": "timestamp,ax,ay\n"
+    + "\n".join(f"{1_700_000_000_000 + 10 * n},{ax},{ay}" for n, (ax, ay) in enumerate(WAVES)),
+    "dates": "when,ax,ay\n" + "\n".join(f"2024-01-01T00:00:00.{n:02d}0,{x},{y}" for n, (x, y) in enumerate(WAVES)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_recording_is_the_same_from_any_writer(name: str) -> None:
+    data = WRITERS[name].encode()
+    assert is_recording(data)
+    recording = read_recording(Source("a.csv", data), LIMITS)
+    assert recording.names == ("ax", "ay")
+    assert recording.values == pytest.approx(WAVES)
+    assert recording.times is not None
+    assert np.diff(recording.times) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_arrays_and_parquet_hold_the_same() -> None:
+    for values in (WAVES, WAVES.T, np.asfortranarray(WAVES), WAVES.astype(">f8")):
+        recording = read_recording(Source("a.npy", npy(values)), LIMITS)
+        assert (recording.names, recording.times) == (("1", "2"), None)
+        assert recording.values == pytest.approx(WAVES)
+    assert read_recording(Source("a.npy", npy(WAVES[:, 0])), LIMITS).values.shape == (NUM_ROWS, 1)
+    when = np.datetime64("2024-01-01") + STEPS.astype("timedelta64[s]")
+    table = columns(time=when, ax=WAVES[:, 0], ay=[None, *WAVES[1:, 1]], note=["x"] * NUM_ROWS)
+    recording = read_recording(Source("a.parquet", table), LIMITS)
+    assert recording.names == ("ax", "ay")
+    assert np.isnan(recording.values[0, 1])
+    assert recording.values[1:] == pytest.approx(WAVES[1:])
+    assert np.diff(recording.times) == pytest.approx(1.0)  # type: ignore[arg-type]
+
+
+def hostile() -> Iterator[tuple[str, bytes, str]]:
+    yield "cut", NAMED[:-8].encode(), "row 40 has 2 cells, expected 3"
+    yield "words", NAMED.replace("0.327", "0.3x7").encode(), "row 2, column 'ax' has '0.3x7', expected a number"
+    yield "falling", b"time,ax\n" + b"\n".join(b"%d,1" % n for n in (*range(20), 3)), "times in 'time' fall at row 21"
+    yield "manifest", b"path,label\n" + b"a/001.csv,3\n" * 20, "no table of numbers over time"
+    yield "text", b"the 3 bears sleep\n" * 20, "no table of numbers over time"
+    yield "zeros", bytes(5000), "no table of numbers over time"
+    yield "objects", npy(np.array([{}, 1], object)), "an array of objects"
+    yield "complex", npy(np.ones(5, complex)), "expected numbers"
+    yield "short", npy(WAVES)[:-8], "declared 640 bytes of numbers, found 632"
+    lie = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999, 9), }"
+    yield "lie", lie.ljust(127) + b"\n" + bytes(64), "declared 7199999999928 bytes"
+    yield "wide", npy(np.ones((5000, 4999))), "4999 columns, expected 4096"
+    yield "nothing", b"time,ax\n" + b"\n".join(b"%.2f," % (n / 100) for n in range(20)), "no channel has a value"
+    yield (
+        "others",
+        b"time,bx\n" + b"\n".join(b"%d,1" % n for n in range(20)),
+        "columns 'bx'; expected some of 'ax', 'ay'",
+    )
+    yield "parquet", b"PAR1" + bytes(40) + b"PAR1", "cannot decode the series"
+
+
+@pytest.mark.parametrize(("data", "fault"), [each[1:] for each in hostile()], ids=[each[0] for each in hostile()])
+def test_a_bad_file_is_one_line(data: bytes, fault: str) -> None:
+    with pytest.raises(DataError, match=fault):
+        MODALITY.load(Source("a", data), SPEC, LIMITS)
+
+
+def test_limits_come_before_memory() -> None:
+    with pytest.raises(LimitError, match="text_bytes"):
+        MODALITY.load(Source("a", NAMED.encode()), SPEC, Limits(text_bytes=100))
+    with pytest.raises(LimitError, match="decoded_bytes"):
+        MODALITY.load(Source("a", npy(WAVES)), SPEC, Limits(decoded_bytes=100))
+    far = b"time,ax\n" + b"\n".join(b"%.2f,1" % (n / 100) for n in range(20)) + b"\n1e17,1\n"  # ages without a sample
+    with pytest.raises(LimitError, match="decoded_bytes"):
+        MODALITY.load(Source("a", far), SPEC, LIMITS)
+    with pytest.raises(DataError, match="1e-06 samples a second, the model reads 100"):
+        MODALITY.load(Source("a", npy(WAVES)), SPEC.model_copy(update={"file_rate_hz": 1e-6}), LIMITS)
+
+
+def test_missing_samples_and_gaps_are_hidden() -> None:
+    rows = [line if n != 3 else line.split(",")[0] + ",nan," for n, line in enumerate(lines().split("\n"))]
+    del rows[16:32]  # two patches of eight
+    raw = MODALITY.load(Source("a.csv", ("time,ax,ay\n" + "\n".join(rows)).encode()), SPEC, LIMITS)
+    assert raw.shape == (NUM_ROWS, 2, 2)
+    assert raw[3].tolist() == [[0, 0], [0, 0]]
+    assert not raw[16:32].any()
+    assert raw[32:, :, 0] == pytest.approx(WAVES[32:])
+    values = MODALITY.prepare(raw, SPEC, None).values
+    layout = MODALITY.layout(SPEC)
+    assert values.shape == layout.prepared_shape == (5, 2 * (8 + 8) + 2)
+    assert values[:, -layout.presence :].tolist() == [[0.875] * 2, [1, 1], [0, 0], [0, 0], [1, 1]]
+    assert not values[2:4].any()
+    assert values[1, :8] == pytest.approx(WAVES[8:16, 0])  # samples of the first channel, then its spectrum
+    assert values[1, 16:24] == pytest.approx(WAVES[8:16, 1])
+
+
+def test_a_channel_that_a_file_lacks_is_missing_and_noted() -> None:
+    source = Source("a.csv", b"ay,az\n" + b"\n".join(b"%.3f,1" % y for y in WAVES[:, 1]))
+    raw = MODALITY.load(source, SPEC, LIMITS)
+    assert not raw[:, 0].any()
+    assert raw[:, 1, 0] == pytest.approx(WAVES[:, 1])
+    assert source.notes == ["without 'ax', which count as missing"]
+    unnamed = MODALITY.load(Source("a.npy", npy(WAVES)), SPEC, LIMITS)
+    assert unnamed[..., 0] == pytest.approx(WAVES)
+
+
+@pytest.mark.parametrize("rate_hz", [50.0, 100.0, 250.0])
+def test_other_rates_and_irregular_times_are_resampled(rate_hz: float) -> None:
+    rng = np.random.default_rng(0)
+    regular = np.arange(400) / 100
+    irregular = np.sort(rng.uniform(0, 4, 1200))
+    spec = SPEC.model_copy(update={"rate_hz": rate_hz, "channels": ("ax",), "mean": (0.0,), "std": (1.0,)})
+    for times in (regular, irregular):
+        text = "time,ax\n" + "\n".join(f"{t:.6f},{np.sin(2 * np.pi * t) + 9.8:.6f}" for t in times)
+        raw = MODALITY.load(Source("a.csv", text.encode()), spec, LIMITS)
+        assert len(raw) == pytest.approx(4 * rate_hz, abs=0.02 * rate_hz + 2)
+        expected = np.sin(2 * np.pi * (times[0] + np.arange(len(raw)) / rate_hz)) + 9.8
+        there = raw[:, 0, 1] != 0
+        assert there.mean() > 0.9
+        assert np.abs(raw[there, 0, 0] - expected[there])[5:-5].max() < 0.1
+
+
+def test_training_files_settle_everything() -> None:
+    files = [f"time,ax,label,ay\n{line_with(7)}", f"time,ax,label,ay\n{line_with(8)}", NAMED]
+    sources = [Source(f"{n}.csv", text.encode()) for n, text in enumerate(files)]
+    auto = MODALITY.adapt(SeriesSpec(gain="auto", noise="auto"), TrainingSet(3, ("a", "b")))
+    spec = MODALITY.resolve(auto, sources, LIMITS)
+    assert spec.channels == ("ax", "ay")  # a number of each file is no channel: it may be its class
+    assert spec.mean == pytest.approx(WAVES.mean(axis=0), abs=1e-6)
+    assert spec.std == pytest.approx(WAVES.std(axis=0), rel=1e-4)
+    assert (spec.rate_hz, spec.clip_s, spec.patch, spec.window) == (100.0, pytest.approx(0.4), (1,), 16)
+    assert (spec.gain, spec.noise) == (0.2, 0.1)
+    assert "2 channels ('ax', 'ay'), 0.4 s at 100 Hz" in MODALITY.in_words(spec)
+    assert MODALITY.survey(spec, sources, LIMITS) == ["not read: 'label'", "they last 0.4 s"]
+    assert MODALITY.resolve(SeriesSpec(), [], LIMITS).channels == ("channel 1", "channel 2", "channel 3")
+    with pytest.raises(DataError, match="no column of the series changes"):
+        MODALITY.resolve(SeriesSpec(), [Source("a", npy(np.ones((50, 2))))], LIMITS)
+
+
+def line_with(label: int) -> str:
+    return "\n".join(f"{t},{x},{label},{y}" for t, x, y in (line.split(",") for line in lines().split("\n")))
+
+
+def test_clips_are_filled_up_and_drawn() -> None:
+    raw = MODALITY.load(Source("a", npy(WAVES)), SPEC, LIMITS)
+    longer = SPEC.model_copy(update={"clip_s": 0.6})
+    assert MODALITY.prepare(raw, longer, None).values[5:].any() == np.False_  # behind the end
+    looped = longer.model_copy(update={"short": "loop"})
+    assert MODALITY.prepare(raw, looped, None).values[5, :8] == pytest.approx(WAVES[:8, 0])
+    shorter = SPEC.model_copy(update={"clip_s": 0.08, "features": "raw"})
+    assert MODALITY.prepare(raw, shorter, None).values[0, :8] == pytest.approx(WAVES[16:24, 0])
+    assert MODALITY.prepare(raw, shorter, None, 0.05).values[0, :8] == pytest.approx(WAVES[5:13, 0])
+    one, same, other = (MODALITY.prepare(raw, shorter, np.random.default_rng(n)).values for n in (0, 0, 1))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)
+    own = MODALITY.prepare(raw * [[[3, 1]]], SPEC.model_copy(update={"scale": "clip"}), None).values
+    assert own[:, :8].std() == pytest.approx(1, abs=0.1)
+    dropped = MODALITY.prepare(raw, SPEC.model_copy(update={"drop": 0.9}), np.random.default_rng(0)).values
+    assert 1 <= (dropped[:, -2:] != 0).any(axis=1).sum() < 5
+
+
+def test_the_spectrum_finds_a_tone() -> None:
+    tone = np.sin(2 * np.pi * STEPS / 4)[:, None]  # a quarter of the rate: the fourth of eight bins
+    spec = SPEC.model_copy(update={"channels": ("1",), "mean": (0.0,), "std": (1.0,), "features": "spectrum"})
+    values = MODALITY.prepare(MODALITY.load(Source("a", npy(tone)), spec, LIMITS), spec, None).values
+    assert values[1:-1, :8].argmax(axis=1).tolist() == [3, 3, 3]
+    noise = np.random.default_rng(0).normal(size=(4000, 1))
+    wide = spec.model_copy(update={"clip_s": 40.0})
+    level = MODALITY.prepare(MODALITY.load(Source("a", npy(noise)), wide, LIMITS), wide, None).values[:, :8]
+    assert abs(level.mean()) < 0.3
+
+
+def test_a_table_is_a_series_only_if_it_is_asked_for_or_stands_alone() -> None:
+    with pytest.raises(DataError, match="tiny-points or --preset tiny-series"):
+        detected(Source("a.csv", NAMED.encode()))
+    assert detected(Source("a.csv", NAMED.encode()), "series").kinds == ("series",)
+    many = npy(np.ones((50, 20), np.float32))  # which could be a byte array too
+    assert not detected(Source("a.npy", many), "series").holds_rows
+    with pytest.raises(DataError):
+        detected(Source("a.csv", b"path,label\na.csv,1\nb.csv,2\n"), "series")
+
+    def files(*texts: str) -> list[File]:
+        return [looked_at(Source(f"{n}.csv", text.encode())) for n, text in enumerate(texts)]
+
+    assert taker(files(NAMED, NAMED, "x")) == "series"
+    assert taker(files(NAMED, lines())) is None  # without names
+    assert taker(files("x,y,z\n" + lines())) is None  # which may be points
+    assert taker([]) is None
+
+
+def test_options_that_contradict_the_files() -> None:
+    with pytest.raises(DataError, match="no column of times 'clock'; there are 'time', 'ax', 'ay'"):
+        MODALITY.load(Source("a", NAMED.encode()), SPEC.model_copy(update={"time": "clock"}), LIMITS)
+    for change in (
+        {"channels": "auto"},
+        {"rate_hz": "auto"},
+        {"clip_s": "auto"},
+        {"patch": "auto"},
+        {"window": "auto"},
+    ):
+        with pytest.raises(UsageError):
+            MODALITY.layout(SPEC.model_copy(update=change))
+    with pytest.raises(UsageError, match="samples, expected 16777216 at most"):
+        MODALITY.layout(SPEC.model_copy(update={"clip_s": 1e300}))
+
+
+def test_faults_and_sketches() -> None:
+    raw = MODALITY.load(Source("a", npy(WAVES)), SPEC, LIMITS)
+    assert MODALITY.fault(raw) is None
+    assert MODALITY.fault(raw * 0 + 1) == "constant"
+    near = MODALITY.sketch(raw + 0.001, SPEC)
+    assert MODALITY.sketch(raw, SPEC) == pytest.approx(near, abs=1e-5)
+    assert MODALITY.sketch(raw * 0, SPEC) is None
