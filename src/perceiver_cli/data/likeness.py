@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ LEAK_VAL, LEAK_TRAIN = 400, 4000  # examples compared before training
 COPY = re.compile(
     r"(?:[ _-](?:copy|flip(?:ped)?|mirror(?:ed)?|rot(?:ated)?[ _-]?\d*|aug(?:mented)?[ _-]?\d*))+$", re.IGNORECASE
 )
+MARK = re.compile(r"[ _-](?:copy|flip|mirror|rot|aug)", re.IGNORECASE)  # in each path that has one, found faster
 BLOCK = 1024  # rows compared at a time
 
 
@@ -117,11 +119,10 @@ def leak_note(decoder: Decoder, train: Sequence[Example], val: Sequence[Example]
     By name: `cat_copy.png` or `cat_rot90.png` beside `cat.png`. By content: a sample of the examples that
     are in memory; no file is read for it.
     """
-    known = {_origin(example.id): example.id for example in train}
-    named = [(e.id, known[_origin(e.id)]) for e in val if _origin(e.id) in known]
-    named = [pair for pair in named if any(COPY.search(_stem(identity)) for identity in pair)]
-    if named:
+    if named := _named_copies(train, val):
         count, shown, how = len(named), show_path(named[0][0]), f"by its name a copy of {show_path(named[0][1])}"
+    elif not decoder.decoded:
+        return None
     else:
         kept = [[e for e in each if e.id in decoder.decoded] for each in (val, train)]
         ones, others = (e[:: max(1, -(-len(e) // most))] for e, most in zip(kept, (LEAK_VAL, LEAK_TRAIN), strict=True))
@@ -136,6 +137,15 @@ def leak_note(decoder: Decoder, train: Sequence[Example], val: Sequence[Example]
         f"{counted(count, 'validation example')} that training nearly holds, such as {shown}, {how}: "
         "validation will be too good; keep what belongs together in one split with --group-by"
     )
+
+
+def _named_copies(train: Sequence[Example], val: Sequence[Example]) -> list[tuple[str, str]]:
+    """Return pairs of a validation and a training example of one origin, of which one has a mark in its name."""
+    if not any(MARK.search(example.id) for example in chain(val, train)):
+        return []
+    known = {_origin(example.id): example.id for example in train}
+    pairs = [(e.id, known[origin]) for e in val if (origin := _origin(e.id)) in known]
+    return [pair for pair in pairs if any(COPY.search(_stem(identity)) for identity in pair)]
 
 
 def _stem(identity: str) -> str:
