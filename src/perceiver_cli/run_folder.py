@@ -36,7 +36,9 @@ STATE_FOLDER = "last"
 MANIFEST = "MANIFEST.json"  # in STATE_FOLDER, with the files of the committed states
 STATE_PATTERN = "step-*.safetensors"
 METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.toml"
 RUNS_FILE = "runs.json"  # in a folder of several runs: what each of them is
+PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "metrics.json"  # of an evaluation
 ANSWERS_FILE = "validation.jsonl"  # the saved model's answer to each validation example, as in predictions.jsonl
 LOCK_FILE = ".lock"
 RUN_NAME = re.compile(r"[\w=+,-][\w=+,.-]{0,199}", re.ASCII)  # of a run in a folder of several
@@ -124,7 +126,7 @@ def begin_run(run: Path, config_toml: str, *, fresh: bool) -> None:
         for old in [state / MANIFEST, run / MODEL_FILE, run / ANSWERS_FILE, *state.glob(STATE_PATTERN)]:
             _remove(old)
         write_text(run / METRICS_FILE, "")
-    write_text(run / "config.toml", config_toml)
+    write_text(run / CONFIG_FILE, config_toml)
 
 
 def _remove(path: Path) -> None:
@@ -197,21 +199,42 @@ def score_of(record: Mapping[str, Any]) -> float | None:
     return score
 
 
+def run_of(model: Path) -> Path | None:
+    """Return the run that saved a model file, or None: another file in its folder does not belong to it."""
+    return model.parent if model.name == MODEL_FILE else None
+
+
+def read_runs(folder: Path) -> Any:
+    """Return the list of runs of a folder of several, as JSON; None for another folder. Raises IntegrityError."""
+    path = folder / RUNS_FILE
+    try:
+        with open_file(path) as file:
+            return parse_json(file.read(MAX_LOG_BYTES))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise damaged_runs(folder, error) from error
+
+
+def damaged_runs(folder: Path, reason: object) -> IntegrityError:
+    """Return the error of a list of runs that is none."""
+    return IntegrityError(f"{show_path(folder / RUNS_FILE)}: not a list of runs, or a damaged one: {reason}")
+
+
 def runs_in(folder: str | os.PathLike[str]) -> list[Path] | None:
     """Return the runs in a folder of several that have a model, in their order; None for another folder.
 
     Raises IntegrityError if its list of runs is damaged.
     """
     path = Path(folder) / RUNS_FILE
-    try:
-        with open_file(path) as file:
-            names = [run["name"] for run in parse_json(file.read(MAX_LOG_BYTES))["runs"]]
-    except (FileNotFoundError, NotADirectoryError):
+    if (found := read_runs(path.parent)) is None:
         return None
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise IntegrityError(f"{show_path(path)}: not a list of runs, or a damaged one: {error}") from error
+    try:
+        names = [run["name"] for run in found["runs"]]
+    except (KeyError, TypeError) as error:
+        raise damaged_runs(path.parent, error) from error
     if not all(isinstance(name, str) and RUN_NAME.fullmatch(name) for name in names):  # no path that leads out
         raise IntegrityError(f"{show_path(path)}: names a run that is no folder here")
     return [path.parent / name for name in names if (path.parent / name / MODEL_FILE).is_file()]

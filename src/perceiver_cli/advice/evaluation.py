@@ -11,6 +11,7 @@ from perceiver_cli.advice.base import MOST, WEIGHTS, Advice, ratio_of, some
 from perceiver_cli.config import Config
 from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
+from perceiver_cli.run_folder import CONFIG_FILE
 
 UNEVEN_ENOUGH = 3.0  # times the smallest class from which weights help a class that is never answered
 BELOW_VAL = 0.03  # by which the interval of a test score lies below the validation score
@@ -38,9 +39,7 @@ class Measured:
 
     def again(self, *changes: str) -> tuple[str, ...]:
         """Return the command that trains once more with the model's options and changes."""
-        recipe = (
-            ("--init-from", self.model) if self.run is None else ("--config", os.path.join(self.run, "config.toml"))
-        )
+        recipe = ("--init-from", self.model) if self.run is None else ("--config", os.path.join(self.run, CONFIG_FILE))
         return "perceiver", "train", self.data, *self.options, *recipe, *changes
 
     def evaluate(self, *changes: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from perceiver_cli.advice.base import MOST, UNEVEN, WEIGHTS, Advice, error_of, r
 from perceiver_cli.config import Config
 from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
-from perceiver_cli.run_folder import score_of
+from perceiver_cli.run_folder import CONFIG_FILE, score_of
 
 FEW_STEPS = 200  # below, a model that knows nothing was stopped too early
 MANY_STEPS = 500  # proposed in their place
@@ -43,7 +43,7 @@ class Trained:
     def again(self, *changes: str) -> tuple[str, ...]:
         """Return the command that trains once more with the options of this run and changes."""
         start = () if self.init_from is None else ("--init-from", self.init_from)
-        return "perceiver", "train", self.data, "--config", os.path.join(self.run, "config.toml"), *start, *changes
+        return "perceiver", "train", self.data, "--config", os.path.join(self.run, CONFIG_FILE), *start, *changes
 
     def lint(self) -> tuple[str, ...]:
         """Return the command that looks at the data."""
@@ -85,7 +85,7 @@ def _knows_nothing(trained: Trained) -> Advice | None:
     seen = f"no better than always answering the largest class, {_guess(trained):.0%} of the files"
     if (step := trained.log[-1]["step"]) < FEW_STEPS:
         return Advice(f"{seen}; {counted(step, 'step')} are few", _longer(trained, MANY_STEPS))
-    find = ("perceiver", "lr-find", trained.data, "--config", os.path.join(trained.run, "config.toml"))
+    find = ("perceiver", "lr-find", trained.data, "--config", os.path.join(trained.run, CONFIG_FILE))
     return Advice(f"{seen}; another learning rate may learn", find)
 
 

@@ -11,7 +11,7 @@ from perceiver_cli.cli.progress import PLAIN_EVERY_S
 from perceiver_cli.cli.terminal import bar, clock, emit, end_by_signal, on_first_signal, say, say_lines, say_notes
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.files import perceiver_command, show_path
-from perceiver_cli.run_folder import MODEL_FILE, RUNS_FILE, make_next_run
+from perceiver_cli.run_folder import MODEL_FILE, PREDICTIONS_FILE, RUNS_FILE, make_next_run
 from perceiver_cli.training.events import Event, Finished, Loaded, Note, Started, StepDone
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def summary_of(several: "Several") -> list[str]:
     line = f"{count}: validation {_figure(whole)} {sum(scores) / len(scores):.4f} on average, {spread}"
     if several.request.kind == "seeds":
         return [line]
-    where = show_path(several.folder / "predictions.jsonl")
+    where = show_path(several.folder / PREDICTIONS_FILE)
     right = f"{whole['val_accuracy']:.4f}"
     return [line, f"right answers of the models to examples that they were not trained on: {right}, in {where}"]
 

@@ -29,7 +29,7 @@ from perceiver_cli.data.paths import located
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import cannot_read, show_path
 from perceiver_cli.preprocess.detection import File
-from perceiver_cli.run_folder import METRICS_FILE, MODEL_FILE
+from perceiver_cli.run_folder import METRICS_FILE, MODEL_FILE, PREDICTIONS_FILE, SUMMARY_FILE
 
 # What file servers and systems put between the files of people, in lower case.
 SYSTEM = {
@@ -39,7 +39,7 @@ SYSTEM = {
 # Unfinished downloads of browsers and others, backups of editors, locks of office programs.
 LEFT_OVER = re.compile(r"~\$.*|.*(?:~|\.(?:part|partial|filepart|crdownload|opdownload|download))", re.I | re.S)
 # The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
-OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {"metrics.json", "predictions.jsonl"})
+OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {SUMMARY_FILE, PREDICTIONS_FILE})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MAX_ENTERED = 16  # times that one folder is entered through links: links to each other would never end
 

@@ -44,7 +44,7 @@ from perceiver_cli.inference.statistics import (
 from perceiver_cli.model.checkpoint import Calibration, store_calibration
 from perceiver_cli.model.ensemble import Model
 from perceiver_cli.model.ranks import ALONE, Ranks
-from perceiver_cli.run_folder import MODEL_FILE
+from perceiver_cli.run_folder import run_of
 
 VERSION = 2  # of metrics.json and predictions.jsonl: since 2, `label` is the answer and `truth` the truth
 TOP = 5
@@ -467,7 +467,7 @@ def split_of_run(catalog: Catalog, predictor: Predictor) -> tuple[Catalog, str]:
     """
     catalog = replace(catalog, group_by=predictor.info.config.data.group_by)  # not that of the report
     path = predictor.path.parent / SPLIT_FILE
-    saved = read_split(path).apply(catalog) if predictor.path.name == MODEL_FILE and path.is_file() else None
+    saved = read_split(path).apply(catalog) if run_of(predictor.path) is not None and path.is_file() else None
     if saved is not None:
         return saved, "run"
     trained = predictor.info.config.data

@@ -9,7 +9,7 @@ from perceiver_cli.advice.evaluation import Measured, after_evaluation
 from perceiver_cli.config import DataConfig
 from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
-from perceiver_cli.run_folder import MODEL_FILE
+from perceiver_cli.run_folder import CONFIG_FILE, run_of
 
 FIGURES = ("accuracy", "ece", "intervals_95", "num_examples", "per_class", "split")  # that the rules look at
 
@@ -17,8 +17,8 @@ FIGURES = ("accuracy", "ece", "intervals_95", "num_examples", "per_class", "spli
 def advice_on(report: Report, predictor: Predictor, data: str, *, has_report: bool) -> list[Advice]:
     """Return what to do after an evaluation of `data`, as the user named it."""
     path, info = predictor.path, predictor.info
-    is_run = path.name == MODEL_FILE and (path.parent / "config.toml").is_file()
-    run = os.fspath(path.parent) if is_run else None
+    folder = run_of(path)
+    run = os.fspath(folder) if folder is not None and (folder / CONFIG_FILE).is_file() else None
     figures = {name: getattr(report, name) for name in FIGURES}
     measured = Measured(
         data, run or os.fspath(path), info.config, figures, run, info.metrics.get("val_accuracy"),

@@ -25,7 +25,7 @@ from perceiver_cli.inference.statistics import Interval, mean_interval, paired_c
 from perceiver_cli.model.checkpoint import ModelInfo, read_info
 from perceiver_cli.model.describe import describe
 from perceiver_cli.report.charts import plotted
-from perceiver_cli.run_folder import ANSWERS_FILE, MODEL_FILE, find_model, read_log, runs_in
+from perceiver_cli.run_folder import ANSWERS_FILE, find_model, read_log, run_of, runs_in
 
 NAME_LENGTH = 40  # characters of a run's name in the plot
 IN_LEGEND = 12  # runs in the legend of curves
@@ -136,7 +136,7 @@ def _read(run: str) -> tuple[RunFacts, ModelInfo, Answers]:
     """Return what a run says of itself, its model's header, and its answers on the validation split."""
     path = find_model(run)
     info = read_info(path)
-    in_run = path.name == MODEL_FILE  # another model file does not belong to the run in its folder
+    in_run = run_of(path) is not None  # another model file does not belong to the run in its folder
     log = read_log(path.parent) if in_run else []
     split = path.parent / SPLIT_FILE
     count = int(read_split(split).held.sum()) if in_run and split.is_file() else 0

@@ -39,7 +39,7 @@ from perceiver_cli.preprocess.base import Array
 from perceiver_cli.preprocess.points import PointsSpec
 from perceiver_cli.report import charts, pictures
 from perceiver_cli.report.model_card import versions
-from perceiver_cli.run_folder import MODEL_FILE, read_log
+from perceiver_cli.run_folder import CONFIG_FILE, PREDICTIONS_FILE, SUMMARY_FILE, read_log, run_of
 
 REPORT_FILE = "report.html"
 PAIRS, EACH = 8, 4  # pairs of classes shown with media, and examples of each
@@ -74,7 +74,7 @@ class Medium:
 def page(report: Report, predictor: Predictor, data: str, command: Sequence[str]) -> str:
     """Return the page as HTML. data: the evaluated path, as the user named it; command: makes the page again."""
     gallery = Gallery(predictor.reader)
-    config = predictor.path.parent / "config.toml"
+    config = predictor.path.parent / CONFIG_FILE
     again = ["perceiver", "train", "DATA", "--config", str(config), "-o", "ANOTHER"]
     log, why_no_log = _log(predictor)
     return template("report.html").render(
@@ -281,7 +281,7 @@ def _hardest(report: Report, gallery: Gallery) -> list[Medium | None]:
 
 def _log(predictor: Predictor) -> tuple[list[dict[str, Any]], str]:
     """Return the evaluations of the model's run, and the reason if there are none or too few."""
-    if predictor.path.name != MODEL_FILE:
+    if run_of(predictor.path) is None:
         return [], "The model file lies outside its run, which holds the training log."
     try:
         log = read_log(predictor.path.parent)
@@ -335,7 +335,7 @@ def _is_drawable(value: Any) -> TypeGuard[float]:
 
 def save_report(report: Report, folder: Path) -> None:
     """Write metrics.json, predictions.jsonl and, with one label an example, confusion.png into `folder`."""
-    write_text(folder / "metrics.json", json.dumps(report.to_dict(), indent=1) + "\n")
-    write_text(folder / "predictions.jsonl", "".join(json.dumps(record) + "\n" for record in report.records))
+    write_text(folder / SUMMARY_FILE, json.dumps(report.to_dict(), indent=1) + "\n")
+    write_text(folder / PREDICTIONS_FILE, "".join(json.dumps(record) + "\n" for record in report.records))
     if report.confusion is not None:
         charts.draw_confusion(report, folder / "confusion.png")

@@ -31,27 +31,29 @@ from perceiver_cli.errors import (
     UsageError,
     is_out_of_memory,
 )
-from perceiver_cli.files import cannot_read, cannot_write, make_folder, open_file, parse_json, show_path, write_text
+from perceiver_cli.files import cannot_write, make_folder, parse_json, show_path, write_text
 from perceiver_cli.inference.statistics import share_interval
 from perceiver_cli.model.checkpoint import read_info, read_tensors, save_model
 from perceiver_cli.run_folder import (
     ANSWERS_FILE,
     LOCK_FILE,
     MANIFEST,
-    MAX_LOG_BYTES,
     MODEL_FILE,
+    PREDICTIONS_FILE,
     RUN_NAME,
     RUNS_FILE,
     STATE_FOLDER,
+    SUMMARY_FILE,
+    damaged_runs,
     locked,
     mark_latest,
     read_log,
+    read_runs,
     score_of,
 )
 from perceiver_cli.training.events import Evaluated, Event, Finished, StepDone
 from perceiver_cli.training.trainer import Trainer
 
-PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "metrics.json"  # as evaluate writes
 MEDIAN_OF = 4  # ended runs that a run is compared with before it is pruned
 JUDGED_FROM = 0.2  # share of a run before which it is not pruned
 HEAD = ("head.weight", "head.bias")  # tensors of the last layer of a model
@@ -286,17 +288,12 @@ class Several:
 
 def load_request(folder: Path) -> Request:
     """Return what was asked of a folder of runs. Raises UsageError if it is none, IntegrityError if it is damaged."""
-    path = folder / RUNS_FILE
+    if (found := read_runs(folder)) is None:
+        raise UsageError(f"{show_path(folder)}: holds no {RUNS_FILE} to go on with", "leave out --resume")
     try:
-        with open_file(path) as file:
-            return Request.model_validate(parse_json(file.read(MAX_LOG_BYTES)))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{show_path(folder)}: holds no {RUNS_FILE} to go on with", "leave out --resume") from None
-    except OSError as error:
-        raise cannot_read(path, error) from error
-    except (ValidationError, ValueError, RecursionError) as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
-        raise IntegrityError(f"{show_path(path)}: not a list of runs, or a damaged one: {reason}") from error
+        return Request.model_validate(found)
+    except ValidationError as error:
+        raise damaged_runs(folder, error.errors()[0]["msg"]) from error
 
 
 def assignment(option: tuple[str, Any]) -> str:
