@@ -366,6 +366,15 @@ def test_missing_files_are_counted_with_a_hint(data: Path, path: str, hint: str)
     assert hint in str(predicted[-1].error)
 
 
+@pytest.mark.parametrize("path", ["cat\0/000.png", "cat/000\0", "\0"])
+def test_a_nul_in_a_path_is_told(data: Path, path: str) -> None:
+    """Python's glob raised ValueError: `predict` of a damaged listing ended as a bug."""
+    scanned(data, table([("path", "label"), *ROWS, (path, "cat")]))
+    *good, bad = examples_of(str(data / "m.csv"), IMAGE, Limits())
+    assert [example.error for example in good] == [None] * len(ROWS)
+    assert "no path holds a NUL" in str(bad.error)
+
+
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_metadata_pairs_files_in_prediction_as_in_training(tmp_path: Path, suffix: str) -> None:
     """It was taken for a broken file; now its rows say which files belong together."""

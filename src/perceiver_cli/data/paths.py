@@ -163,6 +163,8 @@ def _is_missing(folder: str, path: str) -> bool:
 
 def _advice(path: str, folder: str) -> str:
     """Return what may be wrong with the path of a missing file."""
+    if "\0" in path:
+        return "no path holds a NUL: the listing is damaged"
     if URL.match(path):
         return (
             "nothing is downloaded: name local files" if not path.lower().startswith("file:") else "no such file here"
