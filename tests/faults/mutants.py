@@ -197,6 +197,18 @@ def sounds(rng: np.random.Generator) -> dict[str, bytes]:
     return files
 
 
+def manifests(folder: Path) -> dict[str, bytes]:
+    """Return a listing of each kind, by its name, of two pictures that lie in the folder."""
+    from PIL import Image
+
+    names = ["a.png", "b.png"]
+    for name in names:
+        Image.new("L", (8, 8)).save(folder / name)
+    text = "path,label\n" + "".join(f"{name},x{name}\n" for name in names)
+    lines = "".join(f'{{"path": "{name}", "label": "x{name}"}}\n' for name in names)
+    return {"m.csv": text.encode(), "wide.csv": text.encode("utf-16"), "m.jsonl": lines.encode()}
+
+
 @row("mutants of every format that is read", 20_000, 600)
 def formats(place: Place) -> Iterator[Verdict]:
     """Pictures, films and sounds here, meshes, arrays, records and text by the targets of tests/fuzz."""
@@ -207,6 +219,16 @@ def formats(place: Place) -> Iterator[Verdict]:
         seeds.append((name, data, partial(load, name=name, spec=spec, limits=Limits())))
     for name, target in TARGETS.items():
         seeds += [(f"{name}/{path.name}", path.read_bytes(), target) for path in sorted((CORPUS / name).glob("seed*"))]
+    from perceiver_cli.data.inputs import examples_of
+
+    for name, data in manifests(place.folder).items():
+
+        def read_listing(changed: bytes, path: Path = place.folder / name) -> None:
+            path.write_bytes(changed)
+            for example in examples_of(str(path), {"image": ImageSpec(size=(8, 8))}, Limits()):
+                assert example.error is not None or example.sources
+
+        seeds.append((name, data, read_listing))
     trials = []
     for number in range(place.count):
         name, data, read = seeds[number % len(seeds)]
