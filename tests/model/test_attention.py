@@ -36,6 +36,7 @@ def test_every_form_is_the_papers_formula(seed: int) -> None:
         patch.setattr(tiles, "STATISTICS_BYTES", slab_bytes)
         patch.setattr(tiles, "ROW_TILE", 16)
         patch.setattr(kernels, "ONEDNN_FROM", rng.choice([1, 1 << 30]))
+        patch.setattr(attention, "WEIGHT_BYTES", rng.choice([0, 64 << 20]))
         for name, error in case.errors().items():
             assert error <= 1e-5, (name, case)
 
@@ -272,6 +273,21 @@ def test_heads_by_products_are_fused_attention(
         assert ours.grad is not None
         assert theirs.grad is not None
         assert (ours.grad - theirs.grad).abs().max() <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("weight_bytes", [0, 64 << 20])
+def test_half_precision_on_a_cpu_is_near_the_whole(monkeypatch: pytest.MonkeyPatch, weight_bytes: int) -> None:
+    """Products take the place of PyTorch's fused attention, whose backward pass is slow there."""
+    monkeypatch.setattr(attention, "WEIGHT_BYTES", weight_bytes)
+    torch.manual_seed(0)
+    block, grads = SelfAttend(32, 4, 1), []
+    latents = torch.randn(3, 16, 32, requires_grad=True)
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = block(latents)
+        grads.append(torch.autograd.grad(out.float().square().sum(), [latents, *block.parameters()]))
+    for whole, half_ in zip(*grads, strict=True):
+        assert (whole - half_).norm() <= 0.03 * whole.norm() + 0.05  # that of a key bias is 0
 
 
 def test_a_slab_has_no_more_tiles_than_cuda_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,8 @@ from perceiver_cli.model.encoding import ModalityInputs
 from perceiver_cli.model.linear import linears, unchanged
 from perceiver_cli.model.tiles import EPS, GridTiles, RowTiles, Tiles
 
+WEIGHT_BYTES = 64 << 20  # of an attention's weights (B, H, N or n, M) that a training step may keep
+
 
 class Memory:
     """The inputs of one forward; each cross-attend reads them in the form that costs it least.
@@ -88,6 +90,9 @@ class Memory:
     def average(self, u: Tensor, *, tiled: bool) -> Tensor:
         """Return the mean (B, n, C) of xhat under softmax(u . xhat), for folded queries u (B or 1, n, C)."""
         if not tiled:
+            if self.mask is None and _keeps_weights(u, self.batch * u.shape[1] * self.rows.shape[1]):
+                with torch.autocast("cpu", enabled=False):  # positions are float32 in every precision
+                    return _Average.apply(u.float(), self.rows)  # type: ignore[no-any-return, no-untyped-call]
             keys = self.rows.unsqueeze(1)  # all heads share them
             return attend(u.unsqueeze(1).expand(self.batch, -1, -1, -1), keys, keys, 1.0, self.mask)[:, 0]
         dtype = torch.get_autocast_dtype(u.device.type) if torch.is_autocast_enabled(u.device.type) else u.dtype
@@ -98,6 +103,30 @@ class Memory:
                 return means[0]  # type: ignore[no-any-return]
             shares = torch.stack(normalisers).softmax(dim=0).unsqueeze(-1)
             return (shares * torch.stack(means)).sum(dim=0)
+
+
+class _Average(torch.autograd.Function):
+    """The mean (B, n, C) of rows (B, M, C) under softmax(u . row), for u (B or 1, n, C). Keys and values are one.
+
+    PyTorch's fused attention makes gradients of keys and of values apart, even where none is needed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, rows: Tensor) -> Tensor:
+        weights = (u @ rows.mT).softmax(dim=-1)
+        mean = weights @ rows
+        ctx.save_for_backward(u, rows, weights, mean)
+        return mean
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        u, rows, weights, mean = ctx.saved_tensors
+        slopes = (grad @ rows.mT).sub_((grad * mean).sum(dim=-1, keepdim=True)).mul_(weights)
+        grad_u = (slopes @ rows).sum_to_size(u.shape)
+        if not ctx.needs_input_grad[1]:
+            return grad_u, None
+        return grad_u, torch.baddbmm(weights.mT @ grad, slopes.mT, u.expand(len(rows), -1, -1))
 
 
 class Dense(nn.Module):
@@ -296,12 +325,24 @@ def merge_heads(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+def _keeps_weights(x: Tensor, weights: int) -> bool:
+    """Return whether so many weights are kept for backward: on a CPU, and few beside what else a step keeps.
+
+    The backward pass of PyTorch's fused attention on a CPU is slower than products: eight times for 32 latents in bf16.
+    """
+    is_step = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return is_step and x.device.type == "cpu" and x.element_size() * weights <= WEIGHT_BYTES
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """Return softmax(scale * Q K^T) V over (B, H, N or M, W) by PyTorch's fused attention."""
+    """Return softmax(scale * Q K^T) V over (B, H, N or M, W) by PyTorch's fused attention, or by products."""
     width = query.shape[-1]
     pad = -width % 8 if query.is_cuda else 0
     if pad:
         # CUDA's fused kernels refuse a width like the paper's 261, and PyTorch then silently builds all N x M scores;
         # zero columns change no score.
         query, key, value = (F.pad(x, (0, pad)) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)[..., :width]
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)[..., :width]
+    if mask is None and query.dtype == torch.bfloat16 and _keeps_weights(query, query[..., 0].numel() * key.shape[-2]):
+        return (query * scale @ key.mT).softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)

@@ -123,7 +123,7 @@ class NeighbourStem(nn.Module):
             each = self.first(torch.cat([positions, values], dim=-1))  # (B, M, stem_channels)
             batch, m, k = nearest.shape
             rows = nearest + each.shape[1] * torch.arange(batch, device=nearest.device)[:, None, None]
-            largest = each.flatten(0, 1).index_select(0, rows.flatten()).view(batch, m, k, -1).max(dim=2).values
+            largest = F.embedding_bag(rows.view(-1, k), each.flatten(0, 1), mode="max").view(batch, m, -1)
             center = F.linear(positions[:, : self.count], self.first.weight[:, : self.dims])
             seen = F.relu(largest - center)
         out: Tensor = self.second(seen)
