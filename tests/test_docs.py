@@ -31,6 +31,17 @@ def test_pages_made_from_the_program_are_up_to_date(made: object) -> None:
     assert made.PAGE.read_text() == page(), f"renew it: python docs/{made.__name__.rpartition('.')[2]}.py"  # type: ignore[attr-defined]
 
 
+def test_pictures_of_pages_exist_and_the_gallery_is_small() -> None:
+    for page in blocks.PAGES:
+        for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text()):
+            assert (page.parent / path).is_file(), f"{page}: {path}"
+    pictures = [*(ROOT / "docs" / "gallery").iterdir(), *(ROOT / "docs").glob("explain-*.jpg")]
+    assert sum(file.stat().st_size for file in pictures) < 600_000
+    assert not [
+        file for file in pictures if file.suffix == ".svg" and "url(" in re.sub(r"url\(#", "", file.read_text())
+    ]
+
+
 def test_every_option_of_a_recipe_has_a_meaning() -> None:
     rows = [line.split(" | ") for line in make_configuration.page().splitlines() if line.startswith("| `")]
     assert [row[0] for row in rows if len(row[3].strip(" |")) < 3] == []

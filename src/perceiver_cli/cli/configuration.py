@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perceiver_cli.cli import completion, options
-from perceiver_cli.cli.terminal import emit, emit_json
+from perceiver_cli.cli.tables import emit_facts
+from perceiver_cli.cli.terminal import emit, emit_json, wrapped
 from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_text
 
@@ -61,7 +62,8 @@ def show_options(
         return
     for option in rows:
         value, who = chosen.get(option.key, (option.default, "default"))
-        emit(f"{option.key} = {show_text(shown(value))}  ({who}; {option.kind})\n    {option.meaning}\n")
+        emit_facts([f"{option.key} = {show_text(shown(value))}", f"({who}; {option.kind})"], indent="    ")
+        emit(f"{wrapped(option.meaning, '    ')}\n")
 
 
 def _names(option: Option, word: str) -> bool:

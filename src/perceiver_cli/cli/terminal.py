@@ -10,8 +10,10 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 LAST_WORDS = 5  # lines of libraries that are shown after a failure
 LIBRARY_BYTES = 1 << 16  # read from the libraries' pipe at a time: its capacity
 OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+LEAST_ROOM = 20  # columns of a terminal for text that is wrapped
 SIGPIPE = 13  # where the system does not have it
 debug = False
 quiet = False  # -q: errors only
@@ -442,7 +445,16 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
         return
     rows = list(flat_items(facts, ""))
     width = max(len(name) for name, _ in rows)
-    emit("".join(f"{name:<{width}}  {value}\n" for name, value in rows))
+    emit("".join(f"{wrapped(value, f'{name:<{width}}  ')}\n" for name, value in rows))
+
+
+def wrapped(text: str, first: str) -> str:
+    """Return a text after the words `first`; on a terminal in lines of its width, the others below its beginning."""
+    room = shutil.get_terminal_size().columns - len(first)
+    if not is_terminal() or room < LEAST_ROOM:
+        return first + text
+    lines = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+    return first + f"\n{' ' * len(first)}".join(lines)
 
 
 def size(num_bytes: float) -> str:

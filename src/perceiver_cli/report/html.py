@@ -130,8 +130,8 @@ def shown(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage: 8.9 %, 100 %."""
-    return f"{100 * share:.1f} %".replace("100.0", "100")
+    """Return a share as a percentage: 8.9 %, 100 %. No line breaks before its sign."""
+    return f"{100 * share:.1f}\N{NO-BREAK SPACE}%".replace("100.0", "100")
 
 
 def _rows(report: Report) -> list[dict[str, Any]]:
