@@ -129,7 +129,7 @@ def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> l
     ]
     has_parts = modality(shown.spec.modality).parts(shown.raw, shown.spec) is not None
     wide = shown.start_s is not None or has_parts
-    if wide and len(shown.heat.shape) > 1:
+    if wide and len(shown.heat.shape) > 1 and min(shown.heat.shape) < pictures.LEAST_CELLS:  # why it is coarse
         panels[1:] = [
             (f"{title} ({' x '.join(map(str, shown.heat.shape))} inputs)", draw) for title, draw in panels[1:]
         ]
