@@ -90,6 +90,15 @@ def test_custom_modality_example(tmp_path: Path, warm_bin: Path) -> None:
     assert float(accuracy[1]) > 0.9
 
 
+def test_wine_example(tmp_path: Path, warm_bin: Path) -> None:
+    run(["python", ROOT / "examples" / "write_wine.py", "wine"], tmp_path, warm_bin)
+    options = ["--column", "bars=image,*=auto", "--steps", "10", "-o", "wine/run"]
+    run(["perceiver", "train", "wine/wine.csv", *options], tmp_path, warm_bin)
+    done = run(["perceiver", "evaluate", "wine/wine.csv", "-m", "wine/run", "--worth"], tmp_path, warm_bin)
+    assert "(35 examples of image+table)" in done.stdout
+    assert re.search(r"worth: accuracy [\d.]+ = [\d.]+ by chance \+ the share of each input", done.stdout)
+
+
 @pytest.mark.parametrize("modality", ["image", "audio", "points", "video"])
 def test_explain_examples(modality: str, tmp_path: Path, warm_bin: Path) -> None:
     done = run(["python", ROOT / "examples" / "explain.py", modality, "out", "2"], tmp_path, warm_bin)

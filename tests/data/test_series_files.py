@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from perceiver_cli.config import DataConfig
-from perceiver_cli.data.catalog import scan
+from perceiver_cli.data.catalog import resolve_specs, scan
+from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.lint import lint
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
 from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.preprocess.series import SeriesSpec
+from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.report.explanation import to_arrays, to_picture
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive
@@ -71,6 +74,18 @@ def test_tables_without_names_are_asked_for(moved: tuple[Path, Predictor], tmp_p
         scan(tmp_path)
     assert scan(tmp_path, reads=["series"]).modalities == ("series",)
     assert len(list(moved[1].predict(tmp_path))) == 4
+
+
+def test_arrays_of_many_channels_are_series_not_byte_arrays(tmp_path: Path) -> None:
+    for number in range(4):
+        path = tmp_path / "ab"[number % 2] / f"{number}.npy"
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, np.random.default_rng(number).normal(size=(20, 60)).astype(np.float32))  # channels, time
+    catalog = scan(tmp_path, reads=["series"])
+    specs = resolve_specs({"series": SeriesSpec()}, catalog, Limits())
+    assert len(specs["series"].channels) == 20  # type: ignore[attr-defined]
+    (decoded,) = {Decoder(specs, Limits()).decode(e).arrays["series"].shape for e in catalog.splits["train"]}
+    assert decoded == (60, 20, 2)
 
 
 def test_a_list_of_files_stays_a_list(moved: tuple[Path, Predictor], perceive: Perceive) -> None:

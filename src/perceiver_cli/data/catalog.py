@@ -347,7 +347,7 @@ def _looked_at(
         if not any(file.source.kinds for file in files) and (taken := taker(files)) is not None:
             files = [row.looked_at(listing.folder, taken) for row in rows]
             notes.append(f"tables of numbers below names of columns are read as {taken}; --preset chooses another kind")
-    elif not any(file.among(reads) for file in files):
+    elif not any(file.among(reads) for file in files if not file.source.holds_rows):
         files = [row.looked_at(listing.folder, only(reads)) for row in rows]
     if listing.by_stem and listing.pair == "all":
         files = [as_points(file) for file in files]

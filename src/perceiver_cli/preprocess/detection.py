@@ -89,7 +89,8 @@ def without_rows(file: File) -> File:
     if not (source.holds_rows and len(source.kinds) > 1):
         return file
     what = f"{source.shown}: {described(source.head())}, which could be anything"
-    fault = TableError(what, "to read it as a byte array, pass a preset of its modality: --preset tiny-image")
+    how = "to read it as a byte array, pass a preset of its modality: --preset tiny-image"
+    fault = TableError(what, f"{how}; as series: --preset tiny-series")
     return File(file.path, replace(source, kinds=()), fault)
 
 
