@@ -105,6 +105,7 @@ def test_a_run_with_a_fault_hears_of_it(given: Trained, words: str, command: str
         (trained([0.7, 0.72, 0.7, 0.72, 0.7, 0.72, 0.7, 0.72]), "again and again"),  # within chance on 200 examples
         (trained([0.5, 0.9, 0.6, 0.9, 0.95, 0.95, 0.95, 0.94, 0.95]), "again and again"),  # calm in the end
         (trained([0.9, 1.0, 1.0], num_val=20), "no copies"),
+        (trained([0.5, 1.0, 1.0], num_val=4), "no better"),
     ],
 )
 def test_a_run_without_a_fault_does_not(given: Trained, words: str) -> None:

@@ -73,9 +73,9 @@ def _guess(trained: Trained) -> float:
 
 
 def _learned(trained: Trained) -> bool:
-    scores = trained.scores()
+    """Return whether a score is above that of one answer by more than chance, or by half of what is left to learn."""
     guess = _guess(trained)
-    return bool(scores) and max(scores) > guess + 2 * trained.error(guess)
+    return max(trained.scores(), default=0) > guess + min(2 * trained.error(guess), (1 - guess) / 2)
 
 
 def _knows_nothing(trained: Trained) -> Advice | None:
