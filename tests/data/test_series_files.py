@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.lint import lint
+from perceiver_cli.data.manifest import Labels, Row, read_manifest
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
@@ -144,3 +146,26 @@ def test_lint_finds_copies_and_what_is_constant(moved: tuple[Path, Predictor], t
     report = lint(tmp_path, workers=0)
     assert [len(copies.examples) for copies in report.copies] == [2]
     assert [name for _, name, _ in report.faults["constant"]] == ["b/flat.csv"]
+
+
+@pytest.mark.parametrize("labels", ["needed", "ignored"])
+def test_a_column_called_series_is_of_paths_only_if_its_cells_are_files(tmp_path: Path, labels: Labels) -> None:
+    """Each column of this name was one of paths: images were dropped, and tables of products were missing files."""
+
+    def read(text: str, **options: Any) -> list[Row]:
+        (tmp_path / "m.csv").write_text(text)
+        return read_manifest(tmp_path / "m.csv", DataConfig(**options), labels).rows
+
+    (row,) = read("path,series,label\na.png,S1,x\n")
+    assert (row.path, dict(row.columns)) == ("a.png", {})
+    (row,) = read("path,series,label\na.png,b.csv,x\n")
+    assert (row.path, dict(row.columns)) == ("a.png", {})
+    kinds = {"price": "number", "series": "category"}
+    for options in ({"columns": kinds}, {} if labels == "needed" else {"columns": {"price": "number"}}):
+        (row, _) = read("price,series,label\n1,S1,x\n2,S2,y\n", **options)
+        assert (row.path, dict(row.columns), [*row.cells]) == ("", {}, ["table"])
+    for options in ({}, {"path_column": {"series": "series"}}):
+        (row,) = read("series,label\na/b.CSV,x\n", **options)
+        assert dict(row.columns) == {"series": "a/b.CSV"}
+    (row,) = read("series,label\na/b,x\n", path_column={"series": "series"})
+    assert dict(row.columns) == {"series": "a/b"}

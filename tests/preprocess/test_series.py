@@ -267,3 +267,34 @@ def test_faults_and_sketches() -> None:
     near = MODALITY.sketch(raw + 0.001, SPEC)
     assert MODALITY.sketch(raw, SPEC) == pytest.approx(near, abs=1e-5)
     assert MODALITY.sketch(raw * 0, SPEC) is None
+
+
+def test_a_clip_in_a_gap_gives_way_to_the_nearest_with_samples() -> None:
+    """Training crashed on it, and prediction answered a clip without any sample."""
+    spec = SPEC.model_copy(update={"channels": ("ax",), "mean": (0.0,), "std": (1.0,), "rate_hz": 1.0, "clip_s": 64.0})
+    rows = [f"{n},{n % 7}" for n in (*range(100), *range(1000, 1064))]
+    raw = MODALITY.load(Source("a.csv", ("time,ax\n" + "\n".join(rows)).encode()), spec, LIMITS)
+    assert MODALITY.first_s(raw, spec) == 36  # samples 36 to 99; the middle would be 500
+    whole = MODALITY.prepare(raw, spec, None).values
+    assert whole == pytest.approx(MODALITY.prepare(raw, spec, None, 36.0).values)
+    assert (whole[:, -1] == 1).all()
+    assert (MODALITY.prepare(raw, spec, None, 900.0).values[:, -1] == 1).all()
+    varied = spec.model_copy(update={"drop": 0.1})
+    for seed in range(20):
+        assert MODALITY.prepare(raw, varied, np.random.default_rng(seed)).values[:, -1].any()
+    assert not MODALITY.prepare(raw[300:400], varied, np.random.default_rng(0)).values.any()  # a window in the gap
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"channels": ("a", "b"), "mean": (0.0,)}, "2 of channels, 1 of mean"),
+        ({"mean": (0.0, 1.0), "std": (1.0,)}, "2 of mean, 1 of std"),
+        ({"patch": (4, 4)}, "patch has 2 numbers, expected one"),
+    ],
+)
+def test_options_that_contradict_each_other(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SeriesSpec.model_validate(options)
+    with pytest.raises(UsageError, match="2 of channels, 3 of mean"):  # the files settle the channels
+        MODALITY.resolve(SeriesSpec(mean=(0.0, 0.0, 0.0)), [Source("a.csv", NAMED.encode())], LIMITS)

@@ -178,7 +178,7 @@ def read_manifest(
     shown = source.shown
 
     def fits(columns: list[str]) -> bool:
-        paths = {*_path_columns(columns, options.path_column).values(), *(options.columns or {})} - {REST}
+        paths = {*_path_columns(Cells(columns, []), options).values(), *(options.columns or {})} - {REST}
         return paths <= set(columns) and (bool(paths) or options.columns is not None)
 
     cells = read_cells(source, fits)
@@ -288,7 +288,7 @@ def _roles(shown: str, cells: Cells, options: DataConfig, labels: Labels) -> Rol
     columns, label = cells.columns, None
     if labels != "ignored":
         label = _column(columns, LABEL_COLUMNS, LIKE_LABEL) if options.label_column is None else options.label_column
-    paths = _path_columns(columns, options.path_column)
+    paths = _path_columns(cells, options)
     split = None if labels == "ignored" else _column(columns, ("split",))
     others = {*paths.values(), label, split, options.group_by}
     free = [column for column in columns if column not in others]
@@ -319,17 +319,32 @@ def _roles(shown: str, cells: Cells, options: DataConfig, labels: Labels) -> Rol
     return roles
 
 
-def _path_columns(columns: Sequence[str], wanted: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the column of each modality, or the column of paths under ""; empty if the manifest has both."""
+def _path_columns(cells: Cells, options: DataConfig) -> dict[str, str]:
+    """Return the column of each modality, or the column of paths under ""; empty if the manifest has both.
+
+    A modality whose name is a word of tables has the column of that name only if its cells are files, and there is no
+    column of paths.
+    """
+    wanted = options.path_column
     if wanted and ANY in wanted:
         return {"": wanted[ANY]}
-    own = {name: (() if preprocess.modality(name).cells else (name,)) for name in preprocess.names()}
-    kinds = {name: _column(columns, (*names, name + BESIDE)) for name, names in own.items()}
-    by_modality = {name: column for name, column in kinds.items() if column} | dict(wanted or {})
-    path = None if wanted else _column(columns, PATH_COLUMNS)
+    path = None if wanted else _column(cells.columns, PATH_COLUMNS)
+    free = [column for column in cells.columns if column not in (options.columns or {})]
+    by_modality = {}
+    for kind in map(preprocess.modality, preprocess.names()):
+        column = _column(free, (*(() if kind.cells else (kind.name,)), kind.name + BESIDE))
+        if column and not (kind.is_common_word and (path or not _are_files(cells, column, kind.suffixes))):
+            by_modality[kind.name] = column
+    by_modality |= wanted or {}
     if path and by_modality:
         return {}
     return {"": path} if path else by_modality
+
+
+def _are_files(cells: Cells, column: str, suffixes: Collection[str]) -> bool:
+    """Return whether half of the cells of a column that are not empty are names of files with these suffixes."""
+    names = [name for row in cells.rows if (name := _text(row.get(column)).strip())]
+    return 2 * sum(os.path.splitext(name)[1].lower() in suffixes for name in names) >= len(names)
 
 
 def _cell_columns(

@@ -181,6 +181,7 @@ class Modality(ABC, Generic[S]):
     contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack
     paper_preset: ClassVar[str | None] = None  # the preset that repeats the paper's experiment
     cells: ClassVar[tuple[str, ...]] = ()  # kinds of a table's cells that it reads, as in `--column NAME=KIND`
+    is_common_word: ClassVar[bool] = False  # whether a manifest's column of this name often holds something else
     can_mix: ClassVar[bool] = False  # whether mixup and cutmix of two byte arrays give a meaningful third
     probes: ClassVar[int] = 64  # training examples that `resolve` gets
     preparation: ClassVar[str] = ""  # the steps of `prepare` in words, for programs that run an exported model

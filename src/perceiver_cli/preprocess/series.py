@@ -11,11 +11,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perceiver_cli.errors import DataError, PerceiverError, UsageError, counted
 from perceiver_cli.files import show_path
@@ -39,9 +39,10 @@ from perceiver_cli.preprocess.recordings import (
     is_recording,
     read_recording,
 )
-from perceiver_cli.preprocess.sampling import SAME_RATE, at_rate, rate_of
+from perceiver_cli.preprocess.sampling import SAME_RATE, at_rate
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Auto, InputSpec, Limits, Positive, Size
+from perceiver_cli.preprocess.summary import CONSTANT, Summary, channels_of
 
 
 class SeriesSpec(InputSpec):
@@ -76,6 +77,21 @@ class SeriesSpec(InputSpec):
     noise: Annotated[float, Field(ge=0)] | Auto = 0.0  # largest deviation of white noise, in deviations of the channel
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs that are hidden
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.patch != "auto" and len(self.patch) != 1:
+            raise ValueError(f"patch has {len(self.patch)} numbers, expected one: time has one axis")
+        if (fault := _uneven(self)) is not None:
+            raise ValueError(fault)
+        return self
+
+
+def _uneven(spec: SeriesSpec) -> str | None:
+    """Return what is wrong if channels, means and deviations differ in number, else None."""
+    counts = {key: len(value) for key in ("channels", "mean", "std") if (value := getattr(spec, key)) != "auto"}
+    each = ", ".join(f"{count} of {key}" for key, count in counts.items())
+    return f"{each}, expected one for each channel" if len({*counts.values()}) > 1 else None
+
 
 FARTHEST = 1000.0  # deviations from the mean; a number farther off counts as there
 AUTO_INPUTS = 64
@@ -86,7 +102,6 @@ MAX_STEPS = 1 << 24  # samples of a clip
 SKETCH = 48  # places of a sketch
 SMALL_GAIN, SMALL_NOISE = 0.2, 0.1  # "auto" for few training files
 MADE_UP = 3  # channels where no data says how many there are
-CONSTANT = 1e-12  # deviation relative to the mean, up to which a channel does not change
 LEAST_STD = 1e-6  # deviation of a clip's channel, up to which it does not change
 
 
@@ -94,6 +109,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
     """Tables, arrays and Parquet files of numbers over time."""
 
     name = "series"
+    is_common_word = True
     steps = "samples"
     reads_spans = False
     precedence = 7
@@ -125,9 +141,15 @@ class SeriesModality(TimedModality[SeriesSpec]):
     def steps_hz(self, spec: SeriesSpec) -> float:
         return _rate(spec)
 
+    def first_s(self, raw: Array, spec: SeriesSpec) -> float:
+        """Return the start in seconds of the clip of evaluation: the middle one, or the nearest with samples."""
+        spare = len(raw) - _steps(spec)
+        return _with_samples(raw, spare // 2, _steps(spec)) / _rate(spec) if spare > 0 else 0.0
+
     def duration_s(self, source: Source, limits: Limits, spec: SeriesSpec | None = None) -> float:
         """Return the length in seconds of the array of `load`, which is kept for it."""
-        spec = spec or SeriesSpec(rate_hz=1.0)
+        if spec is None:
+            raise UsageError("the length of a series is asked for without its options, expected inputs.series")
         return len(self.load(source, spec, limits)) / _rate(spec)
 
     def load(self, source: Source, spec: SeriesSpec, limits: Limits, span: Span | None = None) -> Array:
@@ -187,21 +209,23 @@ class SeriesModality(TimedModality[SeriesSpec]):
         if spec.channels == "auto":
             names = channels_of(each) if each else tuple(f"channel {place}" for place in range(1, MADE_UP + 1))
             spec = spec.model_copy(update={"channels": names})
+        if (fault := _uneven(spec)) is not None:
+            raise UsageError(f"inputs.series has {fault}", f"the channels are {_named(spec)}")
         spec = _with_statistics(spec, each)
         if spec.clip_s == "auto":
-            lengths = [one.length_s(spec) for one in each]
+            lengths = [one.length_s(spec.file_rate_hz or _rate(spec)) for one in each]
             longest = spec.max_auto_steps / _rate(spec)
             fits = float(np.quantile(lengths, 0.9, method="lower")) if lengths else longest
             spec = spec.model_copy(update={"clip_s": min(longest, max(fits, 1 / _rate(spec)))})
         steps = _steps(spec)
         chosen: dict[str, Any] = {"patch": (_power_of_2(steps / AUTO_INPUTS),), "gain": 0.0, "noise": 0.0}
         chosen["window"] = min(WINDOWS[1], max(WINDOWS[0], _power_of_2(steps / 8)))
-        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+        return spec.filled(chosen)
 
     def adapt(self, spec: SeriesSpec, training_set: TrainingSet) -> SeriesSpec:
         """Return `spec` with its "auto" variations: strong ones for few files."""
         chosen = {"gain": SMALL_GAIN, "noise": SMALL_NOISE} if training_set.is_small else {"gain": 0.0, "noise": 0.0}
-        return spec.model_copy(update={key: value for key, value in chosen.items() if getattr(spec, key) == "auto"})
+        return spec.filled(chosen)
 
     def in_words(self, spec: SeriesSpec) -> str:
         steps, rate = _steps(spec), _rate(spec)
@@ -232,7 +256,8 @@ class SeriesModality(TimedModality[SeriesSpec]):
             facts.append(f"not read: {', '.join(show_path(name) for name, _ in others.most_common(5))}")
         if missing:
             facts.append(f"{share_in_words(missing, total)} of the values are missing")
-        return facts + (lengths_in_words([one.length_s(spec) for one in each], self.clip_s(spec)) if rates else [])
+        lengths = [one.length_s(spec.file_rate_hz or _rate(spec)) for one in each]
+        return facts + (lengths_in_words(lengths, self.clip_s(spec)) if rates else [])
 
     def layout(self, spec: SeriesSpec) -> Layout:
         """Return a grid of one input for each patch: samples and spectrum by channel, then the share of each there."""
@@ -264,7 +289,8 @@ class SeriesModality(TimedModality[SeriesSpec]):
         features = np.concatenate(parts, axis=1).transpose(0, 2, 1) * (present > 0)[..., None]  # (inputs, channels, n)
         if rng is not None and spec.drop:
             hidden = rng.random(count) < spec.drop
-            hidden[rng.choice(np.flatnonzero(present.any(axis=1)))] = False
+            if len(shown := np.flatnonzero(present.any(axis=1))):  # none in a gap
+                hidden[rng.choice(shown)] = False
             present, features = present * ~hidden[:, None], features * ~hidden[:, None, None]
         return ByteArray(np.hstack([features.reshape(count, -1), present]).astype(np.float32))
 
@@ -294,57 +320,6 @@ MODALITY = SeriesModality()
 register(MODALITY)
 
 
-class Summary(NamedTuple):
-    """What the choice of options needs of a recording. rate_hz: None without times; seconds: between its times.
-
-    statistics: (channels, 3): number of values, mean, variance.
-    """
-
-    names: tuple[str, ...]
-    is_named: bool
-    num_samples: int
-    rate_hz: float | None
-    seconds: float
-    statistics: Floats
-
-    @classmethod
-    def of(cls, recording: Recording) -> Summary:
-        """Return the summary of a recording."""
-        times, values = recording.times, recording.values
-        rate = None if times is None else rate_of(times)
-        there = np.isfinite(values)
-        count = there.sum(axis=0)
-        filled = np.where(there, values, 0.0)
-        mean = filled.sum(axis=0) / count.clip(min=1)
-        variance = np.square(np.where(there, values - mean, 0.0)).sum(axis=0) / count.clip(min=1)
-        seconds = 0.0 if times is None or rate is None else float(times[-1] - times[0]) + 1 / rate
-        return cls(
-            recording.names, recording.is_named, len(values), rate, seconds, np.stack([count, mean, variance], 1)
-        )
-
-    def length_s(self, spec: SeriesSpec) -> float:
-        """Return its length in seconds."""
-        return self.seconds if self.rate_hz is not None else self.num_samples / (spec.file_rate_hz or _rate(spec))
-
-    @property
-    def changing(self) -> list[str]:
-        """The names of the channels whose values differ."""
-        _, mean, variance = self.statistics.T
-        return [name for name, changes in zip(self.names, variance > (CONSTANT * mean) ** 2, strict=True) if changes]
-
-
-def channels_of(each: Sequence[Summary]) -> tuple[str, ...]:
-    """Return the channels that half of the recordings have and that change within one. Raises DataError for none."""
-    counts = Counter(name for one in each for name in one.names)
-    changing = {name for one in each for name in one.changing}
-    names = tuple(name for name, count in counts.items() if 2 * count >= len(each) and name in changing)
-    if not names:
-        raise DataError(
-            "no column of the series changes within a file", "name others: --set inputs.series.channels=[...]"
-        )
-    return names
-
-
 def _with_statistics(spec: SeriesSpec, each: Sequence[Summary]) -> SeriesSpec:
     """Return `spec` with mean and deviation of each channel, over all values of the recordings."""
     if "auto" not in (spec.mean, spec.std):
@@ -363,7 +338,7 @@ def _with_statistics(spec: SeriesSpec, each: Sequence[Summary]) -> SeriesSpec:
     std = np.sqrt(np.maximum(0, sums[:, 2] / counts - np.square(sums[:, 1] / counts)))
     std = np.where(std > CONSTANT * np.abs(mean), std, 1.0)
     neat = {"mean": [float(f"{m:.9g}") for m in mean], "std": [float(f"{s:.6g}") for s in std]}
-    return spec.model_copy(update={key: tuple(n) for key, n in neat.items() if getattr(spec, key) == "auto"})
+    return spec.filled({key: tuple(numbers) for key, numbers in neat.items()})
 
 
 def _places(names: Sequence[str], channels: Sequence[str], *, is_named: bool) -> list[int | None] | None:
@@ -446,12 +421,23 @@ def _clip(raw: Array, spec: SeriesSpec, rng: Rng | None, start_s: float | None) 
     spare = len(raw) - steps
     if spare >= 0:
         drawn = spare // 2 if rng is None else int(rng.integers(spare + 1))
-        start = drawn if start_s is None else min(round(start_s * _rate(spec)), spare)
+        start = _with_samples(raw, drawn if start_s is None else min(round(start_s * _rate(spec)), spare), steps)
         return raw[start : start + steps]
     if spec.short == "loop":
         start = 0 if rng is None or start_s is not None else int(rng.integers(len(raw)))
         return raw.take(np.arange(steps) + start, axis=0, mode="wrap")
     return np.pad(raw, ((0, -spare), (0, 0), (0, 0)))
+
+
+def _with_samples(raw: Array, start: int, steps: int) -> int:
+    """Return the start nearest to `start` of a clip that has samples: one in a gap would say nothing."""
+    places = np.flatnonzero(raw[..., 1].any(axis=1))
+    before, after = places[places < start + steps], places[places >= start + steps]
+    if not places.size or (before.size and before[-1] >= start):
+        return start
+    if not after.size or (before.size and start - before[-1] <= after[0] - (start + steps)):
+        return max(0, int(before[-1]) - steps + 1)
+    return min(int(after[0]), len(raw) - steps)
 
 
 def _standardised(values: Array, there: Array) -> Array:
