@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ import pytest
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.detection import File, detected, looked_at, taker
-from perceiver_cli.preprocess.recordings import is_recording, read_recording
+from perceiver_cli.preprocess.recordings import Recording, is_recording, read_recording
 from perceiver_cli.preprocess.series import MODALITY, SeriesSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -298,3 +298,94 @@ def test_options_that_contradict_each_other(options: dict[str, object], message:
         SeriesSpec.model_validate(options)
     with pytest.raises(UsageError, match="2 of channels, 3 of mean"):  # the files settle the channels
         MODALITY.resolve(SeriesSpec(mean=(0.0, 0.0, 0.0)), [Source("a.csv", NAMED.encode())], LIMITS)
+
+
+def table(names: str, *columns: Iterable[object]) -> Recording:
+    """Return the recording of a CSV, read."""
+    source = Source(
+        "a.csv", "\n".join([names, *(",".join(map(str, row)) for row in zip(*columns, strict=True))]).encode()
+    )
+    recording = read_recording(source, LIMITS)
+    NOTES[:] = source.notes
+    return recording
+
+
+NOTES: list[str] = []  # of the last table
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [
+        *(
+            (name, 1.0)
+            for name in ("time_s", "time_seconds", "time_sec", "time sec", "Time [s]", "t(s)", "sec", "times")
+        ),
+        *((name, 1.0) for name in ("seconds", "second", "timestamp", "ts", "elapsed_time", "Epoch")),
+        *((name, 1e-3) for name in ("time_ms", "milliseconds", "millis", "timestamp (ms)", "time_msec")),
+        *((name, 1e-6) for name in ("microseconds", "time_micros", "timestamp_microseconds", "t_us", "time_µs")),
+        *((name, 1e-9) for name in ("nanoseconds", "time_nanos", "timestamp_ns")),
+        *((name, None) for name in ("s", "ms", "timer", "team", "seconds of arc", "dated", "tau")),
+    ],
+)
+def test_names_tell_times_and_their_units(name: str, seconds: float | None) -> None:
+    """The s of _seconds was taken for the plural of time, and micros for milliseconds."""
+    recording = table(f"{name},a", STEPS * 10, WAVES[:, 0])
+    if seconds is None:
+        assert (recording.names, recording.times) == ((name, "a"), None)
+    else:
+        assert recording.times == pytest.approx(STEPS * 10 * seconds)
+
+
+def test_dates_and_clocks_are_joined() -> None:
+    clock = [f"{9 + n // 60}:{n % 60:02d}:05" for n in STEPS]
+    minutes = STEPS * 60.0
+    for names, *columns in (
+        ("time,a", clock),
+        ("date,time,a", ["2024-03-05"] * NUM_ROWS, clock),
+        ("time,date,a", clock, ["2024/03/05"] * NUM_ROWS),
+        (
+            "date,time,a",
+            [f"2024-03-{5 + n // 20:02d}" for n in STEPS],
+            [f"{(23, 0)[n // 20]}:{40 * (n < 20) + n % 20}:00" for n in STEPS],
+        ),
+        ("time,a", [f"{(23, 0)[n // 20]}:{40 * (n < 20) + n % 20:02d}:00.0" for n in STEPS]),  # midnight
+        ("date,time_s,a", ["2024-03-05"] * NUM_ROWS, minutes),
+    ):
+        recording = table(names, *columns, WAVES[:, 0])
+        assert (recording.names, NOTES) == (("a",), [])
+        assert recording.times is not None
+        assert recording.times - recording.times[0] == pytest.approx(minutes)
+    daily = table("date,T", [f"2024-03-{n + 1:02d}" for n in range(30)], range(30))
+    assert (daily.names, np.ptp(daily.times)) == (("T",), 29 * 86400)  # type: ignore[arg-type]
+
+
+def test_times_that_cannot_be_read_are_told() -> None:
+    """They were dropped without a word, and each row was a step."""
+    for names, *columns in (
+        ("time,a", [f"05/03/2024 10:{n:02d}" for n in STEPS]),
+        ("date,time,a", ["2024-03-05"] * NUM_ROWS, [f"10:{n:02d} AM" for n in STEPS]),
+    ):
+        recording = table(names, *columns, WAVES[:, 0])
+        assert recording.names == ("a",)
+        assert recording.times is None or not np.ptp(recording.times)
+        assert NOTES == ["no times are read from 'time', expected numbers, 10:00:05 or 2024-03-05T10:00:05"]
+    with pytest.raises(DataError, match="no times in column 'time'; expected numbers, 10:00:05"):
+        read_recording(Source("a.csv", b"time,a\n" + b"05/03/2024 10:00,1\n" * 9), LIMITS, "time")
+
+
+def test_numbers_that_fall_are_no_times_if_their_name_leaves_it_open() -> None:
+    falling = 20 - STEPS * 0.5
+    assert table("T,a", falling, WAVES[:, 0]).names == ("T", "a")
+    assert table("t,a", STEPS // 2, WAVES[:, 0]).names == ("t", "a")  # one letter: each is above the last
+    assert table("minute,second,a", STEPS // 20, STEPS % 20, WAVES[:, 0]).names == ("minute", "second", "a")
+    assert table("T,a", STEPS, WAVES[:, 0]).names == ("a",)
+    with pytest.raises(DataError, match=r"fall at row 2; sort the rows; .* --set inputs\.series\.time=none"):
+        table("time,a", falling, WAVES[:, 0])
+
+
+def test_a_column_without_a_name_is_called_by_its_place() -> None:
+    """It was a channel '', with which no run could be read again."""
+    assert table(",a,b", STEPS * 3, WAVES[:, 0], WAVES[:, 1]).names == ("a", "b")  # an index with rows left out
+    assert table("a,,b", WAVES[:, 0], WAVES[:, 1], STEPS % 3).names == ("a", "column 2", "b")
+    rows = b"a,,b\n" + b"\n".join(b"%.2f,%d,3" % (n / 100, n) for n in range(20))
+    assert read_recording(Source("a.csv", rows), LIMITS, "column 2").names == ("a", "b")

@@ -16,12 +16,12 @@ from perceiver_cli.data.manifest import SPLIT_NAMES, is_manifest, top_split
 from perceiver_cli.data.table_files import holds_files
 from perceiver_cli.errors import DataError, PerceiverError, counted
 from perceiver_cli.files import open_file, show_path
+from perceiver_cli.preprocess.columnar import ARROW, PARQUET
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.foreign import ZIP, described
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.records.shards import INDEX_SUFFIX
 
-PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
 SUFFIXES = {  # of containers in a folder; the first kind of which there are any is the data
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
     "table": (".parquet", ".arrow"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from perceiver_cli.preprocess.recordings import load_pyarrow
+from perceiver_cli.preprocess.columnar import load_pyarrow
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 

@@ -13,25 +13,31 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from itertools import islice
 from math import prod
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
+from perceiver_cli.preprocess.columnar import ARROW, MAX_COLUMNS, PARQUET, check_columns, read_columns
 from perceiver_cli.preprocess.point_tables import header_of
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.preprocess.time_columns import (
+    Floats,
+    Kind,
+    are_days,
+    is_time,
+    may_be_times,
+    past_midnight,
+    scale_of,
+    seconds_of_clock,
+    seconds_of_date,
+)
 
-Floats = NDArray[np.float64]
-Kind = Literal["number", "time", "words"]
-
-NPY, PARQUET, ARROW = b"\x93NUMPY", b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
-MAX_COLUMNS = 4096
+NPY = b"\x93NUMPY"
 MAX_LINE = 1 << 20  # letters of a line of text
 LOOKED_AT = 64  # lines that show the form of a text
 LAST = 8  # of these, the lines by which separators are compared
@@ -40,16 +46,9 @@ LEAST_ROWS = 8  # of a file whose names of columns tell that it is numbers over 
 MARKS = ((",", False), *((mark, comma) for mark in (";", "\t", "|", None) for comma in (False, True)))
 COMMENTS = ("#", "%", "//", "!")
 MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # cells that programs write for nothing
+COUNTED: tuple[Kind, ...] = ("number", "time", "clock")
+TIMES = "numbers, 10:00:05 or 2024-03-05T10:00:05"
 PATH = re.compile(r".*\.[A-Za-z]\w{1,7}$")  # a cell that names a file
-BATCH_ROWS = 1 << 16
-TIME = re.compile(
-    r"datetime|(?:time|date)[ _-]?(?:stamps?|s)?|ts|t|secs?|seconds?|millis|micros|nanos|epoch|unix|elapsed"
-)
-UNIT = re.compile(
-    r"[ _\[(/]*(s|secs?|seconds?|ms|millis|milliseconds|us|µs|μs|micros|microseconds|ns|nanos|nanoseconds)[\])]?"
-)
-SECONDS = {"s": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}  # by the first letter of a unit
-EPOCHS = ((1e17, 1e-9), (1e14, 1e-6), (1e11, 1e-3))  # a count since 1970 that is at least this, and its unit in seconds
 
 
 class Recording(NamedTuple):
@@ -98,7 +97,7 @@ def is_named_recording(head: bytes) -> bool:
     form = None if head.startswith((NPY, PARQUET, *ARROW)) else _form_of_head(head)
     if form is None or not form.names or form.rows < LEAST_ROWS or 2 * form.kinds.count("words") > len(form.kinds):
         return False
-    return any(map(_is_time, form.names)) or not {"x", "y", "z"} <= {name.strip().lower() for name in form.names}
+    return any(map(is_time, form.names)) or not {"x", "y", "z"} <= {name.strip().lower() for name in form.names}
 
 
 def _form_of_head(head: bytes) -> Form | None:
@@ -115,7 +114,7 @@ def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str
         head = file.read(len(NPY))
         file.seek(0)
         if head.startswith((PARQUET, *ARROW)):
-            names, kinds, values = _parquet(source, file, limits)
+            names, kinds, values = read_columns(source, file, limits)
         else:
             data = file.read()
             names, kinds, values = _array(source, data, limits) if head == NPY else _text(source, data, limits)
@@ -126,23 +125,22 @@ def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str
 
 def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str) -> Recording:
     """Return a recording without its column of times and without one that counts the rows."""
-    names, values = every.names, every.values
-    place = _time_place(source, names, kinds, time, is_named=every.is_named)
+    values = every.values
+    names = tuple(name or f"column {place}" for place, name in enumerate(every.names, start=1))
+    place, times = _times(source, every._replace(names=names), kinds, time, unit)
     channels = [at for at, kind in enumerate(kinds) if kind == "number" and at != place]
     if every.is_named:
-        channels = [at for at in channels if not _counts(names[at], values[:, at])]
-        channels = [at for at in channels if names[at] or np.isfinite(values[:, at]).any()]
-    times = None
-    if place is not None:
-        scale = 1.0 if kinds[place] == "time" else _scale(names[place], values[:, place], unit)
-        times = values[:, place] * scale
+        channels = [at for at in channels if not _counts(every.names[at], values[:, at])]
+        channels = [at for at in channels if every.names[at] or np.isfinite(values[:, at]).any()]
+    if times is not None and place is not None:
         known = np.isfinite(times)
         if not known.all():
             source.note(f"left out {int((~known).sum())} of {len(known)} rows without a time")
             values, times = values[known], times[known]
         if len(times) > 1 and (np.diff(times) < 0).any():
             row = int(np.flatnonzero(np.diff(times) < 0)[0]) + 2
-            raise DataError(f"{source.shown}: times in {show_path(names[place])} fall at row {row}", "sort the rows")
+            fault = f"{source.shown}: times in {show_path(names[place])} fall at row {row}"
+            raise DataError(fault, "sort the rows; if they are no times: --set inputs.series.time=none")
     values = values[:, channels]
     values = np.where(np.isfinite(values), values, np.nan)
     if not channels or not values.size:
@@ -150,46 +148,52 @@ def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str,
     return Recording(tuple(names[at] for at in channels), every.is_named, values, times)
 
 
-def _time_place(
-    source: Source, names: Sequence[str], kinds: Sequence[Kind], time: str, *, is_named: bool
-) -> int | None:
-    """Return the number of the column of times, or None. Raises DataError if there is no column of that name."""
+def _times(
+    source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str
+) -> tuple[int | None, Floats | None]:
+    """Return the number of the column of times and its times in seconds, or None. Raises DataError as `_named_time`."""
     if time == "none":
-        return None
-    if time != "auto":
-        if time not in names or kinds[names.index(time)] == "words":
-            shown = ", ".join(map(show_path, names[:10]))
-            raise DataError(f"{source.shown}: no column of times {show_path(time)}", f"there are {shown}")
-        return names.index(time)
-    dated = [at for at, kind in enumerate(kinds) if kind == "time"]
-    called = [at for at, name in enumerate(names) if kinds[at] == "number" and is_named and _is_time(name)]
-    return next(iter([*dated, *called]), None)
+        return None, None
+    place = _found_time(source, every, kinds) if time == "auto" else _named_time(source, every.names, kinds, time)
+    if place is None:
+        return None, None
+    column = every.values[:, place]
+    if kinds[place] == "clock":
+        days = [at for at, kind in enumerate(kinds) if kind == "time" and are_days(every.values[:, at])]
+        return place, column + every.values[:, days[0]] if len(days) == 1 else past_midnight(column)
+    return place, column if kinds[place] == "time" else column * scale_of(every.names[place], column, unit)
 
 
-def _is_time(name: str) -> bool:
-    word = name.strip().lower()
-    start = TIME.match(word)
-    return start is not None and (start.end() == len(word) or UNIT.fullmatch(word, start.end()) is not None)
+def _named_time(source: Source, names: Sequence[str], kinds: Sequence[Kind], time: str) -> int:
+    """Return the number of the column of times of this name. Raises DataError if there is none."""
+    if time not in names or kinds[names.index(time)] == "words":
+        shown = ", ".join(map(show_path, names[:10]))
+        if time in names:
+            raise DataError(f"{source.shown}: no times in column {show_path(time)}", f"expected {TIMES}")
+        raise DataError(f"{source.shown}: no column of times {show_path(time)}", f"there are {shown}")
+    return names.index(time)
 
 
-def _scale(name: str, times: Floats, unit: str) -> float:
-    """Return the seconds of one unit of a column of times: by `unit`, by its name, or by the size of the numbers."""
-    if unit != "auto":
-        return SECONDS[unit[0]]
-    word = name.strip().lower()
-    if (start := TIME.match(word)) is not None and (found := UNIT.fullmatch(word, start.end())) is not None:
-        return SECONDS[found[1][0].replace("µ", "u").replace("μ", "u")]
-    if word[:5] in ("milli", "micro", "nanos"):
-        return {"milli": 1e-3, "micro": 1e-6, "nanos": 1e-9}[word[:5]]
-    first = np.nanmin(np.abs(times)) if np.isfinite(times).any() else 0.0
-    return next((seconds for least, seconds in EPOCHS if first >= least), 1.0)
+def _found_time(source: Source, every: Recording, kinds: Sequence[Kind]) -> int | None:
+    """Return the number of the column of times by kind and name: dates with a clock, a clock, numbers, dates alone."""
+    dates = [at for at, kind in enumerate(kinds) if kind == "time"]
+    days = [at for at in dates if are_days(every.values[:, at])]
+    clocks = [at for at, kind in enumerate(kinds) if kind == "clock"]
+    called = [at for at, name in enumerate(every.names) if every.is_named and is_time(name)]
+    numbers = [at for at in called if kinds[at] == "number" and may_be_times(every.names[at], every.values[:, at])]
+    found = [*(at for at in dates if at not in days), *clocks, *numbers, *days]
+    words = [show_path(every.names[at]) for at in called if kinds[at] == "words"]
+    if words and not [at for at in found if at not in days]:
+        source.note(f"no times are read from {', '.join(words)}, expected {TIMES}")
+    return found[0] if found else None
 
 
 def _counts(name: str, column: Floats) -> bool:
-    """Return whether a column counts the rows, as programs write an index."""
-    plain = name.strip().lower()
-    known = plain in ("", "index", "id", "row", "sample", "n", "#") or plain.startswith(("unnamed:", "__index_level"))
-    return known and len(column) > 1 and bool((np.diff(column) == 1).all())
+    """Return whether a column counts the rows, as programs write an index; one without a name may leave some out."""
+    plain, steps = name.strip().lower(), np.diff(column)
+    if plain == "" or plain.startswith(("unnamed:", "__index_level")):
+        return steps.size > 0 and bool(((steps >= 1) & (steps % 1 == 0)).all())
+    return plain in ("index", "id", "row", "sample", "n", "#") and steps.size > 0 and bool((steps == 1).all())
 
 
 # ---------------------------------------------------------------- text
@@ -260,7 +264,7 @@ def _of_columns(lines: Sequence[str], separator: str | None, comma: bool, width:
     for column in zip(*rows, strict=True):
         known = [cell for cell in column if cell.lower() not in MISSING]
         found = Counter(_kind(cell, comma) for cell in known)
-        kinds.append(next((kind for kind in ("number", "time") if 2 * found[kind] > len(known)), "words"))
+        kinds.append(next((kind for kind in COUNTED if 2 * found[kind] > len(known)), "words"))
         kinds[-1] = kinds[-1] if known else "number"
         if kinds[-1] == "words" and any(map(PATH.match, known)):
             return None  # a manifest
@@ -277,15 +281,9 @@ def _kind(cell: str, comma: bool) -> Kind:
         float(cell.replace(",", ".") if comma else cell)
         return "number"
     except ValueError:
-        return "time" if _date(cell) is not None else "words"
-
-
-def _date(cell: str) -> float | None:
-    """Return a date and time in ISO 8601 in seconds; without a zone it is taken as UTC."""
-    with suppress(ValueError, OverflowError):
-        date = datetime.fromisoformat(cell.replace("/", "-", 2))
-        return (date.replace(tzinfo=UTC) if date.tzinfo is None else date).timestamp()
-    return None
+        if seconds_of_clock(cell) is not None:
+            return "clock"
+        return "time" if seconds_of_date(cell) is not None else "words"
 
 
 def _text(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
@@ -336,7 +334,8 @@ def _number(source: Source, cell: str, form: Form, place: int, row: int) -> floa
     text = cell.strip()
     if text.lower() in MISSING:
         return np.nan
-    if form.kinds[place] == "time" and (seconds := _date(text)) is not None:
+    read = {"time": seconds_of_date, "clock": seconds_of_clock}.get(form.kinds[place])
+    if read is not None and (seconds := read(text)) is not None:
         return seconds
     with suppress(ValueError):
         return float(text.replace(",", ".") if form.comma else text)
@@ -344,7 +343,7 @@ def _number(source: Source, cell: str, form: Form, place: int, row: int) -> floa
     raise DataError(f"{source.shown}: {where} has {show_path(text[:40])}, expected a number")
 
 
-# ---------------------------------------------------------------- arrays and Parquet
+# ---------------------------------------------------------------- arrays
 
 
 def _array(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
@@ -360,71 +359,6 @@ def _array(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...]
     values = np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if column_major else "C")
     values = values.reshape(len(values), -1)
     values = values if len(shape) == 1 or shape[0] >= shape[1] else values.T
-    _check_columns(source, values.shape[1])
+    check_columns(source, values.shape[1])
     numbers: list[Kind] = ["number"] * values.shape[1]
     return ("",) * len(numbers), tuple(numbers), values.astype(np.float64)
-
-
-def _check_columns(source: Source, count: int) -> None:
-    if count > MAX_COLUMNS:
-        raise DataError(f"{source.shown}: {count} columns, expected {MAX_COLUMNS} at most")
-
-
-def load_pyarrow() -> Any:
-    """Return pyarrow. Raises UsageError if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.ipc
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UsageError(
-            "pyarrow, which reads Parquet and Arrow files, is missing", "pip install 'perceiver-cli[parquet]'"
-        ) from error
-    return pyarrow
-
-
-def _parquet(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
-    """Return the columns of numbers and of times of a Parquet or Arrow file; other columns are left out."""
-    pyarrow = load_pyarrow()
-    types = pyarrow.types
-    head = file.read(6)
-    file.seek(0)
-    if head.startswith(PARQUET):
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-        schema = table.schema_arrow
-        source.check_decoded(float(table.metadata.num_rows) * len(schema), 8, limits)
-    else:
-        reader = pyarrow.ipc.open_file(file) if head.startswith(ARROW[0]) else pyarrow.ipc.open_stream(file)
-        schema = reader.schema
-    _check_columns(source, len(schema))
-    kinds: dict[str, Kind] = {}
-    for field in schema:
-        is_number = types.is_integer(field.type) or types.is_floating(field.type) or types.is_decimal(field.type)
-        is_time = types.is_timestamp(field.type) or types.is_date(field.type)
-        if is_number or is_time:
-            kinds[str(field.name)] = "time" if is_time else "number"
-    if len({*schema.names}) < len(schema.names):
-        raise DataError(f"{source.shown}: two columns of one name")
-    parts, total = [], 0
-    if head.startswith(PARQUET):
-        batches = table.iter_batches(BATCH_ROWS, columns=list(kinds), use_threads=False)
-    else:
-        streams = hasattr(reader, "read_next_batch")
-        every = reader if streams else map(reader.get_batch, range(reader.num_record_batches))
-        batches = (batch.select(list(kinds)) for batch in every)
-    for batch in batches:
-        batch.validate(full=True)
-        total += batch.num_rows * max(1, len(kinds))
-        source.check_decoded(total, 8, limits)
-        columns = [_column(pyarrow, batch.column(place), kind) for place, kind in enumerate(kinds.values())]
-        parts.append(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
-    values = np.concatenate(parts) if parts else np.empty((0, len(kinds)))
-    return tuple(kinds), tuple(kinds.values()), values
-
-
-def _column(pyarrow: Any, column: Any, kind: Kind) -> Floats:
-    """Return a column as float64, times in seconds, NaN for nothing."""
-    if kind == "time":
-        column = column.cast(pyarrow.timestamp("us"), safe=False).cast(pyarrow.int64())
-    numbers = column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return np.asarray(numbers * 1e-6 if kind == "time" else numbers, np.float64)

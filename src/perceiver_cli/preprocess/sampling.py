@@ -8,9 +8,9 @@ from fractions import Fraction
 import numpy as np
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess.recordings import Floats
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.preprocess.time_columns import Floats
 
 SAME_RATE = 0.01  # relative difference of two rates that count as one
 GAP = 1.5  # periods between two samples, above which samples are missing

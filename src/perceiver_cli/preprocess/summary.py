@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from perceiver_cli.errors import DataError
-from perceiver_cli.preprocess.recordings import Floats, Recording
+from perceiver_cli.preprocess.recordings import Recording
 from perceiver_cli.preprocess.sampling import rate_of
+from perceiver_cli.preprocess.time_columns import Floats
 
 CONSTANT = 1e-12  # deviation relative to the mean, up to which a channel does not change
 

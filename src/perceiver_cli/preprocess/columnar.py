@@ -1,0 +1,82 @@
+"""Columns of numbers and times from Parquet and Arrow, by pyarrow (extra [parquet])."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.preprocess.time_columns import Floats, Kind
+
+PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
+MAX_COLUMNS = 4096
+BATCH_ROWS = 1 << 16
+
+
+def check_columns(source: Source, count: int) -> None:
+    """Raise DataError for too many columns."""
+    if count > MAX_COLUMNS:
+        raise DataError(f"{source.shown}: {count} columns, expected {MAX_COLUMNS} at most")
+
+
+def load_pyarrow() -> Any:
+    """Return pyarrow. Raises UsageError if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.ipc
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UsageError(
+            "pyarrow, which reads Parquet and Arrow files, is missing", "pip install 'perceiver-cli[parquet]'"
+        ) from error
+    return pyarrow
+
+
+def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
+    """Return names, kinds and values of the columns of numbers and of times of a Parquet or Arrow file."""
+    pyarrow = load_pyarrow()
+    types = pyarrow.types
+    head = file.read(6)
+    file.seek(0)
+    if head.startswith(PARQUET):
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
+        schema = table.schema_arrow
+        source.check_decoded(float(table.metadata.num_rows) * len(schema), 8, limits)
+    else:
+        reader = pyarrow.ipc.open_file(file) if head.startswith(ARROW[0]) else pyarrow.ipc.open_stream(file)
+        schema = reader.schema
+    check_columns(source, len(schema))
+    kinds: dict[str, Kind] = {}
+    for field in schema:
+        is_number = types.is_integer(field.type) or types.is_floating(field.type) or types.is_decimal(field.type)
+        is_time = types.is_timestamp(field.type) or types.is_date(field.type)
+        if is_number or is_time:
+            kinds[str(field.name)] = "time" if is_time else "number"
+    if len({*schema.names}) < len(schema.names):
+        raise DataError(f"{source.shown}: two columns of one name")
+    parts, total = [], 0
+    if head.startswith(PARQUET):
+        batches = table.iter_batches(BATCH_ROWS, columns=list(kinds), use_threads=False)
+    else:
+        streams = hasattr(reader, "read_next_batch")
+        every = reader if streams else map(reader.get_batch, range(reader.num_record_batches))
+        batches = (batch.select(list(kinds)) for batch in every)
+    for batch in batches:
+        batch.validate(full=True)
+        total += batch.num_rows * max(1, len(kinds))
+        source.check_decoded(total, 8, limits)
+        columns = [_column(pyarrow, batch.column(place), kind) for place, kind in enumerate(kinds.values())]
+        parts.append(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
+    values = np.concatenate(parts) if parts else np.empty((0, len(kinds)))
+    return tuple(kinds), tuple(kinds.values()), values
+
+
+def _column(pyarrow: Any, column: Any, kind: Kind) -> Floats:
+    """Return a column as float64, times in seconds, NaN for nothing."""
+    if kind == "time":
+        column = column.cast(pyarrow.timestamp("us"), safe=False).cast(pyarrow.int64())
+    numbers = column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.asarray(numbers * 1e-6 if kind == "time" else numbers, np.float64)
