@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -389,3 +390,33 @@ def test_a_column_without_a_name_is_called_by_its_place() -> None:
     assert table("a,,b", WAVES[:, 0], WAVES[:, 1], STEPS % 3).names == ("a", "column 2", "b")
     rows = b"a,,b\n" + b"\n".join(b"%.2f,%d,3" % (n / 100, n) for n in range(20))
     assert read_recording(Source("a.csv", rows), LIMITS, "column 2").names == ("a", "b")
+
+
+@pytest.mark.parametrize(("count", "form"), [(20, "%.18e"), (64, "%.6f"), (1000, "%.6f")])
+def test_a_table_of_many_columns_is_known_by_a_longer_look(tmp_path: Path, count: int, form: str) -> None:
+    """Its first 4096 bytes hold too few rows, or none: it was an unknown format."""
+    values = np.random.default_rng(0).normal(size=(20, count))
+    path = tmp_path / "a.csv"
+    np.savetxt(path, values, form, ",", header=",".join(f"eeg{n}" for n in range(count)), comments="")
+    assert detected(Source(str(path)), "series").kinds == ("series",)
+    assert taker([File("a.csv", Source(str(path)))]) == "series"
+
+
+def test_a_moment_that_is_there_twice_is_one_sample() -> None:
+    """Each doubled time made the file a sample longer."""
+    times = np.insert(STEPS, 20, 19)
+    text = "time,ax\n" + "\n".join(f"{t},{n}" for n, t in enumerate(times))
+    spec = SPEC.model_copy(update={"rate_hz": 1.0, "clip_s": 8.0})
+    raw = MODALITY.load(Source("a.csv", text.encode()), spec, LIMITS)
+    assert raw[:, 0, 0].tolist() == [*range(19), *range(20, NUM_ROWS + 1)]
+
+
+def test_points_part_thousands_where_commas_are_decimal_points() -> None:
+    rows = b"a;b\n" + b"1.234,5;2\n999,5;3\n1.234;4\n" * 5
+    values = read_recording(Source("a.csv", rows), LIMITS).values
+    assert values[:3].tolist() == [[1234.5, 2], [999.5, 3], [1234, 4]]
+
+
+def test_words_that_begin_like_comments_are_rows() -> None:
+    rows = b"state,a\n" + b"ok,1\n!low,2\n%,3\n# rest,4\n" * 5
+    assert read_recording(Source("a.csv", rows), LIMITS).values[:3, 0].tolist() == [1, 2, 3]

@@ -7,16 +7,19 @@ import re
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import foreign, modality, names
 from perceiver_cli.preprocess.geometry import BOM
 from perceiver_cli.preprocess.point_tables import described
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 
 # A byte array in a file, the paper's M x C with Fourier features, is an .npy, or the .safetensors of `perceiver
 # preprocess`. Only the latter says how it was prepared; an .npy could be of any modality.
 LEAST_COLUMNS = 16  # of an .npy with a byte array; a cloud of points has fewer, even with colours and normals
+LONGER_HEADS = (1 << 16, 1 << 20)  # bytes of a text with long lines
+FEW_LINES = 24  # that do not show what a table is
 UNKNOWN = "unknown format"  # in the error of a file; a command lists the known formats once, not with each file
 METADATA = "perceiver"  # the only entry in the metadata of a .safetensors: the header of a stream as JSON
 
@@ -41,12 +44,24 @@ def detected(source: Source, wanted: str | None = None) -> Source:
         return replace(source, kinds=(wanted,), is_table=modality(wanted).is_table(head, source.name))
     kinds = rows or tuple(name for name in every if modality(name).sniff(head, source.name))
     kinds += tuple(name for name in every if name not in kinds and modality(name).also_reads(head))
+    if not kinds:
+        head = _of_table(source, head)
     if not kinds and wanted is not None and modality(wanted).may_read(head, source.name):
         kinds = (wanted,)
     if not kinds:
         raise _refusal(source, head, every)
     is_table = not is_safetensors(head) if rows else modality(kinds[0]).is_table(head, source.name)
     return replace(source, kinds=kinds, holds_rows=bool(rows), is_table=is_table)
+
+
+def _of_table(source: Source, head: bytes) -> bytes:
+    """Return more of a text if its first lines are so long that its `head` has few: a table of many columns."""
+    is_text = head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" not in head
+    for full, more in pairwise((HEAD_BYTES, *LONGER_HEADS)):
+        if not is_text or len(head) < full or head.count(b"\n") + head.count(b"\r") >= FEW_LINES:
+            break
+        head = source.head(more)
+    return head
 
 
 def _refusal(source: Source, head: bytes, every: tuple[str, ...]) -> DataError:
@@ -99,7 +114,7 @@ def taker(files: Sequence[File]) -> str | None:
     heads = []
     for file in files:
         with suppress(DataError):
-            heads.append((file.source.head(), file.source.name))
+            heads.append((_of_table(file.source, file.source.head()), file.source.name))
     for name in names():
         if 2 * sum(modality(name).takes_folders(*head) for head in heads) > len(files):
             return name

@@ -48,6 +48,7 @@ COMMENTS = ("#", "%", "//", "!")
 MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # cells that programs write for nothing
 COUNTED: tuple[Kind, ...] = ("number", "time", "clock")
 TIMES = "numbers, 10:00:05 or 2024-03-05T10:00:05"
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:\.\d{3})+(?:,\d*)?")  # where commas are decimal points
 PATH = re.compile(r".*\.[A-Za-z]\w{1,7}$")  # a cell that names a file
 
 
@@ -234,7 +235,7 @@ def _form(lines: Sequence[str]) -> Form | None:
         return None
     ranked = []
     for place, (separator, comma) in enumerate(MARKS):
-        if (separator and separator not in shown[-1]) or (comma and "," not in shown[-1]):
+        if (separator and separator not in shown[-1]) or (comma and not any("," in line for line in shown[-LAST:])):
             continue
         rows = [_cells(line, separator) for line in shown[-LAST:]]
         rows = [row for row in rows if any(_kind(cell, comma) == "number" for cell in row)]
@@ -276,9 +277,16 @@ def _of_columns(lines: Sequence[str], separator: str | None, comma: bool, width:
     return Form(separator, tuple(next(named, ())), tuple(kinds), start, comma, len(rows))
 
 
+def _plain(cell: str, comma: bool) -> str:
+    """Return a number as Python writes it: with decimal commas, points part thousands."""
+    if not comma:
+        return cell
+    return (cell.replace(".", "") if THOUSANDS.fullmatch(cell) else cell).replace(",", ".")
+
+
 def _kind(cell: str, comma: bool) -> Kind:
     try:
-        float(cell.replace(",", ".") if comma else cell)
+        float(_plain(cell, comma))
         return "number"
     except ValueError:
         if seconds_of_clock(cell) is not None:
@@ -305,7 +313,8 @@ def _text(source: Source, data: bytes, limits: Limits) -> tuple[tuple[str, ...],
             raise DataError(fault, "the file may be cut short")
         chosen = [row[place] for place in places]
         try:
-            numbers.extend(array("d", map(float, chosen)))
+            plain = [_plain(cell.strip(), form.comma) for cell in chosen] if form.comma else chosen
+            numbers.extend(array("d", map(float, plain)))
         except ValueError:
             numbers.extend(
                 _number(source, cell, form, place, number) for place, cell in zip(places, chosen, strict=True)
@@ -323,9 +332,10 @@ def _rows(text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
         next(lines)
     body = islice(lines, form.start, None)
     width = len(form.kinds)
+    comments = ("#", "//") if form.kinds[0] == "words" else COMMENTS  # words may begin with ! or %
     rows = csv.reader(body, delimiter=form.separator) if form.separator else (line.split() for line in body)
     for number, row in enumerate(rows, start=1):
-        if row and not row[0].lstrip().startswith(COMMENTS) and (len(row) > 1 or row[0].strip()):
+        if row and not row[0].lstrip().startswith(comments) and (len(row) > 1 or row[0].strip()):
             yield number, row[:width] if len(row) == width + 1 and not row[width].strip() else row
 
 
@@ -338,7 +348,7 @@ def _number(source: Source, cell: str, form: Form, place: int, row: int) -> floa
     if read is not None and (seconds := read(text)) is not None:
         return seconds
     with suppress(ValueError):
-        return float(text.replace(",", ".") if form.comma else text)
+        return float(_plain(text, form.comma))
     where = f"row {row}, column {show_path(form.names[place]) if form.names else place + 1}"
     raise DataError(f"{source.shown}: {where} has {show_path(text[:40])}, expected a number")
 

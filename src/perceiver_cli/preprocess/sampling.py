@@ -52,11 +52,14 @@ def at_rate(
 
 def _evenly(source: Source, values: Floats, times: Floats, period: float, longest_s: float, limits: Limits) -> Floats:
     """Return values at even times: moved to the nearest, or, where times are irregular, interpolated."""
+    if (np.diff(times) == 0).mean() <= 1 - REGULAR:  # of a moment that is there twice, the last sample counts
+        last = np.append(np.diff(times) > 0, True)
+        values, times = values[last], times[last]
     steps = np.diff(times) / period
     count = float(times[-1] - times[0]) / period
     source.check_decoded(max(count, len(times)) * values.shape[1], 8, limits)
     near = (steps > 0.5) & (steps < GAP)
-    if (steps == 0).mean() > 1 - REGULAR or near.all():
+    if (steps == 0).any() or near.all():
         return values
     if near.mean() >= REGULAR:  # what lies between is a gap
         index = np.concatenate([[0], np.cumsum(np.maximum(1, np.rint(steps)).astype(np.int64))])

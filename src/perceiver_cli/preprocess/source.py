@@ -73,11 +73,11 @@ class Source:
                 return self.name, status.st_size, status.st_mtime_ns
         return None if self.data is None or isinstance(self.data, bytes) else (self.name, *self.data.state())
 
-    def head(self) -> bytes:
-        """Return the first `HEAD_BYTES` bytes. Raises DataError for an empty, unreadable or irregular file."""
+    def head(self, count: int = HEAD_BYTES) -> bytes:
+        """Return the first `count` bytes. Raises DataError for an empty, unreadable or irregular file."""
         try:
-            with self._opened(HEAD_BYTES) as file:
-                head = file.read(HEAD_BYTES)
+            with self._opened(count) as file:
+                head = file.read(count)
         except OSError as error:
             raise cannot_read(self.name, error) from error
         if not head:
