@@ -143,6 +143,8 @@ def fitted(columns: Mapping[str, list[str]], width: int) -> tuple[dict[str, list
 
     Figures that do not fit are left out: --json has them.
     """
+    from rich.cells import cell_len
+
     shown: dict[str, list[str]] = {}
     rest: dict[str, list[str]] = {}
     used = -GAP
@@ -150,7 +152,7 @@ def fitted(columns: Mapping[str, list[str]], width: int) -> tuple[dict[str, list
         cells = columns[name]
         longest = LONGEST_NAME if name == "name" else LONGEST_VALUE
         short = [cut(cell, longest) for cell in cells]
-        wide = GAP + max(map(len, (name, *short)))
+        wide = GAP + max(map(cell_len, (name, *short)))
         if used + wide <= width and (name == "name" or short == cells):
             shown[name] = short
             used += wide

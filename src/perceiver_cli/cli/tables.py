@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 
 from perceiver_cli.cli.terminal import emit, is_terminal
 
-PIPE_WIDTH = 1000  # in a pipe rows do not wrap
 LEAST_NAME = 12  # columns of a terminal that a name keeps
 GAP = 2  # blanks between columns
 
@@ -28,7 +27,7 @@ def emit_table(columns: Sequence[str], rows: Iterable[Sequence[str]], total: Seq
     lines = [list(row) for row in rows]
     every = [columns, *lines, total] if total else [columns, *lines]
     wide = [max(map(cell_len, column)) for column in zip(*every, strict=True)]
-    width = PIPE_WIDTH
+    width = sum(wide) + GAP * len(wide)  # in a pipe rows do not wrap
     if is_terminal():
         room = max(LEAST_NAME, terminal_width() - sum(each + GAP for each in wide[1:]))
         for row in lines:
