@@ -420,3 +420,23 @@ def test_points_part_thousands_where_commas_are_decimal_points() -> None:
 def test_words_that_begin_like_comments_are_rows() -> None:
     rows = b"state,a\n" + b"ok,1\n!low,2\n%,3\n# rest,4\n" * 5
     assert read_recording(Source("a.csv", rows), LIMITS).values[:3, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("writer", ["new_file", "new_stream"])
+def test_arrow_says_its_size_before_it_is_unpacked(compression: str | None, writer: str) -> None:
+    """A file of some KB grew by 166 MB before its size was looked at."""
+    pyarrow = pytest.importorskip("pyarrow")
+    ipc = pytest.importorskip("pyarrow.ipc")
+    batch = pyarrow.record_batch({"time": np.arange(50_000.0), "ax": np.zeros(50_000), "note": ["a"] * 50_000})
+    file = io.BytesIO()
+    with getattr(ipc, writer)(file, batch.schema, options=ipc.IpcWriteOptions(compression=compression)) as written:
+        written.write_batch(batch)
+    source = Source("a.arrow", file.getvalue())
+    assert read_recording(source, LIMITS).values.shape == (50_000, 1)
+    with pytest.raises(LimitError, match=r"a\.arrow.*: 1,?0\d\d,?\d\d\d decoded bytes"):
+        read_recording(source, Limits(decoded_bytes=900_000))
+    damaged = bytearray(source.read(LIMITS))
+    damaged[40:400] = bytes(360)
+    with pytest.raises(DataError):
+        read_recording(Source("a.arrow", bytes(damaged)), LIMITS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ from perceiver_cli.preprocess.time_columns import Floats, Kind
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
 MAX_COLUMNS = 4096
 BATCH_ROWS = 1 << 16
+STREAM_AT = 8  # in an Arrow file
+HEADER_TYPE, HEADER = 1, 2  # places of fields in a Message
+BUFFERS, COMPRESSION = 2, 3  # in a RecordBatch
+DICTIONARY, DATA = 2, 1  # the type of a DictionaryBatch, and its RecordBatch
 
 
 def check_columns(source: Source, count: int) -> None:
@@ -46,7 +51,7 @@ def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, 
         schema = table.schema_arrow
         source.check_decoded(float(table.metadata.num_rows) * len(schema), 8, limits)
     else:
-        reader = pyarrow.ipc.open_file(file) if head.startswith(ARROW[0]) else pyarrow.ipc.open_stream(file)
+        reader = _stream(pyarrow, source, file, limits, is_file=head.startswith(ARROW[0]))
         schema = reader.schema
     check_columns(source, len(schema))
     kinds: dict[str, Kind] = {}
@@ -61,9 +66,7 @@ def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, 
     if head.startswith(PARQUET):
         batches = table.iter_batches(BATCH_ROWS, columns=list(kinds), use_threads=False)
     else:
-        streams = hasattr(reader, "read_next_batch")
-        every = reader if streams else map(reader.get_batch, range(reader.num_record_batches))
-        batches = (batch.select(list(kinds)) for batch in every)
+        batches = (batch.select(list(kinds)) for batch in reader)
     for batch in batches:
         batch.validate(full=True)
         total += batch.num_rows * max(1, len(kinds))
@@ -72,6 +75,57 @@ def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, 
         parts.append(np.stack(columns, axis=1) if columns else np.empty((0, 0)))
     values = np.concatenate(parts) if parts else np.empty((0, len(kinds)))
     return tuple(kinds), tuple(kinds.values()), values
+
+
+def _stream(pyarrow: Any, source: Source, file: Any, limits: Limits, *, is_file: bool) -> Any:
+    """Return the reader of an Arrow stream, or of the stream that an Arrow file holds between its marks.
+
+    pyarrow unpacks a batch whole, so its size is looked up before. Raises LimitError, and DataError for a cut file.
+    """
+    expected = pyarrow.ipc.open_file(file).num_record_batches if is_file else None
+    file.seek(STREAM_AT if is_file else 0)
+    count = total = 0
+    for message in pyarrow.ipc.MessageReader.open_stream(file):
+        if message.type in ("record batch", "dictionary"):
+            count += message.type == "record batch"
+            total += _unpacked_bytes(bytes(message.metadata), memoryview(message.body))
+            source.check_decoded(total, 1, limits)
+    if expected not in (None, count):
+        raise DataError(f"{source.shown}: declared {expected} batches of rows, found {count}")
+    file.seek(STREAM_AT if is_file else 0)
+    return pyarrow.ipc.open_stream(file)
+
+
+def _unpacked_bytes(metadata: bytes, body: memoryview) -> int:
+    """Return the bytes of the unpacked columns of a batch; Arrow's Message.fbs says where their sizes stand.
+
+    Raises struct.error for damaged metadata.
+    """
+
+    def number(form: str, at: int) -> int:
+        if at < 0:
+            raise struct.error("a place before the beginning")
+        return int(struct.unpack_from(form, metadata, at)[0])
+
+    def field(table: int, place: int) -> int:
+        fields = table - number("<i", table)
+        offset = number("<H", fields + 4 + 2 * place) if 4 + 2 * place < number("<H", fields) else 0
+        return table + offset if offset else 0
+
+    def pointed(at: int) -> int:
+        return at + number("<I", at)
+
+    batch = pointed(field(pointed(0), HEADER))
+    if number("<B", field(pointed(0), HEADER_TYPE)) == DICTIONARY:
+        batch = pointed(field(batch, DATA))
+    if not field(batch, COMPRESSION):
+        return len(body)
+    buffers, total = pointed(field(batch, BUFFERS)), 0
+    for place in range(number("<I", buffers)):
+        start, length = struct.unpack_from("<qq", metadata, buffers + 4 + 16 * place)
+        if length:
+            total += max(length, int(struct.unpack_from("<q", body, max(0, start))[0]))  # -1: not packed
+    return total
 
 
 def _column(pyarrow: Any, column: Any, kind: Kind) -> Floats:

@@ -46,6 +46,7 @@ LEAST_ROWS = 8  # of a file whose names of columns tell that it is numbers over 
 MARKS = ((",", False), *((mark, comma) for mark in (";", "\t", "|", None) for comma in (False, True)))
 COMMENTS = ("#", "%", "//", "!")
 MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # cells that programs write for nothing
+INDEX = ("index", "id", "row", "sample", "n", "#")  # names of columns that count the rows
 COUNTED: tuple[Kind, ...] = ("number", "time", "clock")
 TIMES = "numbers, 10:00:05 or 2024-03-05T10:00:05"
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:\.\d{3})+(?:,\d*)?")  # where commas are decimal points
@@ -191,10 +192,12 @@ def _found_time(source: Source, every: Recording, kinds: Sequence[Kind]) -> int 
 
 def _counts(name: str, column: Floats) -> bool:
     """Return whether a column counts the rows, as programs write an index; one without a name may leave some out."""
-    plain, steps = name.strip().lower(), np.diff(column)
-    if plain == "" or plain.startswith(("unnamed:", "__index_level")):
-        return steps.size > 0 and bool(((steps >= 1) & (steps % 1 == 0)).all())
-    return plain in ("index", "id", "row", "sample", "n", "#") and steps.size > 0 and bool((steps == 1).all())
+    plain = name.strip().lower()
+    unnamed = plain == "" or plain.startswith(("unnamed:", "__index_level"))
+    if not (unnamed or plain in INDEX) or len(column) < 2 or not np.isfinite(column).all():
+        return False
+    steps = np.diff(column)
+    return bool(((steps >= 1) & (steps % 1 == 0)).all()) if unnamed else bool((steps == 1).all())
 
 
 # ---------------------------------------------------------------- text
