@@ -11,7 +11,7 @@ from perceiver_cli.cli import completion, options, processes, terminal
 from perceiver_cli.cli.progress import working
 from perceiver_cli.cli.terminal import emit, emit_json, flat_items, say, say_advice
 from perceiver_cli.errors import UsageError, counted
-from perceiver_cli.files import show_path
+from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.hardware import LAUNCHED, machine_cores
 
 
@@ -54,20 +54,49 @@ def info(
         typer.Argument(
             metavar="NAME|FILE",
             autocompletion=completion.presets_and_models,
-            help="A preset, a configuration, a run or a model file.",
+            help="A preset, a configuration, a run, a model file, or a file of data.",
         ),
     ],
     on: options.On = None,
+    output: Annotated[Path | None, options.output("With a file of data: FILE.png to draw it.")] = None,
+    limit: options.Limit = None,
     json: options.Json = False,
 ) -> None:
-    """Print the size and shapes of a preset or model. --on adds what training costs on a machine. Builds no model."""
-    from perceiver_cli.model.describe import describe
+    """Describe a preset, a model or a file of data.
+
+    Of a model: its size and shapes, without building it; --on adds what training costs on a machine. Of a file of data:
+    what it is taken for, what it declares, and what is decoded of it.
+    """
+    from perceiver_cli.model.describe import describe, is_model
     from perceiver_cli.model.machines import estimate_lines
 
+    if not is_model(name):
+        _about_file(name, output, limit, json)
+        return
+    if output is not None:
+        raise UsageError("-o draws a file of data", f"leave it out for {show_path(name)}")
     facts = describe(name, on)
     lines = [] if json or on is None else estimate_lines(facts.pop("training"))
     terminal.show_facts(facts, json)
     emit("".join(f"{line}\n" for line in lines))
+
+
+def _about_file(name: str, output: Path | None, limit: list[str] | None, as_json: bool) -> None:
+    if output is not None:
+        check_suffix(output, (".png",), "-o", "not a picture")
+    from perceiver_cli.data.about_file import about_file
+    from perceiver_cli.preprocess.spec import Limits
+
+    facts, decoded = about_file(name, Limits().raised(options.raised_limits(limit)))
+    if output is not None and not decoded:
+        raise UsageError(f"{show_path(name)}: {facts['taken_for']} has no picture", "leave out -o")
+    terminal.show_facts(facts, as_json)
+    if output is not None:
+        from perceiver_cli.report.pictures import sample
+
+        with atomic_write(output) as file:
+            sample(*decoded[0]).save(file, "PNG")
+        say(f"wrote {show_path(output)}")
 
 
 def doctor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,13 @@ from perceiver_cli.presets import preset_names
 from perceiver_cli.run_folder import find_model
 
 DEFAULT_CLASSES = 10  # for recipes that take the classes from the data
+
+
+def is_model(name: str) -> bool:
+    """Return whether a name is of no file of data: of a preset, a TOML file, a run, a model file, or of nothing."""
+    if name in preset_names() or name.endswith((".toml", ".safetensors")):
+        return True
+    return not os.path.isfile(name)
 
 
 def describe(name: str, on: str | None = None) -> dict[str, Any]:

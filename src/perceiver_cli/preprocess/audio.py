@@ -241,6 +241,11 @@ class AudioModality(TimedModality[AudioSpec]):
         varied = varied_in_words(name for name, strength in changes.items() if strength)
         return f"{_clip_s(spec):g} s{start} at {_khz(_rate(spec))} kHz, {features}{channel}{varied}"
 
+    def declared(self, source: Source, limits: Limits) -> dict[str, Any]:
+        with open_sound(source, "mix", limits) as sound:
+            seconds = None if sound.samples is None else round(sound.samples / sound.rate_hz, 3)
+            return {"rate_hz": sound.rate_hz, "seconds": seconds}
+
     def survey(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
         """Return the shares of files of lower and of higher rates than the model's, and the lengths of files."""
         rates, seconds = [], []

@@ -239,6 +239,10 @@ class Modality(ABC, Generic[S]):
         layout = self.layout(spec)
         return f"{' x '.join(map(str, layout.grid))} inputs of {counted(layout.channels, 'value')}"
 
+    def declared(self, source: Source, limits: Limits) -> dict[str, Any]:
+        """Return what a file says of itself before it is decoded, such as its size and its rate, for people."""
+        return {}
+
     def survey(self, spec: S, sources: Sequence[Source], limits: Limits) -> list[str]:
         """Return facts about files that a reader of `in_words` should know, such as "21 % of 64 files are 8 kHz".
 

@@ -336,6 +336,11 @@ class ImageModality(Modality[ImageSpec]):
         varied_by = varied_in_words(name for name, strength in changes.items() if strength)
         return f"{size[0]} x {size[1]} {'grey' if spec.color == 'grey' else 'colour'}{whole}, {inputs}{varied_by}"
 
+    def declared(self, source: Source, limits: Limits) -> dict[str, Any]:
+        with open_image(source, limits) as image:
+            turned = {"orientation": _orientation(image)}
+            return {"format": image.format, "width": image.width, "height": image.height, "mode": image.mode, **turned}
+
     def survey(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
         """Return the size of all files if it is one, else the shares of files that are scaled down and up."""
         sizes = []

@@ -166,6 +166,9 @@ class VideoModality(TimedModality[VideoSpec]):
         frames = f"{self.clip_s(spec):.3g} s as {spec.num_frames} frames of {spec.size[0]} x {spec.size[1]}"
         return f"{frames}, {' x '.join(map(str, spec.patch))} patches"
 
+    def declared(self, source: Source, limits: Limits) -> dict[str, Any]:
+        return {"seconds": round(self.duration_s(source, limits), 3)}
+
     def survey(self, spec: VideoSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
         seconds = []
         for source in sources:
