@@ -102,7 +102,7 @@ def test_a_rate_that_learns(tmp_path: Path, follow: Follow) -> None:
 
 def test_a_lower_rate(tmp_path: Path, follow: Follow) -> None:
     data = write_noisy(tmp_path / "data", dict.fromkeys("abcd", 400))
-    advice = train(data, tmp_path / "run", "train.steps=240", "train.lr=0.06", "train.eval_every=15 steps", *CONSTANT)
+    advice = train(data, tmp_path / "run", "train.steps=240", "train.lr=0.05", "train.eval_every=15 steps", *CONSTANT)
     run = Path(follow(advice, "again and again").decode().strip())
     assert score(tmp_path / run.parent) > score(tmp_path / "run") + 0.1
 
