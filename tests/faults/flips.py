@@ -60,7 +60,7 @@ def model(folder: Path) -> Path:
     from perceiver_cli.preprocess import modality
 
     sizes = ("size=[64, 64]", "color=grey", "mean=[0.5]", "std=[0.25]", "patch=[8, 8]")
-    config = load_preset("tiny-image").override([*SETS, *(f"inputs.image.{each}" for each in sizes)])
+    config = load_preset("tiny-image").override([*SETS, *(f"inputs.image.{each}" for each in ("stem=none", *sizes))])
     torch.manual_seed(0)
     layouts = {name: modality(name).layout(spec) for name, spec in config.inputs.items()}
     perceiver = Perceiver(config.model, layouts, 2)

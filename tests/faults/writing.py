@@ -28,7 +28,8 @@ SMALL = [
     "model.num_latents=4", "model.latent_channels=8", "model.num_self_heads=2", "model.self_attends_per_block=1",
     "model.schedule=c0 t0", "train.batch_size=4", "train.save_every=1 steps", "train.eval_every=2 steps",
 ]  # fmt: skip
-SETS = [word for change in SMALL for word in ("--set", change)] + ["--workers", "0"]
+# Without a stem, so that a byte array of the recipe can be written.
+SETS = [word for change in (*SMALL, "inputs.image.stem=none") for word in ("--set", change)] + ["--workers", "0"]
 
 
 class World:
@@ -201,7 +202,7 @@ def writers(world: World) -> dict[str, tuple[list[str | Path], dict[str, Path]]]
         "resume": (["train", "--resume", "-o", root / "run", "--steps", "4"], {}),
         "tar": (["preprocess", picture, "-o", root / "x.tar"], {}),
         "shards": (["preprocess", world.data, "-o", root / "new/s-%d.tar", "--shard-size", "3k"], {}),
-        "rows": (["preprocess", picture, "--preset", "tiny-image", "-o", root / "x.npy"], {}),
+        "rows": (["preprocess", picture, "-m", world.run, "-o", root / "x.npy"], {}),
         "embeddings": (["predict", picture, "-m", world.run, "--embeddings", root / "e.npy"], {}),
         "stdout": (["predict", picture, "-m", world.run], {"stdout": root / "answers"}),
         "report": (["evaluate", world.data, "-m", world.run, "-o", root / "report"], {}),
