@@ -57,10 +57,11 @@ def model(folder: Path) -> Path:
     from perceiver_cli.config import load_preset
     from perceiver_cli.model.checkpoint import ModelInfo, save_model
     from perceiver_cli.model.perceiver import Perceiver
-    from perceiver_cli.preprocess import modality
+    from perceiver_cli.preprocess import modality, settled
 
     sizes = ("size=[64, 64]", "color=grey", "mean=[0.5]", "std=[0.25]", "patch=[8, 8]")
     config = load_preset("tiny-image").override([*SETS, *(f"inputs.image.{each}" for each in ("stem=none", *sizes))])
+    config = config.model_copy(update={"inputs": {name: settled(spec) for name, spec in config.inputs.items()}})
     torch.manual_seed(0)
     layouts = {name: modality(name).layout(spec) for name, spec in config.inputs.items()}
     perceiver = Perceiver(config.model, layouts, 2)
