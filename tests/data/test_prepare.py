@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from perceiver_cli.config import DataConfig
+from perceiver_cli.config import Config, DataConfig, load_config
 from perceiver_cli.data.catalog import Catalog, scan
 from perceiver_cli.data.decoder import Decoder
 from perceiver_cli.data.examples import Example
@@ -248,6 +248,21 @@ def test_several_folders_and_manifests(bars: Path, tmp_path: Path) -> None:
     assert b".cls" not in data
     (tmp_path / "s.tar").write_bytes(data)
     assert same(scan(several), scan(tmp_path / "s.tar"))
+
+
+def test_a_run_is_asked_once_how_its_data_was_read(bars: Path, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was asked for each file of a list, which took longer than to read the file."""
+    asked: list[Path] = []
+
+    def load(path: Path) -> Config:
+        asked.append(path)
+        return load_config(path)
+
+    monkeypatch.setattr("perceiver_cli.data.listing.load_config", load)
+    files = list(map(str, sorted(bars.rglob("*.png"))[:4]))
+    plan(files, model=str(trained))
+    assert len([*Predictor(trained, device="cpu").predict(files)]) == 4
+    assert asked == [trained / "config.toml"] * 2
 
 
 def test_bytes_on_stdin_and_files_without_labels(bars: Path, trained: Path) -> None:

@@ -24,6 +24,7 @@ from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
 from perceiver_cli.preprocess.source import Source
+from perceiver_cli.run_folder import CONFIG_FILE
 
 T = TypeVar("T")
 
@@ -56,19 +57,25 @@ def fitting(read: Callable[[DataConfig], T], options: Sequence[DataConfig]) -> T
     return read(options[-1])
 
 
+def data_of_run(model: Path) -> DataConfig | None:
+    """Return how the run of a model's file was told to read its data, None for a file without its run."""
+    try:
+        return load_config(model.parent / CONFIG_FILE).data
+    except UsageError:
+        return None
+
+
 def ways_to_read(
-    model: Path, trained: DataConfig, path: str | os.PathLike[str] | None, given: Mapping[str, Any]
+    run: DataConfig | None, trained: DataConfig, given: Mapping[str, Any], path: str | os.PathLike[str] | None
 ) -> tuple[DataConfig, DataConfig]:
     """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
 
-    model: the model's file; trained: how its data was read. The root of the manifest of training, in the run's folder,
-    is for that manifest alone. given: the user's options, which go before both.
+    run: see `data_of_run`; its root is for the manifest of training alone. trained: how the model's data was read.
+    given: the user's options, which go before both.
     """
     named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
-    if path is not None:
-        with suppress(UsageError):  # a model file without its run
-            own = load_config(model.parent / "config.toml").data
-            named |= {"root": own.root} if own.path == os.path.abspath(path) else {}
+    if path is not None and run is not None and run.path == os.path.abspath(path):
+        named["root"] = run.root
     usual = DataConfig(**{"pair": trained.pair, "columns": trained.columns, **given})
     return usual.model_copy(update={**named, **given}), usual
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from perceiver_cli.data.decoder import Decoder, View
 from perceiver_cli.data.inputs import Named, examples_of
-from perceiver_cli.data.listing import ways_to_read
+from perceiver_cli.data.listing import data_of_run, ways_to_read
 from perceiver_cli.errors import DataError
 from perceiver_cli.files import atomic_write, check_suffix, show_path
 from perceiver_cli.model.checkpoint import read_info
@@ -37,8 +37,9 @@ def write_model_inputs(
     config = read_info(path).config
     decoder = Decoder(config.inputs, config.data.limits.raised(raised))
     views: list[View] = []
+    run = data_of_run(path)
     for each in named:
-        ways = ways_to_read(path, config.data, each if isinstance(each, str) else None, given or {})
+        ways = ways_to_read(run, config.data, given or {}, each if isinstance(each, str) else None)
         for example in examples_of(each, config.inputs, decoder.limits, options=ways):
             line = {"path": example.path, **example.names}
             try:

@@ -25,7 +25,7 @@ from perceiver_cli.data.decoder import Decoder, seconds_of
 from perceiver_cli.data.examples import Example, Examples
 from perceiver_cli.data.folders import parent
 from perceiver_cli.data.inputs import opened, piped
-from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream, ways_to_read
+from perceiver_cli.data.listing import Listing, data_of_run, fitting, listed, listed_stream, ways_to_read
 from perceiver_cli.data.manifest import EVERY, Labels, Row
 from perceiver_cli.data.workers import in_order, in_progress, start_method
 from perceiver_cli.errors import DataError, UsageError
@@ -94,7 +94,7 @@ def plan(
         if first is not None and first.error is not None:
             raise with_formats(first.error, None if config is None else config.inputs)
     else:
-        listing, root = _listing_of(inputs, label_from_parent, partial(_ways_to_read, model, config, changes))
+        listing, root = _listing_of(inputs, label_from_parent, _ways_to_read(model, config, changes))
     catalog = of_listing(listing, root, reads=None if config is None else config.inputs)
     order = {name: n for n, row in enumerate(listing.rows) for name in row.names(listing.folder)}
     config = config or tiny_config(catalog.modalities)
@@ -136,17 +136,20 @@ def _recipe(model: str | None, preset: str | None) -> Config | None:
 
 
 def _ways_to_read(
-    model: str | None, config: Config | None, changes: Sequence[str], path: str
-) -> tuple[DataConfig, ...]:
-    """Return how to read data at a path: by the changes of the command line, else as a model's own data."""
+    model: str | None, config: Config | None, changes: Sequence[str]
+) -> Callable[[str], Sequence[DataConfig]]:
+    """Return a function from a path to how to read it: by the changes of the command line, else as a model's data."""
     config = config or tiny_config(["image"])
     bare = config.model_copy(update={"data": DataConfig(pair=config.data.pair)})
     own = [change for change in changes if change.startswith("data.")]
     given = {name: value for name, value in vars(bare.override(own).data).items() if name in READING}
     given = {name: value for name, value in given.items() if any(change.startswith(f"data.{name}") for change in own)}
-    usual = bare.data.model_copy(update=given)
-    ways = (usual,) if model is None else ways_to_read(find_model(model), config.data, path, given)
-    return tuple(way.model_copy(update={"pass_columns": (EVERY,)}) for way in ways)
+    kept = {"pass_columns": (EVERY,)}
+    if model is None:
+        usual = bare.data.model_copy(update=given | kept)
+        return lambda path: (usual,)
+    run, trained = data_of_run(find_model(model)), config.data
+    return lambda path: [way.model_copy(update=kept) for way in ways_to_read(run, trained, given, path)]
 
 
 def _listing_of_bytes(source: Source, wanted: str | None) -> Listing:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain, groupby, islice, takewhile
 from math import inf
 from pathlib import Path
@@ -23,7 +24,7 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.decoder import View
 from perceiver_cli.data.examples import PAUSE, Example
 from perceiver_cli.data.inputs import Named, Pipe, examples_of
-from perceiver_cli.data.listing import ways_to_read
+from perceiver_cli.data.listing import data_of_run, ways_to_read
 from perceiver_cli.data.loader import Batch, Reader, Task, collate, ordered_tasks
 from perceiver_cli.errors import DataError, IntegrityError, UsageError
 from perceiver_cli.files import show_path
@@ -267,7 +268,11 @@ class Predictor:
 
     def data_options(self, path: str | os.PathLike[str] | None) -> tuple[DataConfig, DataConfig]:
         """Return how to read data at a path, see `ways_to_read`."""
-        return ways_to_read(self.path, self.info.config.data, path, self.options)
+        return ways_to_read(self._data_of_run, self.info.config.data, self.options, path)
+
+    @cached_property
+    def _data_of_run(self) -> DataConfig | None:
+        return data_of_run(self.path)
 
     def _choice(self, used: tuple[str, ...]) -> tuple[str, ...]:
         """Return the used modalities for a model of several, else none."""
