@@ -56,6 +56,9 @@ def test_what_holds_or_names_files_and_what_is_of_no_kind(tmp_path: Path) -> Non
     assert facts["looked_at_by"] == f"perceiver lint {tmp_path}/x.zip"
     (tmp_path / "x.csv").write_text("path,label\n1.png,cat\n")
     assert about_file(str(tmp_path / "x.csv"), Limits())[0]["sure"] == "by its name"
+    np.save(tmp_path / "x.npy", np.zeros((64, 40), np.float32))
+    with pytest.raises(DataError, match="could be anything"):  # it was taken for a film
+        about_file(str(tmp_path / "x.npy"), Limits())
     (tmp_path / "x.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="unknown format"):
         about_file(str(tmp_path / "x.png"), Limits())

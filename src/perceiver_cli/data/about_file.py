@@ -11,7 +11,7 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import perceiver_command
 from perceiver_cli.preprocess import modality, settled
 from perceiver_cli.preprocess.base import Array
-from perceiver_cli.preprocess.detection import looked_at
+from perceiver_cli.preprocess.detection import looked_at, without_rows
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import InputSpec, Limits
 
@@ -25,7 +25,7 @@ def about_file(path: str, limits: Limits) -> tuple[dict[str, Any], list[tuple[Ar
     lint = {"looked_at_by": perceiver_command(["perceiver", "lint", path])}
     if (held := containers(path)) is not None:
         return {"path": path, "taken_for": f"a file of {held[0]}", "sure": "by its content", **lint}, []
-    file = looked_at(Source(path))
+    file = without_rows(looked_at(Source(path)))
     if file.error is not None:
         if is_manifest(path):
             return {"path": path, "taken_for": "a manifest", "sure": "by its name", **lint}, []
