@@ -32,6 +32,7 @@ from perceiver_cli.preprocess.base import (
     lengths_in_words,
     patchify,
     share_in_words,
+    strength_of,
     varied_in_words,
 )
 from perceiver_cli.preprocess.mel import fft_size, mel_filters
@@ -133,7 +134,7 @@ class AudioModality(TimedModality[AudioSpec]):
         return _clip_s(spec)
 
     def span_s(self, spec: AudioSpec) -> float:
-        return _clip_s(spec) * (1 + _varied(spec.speed))
+        return _clip_s(spec) * (1 + strength_of(spec.speed))
 
     def first_s(self, raw: Array, spec: AudioSpec) -> float:
         if spec.start == "onset" and (loud := _audible(raw)).size:
@@ -280,10 +281,10 @@ class AudioModality(TimedModality[AudioSpec]):
 
     def prepare(self, raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None = None) -> ByteArray:
         """Return one clip of `raw` (samples,): (M, patch) raw samples or (*grid, values of a patch) log-mel."""
-        speed = _varied(spec.speed)
+        speed = strength_of(spec.speed)
         factor = float(rng.uniform(1 - speed, 1 + speed)) if rng is not None and speed else 1.0
         clip = _clip(raw, spec, rng, start_s, factor)
-        if rng is not None and (noise := _varied(spec.noise)):
+        if rng is not None and (noise := strength_of(spec.noise)):
             level = rng.uniform(0, noise) * float(np.sqrt(np.mean(np.square(clip))))
             clip = clip + rng.normal(0, level, clip.size).astype(np.float32)
         if rng is not None and spec.gain_db:
@@ -354,20 +355,11 @@ def _khz(rate_hz: int) -> str:
 
 
 def _rate(spec: AudioSpec) -> int:
-    if spec.rate_hz == "auto":
-        raise UsageError("inputs.audio.rate_hz is still 'auto', expected a number", "set it in hertz")
-    return spec.rate_hz
+    return spec.known("rate_hz", spec.rate_hz, "hertz")
 
 
 def _clip_s(spec: AudioSpec) -> float:
-    if spec.clip_s == "auto":
-        raise UsageError("inputs.audio.clip_s is still 'auto', expected a number", "set it in seconds")
-    return spec.clip_s
-
-
-def _varied(strength: float | Literal["auto"]) -> float:
-    """Return the strength of a variation; "auto", which training data settles, is none."""
-    return 0.0 if strength == "auto" else strength
+    return spec.known("clip_s", spec.clip_s, "seconds")
 
 
 def audible_samples(sound: Samples) -> int:
@@ -457,7 +449,7 @@ def _log_mel(clip: Samples, spec: AudioSpec, rng: Rng | None) -> Samples:
     power = np.stack(mel, axis=1)
     floor = POWER_FLOOR if spec.floor_db is None else max(POWER_FLOOR, power.max() * 10 ** (-spec.floor_db / 10))
     features: Samples = np.log(power + np.float32(floor))
-    if rng is not None and (strength := _varied(spec.equalizer_db)):
+    if rng is not None and (strength := strength_of(spec.equalizer_db)):
         place = np.linspace(-1, 1, spec.num_mels)
         slope, bend = rng.uniform(-strength, strength, 2) * (math.log(10) / 10)  # of power, in nepers
         features += (slope * place + bend * (place**2 - 1 / 3)).astype(np.float32)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.preprocess.source import Source
-from perceiver_cli.preprocess.spec import InputSpec, Limits
+from perceiver_cli.preprocess.spec import Auto, InputSpec, Limits
 
 Array = NDArray[Any]
 Rng = np.random.Generator
@@ -335,6 +335,11 @@ class TimedModality(Modality[S]):
             raise DataError(f"{source.shown}: no {self.steps} in the file")
         yield first
         yield from windows
+
+
+def strength_of(variation: float | Auto) -> float:
+    """Return the strength of a variation; "auto", which training data settles, is none."""
+    return 0.0 if variation == "auto" else variation
 
 
 def varied_in_words(changes: Iterable[str]) -> str:

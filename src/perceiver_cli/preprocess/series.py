@@ -30,6 +30,7 @@ from perceiver_cli.preprocess.base import (
     TrainingSet,
     lengths_in_words,
     share_in_words,
+    strength_of,
     varied_in_words,
 )
 from perceiver_cli.preprocess.recordings import Recording, is_named_recording, is_recording, read_recording
@@ -269,7 +270,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
         values, there = clip[..., 0], clip[..., 1] != 0  # (T, channels)
         if spec.scale == "clip":
             values = _standardised(values, there)
-        gain, noise = (0.0 if strength == "auto" else strength for strength in (spec.gain, spec.noise))
+        gain, noise = map(strength_of, (spec.gain, spec.noise))
         if rng is not None and gain:
             values = values * np.float32(rng.uniform(1 - gain, 1 + gain))
         if rng is not None and noise:
@@ -369,33 +370,24 @@ def _chosen(source: Source, recording: Recording, spec: SeriesSpec) -> Floats:
 
 
 def _rate(spec: SeriesSpec) -> float:
-    if spec.rate_hz == "auto":
-        raise UsageError("inputs.series.rate_hz is still 'auto', expected a number", "set it in hertz")
-    return spec.rate_hz
+    return spec.known("rate_hz", spec.rate_hz, "hertz")
 
 
 def _steps(spec: SeriesSpec) -> int:
     """Return the samples of a clip."""
-    if spec.clip_s == "auto":
-        raise UsageError("inputs.series.clip_s is still 'auto', expected a number", "set it in seconds")
-    steps = max(1, round(min(spec.clip_s * _rate(spec), 2.0 * MAX_STEPS)))
+    samples = spec.known("clip_s", spec.clip_s, "seconds") * _rate(spec)
+    steps = max(1, round(min(samples, 2.0 * MAX_STEPS)))
     if steps > MAX_STEPS:
-        raise UsageError(
-            f"inputs.series.clip_s is {spec.clip_s * _rate(spec):.0f} samples, expected {MAX_STEPS} at most"
-        )
+        raise UsageError(f"inputs.series.clip_s is {samples:.0f} samples, expected {MAX_STEPS} at most")
     return steps
 
 
 def _patch(spec: SeriesSpec) -> int:
-    if spec.patch == "auto":
-        raise UsageError("inputs.series.patch is still 'auto', expected a number", "set it in samples")
-    return spec.patch[0]
+    return spec.known("patch", spec.patch, "samples")[0]
 
 
 def _window(spec: SeriesSpec) -> int:
-    if spec.window == "auto":
-        raise UsageError("inputs.series.window is still 'auto', expected a number", "set it in samples")
-    return spec.window
+    return spec.known("window", spec.window, "samples")
 
 
 def _power_of_2(number: float) -> int:

@@ -16,6 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from perceiver_cli.errors import UsageError
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Size = Annotated[int, Field(ge=1, le=1 << 20)]
@@ -23,6 +25,7 @@ Size = Annotated[int, Field(ge=1, le=1 << 20)]
 Auto = Literal["auto"]
 
 Range = tuple[float, float]
+T = TypeVar("T")
 # One number stands for both sides.
 Pair = Annotated[tuple[Size, Size], BeforeValidator(lambda side: [side, side] if isinstance(side, int) else side)]
 
@@ -79,6 +82,12 @@ class InputSpec(Table):
         fields, options = type(self).model_fields, dump(self)
         unused = {name for name in self.newer if getattr(self, name) == fields[name].default}
         return {name: value for name, value in options.items() if name not in unused}
+
+    def known(self, key: str, value: T | Auto, how: str) -> T:
+        """Return the value of an option that is a number. Raises UsageError for "auto"; how: what the number is in."""
+        if value == "auto":
+            raise UsageError(f"inputs.{self.modality}.{key} is still 'auto', expected a number", f"set it in {how}")
+        return value
 
     def filled(self, values: Mapping[str, Any]) -> Self:
         """Return the options with these values in place of "auto"."""

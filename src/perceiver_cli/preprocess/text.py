@@ -19,7 +19,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from pydantic import Field
 
-from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess import register
 from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Parts, Rng, check_contract
 from perceiver_cli.preprocess.source import Source, probed
@@ -182,9 +182,7 @@ def _decoded(source: Source, data: bytes) -> str:
 
 
 def _most(spec: TextSpec) -> int:
-    if spec.max_bytes == "auto":
-        raise UsageError("inputs.text.max_bytes is still 'auto', expected a number", "set it in bytes")
-    return spec.max_bytes
+    return spec.known("max_bytes", spec.max_bytes, "bytes")
 
 
 def _cut(data: bytes, keep: str, most: int) -> bytes:
