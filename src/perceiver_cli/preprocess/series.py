@@ -34,10 +34,10 @@ from perceiver_cli.preprocess.base import (
     varied_in_words,
 )
 from perceiver_cli.preprocess.recordings import Recording, is_named_recording, is_recording, read_recording
-from perceiver_cli.preprocess.sampling import SAME_RATE, at_rate
+from perceiver_cli.preprocess.resampling import SAME_RATE, at_rate
+from perceiver_cli.preprocess.series_summary import CONSTANT, Summary, channels_of
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Auto, InputSpec, Limits, Positive, Size
-from perceiver_cli.preprocess.summary import CONSTANT, Summary, channels_of
 from perceiver_cli.preprocess.time_columns import Floats
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from perceiver_cli.errors import DataError
 from perceiver_cli.preprocess.recordings import Recording
-from perceiver_cli.preprocess.sampling import rate_of
+from perceiver_cli.preprocess.resampling import rate_of
 from perceiver_cli.preprocess.time_columns import Floats
 
 CONSTANT = 1e-12  # deviation relative to the mean, up to which a channel does not change
