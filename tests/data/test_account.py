@@ -220,7 +220,7 @@ def test_pictures_without_class_folders_are_no_classes(tmp_path: Path, first: st
 def test_folders_that_may_be_no_classes_are_told(tmp_path: Path) -> None:
     write_images(tmp_path, {"colour/cat": 2, "colour/dog": 2, "segmented/cat": 2, "segmented/dog": 2})
     (note,) = (note for note in scan(tmp_path).notes if "each class folder" in note)
-    assert note.endswith("'cat', 'dog': if these are the classes, name one of 'colour', 'segmented'")
+    assert note.endswith("'cat', 'dog': if these are the classes, pass one of 'colour', 'segmented'")
 
 
 def test_what_this_program_wrote_is_no_data(bars: Path, tmp_path: Path, run: Run) -> None:

@@ -314,7 +314,7 @@ def test_names_of_classes_stand_in_the_tar_or_beside_it(tmp_path: Path) -> None:
     assert {split: len(examples) for split, examples in catalog.splits.items()} == {"train": 4, "test": 4}
     adds_up(catalog)
     (tmp_path / "wds" / "classnames.txt").write_text("cat\n")
-    with pytest.raises(DataError, match="label 1, but the names are those of 1 class"):
+    with pytest.raises(DataError, match="label 1, but there are names of 1 class"):
         scan(tmp_path / "wds")
 
 
@@ -398,7 +398,7 @@ def test_archives_named_after_classes(tmp_path: Path) -> None:
         ("n01440764/n01440764_0.JPEG", ("n01440764",)),
         ("n01443537/n01443537_0.JPEG", ("n01443537",)),
     ]
-    assert "classes are archives: 2 names, the first 'n01440764'" in catalog.notes
+    assert "each archive is a class: 2 names, the first 'n01440764'" in catalog.notes
     adds_up(catalog)
     catalog = scan(tmp_path / "split")
     assert (catalog.counts("train"), catalog.counts("val")) == ({"n01440764": 3, "n01443537": 3},) * 2
@@ -625,7 +625,7 @@ def test_metadata_in_archives(tmp_path: Path, top: str) -> None:
             (f"{base}img/{n}.png", (n % 2,)) for n in range(4)
         ]
         over = {name: paths.count for name, paths in catalog.accounted().passed_over.items()}
-        assert over == {"a list of the others": 1, "named by no metadata": 1}
+        assert over == {"a manifest": 1, "named by no manifest": 1}
         adds_up(catalog)
     with pytest.raises(
         DataError, match=r"metadata\.csv': 1 of 4 files are not in the archive, the first '.*img/3.png'"

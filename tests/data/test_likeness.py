@@ -77,7 +77,7 @@ def test_training_tells_of_validation_examples_that_it_holds(tmp_path: Path, by_
         Image.fromarray(changed(np.asarray(Image.open(leaked)), 1)).save(tmp_path / "d" / "val" / "a" / "x.png")
     trainer = Trainer(tmp_path / "d", tmp_path / "run", overrides=[*SMALL, "train.steps=1"])
     notes = [event.message for event in trainer.fit() if isinstance(event, Note)]
-    (line,) = (note for note in notes if "that training nearly holds" in note)
+    (line,) = (note for note in notes if "training nearly holds" in note)
     assert ("train0_rot90.png" in line) == by_name
     assert "train/a/train0.png" in line
     assert "--group-by" in line

@@ -81,7 +81,7 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
         ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "a line that is not an object"),
         ("m.jsonl", '{"image": ["x.png"], "label": "a"}\n', "row 1 has a path that is not text"),
         ("m.jsonl", "{", "not a .jsonl manifest"),
-        ("m.csv", "path,label\nnone.png,a\n", "1 of 1 file do not exist, first 'none.png'"),
+        ("m.csv", "path,label\nnone.png,a\n", "1 of 1 file do not exist, the first 'none.png'"),
         ("m.csv", "", "the file is empty"),
     ],
 )
@@ -149,7 +149,7 @@ def test_metadata_beside_the_files(tmp_path: Path, suffix: str, where: str) -> N
     unused = ("path from 'file_name', label from 'label'; 1 column not used: 'text'",) if suffix == "csv" else ()
     assert catalog.notes == unused
     (tmp_path / "train" / "new.png").write_bytes((tmp_path / "train" / "000.png").read_bytes())
-    assert scan(tmp_path).account.passed_over["named by no list"].first == [os.path.join("train", "new.png")]
+    assert scan(tmp_path).account.passed_over["named by no manifest"].first == [os.path.join("train", "new.png")]
 
 
 def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_metadata_without_labels_leaves_the_classes_to_folders(tmp_path: Path) -
     (tmp_path / "metadata.csv").write_text("file_name,speaker\na/000.png,x\n")
     catalog = scan(tmp_path)
     assert catalog.classes == ("a", "b")
-    assert "classes are folders" in catalog.notes[0]
+    assert "the classes are those of folders" in catalog.notes[0]
     assert "columns are 'file_name', 'speaker'" in catalog.notes[0]
     for path in (tmp_path / "a").iterdir():
         shutil.move(path, tmp_path)

@@ -112,8 +112,12 @@ def test_text_of_windows_is_read_as_such_and_paths_keep_their_bytes(data: Path) 
         ("m.csv", "path,label\na.png,x\nb.png,y,z\n", "row 2 has more cells than columns: 3, expected 2"),
         ("m.csv", "path,label\na.png,x\nb.png\n", "row 2 has no label: its column 'label' is empty"),
         ("m.csv", 'path,label\na.png,"x\nb.png,y\n', "not a .csv manifest: line 3: unexpected end of data"),
-        ("m.json", '{"images": [], "info": {"year": 1}}', "one object of objects, expected an array of an object"),
-        ("m.json", '{\n "path": {"0": "a.png"},\n "label": {"0": "x"}\n}\n', "one object of objects"),
+        (
+            "m.json",
+            '{"images": [], "info": {"year": 1}}',
+            "one object that holds objects, expected an array with an object",
+        ),
+        ("m.json", '{\n "path": {"0": "a.png"},\n "label": {"0": "x"}\n}\n', "one object that holds objects"),
         ("m.csv", "class,category,path\nx,y,a.png\n", "perhaps --label-column 'class' or 'category'"),
         ("m.jsonl", '{"path": "a.png", "label": {"a": 1}}\n{"path": "b.png", "label": 1}', "a label that is an object"),
         ("m.csv", "path,label\n", "the manifest names no file; add rows to it"),
@@ -196,9 +200,9 @@ def test_classes_that_look_the_same_are_told(data: Path, one: str, other: str) -
     rows = [(path, (one, other)[number % 2]) for number, (path, _) in enumerate(ROWS)]
     catalog = scanned(data, table([("path", "label"), *rows]))
     assert len(catalog.classes) == 2
-    assert any(note.startswith("classes that differ in case, blanks or the like: ") for note in catalog.notes)
+    assert any(note.startswith("classes that differ only in case, blanks or the like: ") for note in catalog.notes)
     (data / "cat").rename(data / "Hen")
-    assert "classes that differ in case, blanks or the like: 'Hen' and 'hen'" in scan(data).notes
+    assert "classes that differ only in case, blanks or the like: 'Hen' and 'hen'" in scan(data).notes
 
 
 def test_a_class_that_looks_like_no_label_is_told(data: Path) -> None:
@@ -331,7 +335,7 @@ def test_absolute_paths_of_another_machine_never_fall_together(data: Path) -> No
 def test_paths_are_below_the_root(data: Path, tmp_path: Path) -> None:
     (tmp_path / "lists").mkdir()
     text = table([("path", "label"), *ROWS])
-    with pytest.raises(DataError, match=r"4 of 4 files do not exist, first 'cat/000\.png'; paths are relative to"):
+    with pytest.raises(DataError, match=r"4 of 4 files do not exist, the first 'cat/000\.png'; paths are relative to"):
         scanned(tmp_path / "lists", text)
     catalog = scanned(tmp_path / "lists", text, root=str(data))
     assert [example.id for example in catalog.splits["train"]] == [path for path, _ in ROWS]
@@ -346,7 +350,7 @@ def test_paths_are_below_the_root(data: Path, tmp_path: Path) -> None:
     [
         ("https://x.org/a.png", "nothing is downloaded: name local files"),
         ("s3://bucket/a.png", "nothing is downloaded: name local files"),
-        ("D:\\pictures\\a.png", "this is a path of Windows: pass --root"),
+        ("D:\\pictures\\a.png", "this is a Windows path: pass --root"),
         ("pictures\\a.png", "backslashes are read as slashes too"),
         ("CAT/000.PNG", "upper and lower case differ: there is "),
         ("else/a.png", "pass --root with the folder that holds them"),
@@ -356,10 +360,10 @@ def test_paths_are_below_the_root(data: Path, tmp_path: Path) -> None:
 def test_missing_files_are_counted_with_a_hint(data: Path, path: str, hint: str) -> None:
     with pytest.raises(DataError) as caught:
         scanned(data, table([("path", "label"), *((path + "x" * i, "a") for i in range(2))]))
-    assert f"of 2 files do not exist, first '{path}'".replace("\\", "\\\\") in str(caught.value)
+    assert f"of 2 files do not exist, the first '{path}'".replace("\\", "\\\\") in str(caught.value)
     assert hint in str(caught.value)
     catalog = scanned(data, table([("path", "label"), *ROWS, (path, "cat")]))
-    assert [note for note in catalog.notes if note.startswith("1 of 5 files do not exist, first ") and hint in note]
+    assert [note for note in catalog.notes if note.startswith("1 of 5 files do not exist, the first ") and hint in note]
     assert len(catalog.bad) == 1
     predicted = list(examples_of(str(data / "m.csv"), IMAGE, Limits()))
     assert len(predicted) == 5
@@ -372,7 +376,7 @@ def test_a_nul_in_a_path_is_told(data: Path, path: str) -> None:
     scanned(data, table([("path", "label"), *ROWS, (path, "cat")]))
     *good, bad = examples_of(str(data / "m.csv"), IMAGE, Limits())
     assert [example.error for example in good] == [None] * len(ROWS)
-    assert "no path holds a NUL" in str(bad.error)
+    assert "no path has a NUL character" in str(bad.error)
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])

@@ -211,7 +211,7 @@ def test_mean_and_deviation_come_from_the_training_files() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"columns": ("x",)}, "a name twice, or a position"),
+        ({"columns": ("x",)}, "x, y or z, or a name twice"),
         ({"columns": ("a", "a")}, "a name twice"),
         ({"columns": ("nx", "ny")}, "expected all"),
         ({"columns": ("a",), "mean": (1.0, 2.0)}, "inputs.points.mean has 2 numbers, expected 1"),

@@ -129,7 +129,7 @@ CASES = [
     ("a.png", bytes(4096), "nothing but zeros", ""),
     ("a.mid", b"MThd\0\0\0\6", "MIDI", "timidity"),
     ("a.ape", b"MAC \x96\x0f", "sound of a format", "ffmpeg"),
-    ("a.rm", b".RMF\0\0\0\x12", "film of a format", "ffmpeg"),
+    ("a.rm", b".RMF\0\0\0\x12", "video of a format", "ffmpeg"),
     ("a.safetensors", struct.pack("<Q", 60) + b'{"w":{"dtype":"F32"', "weights", ""),
 ]  # fmt: skip
 

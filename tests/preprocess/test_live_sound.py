@@ -121,7 +121,7 @@ def test_what_is_no_sound_or_needs_its_end_is_not_heard() -> None:
 def test_a_header_that_lies_is_one_error() -> None:
     data = written(tone(2, 0.3))
     for damaged, message in (
-        (data[:30], "ended within its header"),
+        (data[:30], "ends inside its header"),
         (data.replace(b"fmt ", b"fmt_"), "without a usable header"),
         (data[:20] + struct.pack("<H", 85) + data[22:], "encoding 85 with 16 bits"),
         (data[:22] + b"\0\0" + data[24:], "encoding 1"),

@@ -97,7 +97,11 @@ def test_arrays_and_parquet_hold_the_same() -> None:
 def hostile() -> Iterator[tuple[str, bytes, str]]:
     yield "cut", NAMED[:-8].encode(), "row 40 has 2 cells, expected 3"
     yield "words", NAMED.replace("0.327", "0.3x7").encode(), "row 2, column 'ax' has '0.3x7', expected a number"
-    yield "falling", b"time,ax\n" + b"\n".join(b"%d,1" % n for n in (*range(20), 3)), "times in 'time' fall at row 21"
+    yield (
+        "falling",
+        b"time,ax\n" + b"\n".join(b"%d,1" % n for n in (*range(20), 3)),
+        "times in column 'time' go back at row 21",
+    )
     yield "manifest", b"path,label\n" + b"a/001.csv,3\n" * 20, "no table of numbers over time"
     yield "text", b"the 3 bears sleep\n" * 20, "no table of numbers over time"
     yield "zeros", bytes(5000), "no table of numbers over time"
@@ -156,7 +160,7 @@ def test_a_channel_that_a_file_lacks_is_missing_and_noted() -> None:
     raw = MODALITY.load(source, SPEC, LIMITS)
     assert not raw[:, 0].any()
     assert raw[:, 1, 0] == pytest.approx(WAVES[:, 1])
-    assert source.notes == ["without 'ax', which count as missing"]
+    assert source.notes == ["no column 'ax': counted as missing"]
     unnamed = MODALITY.load(Source("a.npy", npy(WAVES)), SPEC, LIMITS)
     assert unnamed[..., 0] == pytest.approx(WAVES)
 
@@ -246,7 +250,7 @@ def test_a_table_is_a_series_only_if_it_is_asked_for_or_stands_alone() -> None:
 
 
 def test_options_that_contradict_the_files() -> None:
-    with pytest.raises(DataError, match="no column of times 'clock'; there are 'time', 'ax', 'ay'"):
+    with pytest.raises(DataError, match="no column 'clock' for the times; its columns are 'time', 'ax', 'ay'"):
         MODALITY.load(Source("a", NAMED.encode()), SPEC.model_copy(update={"time": "clock"}), LIMITS)
     for change in (
         {"channels": "auto"},
@@ -380,7 +384,7 @@ def test_numbers_that_fall_are_no_times_if_their_name_leaves_it_open() -> None:
     assert table("t,a", STEPS // 2, WAVES[:, 0]).names == ("t", "a")  # one letter: each is above the last
     assert table("minute,second,a", STEPS // 20, STEPS % 20, WAVES[:, 0]).names == ("minute", "second", "a")
     assert table("T,a", STEPS, WAVES[:, 0]).names == ("a",)
-    with pytest.raises(DataError, match=r"fall at row 2; sort the rows; .* --set inputs\.series\.time=none"):
+    with pytest.raises(DataError, match=r"go back at row 2; sort the rows; .* --set inputs\.series\.time=none"):
         table("time,a", falling, WAVES[:, 0])
 
 

@@ -1,4 +1,4 @@
-"""What a file is taken for, and what is decoded of it: `perceiver info FILE`."""
+"""The answer of `perceiver info FILE`: what a file is taken for, and what is decoded from it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from perceiver_cli.preprocess.spec import InputSpec, Limits
 
 
 def about_file(path: str, limits: Limits) -> tuple[dict[str, Any], list[tuple[Array, InputSpec]]]:
-    """Return the facts about a file, and what was decoded of it for each modality that reads it, with its spec.
+    """Return the facts about a file and, for each modality that reads it, the decoded array with its spec.
 
-    It is decoded as the modality's tiny recipe does, whose "auto" values this file settles. Of a file that holds or
-    names others nothing is decoded. Raises DataError if no modality reads the file beyond doubt.
+    The tiny preset of the modality decodes it, with every "auto" settled by this file. A file that holds or names
+    other files is not decoded. Raises DataError if it is not certain that a modality reads the file.
     """
     lint = {"looked_at_by": perceiver_command(["perceiver", "lint", path])}
     if (held := containers(path)) is not None:
@@ -38,7 +38,7 @@ def about_file(path: str, limits: Limits) -> tuple[dict[str, Any], list[tuple[Ar
         except DataError as error:
             if len(file.source.kinds) == 1:
                 raise
-            facts[kind] = {"error": str(error)}  # a film without sound
+            facts[kind] = {"error": str(error)}  # a video without sound
             continue
         decoded.append((raw, spec))
     if not decoded:
@@ -50,7 +50,7 @@ def about_file(path: str, limits: Limits) -> tuple[dict[str, Any], list[tuple[Ar
 
 def _decoded(kind: str, source: Source, limits: Limits) -> tuple[dict[str, Any], Array, InputSpec]:
     reader = modality(kind)
-    declared = reader.declared(source, limits)  # first: its error is of the file, not of an option that it settles
+    declared = reader.declared(source, limits)  # first, so that an error names the file, not an option that it settles
     spec = settled(reader.resolve(load_preset(f"tiny-{kind}").inputs[kind], [source], limits))
     raw, layout = reader.load(source, spec, limits), reader.layout(spec)
     facts = {

@@ -9,8 +9,8 @@ from typing import Any
 from perceiver_cli.errors import counted
 from perceiver_cli.files import show_path
 
-NAMED = 3  # paths that are named of each reason
-REASONS = 5  # reasons on the line of a summary
+NAMED = 3  # paths that are shown for each reason
+REASONS = 5  # reasons that a summary shows
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Paths:
     first: list[str] = field(default_factory=list)
 
     def add(self, path: str, count: int = 1) -> None:
-        """Count a path; `count` is larger for a folder with all that lies in it."""
+        """Count a path, or the `count` paths of a folder and of all that lies in it."""
         self.count += count
         if len(self.first) < NAMED:
             self.first.append(path)
@@ -36,7 +36,7 @@ class Account:
 
     paths: what `find` counts below a data folder, itself included; of a manifest the files that it names. linked: paths
     behind links to folders, which `find -L` counts too. inside: members of archives, cells of tables, records. absent:
-    files that metadata names and that were not found below the folder, or names again.
+    files that metadata names but that are not below the folder, or that it names twice.
 
     folders: folders, archives and tables that were listed. used: files by split. passed_over: paths by reason.
     unreadable, unlabelled: files.
@@ -72,7 +72,7 @@ class Account:
             mine.first += own.first[: NAMED - len(mine.first)]
 
     def leave(self, reason: str | None, path: str) -> None:
-        """Count a path without a row: passed over for a reason, or without a label if that is None."""
+        """Count a path without a row: passed over for a reason or, if that is None, without a label."""
         if reason is None:
             self.unlabelled.add(path)
         else:
@@ -101,7 +101,7 @@ class Account:
 
     @property
     def found(self) -> int:
-        """The number of paths that were given, all kinds together."""
+        """The number of all paths, of every kind."""
         return self.paths + self.linked + self.inside + self.absent
 
     @property
@@ -132,7 +132,7 @@ class Account:
         return lines + [f"{paths.count} {word}: {paths}" for word, paths in self._lost() if paths.count]
 
     def lines(self) -> list[str]:
-        """Return the whole account as lines, which add up to the first."""
+        """Return the account as lines; the numbers below the first add up to it."""
         found = f"{self.paths} paths"
         found += f", {self.linked} behind links" if self.linked else ""
         found += f", {self.inside} in archives and tables" if self.inside else ""

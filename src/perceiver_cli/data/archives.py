@@ -47,9 +47,9 @@ OPENERS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass
 class Contents:
-    """What an archive holds: the place of each file by its path, the paths of its folders.
+    """The contents of an archive: the place of each file by its path, and the paths of its folders.
 
-    unread: names of other members, by reason; with files and folders they are all members.
+    unread: (reason, name) of each other member; files, folders and these are all members.
     """
 
     archive: Archive
@@ -97,7 +97,7 @@ def holds_records(head: bytes) -> bool:
 
 
 def path_of(name: str) -> str:
-    """Return the path of a member: its name without `/` at its begin, `./` and `..`."""
+    """Return the path of a member: its name without a `/` at the start, `./` and `..`."""
     return posixpath.normpath("/" + name.lstrip("/"))[1:]
 
 
@@ -127,7 +127,7 @@ def contents_of(file: BinaryIO, archive: Archive) -> Contents:
 
 
 class _Careful:
-    """A file whose reader cannot ask for more than `most` bytes at once: what it asks for, the file says."""
+    """A file that gives at most `most` bytes at once: a hostile archive decides how many its reader asks for."""
 
     def __init__(self, file: BinaryIO, most: int) -> None:
         self.file, self.most = file, most
@@ -250,7 +250,7 @@ def contents_of_stream(file: BinaryIO, name: str, packed: int = 0) -> Contents:
 
 
 def unpacked(file: BinaryIO, name: str) -> tuple[bytes, BinaryIO]:
-    """Return the first bytes of a stream, and the stream from its begin: without compression, to be read once.
+    """Return the first bytes of a stream, and the stream from its start, uncompressed, to be read once.
 
     Raises DataError for a damaged stream, or one compressed by zstd.
     """

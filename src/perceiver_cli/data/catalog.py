@@ -65,16 +65,16 @@ from perceiver_cli.records.format import SPLITS, Header
 from perceiver_cli.records.shards import Shards, open_shards, spooled
 
 PARENT = "parent"  # group by the name of a file's folder
-Sighted = tuple[Labelled, set[str], set[str]]  # examples, all modalities in the data, modalities that examples bring
+Sighted = tuple[Labelled, set[str], set[str]]  # examples, all modalities in the data, modalities of the examples
 
 
 @dataclass(frozen=True)
 class Catalog:
     """The examples of a data set by split, its class names in order, and notes on ignored files.
 
-    modalities: sorted, those that the examples bring; holds: all in the data. prepared: the header of records.
-    group_by: column, or "parent", that groups the examples. account: of the paths that no example has. columns: the
-    kinds of a manifest's columns whose cells are inputs.
+    modalities: those of the examples, sorted; holds: all in the data. prepared: the header of records. group_by: the
+    column, or "parent", that groups the examples. account: counts the paths that no example has. columns: the kinds of
+    a manifest's columns whose cells are inputs.
     """
 
     root: str
@@ -115,7 +115,7 @@ class Catalog:
     def accounted(self, bad: Collection[str] = (), split: str | None = None, *, scored: bool = False) -> Account:
         """Return the account of every path; examples with an id in `bad` could not be decoded.
 
-        split: the only one that is used, others are passed over. scored: an example without a label is not used.
+        split: the only one that is used; examples of others are passed over. scored: unlabelled examples are not used.
         """
         account = deepcopy(self.account)
         bad = {*self.bad, *bad}
@@ -203,11 +203,12 @@ def scan(
 ) -> Catalog:
     """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
-    A file's content tells its kind. Without `reads`, examples bring the most common kind; each other kind if at least
-    half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos if at
-    least half of a sample have any. With `reads`, the modalities of a recipe or model, they bring only these. With
-    `classes`, a model's, examples of other classes get no label. options: columns of a manifest and its `root`; what
-    makes pairs; `group_by`, whose groups are each in one split. labels: "scored" leaves out rows without a label.
+    The content of a file decides its kind. Without `reads`, examples have the most common kind; each other kind if at
+    least half of its files share their stem with one of those (`cat/017.png`, `cat/017.wav`); and the sound of videos
+    if at least half of a sample have any. With `reads`, the modalities of a recipe or model, they have only these.
+    With `classes`, those of a model, examples of other classes get no label. options: columns of a manifest and its
+    `root`; what makes pairs; `group_by`, whose groups are each in one split. labels: "scored" leaves out rows without a
+    label.
 
     Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
@@ -282,13 +283,13 @@ def _vanished(rows: Sequence[Row], counts: Counter[str]) -> Iterator[str]:
 
 
 def _in_several(examples: Labelled) -> Iterator[str]:
-    """Yield a note if examples are in several splits: what is trained on is then tested."""
+    """Yield a note if examples are in several splits: a model is then tested on what it has seen."""
     splits: dict[str, set[str]] = defaultdict(set)
     for example, row in examples:
         splits[example.id].add(row.split)
     if shared := [name for name, own in splits.items() if len(own) > 1]:
         where = f"{show_path(shared[0])} in {' and '.join(sorted(splits[shared[0]]))}"
-        yield f"{counted(len(shared), 'example')} in several splits, such as {where}: measures will be too good"
+        yield f"{counted(len(shared), 'example')} in several splits, such as {where}: scores will be too good"
 
 
 def _in_splits(root: str, examples: Labelled, classes: Sequence[str]) -> dict[str, Examples]:
@@ -319,7 +320,7 @@ def _class_names(
 
 
 def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows with a file per modality, the modalities in the data, and those they bring."""
+    """Return the examples of rows with a file per modality, the modalities in the data, and those of the examples."""
     holds = {name for row in rows for name in row.columns}
     brings = holds if reads is None else holds & reads
     examples = []
@@ -340,13 +341,13 @@ def _by_column(listing: Listing, rows: Sequence[Row], reads: set[str] | None, no
 def _looked_at(
     listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]
 ) -> list[tuple[File, Row]]:
-    """Return the one file of each row, with the row, but tables of numbers that lie beside media."""
+    """Return the file of each row, with the row, without the tables of numbers that lie beside media."""
     files = [row.looked_at(listing.folder) for row in rows]
     if reads is None:
         files = [without_rows(file) for file in files]
         if not any(file.source.kinds for file in files) and (taken := taker(files)) is not None:
             files = [row.looked_at(listing.folder, taken) for row in rows]
-            notes.append(f"tables of numbers below names of columns are read as {taken}; --preset chooses another kind")
+            notes.append(f"tables with a line of column names are read as {taken}; --preset chooses another kind")
     elif not any(file.among(reads) for file in files if not file.source.holds_rows):
         files = [row.looked_at(listing.folder, only(reads)) for row in rows]
     if listing.by_stem and listing.pair == "all":
@@ -354,14 +355,14 @@ def _looked_at(
     tables = tables_beside(files, reads, listing.pair) if listing.by_stem else set()
     if tables:
         shown = f"{counted(len(tables), 'table')} of numbers beside {'files' if len(tables) > 1 else 'a file'}"
-        notes.append(f"{shown} of the same stem, passed over; --pair all takes them as points")
+        notes.append(f"{shown} of the same stem, passed over; --pair all reads them as points")
     for path in sorted(tables):
         listing.account.pass_over(TABLE, path)
     return [(file, row) for file, row in zip(files, rows, strict=True) if file.path not in tables]
 
 
 def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, notes: list[str]) -> Sighted:
-    """Return the examples of rows with one file each, the modalities in the data, and those they bring."""
+    """Return the examples of rows with one file each, the modalities in the data, and those of the examples."""
     pairs = _looked_at(listing, rows, reads, notes)
     files, by_stem = [file for file, _ in pairs], listing.by_stem and listing.pair != "none"
     holds = {file.source.kinds[0] for file in files if file.source.kinds}
@@ -401,7 +402,8 @@ def _twins(paths: Sequence[str]) -> Iterator[str]:
     twins = [pair for pair in pairwise(paths) if stem(pair[0]) == stem(pair[1])]
     if twins:
         shown = " and ".join(map(show_path, twins[0]))
-        yield f"{counted(len(twins), 'file')} with the stem of another, such as {shown}: each is an example, a mask too"
+        fault = f"{counted(len(twins), 'file')} with the stem of another, such as {shown}"
+        yield f"{fault}: each is an example, even if it is a mask"
 
 
 def _assembled(

@@ -39,7 +39,7 @@ Fits = Callable[[list[str]], bool]  # whether columns of these names can be a ma
 class Cells:
     """The cells of a table. columns: names as in the header, doubled and empty ones too. notes: how it was read.
 
-    rows: each row's cells by column, of a doubled column the last; a cell that a row lacks is missing or None.
+    rows: each row's cells by column, the last if two columns have one name; a cell that a row lacks is missing or None.
     """
 
     columns: list[str]
@@ -55,7 +55,7 @@ def read_cells(source: Source, fits: Fits) -> Cells:
     shown, suffix = source.shown, Path(source.name).suffix.lower()
     if suffix == PARQUET:
         if source.data is not None:
-            raise DataError(f"{shown}: a table in an archive", "unpack it, or save it as CSV")
+            raise DataError(f"{shown}: a Parquet manifest inside an archive", "unpack it, or save it as CSV")
         table = TableFile(source.name, MAX_MANIFEST_BYTES)
         return Cells(table.names, list(table.rows(table.names)))
     with source.open(Limits(file_bytes=MAX_MANIFEST_BYTES)) as file:
@@ -86,7 +86,7 @@ def _in_cp1252(text: str) -> str:
 
 
 def bytes_of(text: str) -> str:
-    """Return text from a table that was read as Windows-1252 as it was in the table, for a path of other bytes."""
+    """Return text that was read as Windows-1252 with the bytes of its table again: a path may have any bytes."""
     with suppress(UnicodeEncodeError):
         return text.encode("cp1252", "surrogateescape").decode("utf-8", "surrogateescape")
     return text
@@ -167,7 +167,7 @@ def _json(text: str, fits: Fits) -> Cells:
     else:
         rows = [parse_json(line) for line in lines if line.strip()]
     if len(rows) == 1 and isinstance(rows[0], dict) and any(isinstance(cell, dict) for cell in rows[0].values()):
-        raise ValueError("one object of objects, expected an array of an object for each row")
+        raise ValueError("one object that holds objects, expected an array with an object for each row")
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("a line that is not an object")
     return Cells(list(dict.fromkeys(name for row in rows for name in row)), rows)

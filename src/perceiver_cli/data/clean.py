@@ -18,15 +18,15 @@ from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import check_suffix, show_path, write_text
 from perceiver_cli.preprocess.source import Source
 
-KEPT_FIRST = ("test", "val", "train")  # split whose copy stays: training files are the most
+KEPT_FIRST = ("test", "val", "train")  # the copy in the first of these splits stays: training has the most files
 Key = tuple[str, str]  # split and id
 
 
 def left_out(report: LintReport) -> dict[Key, str]:
     """Return why each bad example is left out: unreadable, faulty, or a copy.
 
-    Of copies one stays, in the split with the fewest files; none if their labels differ. A fault of half of a class is
-    what the class is, such as silence, and stays.
+    Of several copies one stays, first in test, then in val, then in train; none stays if their labels differ. A fault
+    of half of a class, such as silence, is what the class means, so its examples stay.
     """
     reasons = {(split, name): "unreadable" for split, name, _ in report.unreadable}
     labels = {(split, e.id): e.labels for split, e in _examples(report.catalog)}
@@ -75,7 +75,7 @@ def write_clean(report: LintReport, output: str) -> tuple[int, int]:
     else:
         labels = (label for row in rows for label in row.get("labels", ()) if SEVERAL.search(label))
         if (label := next(labels, None)) is not None:
-            raise UsageError(f"label {show_path(label)}: ; , and | part the labels of a CSV", "pass -o FILE.jsonl")
+            raise UsageError(f"label {show_path(label)}: a CSV separates labels at ; , and |", "pass -o FILE.jsonl")
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
         writer.writeheader()

@@ -22,7 +22,7 @@ from perceiver_cli.preprocess.foreign import ZIP, described
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.records.shards import INDEX_SUFFIX
 
-SUFFIXES = {  # of containers in a folder; the first kind of which there are any is the data
+SUFFIXES = {  # of containers in a folder; the first kind that the folder has is the data
     "tar": (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"),
     "table": (".parquet", ".arrow"),
     "zip": (".zip",),
@@ -164,7 +164,7 @@ def splits_of(paths: Sequence[str]) -> list[str]:
 
 
 def name_of(path: str) -> str:
-    """Return a name for a container in the ids of its files: its own, after that of its folder if that is a split."""
+    """Return the name of a container in the ids of its files: its stem, after its folder if that names a split."""
     folder, name = os.path.split(path)
     folder = os.path.basename(folder)
     return (f"{folder}/" if top_split(folder) else "") + name.partition(".")[0]

@@ -36,7 +36,7 @@ class Decoded:
     """The data of an example that is the same at every visit, by modality.
 
     arrays: decoded. long: sound and video too long to keep: each visit decodes a span. seconds: lengths on the time
-    axis. ready: prepared arrays of records. notes: what decoders left out. whole_s: of a window, the input's length.
+    axis. ready: prepared arrays of records. notes: what decoders left out. whole_s: the length of a window's input.
     """
 
     arrays: Mapping[str, Array]

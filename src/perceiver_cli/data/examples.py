@@ -50,7 +50,7 @@ class Example:
 
     @property
     def names(self) -> dict[str, Any]:
-        """What every output says of the example beside its path: id, of several files their paths, what is passed."""
+        """What every output says of an example beside its path: the id, the paths of several files, passed columns."""
         several = {"paths": self.paths} if len(set(self.paths.values())) > 1 else {}
         return {"id": self.id, **several, **self.passed}
 
@@ -65,7 +65,7 @@ class Example:
         return key_of(self.id)
 
 
-PAUSE = Example("", {})  # in a stream of examples: nothing more has come yet, so that none waits for a full batch
+PAUSE = Example("", {})  # in a stream of examples: no more have arrived yet, so the batch is not waited for
 
 
 class Examples(Sequence[Example]):

@@ -31,14 +31,14 @@ from perceiver_cli.files import cannot_read, show_path
 from perceiver_cli.preprocess.detection import File
 from perceiver_cli.run_folder import METRICS_FILE, MODEL_FILE, PREDICTIONS_FILE, SUMMARY_FILE
 
-# What file servers and systems put between the files of people, in lower case.
+# Names that file servers and systems put beside users' files, in lower case.
 SYSTEM = {
     "@eadir", "@tmp", "#recycle", "#snapshot", "$recycle.bin", "system volume information", "lost+found", "__macosx",
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r",
 }  # fmt: skip
 # Unfinished downloads of browsers and others, backups of editors, locks of office programs.
 LEFT_OVER = re.compile(r"~\$.*|.*(?:~|\.(?:part|partial|filepart|crdownload|opdownload|download))", re.I | re.S)
-# The files that tell a folder that this program wrote: a run, and a report of `evaluate -o`.
+# The files by which an output of this program is known: a run folder, and a report of `evaluate -o`.
 OUTPUTS = ({MODEL_FILE, METRICS_FILE}, {SUMMARY_FILE, PREDICTIONS_FILE})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 MAX_ENTERED = 16  # times that one folder is entered through links: links to each other would never end
@@ -61,7 +61,7 @@ Place = tuple[int, int]  # device and inode
 def _walk(
     top: str, below: str, account: Account, above: tuple[Place, ...], entered: Counter[Place], *, linked: bool = False
 ) -> Iterator[tuple[str, bool]]:
-    """Yield as `walk` for a folder `below` the top. above: the folders that contain it; entered: through links."""
+    """Yield as `walk` for a folder `below` the top. above: the folders around it; entered: visits through links."""
     folder = os.path.join(top, below) if below else top
     listed = entries(folder)
     account.folders += 1
@@ -172,7 +172,7 @@ def rows_in(
     if unlabelled is not None:
         if not rows or options.group_by is not None or options.of_manifest:
             raise unlabelled
-        notes.append(f"classes are folders: {unlabelled}")
+        notes.append(f"the classes are those of folders: {unlabelled}")
     if rows and options.group_by is not None:
         fault = f"{show_path(top)}: no column {show_path(options.group_by)}: classes are folders"
         raise DataError(fault, "group by parent")
@@ -218,12 +218,12 @@ def rows_with_metadata(top: Path, files: Sequence[str], account: Account, option
     except ColumnError:
         if options.of_manifest:
             raise
-        return list(map(Row, files))  # about something else
+        return list(map(Row, files))  # the metadata is about something else
     folder = os.path.abspath(options.root) if options.root is not None else os.fspath(top)
     rows, _ = located([row for each in read for row in each.rows], folder, show_path(top), "ignored")
     named = {_plain(path) for row in rows for path in row.paths}
     for path in metadata:
-        account.pass_over("a list of the others", path)
+        account.pass_over("a manifest", path)
     rows = rows if options.root is None else [row.below(folder) for row in rows]
     return rows + [Row(path) for path in files if path not in named and path not in metadata]
 
@@ -259,9 +259,9 @@ def _joined(
         account.unlabelled.add(path)
     for path in files:
         if path in lists:
-            account.pass_over("a list of the others", path)
+            account.pass_over("a manifest", path)
         elif path not in named:
-            account.pass_over("named by no list", path)
+            account.pass_over("named by no manifest", path)
     account.absent += sum(not row.paths for row in rows if row.cells)  # cells are in no file of their own
     several = any(one.multi_label for one in read)
     return Manifest(rows, several, columns=next((one.columns for one in read if one.columns), {}))

@@ -105,7 +105,7 @@ def opened(source: Source | Stored, spec: InputSpec, limits: Limits) -> Input:
 class Pipe:
     """A pipe with a stream of records, or with the bytes of one file; the name is the file's.
 
-    raw: it has samples of sound without a header. is_live: sound in it is heard while it arrives.
+    raw: the form of its samples, if it is sound without a header. is_live: its sound is read while it arrives.
     """
 
     name: str
@@ -166,7 +166,7 @@ def examples_of(
 def _held_examples(
     named: Named, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str], options: Sequence[DataConfig]
 ) -> Iterator[Example]:
-    """Yield the examples of an input that is no path: one, but those of all records of a pipe."""
+    """Yield the examples of an input that is not a path: one, or one for each record of a pipe."""
     if isinstance(named, Example):
         yield named
     elif isinstance(named, Mapping):
@@ -202,7 +202,7 @@ def _held_examples(
 
 
 def _suffix_of_rows(source: Source, options: Sequence[DataConfig]) -> str | None:
-    """Return the suffix of the manifest that bytes are, to a model that reads columns; None if they are one file.
+    """Return the suffix of a manifest in bytes, for a model that reads columns; None if the bytes are one file.
 
     JSON begins with a bracket; the first line of a CSV names a column of the model.
     """
@@ -261,7 +261,7 @@ def _file_example(file: File, use: Collection[str]) -> Example:
 
 
 def _row_example(row: Row, number: int, folder: str, reads: Collection[str], use: Collection[str]) -> Example:
-    """Return the example of a row with a file for each modality, or of which cells are inputs."""
+    """Return the example of a row: of its file, of its file for each modality, or of its cells."""
     cells = {name: source for name, source in row.cells.items() if name in reads}
     if row.path:
         example = _file_example(row.looked_at(folder, only(use)), use)

@@ -19,7 +19,7 @@ def by_folder(entries: Iterable[tuple[str, bool]], notes: list[str]) -> tuple[li
 
     Layouts are `split/class/file`, `class/split/file` (ModelNet's) and `class/file`. entries: paths with slashes on any
     system, each with whether it is a folder; files of archives come without their folders. A folder that holds only
-    one folder, of its own name, stands for that one: so archives are unpacked. `notes` says which class folders hold no
+    one folder, of its own name, stands for that one: archives unpack so. `notes` says which class folders hold no
     file, and what may be no classes.
     """
     known = list(entries)
@@ -37,7 +37,7 @@ def by_folder(entries: Iterable[tuple[str, bool]], notes: list[str]) -> tuple[li
     first, *others = inside.values() if not splits and not parted and len(inside) > 1 else [set[str]()]
     if len(first) > 1 and all(own == first for own in others):
         same = f"each class folder holds the folders {_some(sorted(first))}"
-        notes.append(f"{same}: if these are the classes, name one of {_some(sorted(inside))}")
+        notes.append(f"{same}: if these are the classes, pass one of {_some(sorted(inside))}")
     return rows, {path: row for path, row in placed.items() if not isinstance(row, Row)}
 
 
@@ -96,7 +96,7 @@ def _splits(inside: Mapping[str, set[str]], notes: list[str]) -> dict[str, str]:
     alone = len(named) == 1 and len(others) > 1 and all(inside[name] for name in others)
     if not named or not others or alike or (any(inside[name] for name in named) and not alone):
         return named
-    how = "like the folders beside it" if alone else "as no class folder is in it"
+    how = "like the folders beside it" if alone else "as it holds no class folder"
     notes += [f"{show_path(name)} is a class {how}" for name in sorted(named)]
     return {}
 
@@ -104,7 +104,7 @@ def _splits(inside: Mapping[str, set[str]], notes: list[str]) -> dict[str, str]:
 def _alike(names: Iterable[str]) -> dict[str, str]:
     """Return the split of each folder whose name differs from that of another split in this word and in numbers alone.
 
-    So are "Training set" and "Test set", seg_train and seg_test, train-clean-100 and dev-clean; bullet_train is none.
+    Such are "Training set" and "Test set", seg_train and seg_test, train-clean-100 and dev-clean; not bullet_train.
     """
     groups: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for name in names:

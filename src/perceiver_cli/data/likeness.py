@@ -1,6 +1,6 @@
 """Near-copies: examples that decode to almost the same, such as a picture saved twice or a sound made louder. No torch.
 
-Each example has a sketch, a unit vector of what is left of it at a glance (`Modality.sketch`). Two are near-copies if
+Each example has a sketch, a unit vector of its coarse content (`Modality.sketch`). Two are near-copies if
 their sketches are far nearer to each other than an example's nearest neighbour usually is in the same data.
 """
 
@@ -31,7 +31,9 @@ LEAK_VAL, LEAK_TRAIN = 400, 4000  # examples compared before training
 COPY = re.compile(
     r"(?:[ _-](?:copy|flip(?:ped)?|mirror(?:ed)?|rot(?:ated)?[ _-]?\d*|aug(?:mented)?[ _-]?\d*))+$", re.IGNORECASE
 )
-MARK = re.compile(r"[ _-](?:copy|flip|mirror|rot|aug)", re.IGNORECASE)  # in each path that has one, found faster
+MARK = re.compile(
+    r"[ _-](?:copy|flip|mirror|rot|aug)", re.IGNORECASE
+)  # found faster, in every path that has such a mark
 BLOCK = 1024  # rows compared at a time
 
 
@@ -134,8 +136,8 @@ def leak_note(decoder: Decoder, train: Sequence[Example], val: Sequence[Example]
         count, shown = len(pairs), show_path(ones[at_one[first.first]].id)
         how = f"nearly the same as {show_path(others[at_other[first.second]].id)}"
     return (
-        f"{counted(count, 'validation example')} that training nearly holds, such as {shown}, {how}: "
-        "validation will be too good; keep what belongs together in one split with --group-by"
+        f"training nearly holds {counted(count, 'validation example')}, such as {shown}, {how}: "
+        "validation scores will be too good; keep what belongs together in one split with --group-by"
     )
 
 

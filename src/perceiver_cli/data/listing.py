@@ -50,7 +50,7 @@ class Listing:
 
 
 def fitting(read: Callable[[DataConfig], T], options: Sequence[DataConfig]) -> T:
-    """Return `read` of the first of several options that name columns which the manifest has."""
+    """Return `read(options)` for the first options whose columns the manifest has, else for the last."""
     for each in options[:-1]:
         with suppress(ColumnError):
             return read(each)
@@ -58,7 +58,7 @@ def fitting(read: Callable[[DataConfig], T], options: Sequence[DataConfig]) -> T
 
 
 def data_of_run(model: Path) -> DataConfig | None:
-    """Return how the run of a model's file was told to read its data, None for a file without its run."""
+    """Return the data options of the run that wrote a model file, None for a file without its run folder."""
     try:
         return load_config(model.parent / CONFIG_FILE).data
     except UsageError:
@@ -68,10 +68,10 @@ def data_of_run(model: Path) -> DataConfig | None:
 def ways_to_read(
     run: DataConfig | None, trained: DataConfig, given: Mapping[str, Any], path: str | os.PathLike[str] | None
 ) -> tuple[DataConfig, DataConfig]:
-    """Return how to read data at a path: as in training, and if its manifest lacks those columns, by usual names.
+    """Return two ways to read data at a path: as in training; by usual names, if its manifest lacks those columns.
 
     run: see `data_of_run`; its root is for the manifest of training alone. trained: how the model's data was read.
-    given: the user's options, which go before both.
+    given: the user's options, which win over both.
     """
     named: dict[str, Any] = {"label_column": trained.label_column, "path_column": trained.path_column}
     if path is not None and run is not None and run.path == os.path.abspath(path):

@@ -37,9 +37,9 @@ BESIDE = "_file_name"  # image_file_name: Hugging Face's columns for files of se
 LIKE_PATH = (*PATH_COLUMNS, "source", "uri", "image_path", "filename_path")
 NEAR = 0.7  # minimum similarity (difflib's ratio) of a column for the error to suggest it
 LIKE_NOTHING = ("nan", "null", "none", "n/a", "<na>")  # what programs write for a missing value
-SEVERAL = re.compile(r"[;,|]")  # parts the labels of a cell
+SEVERAL = re.compile(r"[;,|]")  # separates the labels in a cell
 NAMED = 5  # columns in a note
-NOTHING: Mapping[str, Any] = {}  # of a million rows, each without cells that are inputs or passed
+NOTHING: Mapping[str, Any] = {}  # shared by all rows without cells that are inputs or passed
 EVERY = "*"  # in `pass_columns`
 ID = "id"  # passed, it takes the place of an example's own id
 NO_OPTIONS = DataConfig()
@@ -107,7 +107,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows of a manifest. multi_label: an example may have several labels. notes: the use of its columns.
+    """The rows of a manifest. multi_label: an example may have several labels. notes: how its columns are used.
 
     unlabelled: the paths of rows that are left out because they have no label. columns: the kinds of the columns whose
     cells are inputs.
@@ -151,7 +151,7 @@ class Roles:
 
 
 def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
-    """Return whether a path has a manifest's suffix; without `labelled`, of one that needs no labels."""
+    """Return whether a path has a manifest's suffix; without `labelled`, the suffix of one that needs no labels."""
     suffix = Path(path).suffix.lower()
     return suffix in SUFFIXES and (labelled or suffix != LINES)
 
@@ -264,13 +264,13 @@ def top_split(path: str) -> str | None:
 
 
 def alike(classes: Iterable[str]) -> list[str]:
-    """Return notes on classes that are hardly meant: two that differ in case or blanks alone, one called "nan"."""
+    """Return notes on doubtful classes: two that differ only in case or blanks, or one called "nan"."""
     looks: dict[str, dict[str, None]] = defaultdict(dict)
     for name in classes:
         look = "".join(unicodedata.normalize("NFKC", name).casefold().split())
         looks[re.sub(r"^(-?\d+)\.0+$", r"\1", look)][name] = None
     groups = [" and ".join(map(show_path, names)) for names in looks.values() if len(names) > 1]
-    notes = [f"classes that differ in case, blanks or the like: {', '.join(groups[:NAMED])}"] if groups else []
+    notes = [f"classes that differ only in case, blanks or the like: {', '.join(groups[:NAMED])}"] if groups else []
     empty = [name for names in looks.values() for name in names if name.lower() in LIKE_NOTHING]
     return notes + ([f"{', '.join(map(show_path, empty))} is a class like any other"] if empty else [])
 

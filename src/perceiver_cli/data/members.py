@@ -41,7 +41,7 @@ class Archive:
 
     @property
     def note(self) -> str | None:
-        """What to say of it: where it was copied to."""
+        """A note that says where the archive was copied to, None if it was not."""
         if self.place == self.path:
             return None
         folder = show_path(tempfile.gettempdir())
@@ -59,7 +59,7 @@ class Archive:
         return file  # type: ignore[no-any-return]
 
     def buffered(self) -> BinaryIO:
-        """Return the file, to be read from its begin. Raises as `opened`."""
+        """Return the file, to be read from its start. Raises as `opened`."""
         raw: Any = self.opened()
         return io.BufferedReader(raw)
 
@@ -148,7 +148,7 @@ class Deflated:
             file.seek(self.header)
             head = file.read(30)
             if len(head) < 30 or head[:4] != ZIP_MEMBER:
-                raise ValueError("no header of a member where the zip's directory says")
+                raise ValueError("no header of a member at the place that the zip's directory names")
             file.seek(int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little"), os.SEEK_CUR)
             if self.stored and wanted > IN_MEMORY:
                 return Slice(self.archive, file.tell(), wanted).open()
@@ -194,7 +194,7 @@ def copied(file: BinaryIO, name: str, packed: int = 0) -> Archive:
                 done += len(block)
                 if packed and done > max(BOMB_BYTES, MAX_RATIO * packed):
                     fault = f"{show_path(name)}: unpacks to more than {MAX_RATIO} times its size"
-                    raise DataError(fault, "unpack it by hand, if that is meant")
+                    raise DataError(fault, "if this is meant, unpack it by hand")
                 yield block
 
     return archive_of(blocks(), name)
@@ -252,7 +252,7 @@ def archive_of(blocks: Iterable[bytes], name: str) -> Archive:
 
 
 class _Copy:
-    """Keeps a temporary file: it ends with the last archive that uses it, or with the process."""
+    """Keeps a temporary file until the last archive that uses it, or the process, ends."""
 
 
 def _temporary() -> tuple[BinaryIO, str, _Copy]:

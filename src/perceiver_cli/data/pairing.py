@@ -42,8 +42,8 @@ def identity(paths: Iterable[str]) -> str:
 def tables_beside(files: Iterable[File], allowed: Container[str] | None, pair: str) -> set[str]:
     """Return the paths of tables of numbers that lie beside media of the same stem, in the modalities `allowed`.
 
-    Boxes (a.txt beside a.jpg), landmarks and tracks of pitch look like point clouds, and tell the class: they are no
-    input unless `pair` is "all".
+    Boxes (a.txt beside a.jpg), landmarks and tracks of pitch look like point clouds, and give the class away: they are
+    inputs only if `pair` is "all".
     """
     if pair == "all":
         return set()
@@ -121,7 +121,7 @@ def sources_of(by_kind: Mapping[str, File], brings: Container[str]) -> dict[str,
 def with_cells(
     examples: Labelled, holds: set[str], brings: set[str], rows: Iterable[Row], reads: set[str] | None
 ) -> tuple[Labelled, set[str], set[str]]:
-    """Return examples with the cells of their rows as inputs too, and the modalities in the data and those they bring.
+    """Return examples with the cells of their rows as inputs too, the modalities in the data, and those of examples.
 
     A row without files makes an example of its cells. Rows with the same files and other cells get numbers.
     """

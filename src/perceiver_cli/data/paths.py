@@ -1,4 +1,4 @@
-"""From the paths that a manifest names to files: paths of Windows, file URLs, and what is missing. No torch."""
+"""From the paths in a manifest to files: Windows paths, file URLs, missing files. No torch."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from perceiver_cli.preprocess.detection import File
 from perceiver_cli.preprocess.source import Source
 
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # two letters at least: C:/ is a drive
-SEARCHED = 100_000  # paths that are looked at for a missing file
+SEARCHED = 100_000  # paths that are looked at in search of a missing file
 ROOTED = re.compile(r"[A-Za-z]:[\\/]|\\\\|/")  # an absolute path, here or on Windows
 
 
 def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tuple[list[Row], tuple[str, ...]]:
     """Return the rows of a manifest with paths as this machine writes them, and notes on changed and missing ones.
 
-    Only where no file has the path as it stands are others tried: with slashes for backslashes, the path of a file
-    URL, without the blanks around it, in the other normal form of Unicode, an absolute path of another machine below
-    `folder`, the only file that has this name and a suffix. A row whose file is missing gets an error. Raises DataError
-    if labels are wanted and no file exists.
+    If no file has a path as it stands, other forms are tried: slashes for backslashes, the path in a file URL, no
+    blanks around it, the other normal form of Unicode, an absolute path of another machine below `folder`, the only
+    file that adds a suffix to it. A row whose file is missing gets an error. Raises DataError if labels are wanted and
+    no file exists.
     """
     moved = _moved([path for row in rows for path in row.paths], folder)
     changed: dict[str, str] = {}
@@ -66,7 +66,7 @@ def located(rows: Sequence[Row], folder: str, shown: str, labels: Labels) -> tup
         return rows, tuple(notes)
     first = next(iter(missing))
     place = f"paths are relative to {show_path(folder or '.')}"
-    fault = f"{missing.total():,} of {counted(every, 'file')} do not exist, first {show_path(first)}"
+    fault = f"{missing.total():,} of {counted(every, 'file')} do not exist, the first {show_path(first)}"
     advice = f"{place}; {_advice(first, folder)}"
     if (lies := _elsewhere(first, folder)) is not None:
         advice += f"; there is {show_path(lies)}"
@@ -90,7 +90,7 @@ class _Suffixed:
         self.stems: dict[str, dict[str, list[str]]] = {}
 
     def of(self, path: str) -> str | None:
-        """Return the only path that is `path` and a suffix, None if there are none or several."""
+        """Return the only existing path that adds a suffix to `path`; None if there are none or several."""
         folder, name = os.path.split(path)
         if folder not in self.stems:
             stems: dict[str, list[str]] = defaultdict(list)
@@ -133,9 +133,9 @@ def _path_of_url(url: str) -> str:
 
 
 def _moved(paths: Sequence[str], folder: str) -> str:
-    """Return the start of absolute paths of another machine without which they lie below `folder`, or "".
+    """Return the start to cut from another machine's absolute paths, so that they lie below `folder`, or "".
 
-    It is a part of the folder that all of them share, so that no two of them become one.
+    All of these paths share it, so that no two of them become one.
     """
     absolute = [_path_of_url(path) if path.lower().startswith("file:") else path for path in map(str.strip, paths)]
     absolute = [path.replace("\\", "/") for path in absolute if ROOTED.match(path) and not os.path.exists(path)]
@@ -164,13 +164,13 @@ def _is_missing(folder: str, path: str) -> bool:
 def _advice(path: str, folder: str) -> str:
     """Return what may be wrong with the path of a missing file."""
     if "\0" in path:
-        return "no path holds a NUL: the listing is damaged"
+        return "no path has a NUL character: the manifest is damaged"
     if URL.match(path):
         return (
             "nothing is downloaded: name local files" if not path.lower().startswith("file:") else "no such file here"
         )
     if ntpath.splitdrive(path)[0] or path.startswith("\\\\"):
-        return "this is a path of Windows: pass --root with the folder here that holds the files"
+        return "this is a Windows path: pass --root with the folder here that holds the files"
     if "\\" in path:
         return "backslashes are read as slashes too: pass --root with the folder here that holds the files"
     whole = os.path.join(folder, path)
@@ -183,7 +183,7 @@ def _advice(path: str, folder: str) -> str:
 
 
 def _elsewhere(path: str, folder: str) -> str | None:
-    """Return a file further below the folder whose path ends as the missing one does, None if none is soon found."""
+    """Return a file deeper in the folder whose path ends like the missing one, None if a short search finds none."""
     left = SEARCHED
     for place, _, names in os.walk(folder or "."):
         if place != (folder or ".") and os.path.isfile(there := os.path.join(place, path)):

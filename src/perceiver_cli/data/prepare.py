@@ -53,9 +53,8 @@ Dtype = Literal["float32", "float16"]
 class Job:
     """The examples to prepare, and how.
 
-    header: the stream's. examples: in order, each with its split. catalog: of the
-    inputs. augment: number of variants of each training example; 0: the example itself. dtype: type of rows with
-    Fourier features.
+    header: of the stream. examples: in order, each with its split. catalog: of the inputs. augment: number of variants
+    of each training example; 0: the example itself. dtype: type of rows with Fourier features.
     """
 
     header: Header
@@ -82,9 +81,9 @@ def plan(
     """Return the job for inputs: files, folders and manifests, or the bytes of one.
 
     The recipe is a model's or a preset's, else the tiny preset for their modalities; the training files settle "auto"
-    as in training. label_from_parent: a file's label is the name of its folder. part: (I, N) for the I-th of N parts,
-    from 0, of neighbouring examples; the recipe is settled by all. Raises UsageError for options that
-    contradict each other, DataError if nothing is usable.
+    as in training. label_from_parent: a file's label is the name of its folder. part: (I, N) for the I-th of N parts
+    of neighbouring examples, from 0; all examples settle the recipe. Raises UsageError for options that contradict each
+    other, DataError if nothing is usable.
     """
     config = _recipe(model, preset)
     wanted = None if config is None else only(config.inputs)

@@ -34,7 +34,7 @@ class DataFacts:
     """What advice needs to know of a data set.
 
     counts: training examples by class. shared_folders: folders with files in both train and val, if there are more
-    folders than one for each class: a folder may then be a speaker or a film.
+    folders than one for each class: a folder may then be a speaker or a video.
     """
 
     counts: Mapping[str, int] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from perceiver_cli.preprocess.columnar import load_pyarrow
 from perceiver_cli.preprocess.source import Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 
-BATCH_BYTES = 32 << 20  # of a table that are in memory at once, if it says truly how large its rows are
+BATCH_BYTES = 32 << 20  # in memory at once, if a table declares the size of its rows correctly
 MAX_ROWS = 20_000_000
 MAX_BATCH = 256  # rows in memory at once
 
@@ -17,7 +17,7 @@ MAX_BATCH = 256  # rows in memory at once
 class TableFile:
     """One Parquet or Arrow file. Raises DataError if it is damaged or larger than `most` bytes.
 
-    names: of its columns. held: of those with bytes, or with structs that have a field of bytes.
+    names: its columns. held: those of bytes, or of structs with a field of bytes.
     """
 
     def __init__(self, path: str, most: int = 1 << 62) -> None:
@@ -32,7 +32,7 @@ class TableFile:
                 self.schema = self.file.schema_arrow
                 if self.file.metadata.num_rows > MAX_ROWS:
                     raise ValueError(f"{self.file.metadata.num_rows} rows, expected {MAX_ROWS} at most")
-            self.names: list[str] = list(self.schema.names)  # here, as they may be no text
+            self.names: list[str] = list(self.schema.names)  # read here: names that are not text raise
             self.held = [field.name for field in self.schema if is_binary(field.type)]
 
     def errors(self) -> Any:
@@ -69,7 +69,7 @@ class TableFile:
 
 
 def holds_files(path: str) -> bool:
-    """Return whether a file is a table with a column of bytes: else it is at most a manifest. Raises DataError."""
+    """Return whether a file is a table with a column of bytes, which a manifest has not. Raises DataError."""
     return path.lower().endswith((".parquet", ".arrow")) and bool(TableFile(path).held)
 
 

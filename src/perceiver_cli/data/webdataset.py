@@ -206,7 +206,7 @@ def _named(names: Sequence[str] | None, label: str, place: tuple[str, str]) -> s
     if names is None:
         return label
     if int(label) >= len(names):
-        fault = f"{show_path(os.path.join(*place))}: label {label}, but the names are those of {len(names)} classes"
+        fault = f"{show_path(os.path.join(*place))}: label {label}, but there are names of {len(names)} classes"
         raise DataError(fault, "expected a name for each index, from 0 on")
     return names[int(label)]
 
@@ -226,7 +226,7 @@ def _class_names(packed: Packed) -> tuple[str, list[str]] | None:
     text = source.read(SMALL).decode("utf-8-sig", "replace")
     names = [line.strip() for line in text.rstrip().split("\n")]
     if len(set(names)) < len(names) or "" in names:
-        raise DataError(f"{source.shown}: a name that is empty or there twice", "expected a class in each line")
+        raise DataError(f"{source.shown}: a class name is empty or stands twice", "expected a class in each line")
     return source.name, names
 
 
@@ -309,16 +309,16 @@ def _by_metadata(
             rows = [(row, member) for row in read.rows if (member := posixpath.normpath(posixpath.join(top, row.path)))]
             absent = [member for _, member in rows if member not in packed.files]
             if absent or any(row.columns for row in read.rows):
-                fault = (
-                    f"{packed.source(path).shown}: {len(absent)} of {counted(len(rows), 'file')} are not in the archive"
-                )
-                fault += f", the first {show_path(absent[0])}" if absent else ", or in columns of modalities"
-                raise DataError(fault, "unpack it")
+                fault = "files in several columns, expected one column of paths in an archive"
+                if absent:
+                    lacking = f"{len(absent)} of {counted(len(rows), 'file')}"
+                    fault = f"{lacking} are not in the archive, the first {show_path(absent[0])}"
+                raise DataError(f"{packed.source(path).shown}: {fault}", "unpack it")
             named.update(member for _, member in rows)
             found += [replace(row, source=packed.source(member, row.path)) for row, member in rows]
-            account.pass_over("a list of the others", path)
+            account.pass_over("a manifest", path)
         for path in sorted(packed.files.keys() - named):
-            account.pass_over("named by no metadata", path)
+            account.pass_over("named by no manifest", path)
     return (found, several) if found else None
 
 
@@ -355,7 +355,7 @@ def _by_archive(archives: Sequence[Packed], notes: list[str]) -> list[Row]:
         return []
     if not all(packed.files and not any("/" in path for path in packed.files) for packed in archives):
         return []
-    notes.append(f"classes are archives: {counted(len(set(names)), 'name')}, the first {show_path(min(names))}")
+    notes.append(f"each archive is a class: {counted(len(set(names)), 'name')}, the first {show_path(min(names))}")
     rows = []
     for packed, name in zip(archives, names, strict=True):
         for path in sorted(packed.files, key=_as_walked):

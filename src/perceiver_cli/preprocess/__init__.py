@@ -19,7 +19,7 @@ _registered: dict[str, Modality[Any]] = {}
 
 
 def register(new: Modality[Any]) -> None:
-    """Make a modality known. Raises UsageError without an `InputSpec` of its name, or if another file here owns it."""
+    """Register a modality. Raises UsageError if no `InputSpec` has its name, or if another file here has that name."""
     is_taken = new.name in _files() and type(new).__module__ != f"{__name__}.{new.name}"
     if is_taken or new.name not in InputSpec.kinds:
         raise UsageError(f"modality {new.name!r} needs a name of its own and an InputSpec subclass with that default")
@@ -76,5 +76,5 @@ def spec_type(name: str) -> type[InputSpec] | None:
 
 
 def settled(spec: InputSpec) -> InputSpec:
-    """Return a spec whose every "auto" has the value that it takes without training files."""
+    """Return a spec in which every "auto" has the value for the case without training files."""
     return modality(spec.modality).resolve(spec, [], Limits())  # type: ignore[no-any-return]

@@ -53,7 +53,8 @@ class AudioSpec(InputSpec):
     # Seconds of a clip. "auto": the length of nine tenths of the training files, at most max_auto_clip_s.
     clip_s: Annotated[float, Field(gt=0, le=3600)] | Auto = 1.28
     max_auto_clip_s: Positive = 2.0  # see clip_s
-    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"  # its number, or "mix": the mean
+    # One channel by its number, from 0, or "mix": the mean of all.
+    channel: Annotated[int, Field(ge=0, le=63)] | Literal["mix"] = "mix"
     short: Literal["loop", "pad"] = "loop"  # how a file shorter than the clip is filled up
     # Where a clip begins: anywhere in training and in the middle in evaluation, or with the first audible sample
     # (onset). "auto": onset if most training files are loud at their beginning and then die away, as drums do.
@@ -61,11 +62,11 @@ class AudioSpec(InputSpec):
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
     patch: tuple[Size, ...] = (128,)
     # Mel mode only.
-    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64  # presets with mel features set their own
+    num_mels: Annotated[int, Field(ge=4, le=1024)] = 64  # number of mel bands; presets with mel features set their own
     window_s: Positive = 0.025  # seconds of a window of the spectrogram
     hop_s: Positive = 0.010  # seconds between windows
     min_hz: Annotated[float, Field(ge=0)] = 20.0  # lowest frequency of the filters
-    # Power below the loudest of the clip, in dB, that counts as silence; unset, 100 dB below full scale.
+    # How many dB below the loudest power of a clip silence begins; unset: 100 dB below full scale.
     floor_db: Annotated[float, Field(gt=0, le=200)] | None = None
     # Learned layers before positions are attached: none (the paper), or three small convolutions over the spectrogram
     # (mel mode), whose stride is the patch.
@@ -73,7 +74,7 @@ class AudioSpec(InputSpec):
     stem_channels: Size = 64  # channels after the stem
     # Training: a random window, changes of the sound, SpecAugment (mel mode). "auto": by the number of training
     # files and, for the speed, the names of the classes.
-    speed: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0  # largest change of speed and so of pitch, as a share
+    speed: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0  # largest change of speed, and so of pitch, as a share
     equalizer_db: Annotated[float, Field(ge=0, le=60)] | Auto = 0.0  # random slope and bend of the spectrum (mel mode)
     noise: Fraction | Auto = 0.0  # largest amplitude of white noise, as a share of the clip's own
     gain_db: Annotated[float, Field(ge=0, le=60)] = 0.0  # largest change of level
@@ -112,7 +113,7 @@ class AudioModality(TimedModality[AudioSpec]):
     name = "audio"
     steps = "samples"
     precedence = 3
-    formats = f"{', '.join(FORMATS)}, AAC, AMR, WavPack, and the sound of films"
+    formats = f"{', '.join(FORMATS)}, AAC, AMR, WavPack, and the sound of videos"
     suffixes = frozenset({
         ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf",
         ".w64", ".rf64", ".m4a", ".m4b", ".aac", ".sph", ".wma", ".mka", ".weba", ".amr", ".wv", ".mp2", ".spx",
@@ -153,7 +154,7 @@ class AudioModality(TimedModality[AudioSpec]):
     def load(self, source: Source, spec: AudioSpec, limits: Limits, span: Span | None = None) -> Samples:
         """Return one channel, or the mean of all, as (samples,) float32 at `spec.rate_hz`; full scale is 1.
 
-        A span equals the same samples of the whole file, to rounding; in MKV to 1 ms, the resolution of its times.
+        A span has the same samples as the whole file, up to rounding; in MKV up to 1 ms, the resolution of its times.
         """
         rate_hz = _rate(spec)
         with open_sound(source, spec.channel, limits) as sound:
@@ -186,12 +187,11 @@ class AudioModality(TimedModality[AudioSpec]):
             yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
     def resolve(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
-        """Return `spec` with a rate, by the headers of `sources`, and with clips that fit their sound.
+        """Return `spec` with a rate chosen from the headers of `sources`, and with a clip that fits their sound.
 
-        The rate is the lowest of `sources` that at most MOST_CUT of them exceed.
-
-        A lower rate loses what is above half of it, a higher one adds nothing but empty bands. Rates above
-        `max_auto_rate_hz` count as that, which is the rate without sources. Raises DataError if no source can be read.
+        The rate is the lowest rate of `sources` that at most MOST_CUT of them exceed: a lower one would lose high
+        frequencies, a higher one would only add empty bands. It is at most `max_auto_rate_hz`, and equals it without
+        sources. Raises DataError if no source can be read.
         """
         spec = self._with_rate(spec, sources, limits)
         if "auto" in (spec.clip_s, spec.start):
@@ -199,7 +199,7 @@ class AudioModality(TimedModality[AudioSpec]):
         return spec.filled(dict.fromkeys(VARIATIONS, 0.0))
 
     def _with_clip(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> AudioSpec:
-        """Return `spec` with length and beginning of a clip, from the sound of a few sources."""
+        """Return `spec` with the length and the start of a clip, chosen from the sound of a few sources."""
         longest = spec.max_auto_clip_s
         known = spec.model_copy(update={"clip_s": longest})
         read = partial(self.load, spec=known, limits=limits, span=(0.0, ONE_SHOT * longest))
@@ -248,7 +248,7 @@ class AudioModality(TimedModality[AudioSpec]):
             return {"rate_hz": sound.rate_hz, "seconds": seconds}
 
     def survey(self, spec: AudioSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
-        """Return the shares of files of lower and of higher rates than the model's, and the lengths of files."""
+        """Return the shares of files with a lower and with a higher rate than the model's, and the lengths of files."""
         rates, seconds = [], []
         for source in sources:
             with suppress(PerceiverError), open_sound(source, "mix", limits) as sound:
@@ -298,7 +298,7 @@ class AudioModality(TimedModality[AudioSpec]):
         return ByteArray(patchify(features[:, :, None], (1, 1) if spec.stem == "conv" else spec.patch))
 
     def sketch(self, raw: Array, spec: AudioSpec) -> Array | None:
-        """Return loudness in dB by time and frequency, without its mean, of what is audible: level does not tell."""
+        """Return the log power of the audible part by time and frequency, less its mean: the level must not matter."""
         loud = _audible(raw)
         if not loud.size:
             return None
@@ -412,7 +412,7 @@ def _mel_shape(spec: AudioSpec) -> tuple[int, int]:
 def _clip(raw: Array, spec: AudioSpec, rng: Rng | None, start_s: float | None, factor: float = 1.0) -> Samples:
     """Return the clip (samples,) of `raw` at `start_s`, or at a random or central place; short sound is filled up.
 
-    The clip is `factor` times as fast as `raw`. Its place is a time of `raw`, which a picture shares.
+    The clip is played `factor` times as fast as `raw`. `start_s` counts in `raw`, as for the frames of a video.
     """
     whole = _num_samples(spec, _clip_s(spec))
     samples = max(1, round(whole * factor))

@@ -40,15 +40,15 @@ class ByteArray:
 
     @property
     def array(self) -> Array:
-        """All of it as one array, as records keep it: the values of a grid; of a point set positions, then values."""
+        """One array, as records keep it: the values of a grid; for a point set the positions, then the values."""
         return self.values if self.positions is None else np.hstack([self.positions, self.values])
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of an input that have names, such as words; items of one input belong to one or several of them.
+    """The named parts of a decoded array, such as words. The items of one input belong to one part or to several.
 
-    owners: (inputs, items of an input), the number of the part that an item belongs to, -1 for none.
+    owners: (inputs, items of an input), the number of the part to which each item belongs, -1 for none.
     """
 
     names: list[str]
@@ -76,8 +76,8 @@ class Layout:
     permutation: seed of the order of the rows, the same for every input; None keeps the grid's order.
     stem, stem_channels: learned layers on the values before positions are attached, and their output channels.
     codes: number of learned vectors of the stem "embed", whose values are codes, then as many weights.
-    presence: number of last channels of the values that are all 0 where there is no input, which is hidden.
-    groups: number of parts of equal width of the other channels, for each of which there is evidence; 0 for one.
+    presence: number of last channels of the values. Where they are all 0, no input exists, and attention skips it.
+    groups: the other channels are so many parts of equal width, and explanations rate each of them; 0 means one.
     values_grid: shape of the values as prepared if a stem makes the grid smaller; else None.
     stem_stride: values along each axis for one input of the stem "conv".
     stem_neighbours: points that the stem "neighbours" sees around each input.
@@ -175,7 +175,7 @@ class Modality(ABC, Generic[S]):
 
     name: ClassVar[str]
     formats: ClassVar[str]  # the file formats that it reads, for messages
-    suffixes: ClassVar[frozenset[str]] = frozenset()  # of its files, in lower case: one that is unreadable is damaged
+    suffixes: ClassVar[frozenset[str]] = frozenset()  # in lower case; an unreadable file with one counts as damaged
     decides: ClassVar[tuple[str, ...]]  # the options of its spec that change the arrays of `load`
     precedence: ClassVar[int] = 0  # detection asks the modality with the lowest number first
     contains: ClassVar[tuple[str, ...]] = ()  # other modalities that its files can hold: a video has a soundtrack
@@ -196,7 +196,7 @@ class Modality(ABC, Generic[S]):
         return False
 
     def is_table(self, head: bytes, name: str) -> bool:
-        """Return whether a file that this modality reads is numbers alone, which could be something else."""
+        """Return whether a file of this modality holds only numbers, so that it could also be something else."""
         return False
 
     def of_cells(self, cells: Sequence[tuple[str, str, Any]]) -> bytes | None:
@@ -204,11 +204,11 @@ class Modality(ABC, Generic[S]):
         return None
 
     def takes_folders(self, head: bytes, name: str) -> bool:
-        """Return whether a table is of this kind beyond doubt, if the files of a data set are tables alone."""
+        """Return whether a table is certainly of this kind, for a data set that holds only tables."""
         return False
 
     def also_reads(self, head: bytes) -> bool:
-        """Return whether a file of another kind can be read as this one too: a still picture as a film."""
+        """Return whether a file of another kind can be read as this one too: a still picture as a video."""
         return False
 
     @abstractmethod
@@ -251,7 +251,7 @@ class Modality(ABC, Generic[S]):
         return []
 
     def adapt(self, spec: S, training_set: TrainingSet) -> S:
-        """Return `spec` with a value for every "auto" that number and names of the training examples settle."""
+        """Return `spec` with each "auto" settled that depends on the number of training examples or on class names."""
         return spec
 
     def num_views(self, spec: S) -> int:
@@ -267,7 +267,7 @@ class Modality(ABC, Generic[S]):
         return spec
 
     def sketch(self, raw: Array, spec: S) -> Array | None:
-        """Return what is left of an array at a glance, by which near-copies are found, or None if nothing tells."""
+        """Return a small vector of the coarse content of an array, to find near-copies, or None if it has none."""
         return None
 
     def fault(self, raw: Array) -> str | None:
@@ -295,7 +295,7 @@ class TimedModality(Modality[S]):
         return False
 
     def first_s(self, raw: Array, spec: S) -> float:
-        """Return the start in seconds of the clip that evaluation takes of the array of `load`: the middle one's."""
+        """Return the start in seconds of the clip that evaluation reads from the array of `load`: the middle clip."""
         return max(0.0, len(raw) / self.steps_hz(spec) - self.clip_s(spec)) / 2
 
     @abstractmethod
@@ -338,7 +338,7 @@ class TimedModality(Modality[S]):
 
 
 def strength_of(variation: float | Auto) -> float:
-    """Return the strength of a variation; "auto", which training data settles, is none."""
+    """Return the strength of a variation, 0 while it is "auto": training data settles that."""
     return 0.0 if variation == "auto" else variation
 
 

@@ -15,14 +15,14 @@ from perceiver_cli.preprocess.time_columns import Floats, Kind
 PARQUET, ARROW = b"PAR1", (b"ARROW1", b"\xff\xff\xff\xff")
 MAX_COLUMNS = 4096
 BATCH_ROWS = 1 << 16
-STREAM_AT = 8  # in an Arrow file
+STREAM_AT = 8  # bytes before the stream in an Arrow file
 HEADER_TYPE, HEADER = 1, 2  # places of fields in a Message
 BUFFERS, COMPRESSION = 2, 3  # in a RecordBatch
 DICTIONARY, DATA = 2, 1  # the type of a DictionaryBatch, and its RecordBatch
 
 
 def check_columns(source: Source, count: int) -> None:
-    """Raise DataError for too many columns."""
+    """Raise DataError for more than MAX_COLUMNS columns."""
     if count > MAX_COLUMNS:
         raise DataError(f"{source.shown}: {count} columns, expected {MAX_COLUMNS} at most")
 
@@ -41,7 +41,7 @@ def load_pyarrow() -> Any:
 
 
 def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, ...], tuple[Kind, ...], Floats]:
-    """Return names, kinds and values of the columns of numbers and of times of a Parquet or Arrow file."""
+    """Return the names, kinds and values of the columns that hold numbers or times in a Parquet or Arrow file."""
     pyarrow = load_pyarrow()
     types = pyarrow.types
     head = file.read(6)
@@ -61,7 +61,7 @@ def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, 
         if is_number or is_time:
             kinds[str(field.name)] = "time" if is_time else "number"
     if len({*schema.names}) < len(schema.names):
-        raise DataError(f"{source.shown}: two columns of one name")
+        raise DataError(f"{source.shown}: two columns have the same name")
     parts, total = [], 0
     if head.startswith(PARQUET):
         batches = table.iter_batches(BATCH_ROWS, columns=list(kinds), use_threads=False)
@@ -78,9 +78,10 @@ def read_columns(source: Source, file: Any, limits: Limits) -> tuple[tuple[str, 
 
 
 def _stream(pyarrow: Any, source: Source, file: Any, limits: Limits, *, is_file: bool) -> Any:
-    """Return the reader of an Arrow stream, or of the stream that an Arrow file holds between its marks.
+    """Return the reader of an Arrow stream, or of the stream inside an Arrow file.
 
-    pyarrow unpacks a batch whole, so its size is looked up before. Raises LimitError, and DataError for a cut file.
+    pyarrow unpacks each batch whole, so all sizes are checked before. Raises LimitError for a size above the limits,
+    DataError for a truncated file.
     """
     expected = pyarrow.ipc.open_file(file).num_record_batches if is_file else None
     file.seek(STREAM_AT if is_file else 0)
@@ -97,14 +98,14 @@ def _stream(pyarrow: Any, source: Source, file: Any, limits: Limits, *, is_file:
 
 
 def _unpacked_bytes(metadata: bytes, body: memoryview) -> int:
-    """Return the bytes of the unpacked columns of a batch; Arrow's Message.fbs says where their sizes stand.
+    """Return the number of bytes of a batch after unpacking; Arrow's Message.fbs defines where the sizes stand.
 
     Raises struct.error for damaged metadata.
     """
 
     def number(form: str, at: int) -> int:
         if at < 0:
-            raise struct.error("a place before the beginning")
+            raise struct.error("an offset before the start")
         return int(struct.unpack_from(form, metadata, at)[0])
 
     def field(table: int, place: int) -> int:
@@ -129,7 +130,7 @@ def _unpacked_bytes(metadata: bytes, body: memoryview) -> int:
 
 
 def _column(pyarrow: Any, column: Any, kind: Kind) -> Floats:
-    """Return a column as float64, times in seconds, NaN for nothing."""
+    """Return a column as float64, times in seconds, NaN for a missing cell."""
     if kind == "time":
         column = column.cast(pyarrow.timestamp("us"), safe=False).cast(pyarrow.int64())
     numbers = column.cast(pyarrow.float64(), safe=False).to_numpy(zero_copy_only=False)

@@ -1,4 +1,4 @@
-"""Containers of film and sound (MP4, MKV, AVI ...): the claims of a file checked, then its streams decoded by PyAV.
+"""Containers of video and sound (MP4, MKV, AVI ...): checks what a file declares, then decodes its streams by PyAV.
 
 The first bytes choose one of FFmpeg's readers; FFmpeg does not guess. The reader gets a file object, and may open no
 other file or address. PyAV is an extra, imported with the first container.
@@ -43,7 +43,7 @@ FORMATS = {
     "amr": rb"#!AMR(?:-WB)?\n",
     "wv": rb"wvpk.{4}[\x02-\x10]\x04",
 }
-# The same where a recording begins anywhere in the stream, so that the suffix of its name must agree.
+# Signatures of streams that may begin anywhere, so that the suffix of the name must agree.
 BY_SUFFIX = {
     "mpegts": ((".ts", ".mts", ".m2ts", ".m2t"), rb".{0,204}?" + _PACKETS),
     "mp3": ((".mp3", ".mp2", ".mpga"), rb"(?!ID3)(?:\0*\Z|.*?" + MPEG_SOUND + rb")"),
@@ -84,7 +84,7 @@ def is_installed() -> bool:
 
 
 def format_of(head: bytes, name: str = "") -> str | None:
-    """Return FFmpeg's name of the container that begins with `head`, or None; a cut stream needs its suffix."""
+    """Return FFmpeg's name of the container that begins with `head`, or None. A cut stream needs its suffix."""
     for reader, signature in FORMATS.items():
         if re.match(signature, head, re.DOTALL):
             return reader
@@ -110,10 +110,10 @@ def open_track(
 ) -> Iterator[Track]:
     """Yield the first stream of pictures or of sound in a file, without covers and thumbnails; no frame is decoded yet.
 
-    reader: FFmpeg's, for a file that is no container. counted: packets are counted for the length, as in streams of
-    COUNTED, and times may begin anew: joined files. Raises UsageError without PyAV, AbsentError if the file has no
-    such stream, and DataError for a file that is no container, truncated or damaged. Every exception of PyAV, here or
-    in the `with`, becomes a DataError.
+    reader: FFmpeg's, for a file that is no container. counted: the length is found by counting packets, as in streams
+    of COUNTED, and times may begin anew, as in joined files. Raises UsageError without PyAV, AbsentError if the file
+    has no such stream, and DataError for a file that is no container, truncated or damaged. Every exception of PyAV,
+    here or in the `with`, becomes a DataError.
     """
     try:
         import av
@@ -150,7 +150,7 @@ def refuse_reference(url: str, *_: Any) -> None:
 
 
 class _Seekable:
-    """A file for PyAV: a position that does not exist is answered with -1. PyAV prints a traceback of an exception."""
+    """A file for PyAV. `seek` returns -1 for an impossible position: PyAV would print a traceback of an exception."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -279,7 +279,7 @@ class Track:
             self._check_end(end_s + step_s, (self.container.duration or 0) / 1e6, "found")
         elif num_bytes < LEAST_SOUND * self.size:
             noun = NOUNS[self.stream.type]
-            raise DataError(f"{self.source.shown}: {noun} in {num_bytes} of {self.size} bytes: damaged")
+            raise DataError(f"{self.source.shown}: only {num_bytes} of {self.size} bytes are {noun}: damaged")
 
     def _check_end(self, end_s: float, declared_s: float, verb: str) -> None:
         """Raise DataError if what was read ends well before the declared end."""

@@ -19,7 +19,7 @@ from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 # preprocess`. Only the latter says how it was prepared; an .npy could be of any modality.
 LEAST_COLUMNS = 16  # of an .npy with a byte array; a cloud of points has fewer, even with colours and normals
 LONGER_HEADS = (1 << 16, 1 << 20)  # bytes of a text with long lines
-FEW_LINES = 24  # that do not show what a table is
+FEW_LINES = 24  # fewer lines do not show what a table is
 UNKNOWN = "unknown format"  # in the error of a file; a command lists the known formats once, not with each file
 METADATA = "perceiver"  # the only entry in the metadata of a .safetensors: the header of a stream as JSON
 
@@ -55,7 +55,7 @@ def detected(source: Source, wanted: str | None = None) -> Source:
 
 
 def _of_table(source: Source, head: bytes) -> bytes:
-    """Return more of a text if its first lines are so long that its `head` has few: a table of many columns."""
+    """Return more of a text whose lines are so long that its `head` has few, as in a table of many columns."""
     is_text = head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" not in head
     for full, more in pairwise((HEAD_BYTES, *LONGER_HEADS)):
         if not is_text or len(head) < full or head.count(b"\n") + head.count(b"\r") >= FEW_LINES:
@@ -89,7 +89,7 @@ class File:
 def looked_at(source: Source, path: str | None = None, wanted: str | None = None) -> File:
     """Return a source as a file with the kinds of its content; unknown content gives an error and no kinds.
 
-    wanted: the one modality that the user's model reads: a table of numbers is of it, if it may be.
+    wanted: the one modality that the user's model reads; a table of numbers counts as this modality if it can.
     """
     path = source.name if path is None else path
     try:
@@ -99,7 +99,7 @@ def looked_at(source: Source, path: str | None = None, wanted: str | None = None
 
 
 def without_rows(file: File) -> File:
-    """Return a file without the kinds of an .npy that is of any kind: nothing says that it is a byte array."""
+    """Return a file; an .npy that may be a byte array of any modality gets an error in place of its kinds."""
     source = file.source
     if not (source.holds_rows and len(source.kinds) > 1):
         return file
@@ -110,7 +110,7 @@ def without_rows(file: File) -> File:
 
 
 def taker(files: Sequence[File]) -> str | None:
-    """Return the modality that most of the files are of beyond doubt if none has a known kind, else None."""
+    """Return the modality to which most of these files of unknown kind certainly belong, or None."""
     heads = []
     for file in files:
         with suppress(DataError):
@@ -131,7 +131,7 @@ def _how_to_take(head: bytes, shown: str, every: tuple[str, ...]) -> str:
     """Return a hint on how to read a table."""
     readers = [name for name in every if modality(name).may_read(head, shown)]
     if not readers:
-        return "expected a picture, a sound, a film or a mesh"
+        return "expected a picture, a sound, a video or a mesh"
     presets = " or ".join(f"--preset tiny-{name}" for name in readers)
     return f"to read it as {' or '.join(readers)}, name it in a column {readers[0]} of a manifest, or pass {presets}"
 
@@ -168,12 +168,12 @@ def formats(wanted: Iterable[str] | None = None) -> str:
 
 
 def with_formats(error: DataError, wanted: Iterable[str] | None = None) -> DataError:
-    """Return the error of the only file of a run: of an unknown format, it lists those of the wanted modalities."""
+    """Return the error of the only input of a command; for an unknown format it lists the wanted formats."""
     return DataError(error.message, f"expected {formats(wanted)}") if error.message.endswith(UNKNOWN) else error
 
 
 def identified(source: Source, wanted: str | None = None) -> Source:
-    """Return the only source of a run with its kinds filled in, as `detected`."""
+    """Return the only input of a command with its kinds filled in, as `detected` does."""
     try:
         return detected(source, wanted)
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Formats that are not read: what a file is by its first bytes, and the command that makes a readable one of it."""
+"""Formats that are not read: what a file is, by its first bytes, and how to make a readable file of it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TO_PLY = "convert it: assimp export IN OUT.ply"
 _SCAN_TO_PLY = "convert it: CloudCompare -O IN -C_EXPORT_FMT PLY -SAVE_CLOUDS"
 _ARRAYS = "save its arrays as pictures or sounds, or one array a file with numpy.save"
 _SPACE = rb"\xef?\xbb?\xbf?\s*(?:<\?xml[^>]*>\s*)?(?:(?><!--.*?-->)\s*)*+"  # atomic: comments are not tried anew
-# The signature, what it is, and what makes a readable file of it. The first that matches counts.
+# Signature, name, and how to make a readable file. The first signature that matches counts.
 FOREIGN = (
     (rb"version https://git-lfs", "a Git LFS pointer in place of the file", "fetch the files: git lfs pull"),
     (rb"[./]*(?:\.git)?/annex/objects/", "a git-annex pointer in place of the file", "fetch the files: git annex get"),
@@ -78,7 +78,7 @@ FOREIGN = (
     (rb"MAC |TTA[12]|DSD |FRM8|MPCK|MP\+|ajkg|Creative Voice File|FORM....8SVX|2BIT|\.ra\xfd|#!SILK",
      "a sound of a format that is not read", _TO_WAV),
     (rb"\.RMF|[FCZ]WS[\x01-\x30]|YUV4MPEG2 |DKIF|nut/multimedia|\xb7\xd8\x00\x20\x37\x49\xda\x11",
-     "a film of a format that is not read", _TO_MP4),
+     "a video of a format that is not read", _TO_MP4),
     (rb"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "a database of thumbnails (Thumbs.db) or an old Office document", ""),
     (rb"\0\0\0\x01Bud1", "notes of the macOS Finder (.DS_Store)", ""),
     (rb"\0\x05\x16[\0\x07]", "a resource fork that macOS writes beside files", ""),
@@ -87,7 +87,7 @@ FOREIGN = (
 
 
 def described(head: bytes, name: str) -> tuple[str, str] | None:
-    """Return what a file is that begins with `head` and what makes a readable one of it, or None if it is unknown."""
+    """Return what a file that begins with `head` is, and how to make a readable file of it; None if unknown."""
     if is_camera_raw(head, name):
         return _RAW, _DEVELOP
     if ".tfrecord" in name.lower():  # it begins with a length

@@ -1,4 +1,4 @@
-"""What the readers of meshes and point clouds give, the checks that they share, and the names of columns."""
+"""What readers of meshes and point clouds return, the checks that they share, and the names of columns."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 NO_FACES = np.empty((0, 3), np.int64)
 BOM = b"\xef\xbb\xbf"  # which editors put before UTF-8
 NORMALS, COLOURS = ("nx", "ny", "nz"), ("red", "green", "blue")
-UNIT = 0.02  # largest difference of a normal's length from 1, as it is rounded in texts
+UNIT = 0.02  # largest difference of a normal's length from 1: texts round numbers
 # Other names of columns, in lower case; "scalar_" is CloudCompare's prefix.
 ALIASES = {"i": "intensity", "reflectance": "intensity", "r": "red", "g": "green", "b": "blue"}
 ALIASES |= {f"diffuse_{name}": name for name in COLOURS}
@@ -30,7 +30,7 @@ ALIASES |= {other.format(axis): f"n{axis}" for other in ("normal_{}", "normal{}"
 class Mesh(NamedTuple):
     """The content of a file: vertices (V, 3), and triangles (F, 3) of vertex numbers; F is 0 for a point cloud.
 
-    columns: returns the other numbers (V,) of each vertex by their names, read only if they are asked for.
+    columns: returns the other columns (V,) by name; a file's columns are read only when this is called.
     """
 
     vertices: Floats
@@ -51,7 +51,7 @@ def check_claim(source: Source, claimed: int, available: int) -> None:
 
 
 def unix_lines(data: bytes) -> bytes:
-    """Return a text whose lines end with a line feed, where they end with a carriage return alone."""
+    """Return a text with line feeds for carriage returns, if these alone end its lines."""
     return data if b"\n" in data else data.replace(b"\r", b"\n")
 
 

@@ -25,7 +25,7 @@ HARMLESS = (
     "KHR_xmp",
     "KHR_mesh_quantization",
 )
-MODES = {0: "points", 1: "lines", 4: "triangles", 5: "triangle strips"}  # of the others trimesh reads nothing
+MODES = {0: "points", 1: "lines", 4: "triangles", 5: "triangle strips"}  # trimesh ignores the others
 GLTF_COLUMNS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4, "MAT2": 4, "MAT3": 9, "MAT4": 16}
 
 
@@ -78,7 +78,7 @@ HINT = "write it plainly: gltf-transform copy IN OUT, then gltf-transform dequan
 
 
 def _check_extensions(source: Source, tree: dict[str, Any]) -> None:
-    """Raise DataError for an extension without which the shapes are others, or zeros."""
+    """Raise DataError for an extension that changes shapes and is not read here."""
     names = [str(name) for name in tree.get("extensionsRequired", [])]
     names += [name for view in tree.get("bufferViews", []) for name in view.get("extensions", {}) if "meshopt" in name]
     for name in names:
@@ -87,7 +87,7 @@ def _check_extensions(source: Source, tree: dict[str, Any]) -> None:
 
 
 def _check_shapes(source: Source, tree: dict[str, Any]) -> None:
-    """Raise DataError for vertices and faces for which trimesh would take zeros or other numbers."""
+    """Raise DataError for vertices and faces that trimesh would read as zeros or other numbers."""
     accessors = tree.get("accessors", [])
     for primitive in (each for mesh in tree.get("meshes", []) for each in mesh["primitives"]):
         if (mode := primitive.get("mode", 4)) not in MODES:

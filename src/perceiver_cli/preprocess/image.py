@@ -63,7 +63,7 @@ class ImageSpec(InputSpec):
     # "auto": the median size of the training images, at most max_auto_size on the longer side.
     size: Pair | Literal["auto"] = (224, 224)
     max_auto_size: Size = 64  # see size
-    # A picture of another shape than size: its centre (crop), or the whole with borders of its own edge's colour (pad).
+    # A picture of another aspect than size: crop keeps its centre; pad keeps it whole, with borders like its edges.
     fit: Literal["crop", "pad"] = "crop"
     # "auto": grey if no probed training image has a colour; until that is known, images are read as rgb.
     color: Literal["rgb", "grey", "auto"] = "rgb"
@@ -75,7 +75,7 @@ class ImageSpec(InputSpec):
     # of the official code (conv-same) or of transformers (conv-valid).
     stem: Literal["none", "linear", "conv", "conv-same", "conv-valid"] = "none"
     stem_channels: Size = 64  # channels after the stem
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # mean of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # divisor of the values after mean
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
     # Training: the Inception crop, a mirror, a change of colours, RandAugment. "auto": by the number of training files
@@ -85,7 +85,7 @@ class ImageSpec(InputSpec):
     flip: Fraction | Auto = 0.5  # probability of a mirror image
     color_jitter: Fraction | Auto = 0.0  # strength of random brightness, contrast and saturation
     randaugment_layers: Annotated[int, Field(ge=0, le=16)] = 0  # operations on each picture
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5  # their strength
+    randaugment_magnitude: Annotated[int, Field(ge=0, le=10)] = 5  # strength of these operations
 
 
 # By the names of Pillow's plugins: the signature, a regular expression, and the name in messages. A new format is one
@@ -120,7 +120,7 @@ TIFF_HINT = "convert it: gdal_translate -b 1 -b 2 -b 3 -ot Byte -scale IN OUT.ti
 SKETCH = 16  # pixels along a side
 VIEW_CROP = (0.75, 1.0)
 MILD_CROP = (0.7, 1.0)
-MILD: dict[str, Any] = {"crop_area": MILD_CROP, "flip": 0.0, "color_jitter": 0.0}  # of a set that is not known
+MILD: dict[str, Any] = {"crop_area": MILD_CROP, "flip": 0.0, "color_jitter": 0.0}  # for an unknown training set
 WORD = 3  # letters of a name that is a word, not a sign
 SIGNS = frozenset(
     re.findall(
@@ -144,7 +144,7 @@ def format_of(head: bytes) -> str | None:
 
 
 def _register_heif() -> None:
-    """Make HEIF known to Pillow. Raises UsageError without pillow-heif."""
+    """Register HEIF with Pillow. Raises UsageError without pillow-heif."""
     try:
         import pillow_heif
     except ImportError as error:
@@ -342,7 +342,7 @@ class ImageModality(Modality[ImageSpec]):
             return {"format": image.format, "width": image.width, "height": image.height, "mode": image.mode, **turned}
 
     def survey(self, spec: ImageSpec, sources: Sequence[Source], limits: Limits) -> list[str]:
-        """Return the size of all files if it is one, else the shares of files that are scaled down and up."""
+        """Return the size of the files if they share one, else the shares of larger and of smaller files."""
         sizes = []
         for source in sources:
             with suppress(PerceiverError):
@@ -372,13 +372,13 @@ class ImageModality(Modality[ImageSpec]):
         return spec.filled(chosen)
 
     def sketch(self, raw: Array, spec: ImageSpec) -> Array:
-        """Return the picture at SKETCH x SKETCH pixels, without its mean: brightness and size do not tell."""
+        """Return the picture at SKETCH x SKETCH pixels, less its mean: brightness and size must not matter."""
         height, width = raw.shape[:2]
         small = resize(raw, (0, 0, width, height), (SKETCH, SKETCH)).astype(np.float32)
         return np.asarray(small - small.mean()).reshape(-1)
 
     def viewed(self, spec: ImageSpec) -> ImageSpec:
-        """Return `spec` with mild crops, and the mirror of training, alone."""
+        """Return `spec` with only mild crops, and a mirror if training has one."""
         calm = {"crop_area": VIEW_CROP, "color_jitter": 0.0, "randaugment_layers": 0}
         return spec.model_copy(update=calm | {"flip": 0.5 if varied(spec, "flip") else 0.0})
 
@@ -412,9 +412,9 @@ register(MODALITY)
 
 
 def may_mirror(classes: Sequence[str]) -> bool:
-    """Return whether a mirror image keeps its class, as far as names tell: none is a sign, a number or has a side.
+    """Return whether a mirror image keeps its class: no name of a class is a sign or a number, or says left or right.
 
-    Mirrored digits and letters are others or none; a name with a digit in it is often of a sign with a number on it.
+    A mirrored digit or letter is another one, or none. A name with a digit is often that of a sign with a number.
     """
     words = [re.sub(r"[^a-z]", "", name.lower()) for name in classes]
     signs = any(len(word) < WORD or word in SIGNS for word in words)
@@ -422,7 +422,7 @@ def may_mirror(classes: Sequence[str]) -> bool:
 
 
 def varied(spec: ImageSpec, option: str) -> float:
-    """Return the strength of a variation; that of an unknown set as long as it is "auto"."""
+    """Return the strength of a variation; while it is "auto", that for an unknown training set."""
     value = getattr(spec, option)
     return float(MILD[option] if value == "auto" else value)
 

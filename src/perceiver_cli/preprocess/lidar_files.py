@@ -31,7 +31,7 @@ MAX_HEADER_BYTES = 1 << 14  # of PCD
 MAX_FIELDS, MAX_PER_FIELD = 256, 4096
 LZF_RATIO = 88  # a reference of 3 bytes stands for 264
 RAW = {"bin": ("x", "y", "z", "intensity"), "pcd.bin": ("x", "y", "z", "intensity", "ring")}  # columns by suffix
-FARTHEST = 1e5  # metres that a raw file may hold; other bytes read as floats are wild
+FARTHEST = 1e5  # metres; bytes that are no coordinates exceed it when they are read as floats
 POINT_BYTES = (20, 28, 26, 34, 57, 63, 30, 36, 38, 59, 67)  # least size of a point of LAS, by its format
 LAZ_FLAGS = 0xC0
 VLR_BYTES, EVLR_BYTES = 54, 60
@@ -224,7 +224,7 @@ def read_las(source: Source, data: bytes, limits: Limits) -> Mesh:
             raise DataError(f"{source.shown}: declared {count} points, found {len(points)}")
         table = np.stack([np.asarray(points[axis], np.float64) for axis in "xyz"], axis=1)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+        if type(error).__name__ != "PanicException":  # a panic of Rust, which is not an Exception
             raise
         raise DataError(f"{source.shown}: cannot decode the points: damaged LAZ") from None
     return Mesh(table, columns=partial(_las_columns, points))

@@ -1,6 +1,6 @@
-"""Sound that is heard while it arrives: raw samples, WAV, or what FFmpeg reads without seeking. NumPy only.
+"""Live sound, read while it arrives: raw samples, WAV, or what FFmpeg reads without seeking. NumPy only.
 
-Nothing of it is kept, and nothing is known of its end, so that it may go on for ever.
+Nothing is kept and the length is unknown, so live sound may go on for ever.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Raw(NamedTuple):
 
 
 class Live:
-    """A stream of sound, in place of the bytes of a Source. It is heard once, from end to end."""
+    """Live sound, in place of the bytes of a Source. It can be read once, from end to end."""
 
     def __init__(self, file: BinaryIO, raw: Raw | None = None, reader: str | None = None) -> None:
         self.file, self.raw, self.reader = file, raw, reader
@@ -82,7 +82,7 @@ class Live:
 
     def open(self, count: int | None = None) -> BinaryIO:
         """Raise OSError: a stream has no beginning to return to."""
-        raise io.UnsupportedOperation("sound that arrives is heard once")
+        raise io.UnsupportedOperation("live sound can be read only once")
 
     def state(self) -> tuple[int, int]:
         """Return a state of its own."""
@@ -139,7 +139,7 @@ def _arrived(file: Any, count: int) -> bytes:
 
 
 def live(file: BinaryIO, head: bytes, name: str) -> Live | None:
-    """Return a stream that begins with `head` as sound that is heard while it arrives, or None if it is none.
+    """Return a stream that begins with `head` as live sound, or None if it cannot be read while it arrives.
 
     Raises UsageError for a format that PyAV reads if it is not installed.
     """
@@ -159,7 +159,7 @@ def live(file: BinaryIO, head: bytes, name: str) -> Live | None:
 def wav_header(file: BinaryIO, source: Source) -> tuple[Raw, int | None]:
     """Return how the samples of a WAV stream are written, and their bytes, or None if it does not say.
 
-    Raises DataError for a header that is damaged, or of an encoding that only a whole file could be read in.
+    Raises DataError for a damaged header, or for an encoding that can be read only from a whole file.
     """
     read, raw = 12, None
     _exactly(file, 12, source)
@@ -178,7 +178,7 @@ def wav_header(file: BinaryIO, source: Source) -> tuple[Raw, int | None]:
             tag = struct.unpack_from("<H", content, 24)[0] if tag == EXTENSIBLE and size >= 26 else tag
             if (encoding := OF_WAV.get((tag, bits))) is None or channels == 0:
                 fault = f"{source.shown}: a WAV of encoding {tag} with {bits} bits"
-                raise DataError(fault, f"while it arrives, expected one of {', '.join(get_args(Encoding))}")
+                raise DataError(fault, f"expected in live sound one of {', '.join(get_args(Encoding))}")
             raw = Raw(rate_hz, channels, encoding)  # type: ignore[arg-type]
     raise DataError(f"{source.shown}: a WAV without a usable header")
 
@@ -186,5 +186,5 @@ def wav_header(file: BinaryIO, source: Source) -> tuple[Raw, int | None]:
 def _exactly(file: BinaryIO, count: int, source: Source) -> bytes:
     data = file.read(count)
     if len(data) < count:
-        raise DataError(f"{source.shown}: ended within its header")
+        raise DataError(f"{source.shown}: ends inside its header")
     return data

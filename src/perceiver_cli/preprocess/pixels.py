@@ -17,11 +17,9 @@ from perceiver_cli.preprocess.base import Array, Rng
 CROP_TRIES = 10
 STRIP_PIXELS = 1 << 20  # converted at a time: a copy of each whole picture would double its memory
 GDAL_NODATA = 42113  # the tag of a TIFF with the number of pixels without data
-MAX_FILLERS = 4  # numbers of one picture that stand for missing ones
+MAX_FILLERS = 4  # different numbers of one picture that may stand for missing pixels
 FAR_ABOVE = 200.0
-LEAST_OF_16 = (
-    1 << 14
-) - 1  # the greatest of numbers that have a range of their own, not 0..65535: 14 bits would be black
+LEAST_OF_16 = 16_383  # numbers up to this have a range of their own: 14 bits in 0..65535 would look black
 MAX_CHANNELS = 1 << 20  # of a patch
 LUMA = np.array([0.299, 0.587, 0.114])  # Pillow's weights for grey
 Change = Callable[[Image.Image], Image.Image]

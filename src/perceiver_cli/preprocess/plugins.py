@@ -1,4 +1,4 @@
-"""Files of a user's own that register modalities: --plugin FILE.py.
+"""A user's own files that register modalities: --plugin FILE.py.
 
 Such a file is a program, so only a file that the user named is run: no model file, record or recipe can name one.
 """
@@ -18,7 +18,7 @@ from perceiver_cli.files import plugins, show_path
 def load_plugin(path: str | os.PathLike[str]) -> None:
     """Run a Python file, which registers its modalities. Raises UsageError if it is missing or fails.
 
-    It becomes a module of its own name, which a spawned worker finds as it finds any other.
+    The file becomes a module with its own name, so that a spawned worker can import it.
     """
     file = Path(path).resolve()
     shown = f"--plugin {show_path(path)}"

@@ -114,7 +114,7 @@ def _parsed(rows: list[str]) -> tuple[Floats, bytes] | None:
         cells = by_blanks
     elif all(NUMBER.fullmatch(cell) for row in by_commas for cell in row):
         cells = by_commas
-    else:  # 1,5 2,5 3,5; a point beside such commas would leave open what parts the numbers
+    else:  # 1,5 2,5 3,5; a point beside such commas would leave open what separates the numbers
         cells, comma = [[cell.replace(",", ".") for cell in row] for row in by_blanks], b"."
         if any("." in row for row in rows):
             return None
@@ -192,7 +192,7 @@ def read_points(source: Source, data: bytes, limits: Limits) -> Mesh:
     width = table.rows.shape[1]
     per_row = {len(points) * count for count in (width - 1, width)}
     if table.comma == b" " and commas and b"#" not in body and commas not in per_row:
-        raise DataError(f"{source.shown}: commas part the numbers in some lines, and are in numbers in others")
+        raise DataError(f"{source.shown}: commas separate numbers in some lines, and are decimal points in others")
 
     def columns() -> dict[str, Array]:
         every = np.loadtxt(io.BytesIO(body), np.float64, ndmin=2)

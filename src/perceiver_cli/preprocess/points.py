@@ -30,7 +30,7 @@ class PointsSpec(InputSpec):
     max_resolution: tuple[Positive, Positive, Positive] = (2240.0, 2240.0, 2240.0)  # 10 x 112 x 2
     patch: tuple[Size, ...] = (1,)
     # Learned layers before positions are attached: none (the paper), or stem_points of the points, each with what its
-    # nearest neighbours among all points tell about the surface.
+    # nearest neighbours among all points show of the surface.
     stem: Literal["none", "neighbours"] = "none"
     stem_points: Size = 256  # inputs of the model after the stem
     stem_neighbours: Annotated[int, Field(ge=1, le=256)] = 16  # points that the stem sees around each input
@@ -40,8 +40,8 @@ class PointsSpec(InputSpec):
     # Other numbers of each point, as values beside its position: names as in the file ("intensity", "red", "nx", ...),
     # or "4" for the fourth number of a row. Colours become 0 to 1; normals unit vectors, of a mesh those of its faces.
     columns: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)] = ()
-    mean: tuple[float, ...] | Literal["auto"] = "auto"  # of the columns; "auto": of the training files
-    std: tuple[Positive, ...] | Literal["auto"] = "auto"  # divisor of the columns after mean; "auto": likewise
+    mean: tuple[float, ...] | Literal["auto"] = "auto"  # mean of each column; "auto": that of the training files
+    std: tuple[Positive, ...] | Literal["auto"] = "auto"  # divisor of each column after mean; "auto": as mean
     # Training: a factor for each point (paper 4.3), rotation about one axis, a factor for each axis, a mirror along
     # each named axis with probability one half, and noise on each coordinate.
     point_scale: Range = (0.99, 1.01)
@@ -116,7 +116,7 @@ class PointsModality(Modality[PointsSpec]):
         return f"{spec.num_points:,} points of each surface or cloud{columns}"
 
     def resolve(self, spec: PointsSpec, sources: Sequence[Source], limits: Limits) -> PointsSpec:
-        """Return `spec` with mean and deviation of the columns: of a sample of `sources`, without any 0 and 1.
+        """Return `spec` with mean and std of each column in a sample of `sources`; 0 and 1 without sources.
 
         Normals keep 0 and 1: their directions are relative to the axes. Raises DataError if no source can be read.
         """
@@ -139,9 +139,11 @@ class PointsModality(Modality[PointsSpec]):
             raise UsageError("inputs.points.positions cannot be learned: points have no fixed places")
         count = len(spec.columns)
         if len({*spec.columns, "x", "y", "z"}) != count + 3:
-            raise UsageError(f"inputs.points.columns {list(spec.columns)}: a name twice, or a position, which is there")
+            raise UsageError(f"inputs.points.columns {list(spec.columns)}: x, y or z, or a name twice", "leave it out")
         if 0 < len(set(NORMALS) & set(spec.columns)) < 3:
-            raise UsageError(f"inputs.points.columns {list(spec.columns)}: nx, ny and nz turn together, expected all")
+            raise UsageError(
+                f"inputs.points.columns {list(spec.columns)}: nx, ny and nz rotate together, expected all three"
+            )
         mean, std = (() if number == "auto" else number for number in (spec.mean, spec.std))
         for name, numbers in (("mean", mean), ("std", std)):
             if numbers and len(numbers) != count:
@@ -258,7 +260,7 @@ def _values(source: Source, mesh: Mesh, names: Sequence[str]) -> Floats:
 
 
 def _white(colours: Sequence[Array]) -> float:
-    """Return the number of full brightness: of the type, or for texts, floats and 8 bits in 16 the next above all."""
+    """Return the value of full brightness: 255 for bytes, else the least of 1 (floats), 255, 65535 above all."""
     if all(array.dtype == np.uint8 for array in colours):
         return 255.0
     top = max(float(np.max(array, initial=0)) for array in colours)

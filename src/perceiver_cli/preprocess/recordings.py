@@ -1,7 +1,7 @@
-"""Files of several numbers over time: tables in text (CSV, TSV), arrays (NPY), Parquet and Arrow.
+"""Recordings, which are files of numbers over time: text tables (CSV, TSV), arrays (NPY), Parquet and Arrow.
 
-Columns are channels. A line of names may stand above the rows, and one column may hold times. Sizes are checked before
-memory is allocated; objects in arrays are never unpickled.
+Each column is a channel, and one may hold the times. A line of names may stand above the rows. Sizes are checked before
+memory is allocated. Objects in arrays are never unpickled.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from perceiver_cli.preprocess.time_columns import (
 
 NPY = b"\x93NUMPY"
 MAX_LINE = 1 << 20  # letters of a line of text
-LOOKED_AT = 64  # lines that show the form of a text
-LAST = 8  # of these, the lines by which separators are compared
-LEAST_ROWS = 8  # of a file whose names of columns tell that it is numbers over time
+LOOKED_AT = 64  # lines at the start of a text that show its form
+LAST = 8  # of these, the lines by which the separator is chosen
+LEAST_ROWS = 8  # below a line of names, from which on a table is certainly a recording
 # Separators of cells, None for blanks, and whether a comma is a decimal point.
 MARKS = ((",", False), *((mark, comma) for mark in (";", "\t", "|", None) for comma in (False, True)))
 COMMENTS = ("#", "%", "//", "!")
-MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # cells that programs write for nothing
+MISSING = ("", "nan", "null", "n/a", "na", "none", "?", "-")  # what programs write into an empty cell
 INDEX = ("index", "id", "row", "sample", "n", "#")  # names of columns that count the rows
 COUNTED: tuple[Kind, ...] = ("number", "time", "clock")
 TIMES = "numbers, 10:00:05 or 2024-03-05T10:00:05"
-THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:\.\d{3})+(?:,\d*)?")  # where commas are decimal points
+THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:\.\d{3})+(?:,\d*)?")  # with points between thousands and a decimal comma
 PATH = re.compile(r".*\.[A-Za-z]\w{1,7}$")  # a cell that names a file
 
 
 class Recording(NamedTuple):
-    """Numbers over time. names: of the channels, "1", "2", ... if the file has none. is_named: whether it has names.
+    """Numbers over time. names: of the channels; "1", "2", ... if the file has none. is_named: whether it has names.
 
     values: (T, channels) float64, NaN where missing. times: (T,) in seconds, never falling, or None.
     """
@@ -80,7 +80,7 @@ class Form(NamedTuple):
 
 
 def is_recording(head: bytes) -> bool:
-    """Return whether a file that begins with `head` can be numbers over time."""
+    """Return whether a file that begins with `head` can be a recording."""
     if head.startswith((PARQUET, *ARROW)):
         return True
     if head.startswith(NPY):
@@ -92,9 +92,9 @@ def is_recording(head: bytes) -> bool:
 
 
 def is_named_recording(head: bytes) -> bool:
-    """Return whether a text table is beyond doubt numbers over time: rows of numbers below names of their columns.
+    """Return whether a text table is certainly a recording: rows of numbers below the names of their columns.
 
-    Columns x, y and z without times may be points.
+    A table of x, y and z without times may be points.
     """
     form = None if head.startswith((NPY, PARQUET, *ARROW)) else _form_of_head(head)
     if form is None or not form.names or form.rows < LEAST_ROWS or 2 * form.kinds.count("words") > len(form.kinds):
@@ -108,9 +108,11 @@ def _form_of_head(head: bytes) -> Form | None:
 
 
 def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str = "auto") -> Recording:
-    """Return the numbers of a file. time: the name of the column of times; "auto": by its name; "none".
+    """Return the recording in a file.
 
-    Raises DataError for a file that is damaged, has no numbers or times that fall, LimitError for a too large one.
+    time: the name of the column of times; "auto" finds it; "none": there is none. unit: of times that are numbers, see
+    `scale_of`. Raises DataError for a file that is damaged, without numbers or with times that go back, LimitError for
+    a file that is too large.
     """
     with as_data_errors(source, "series"), source.open(limits) as file:
         head = file.read(len(NPY))
@@ -126,7 +128,7 @@ def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str
 
 
 def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str) -> Recording:
-    """Return a recording without its column of times and without one that counts the rows."""
+    """Return the recording without the column of times and without columns that count the rows."""
     values = every.values
     names = tuple(name or f"column {place}" for place, name in enumerate(every.names, start=1))
     place, times = _times(source, every._replace(names=names), kinds, time, unit)
@@ -141,8 +143,8 @@ def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str,
             values, times = values[known], times[known]
         if len(times) > 1 and (np.diff(times) < 0).any():
             row = int(np.flatnonzero(np.diff(times) < 0)[0]) + 2
-            fault = f"{source.shown}: times in {show_path(names[place])} fall at row {row}"
-            raise DataError(fault, "sort the rows; if they are no times: --set inputs.series.time=none")
+            fault = f"{source.shown}: the times in column {show_path(names[place])} go back at row {row}"
+            raise DataError(fault, "sort the rows; if these are no times, pass --set inputs.series.time=none")
     values = values[:, channels]
     values = np.where(np.isfinite(values), values, np.nan)
     if not channels or not values.size:
@@ -153,7 +155,7 @@ def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str,
 def _times(
     source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str
 ) -> tuple[int | None, Floats | None]:
-    """Return the number of the column of times and its times in seconds, or None. Raises DataError as `_named_time`."""
+    """Return the place of the column of times and its times in seconds, or None twice. Raises as `_named_time`."""
     if time == "none":
         return None, None
     place = _found_time(source, every, kinds) if time == "auto" else _named_time(source, every.names, kinds, time)
@@ -167,17 +169,17 @@ def _times(
 
 
 def _named_time(source: Source, names: Sequence[str], kinds: Sequence[Kind], time: str) -> int:
-    """Return the number of the column of times of this name. Raises DataError if there is none."""
+    """Return the place of the column of this name. Raises DataError if there is none, or it holds no times."""
     if time not in names or kinds[names.index(time)] == "words":
         shown = ", ".join(map(show_path, names[:10]))
         if time in names:
             raise DataError(f"{source.shown}: no times in column {show_path(time)}", f"expected {TIMES}")
-        raise DataError(f"{source.shown}: no column of times {show_path(time)}", f"there are {shown}")
+        raise DataError(f"{source.shown}: no column {show_path(time)} for the times", f"its columns are {shown}")
     return names.index(time)
 
 
 def _found_time(source: Source, every: Recording, kinds: Sequence[Kind]) -> int | None:
-    """Return the number of the column of times by kind and name: dates with a clock, a clock, numbers, dates alone."""
+    """Return the place of the likeliest column of times: dates with a clock, a clock, numbers, dates alone."""
     dates = [at for at, kind in enumerate(kinds) if kind == "time"]
     days = [at for at in dates if are_days(every.values[:, at])]
     clocks = [at for at, kind in enumerate(kinds) if kind == "clock"]
@@ -191,7 +193,7 @@ def _found_time(source: Source, every: Recording, kinds: Sequence[Kind]) -> int 
 
 
 def _counts(name: str, column: Floats) -> bool:
-    """Return whether a column counts the rows, as programs write an index; one without a name may leave some out."""
+    """Return whether a column counts the rows, as an index does; one without a name may skip numbers."""
     plain = name.strip().lower()
     unnamed = plain == "" or plain.startswith(("unnamed:", "__index_level"))
     if not (unnamed or plain in INDEX) or len(column) < 2 or not np.isfinite(column).all():
@@ -204,7 +206,7 @@ def _counts(name: str, column: Floats) -> bool:
 
 
 def _as_text(data: bytes) -> str:
-    """Return bytes as text by their mark, as UTF-8 or as Windows-1252; names alone may be other than ASCII."""
+    """Return bytes as text by their mark, as UTF-8 or as Windows-1252; a wrong guess harms names, never numbers."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return data.decode("utf-16", "replace")
     with suppress(UnicodeDecodeError):
@@ -253,7 +255,7 @@ def _form(lines: Sequence[str]) -> Form | None:
 
 
 def _of_columns(lines: Sequence[str], separator: str | None, comma: bool, width: int) -> Form | None:
-    """Return the form of a text whose rows have so many columns, None for one of other columns than a recording's."""
+    """Return the form of a text whose rows have `width` columns, or None if these are not a recording's."""
     above, rows = list[list[str]](), list[list[str]]()
     for line in lines:
         is_comment = line.lstrip().startswith(COMMENTS)
@@ -281,7 +283,7 @@ def _of_columns(lines: Sequence[str], separator: str | None, comma: bool, width:
 
 
 def _plain(cell: str, comma: bool) -> str:
-    """Return a number as Python writes it: with decimal commas, points part thousands."""
+    """Return a number as Python reads it; if commas are decimal points, points separate thousands."""
     if not comma:
         return cell
     return (cell.replace(".", "") if THOUSANDS.fullmatch(cell) else cell).replace(",", ".")
@@ -343,7 +345,7 @@ def _rows(text: str, form: Form) -> Iterator[tuple[int, list[str]]]:
 
 
 def _number(source: Source, cell: str, form: Form, place: int, row: int) -> float:
-    """Return the number or time in a cell, NaN for a missing one. Raises DataError for other words."""
+    """Return the number or time in a cell, NaN if it is missing. Raises DataError for words."""
     text = cell.strip()
     if text.lower() in MISSING:
         return np.nan

@@ -1,4 +1,4 @@
-"""Samples made even in time: gaps are found, irregular times interpolated, rates changed. NumPy and SciPy."""
+"""Makes samples even in time: finds gaps, interpolates between irregular times, changes rates. NumPy and SciPy."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.time_columns import Floats
 
-SAME_RATE = 0.01  # relative difference of two rates that count as one
+SAME_RATE = 0.01  # largest relative difference of two rates that count as the same
 GAP = 1.5  # periods between two samples, above which samples are missing
-REGULAR = 0.9  # share of the steps between times that are one period, from which a file is sampled evenly
-NEAR = 8.0  # periods, of an unevenly sampled file or of the model, across which values are interpolated
-MOST_RESAMPLED = 100  # times that a file's rate may be the model's, or the model's the file's
+REGULAR = 0.9  # a file is sampled evenly if this share of the steps between its times is one period
+NEAR = 8.0  # longest gap that is interpolated, in periods of the file or the model, the longer of both
+MOST_RESAMPLED = 100  # largest ratio between the rates of a file and of the model
 
 
 def _period(times: Floats) -> float | None:
@@ -33,7 +33,7 @@ def _period(times: Floats) -> float | None:
 
 
 def rate_of(times: Floats) -> float | None:
-    """Return the samples a second of times in seconds, None if no time passes."""
+    """Return the samples per second at times (T,) in seconds, or None if no time passes."""
     period = _period(times)
     return None if period is None or not math.isfinite(1 / period) else 1 / period
 
@@ -41,7 +41,10 @@ def rate_of(times: Floats) -> float | None:
 def at_rate(
     source: Source, values: Floats, times: Floats | None, own_hz: float, rate_hz: float, limits: Limits
 ) -> Floats:
-    """Return values (T, channels) sampled evenly at a rate, NaN where samples are missing; own_hz: without times."""
+    """Return values (T, channels) sampled evenly at `rate_hz`, NaN where samples are missing.
+
+    own_hz: the rate of a file without times. Raises LimitError, and DataError for rates that are too different.
+    """
     if times is not None and (rate := rate_of(times)) is not None:
         longest_s = NEAR * max(1 / rate, 1 / rate_hz)
         own_hz, values = rate, _evenly(source, values, times, 1 / rate, longest_s, limits)
@@ -52,7 +55,7 @@ def at_rate(
 
 def _evenly(source: Source, values: Floats, times: Floats, period: float, longest_s: float, limits: Limits) -> Floats:
     """Return values at even times: moved to the nearest, or, where times are irregular, interpolated."""
-    if (np.diff(times) == 0).mean() <= 1 - REGULAR:  # of a moment that is there twice, the last sample counts
+    if (np.diff(times) == 0).mean() <= 1 - REGULAR:  # where a time stands twice, its last sample counts
         last = np.append(np.diff(times) > 0, True)
         values, times = values[last], times[last]
     steps = np.diff(times) / period
@@ -83,7 +86,7 @@ def _interpolated(at: Floats, times: Floats, column: Floats, longest_s: float) -
 
 
 def _resampled(source: Source, values: Floats, own: float, rate: float, limits: Limits) -> Floats:
-    """Return values at another rate, through a filter that keeps what both rates hold."""
+    """Return values at another rate, through a filter that keeps the frequencies that both rates can hold."""
     if not 1 / MOST_RESAMPLED <= rate / own <= MOST_RESAMPLED:
         fault = f"{source.shown}: {own:.4g} samples a second, the model reads {rate:g}"
         raise DataError(fault, f"expected at most {MOST_RESAMPLED} times more or fewer; see inputs.series.time_unit")

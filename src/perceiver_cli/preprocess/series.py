@@ -1,8 +1,8 @@
-"""Several channels over time: sensors of motion, currents of heart and brain, vibration, any log of numbers.
+"""Several channels over time: sensors of motion, ECG and EEG, vibration, any log of numbers.
 
 An input is a patch of neighbouring samples of all channels: the samples themselves, the logarithm of the power spectrum
 of a longer window around them, and for each channel the share of samples that are there. Each channel is scaled by its
-mean and deviation in training. Missing samples count as the mean; a patch without any is hidden from attention.
+mean and std in training. A missing sample counts as the mean; a patch without samples is hidden from attention.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class SeriesSpec(InputSpec):
     # Columns that are read, by name, or "1", "2", ... in files without names. "auto": columns of numbers that half of
     # the training files have, and that change within a file.
     channels: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=4096)] | Auto = "auto"
-    mean: tuple[float, ...] | Auto = "auto"  # of each channel; "auto": of the training files
-    std: tuple[Positive, ...] | Auto = "auto"  # of each channel; "auto": of the training files
-    # By mean and deviation of the training files, or of each clip: where sensors differ in strength.
+    mean: tuple[float, ...] | Auto = "auto"  # mean of each channel; "auto": that of the training files
+    std: tuple[Positive, ...] | Auto = "auto"  # standard deviation of each channel; "auto": as mean
+    # Scale by mean and std of the training files, or by those of each clip, if sensors differ in strength.
     scale: Literal["training", "clip"] = "training"
     # Column of times, numbers or dates. "auto": one called time, timestamp or the like; "none": each row is a step.
     time: str = "auto"
-    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"  # of numbers; "auto": by name and size, else seconds
+    time_unit: Literal["auto", "s", "ms", "us", "ns"] = "auto"  # unit of numbers; "auto": by name and size, else s
     file_rate_hz: Positive | None = None  # samples a second of files without times; unset: rate_hz
     # Samples a second of the model; files of another rate are resampled. "auto": the median of the training files that
     # have times, else file_rate_hz, else 1.
@@ -70,7 +70,7 @@ class SeriesSpec(InputSpec):
     window: Annotated[int, Field(ge=4, le=1 << 16)] | Auto = "auto"
     # Training: variations. "auto": by the number of training files.
     gain: Annotated[float, Field(ge=0, lt=1)] | Auto = 0.0  # largest change of strength of all channels, as a share
-    noise: Annotated[float, Field(ge=0)] | Auto = 0.0  # largest deviation of white noise, in deviations of the channel
+    noise: Annotated[float, Field(ge=0)] | Auto = 0.0  # largest std of white noise, relative to the channel's
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of inputs that are hidden
 
     @model_validator(mode="after")
@@ -89,16 +89,16 @@ def _uneven(spec: SeriesSpec) -> str | None:
     return f"{each}, expected one for each channel" if len({*counts.values()}) > 1 else None
 
 
-FARTHEST = 1000.0  # deviations from the mean; a number farther off counts as there
+FARTHEST = 1000.0  # standard deviations from the mean, to which values are clipped
 AUTO_INPUTS = 64
 WINDOWS = (16, 256)  # the smallest and largest "auto" window
-FLOOR = 1e-3  # of power, relative to that of white noise of deviation 1
+FLOOR = 1e-3  # added to power; white noise of std 1 has power 1
 LOG_SCALE = 3.0  # logarithms of power are divided by it, so that most are within -2 and 2
 MAX_STEPS = 1 << 24  # samples of a clip
 SKETCH = 48  # places of a sketch
 SMALL_GAIN, SMALL_NOISE = 0.2, 0.1  # "auto" for few training files
-MADE_UP = 3  # channels where no data says how many there are
-LEAST_STD = 1e-6  # deviation of a clip's channel, up to which it does not change
+MADE_UP = 3  # channels if no data says how many there are
+LEAST_STD = 1e-6  # a channel of a clip with a smaller std counts as constant
 
 
 class SeriesModality(TimedModality[SeriesSpec]):
@@ -145,13 +145,14 @@ class SeriesModality(TimedModality[SeriesSpec]):
     def duration_s(self, source: Source, limits: Limits, spec: SeriesSpec | None = None) -> float:
         """Return the length in seconds of the array of `load`, which is kept for it."""
         if spec is None:
-            raise UsageError("the length of a series is asked for without its options, expected inputs.series")
+            raise UsageError("the length of a series depends on its options, expected inputs.series")
         return len(self.load(source, spec, limits)) / _rate(spec)
 
     def load(self, source: Source, spec: SeriesSpec, limits: Limits, span: Span | None = None) -> Array:
-        """Return (samples, channels, 2) float32 at `spec.rate_hz`: the value in deviations from the mean, and 1.
+        """Return (samples, channels, 2) float32 at `spec.rate_hz`: the value in stds from the mean, and 1.
 
-        A missing sample is 0 and 0. A channel that the file lacks is missing, and noted.
+        A missing sample is 0 and 0. A channel that the file lacks is missing, which is noted. Raises DataError if no
+        channel has a value.
         """
         key = (source.name, source.state(), spec, limits)
         if self._last is None or source.state() is None or self._last[0] != key:
@@ -166,7 +167,8 @@ class SeriesModality(TimedModality[SeriesSpec]):
         first = max(0, round(span[0] * _rate(spec)))
         return values[first : first + max(1, round(span[1] * _rate(spec)))]
 
-    _last: tuple[object, Array, list[str]] | None = None  # the last file: its length is asked for before its values
+    # The last file: callers ask for its length, then for its values.
+    _last: tuple[object, Array, list[str]] | None = None
 
     def _loaded(self, source: Source, spec: SeriesSpec, limits: Limits) -> Array:
         if "auto" in (spec.channels, spec.mean, spec.std):
@@ -190,7 +192,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
     def resolve(self, spec: SeriesSpec, sources: Sequence[Source], limits: Limits) -> SeriesSpec:
         """Return `spec` with channels, their statistics, a rate, and lengths of clip, patch and window.
 
-        Without sources there are made-up channels of `max_auto_steps` samples. Raises DataError if none is readable.
+        Without sources channels of `max_auto_steps` samples are made up. Raises DataError if no source is readable.
         """
         needed = "auto" in (spec.channels, spec.mean, spec.std, spec.rate_hz, spec.clip_s)
 
@@ -256,7 +258,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
         return facts + (lengths_in_words(lengths, self.clip_s(spec)) if rates else [])
 
     def layout(self, spec: SeriesSpec) -> Layout:
-        """Return a grid of one input for each patch: samples and spectrum by channel, then the share of each there."""
+        """Return a grid of one input per patch: samples and spectrum by channel, then the share of samples of each."""
         patch, channels = _patch(spec), len(spec.channels)
         if spec.channels in ("auto", ()):
             raise UsageError("inputs.series.channels is empty or still 'auto', expected names")
@@ -285,7 +287,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
         features = np.concatenate(parts, axis=1).transpose(0, 2, 1) * (present > 0)[..., None]  # (inputs, channels, n)
         if rng is not None and spec.drop:
             hidden = rng.random(count) < spec.drop
-            if len(shown := np.flatnonzero(present.any(axis=1))):  # none in a gap
+            if len(shown := np.flatnonzero(present.any(axis=1))):  # not one in a gap, which shows nothing
                 hidden[rng.choice(shown)] = False
             present, features = present * ~hidden[:, None], features * ~hidden[:, None, None]
         return ByteArray(np.hstack([features.reshape(count, -1), present]).astype(np.float32))
@@ -355,10 +357,12 @@ def _chosen(source: Source, recording: Recording, spec: SeriesSpec) -> Floats:
     if places is None:
         found = ", ".join(map(show_path, recording.names[:10]))
         shown = f"columns {found}" if recording.is_named else counted(len(recording.names), "column")
-        raise DataError(f"{source.shown}: no channel of the model: {shown}", f"expected some of {_named(spec)}")
+        raise DataError(
+            f"{source.shown}: none of the model's channels, found {shown}", f"expected some of {_named(spec)}"
+        )
     lacking = [channel for channel, place in zip(spec.channels, places, strict=True) if place is None]
     if lacking:
-        source.note(f"without {', '.join(map(show_path, lacking[:5]))}, which count as missing")
+        source.note(f"no column {', '.join(map(show_path, lacking[:5]))}: counted as missing")
     values = np.full((len(recording.values), len(places)), np.nan)
     for channel, place in enumerate(places):
         if place is not None:
@@ -417,7 +421,7 @@ def _clip(raw: Array, spec: SeriesSpec, rng: Rng | None, start_s: float | None) 
 
 
 def _with_samples(raw: Array, start: int, steps: int) -> int:
-    """Return the start nearest to `start` of a clip that has samples: one in a gap would say nothing."""
+    """Return the start nearest to `start` of a clip with samples: a clip inside a gap would show nothing."""
     places = np.flatnonzero(raw[..., 1].any(axis=1))
     before, after = places[places < start + steps], places[places >= start + steps]
     if not places.size or (before.size and before[-1] >= start):
@@ -436,7 +440,7 @@ def _standardised(values: Array, there: Array) -> Array:
 
 
 def _spectra(values: Array, patch: int, window: int) -> Array:
-    """Return (inputs, window // 2, channels): the logarithm of power around each patch, 0 for noise of deviation 1."""
+    """Return (inputs, window // 2, channels): the logarithm of power around each patch, 0 for noise of std 1."""
     count, first = len(values) // patch, (patch - window) // 2
     padded = np.pad(values, ((max(0, -first), window), (0, 0)))
     frames = sliding_window_view(padded, window, axis=0)[max(0, first) :: patch][:count]  # (inputs, channels, window)

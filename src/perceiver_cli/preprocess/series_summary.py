@@ -1,4 +1,4 @@
-"""What the choice of a series' options needs to know of each recording."""
+"""A summary of each recording, from which the options of series are chosen."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from perceiver_cli.preprocess.recordings import Recording
 from perceiver_cli.preprocess.resampling import rate_of
 from perceiver_cli.preprocess.time_columns import Floats
 
-CONSTANT = 1e-12  # deviation relative to the mean, up to which a channel does not change
+CONSTANT = 1e-12  # a channel with a smaller std, relative to its mean, counts as constant
 
 
 class Summary(NamedTuple):
-    """What the choice of options needs of a recording. rate_hz: None without times; seconds: between its times.
+    """The facts of a recording that settle options. rate_hz: None without times; seconds: between its times.
 
     statistics: (channels, 3): number of values, mean, variance.
     """

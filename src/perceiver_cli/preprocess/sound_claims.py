@@ -122,7 +122,10 @@ def is_chained(file: BinaryIO) -> bool:
 
 
 def mp3_length(source: Source, file: BinaryIO) -> Literal["declared", "guessed", "joined"]:
-    """Return how libsndfile knows the length of an MP3: from its first frame, or by a guess; "joined": more follows.
+    """Return how libsndfile finds the length of an MP3: "declared" in its first frame, or "guessed".
+
+    "joined": another MP3 follows, which it would not read.
+
 
     Raises DataError for an MP3 that declares more bytes than it has.
     """

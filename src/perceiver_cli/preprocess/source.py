@@ -44,8 +44,8 @@ class Source:
 
     name: the path; of a member the archive's, then its own. data: the bytes, or the member; None is the file `name`.
     kinds: the modalities that read the content, the best match first; empty until `detection.detected` fills them in.
-    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. is_table: whether it is
-    numbers in text or an array, which nothing but their look makes an input. notes: what its decoder left out.
+    holds_rows: whether it is a byte array in a file, one input as rows with Fourier features. is_table: whether it has
+    only numbers, in text or an array, so that it could also be something else. notes: what its decoder left out.
     """
 
     name: str

@@ -59,7 +59,7 @@ class InputSpec(Table):
     """
 
     kinds: ClassVar[dict[str, type[InputSpec]]] = {}
-    newer: ClassVar[tuple[str, ...]] = ()  # options that version 0.1.0 has not
+    newer: ClassVar[tuple[str, ...]] = ()  # options that version 0.1.0 lacks
     modality: str
     # Fourier bands per axis, spaced linearly from 1 to max_resolution / 2 (paper 3.2).
     bands: Annotated[int, Field(ge=0, le=4096)] = 64
@@ -84,7 +84,7 @@ class InputSpec(Table):
         return {name: value for name, value in options.items() if name not in unused}
 
     def known(self, key: str, value: T | Auto, how: str) -> T:
-        """Return the value of an option that is a number. Raises UsageError for "auto"; how: what the number is in."""
+        """Return the value of an option. Raises UsageError if it is still "auto"; how: its unit, for the message."""
         if value == "auto":
             raise UsageError(f"inputs.{self.modality}.{key} is still 'auto', expected a number", f"set it in {how}")
         return value
@@ -109,18 +109,18 @@ def stemless(spec: S) -> S:
 class Limits(Table):
     """Limits on the size of one input, against hostile files; `--limit NAME=VALUE` raises one."""
 
-    file_bytes: int = 2 << 30  # of a file
-    image_pixels: int = 89_478_485  # of a picture
-    audio_seconds: float = 3600.0  # of a sound
-    audio_channels: int = 64  # of a sound
-    video_seconds: float = 3600.0  # of a video
-    video_pixels: int = 33_177_600  # per frame: 8K
+    file_bytes: int = 2 << 30  # bytes of a file
+    image_pixels: int = 89_478_485  # pixels of a picture
+    audio_seconds: float = 3600.0  # seconds of a sound
+    audio_channels: int = 64  # channels of a sound
+    video_seconds: float = 3600.0  # seconds of a video
+    video_pixels: int = 33_177_600  # pixels of a frame: 8K
     video_side: int = 8192  # pixels along a side of a frame
-    vertices: int = 10_000_000  # of a mesh or cloud
-    faces: int = 20_000_000  # of a mesh
-    text_bytes: int = 64 << 20  # of a text
-    decoded_bytes: int = 1 << 30  # of a decoded array
+    vertices: int = 10_000_000  # vertices of a mesh, or points of a cloud
+    faces: int = 20_000_000  # faces of a mesh
+    text_bytes: int = 64 << 20  # bytes of a text
+    decoded_bytes: int = 1 << 30  # bytes of a decoded array
 
     def raised(self, limits: Mapping[str, float] | None) -> Limits:
-        """Return the limits with these in place of their own. Raises ValidationError for one of another name."""
+        """Return the limits with some of them changed. Raises ValidationError for an unknown name."""
         return Limits.model_validate({**vars(self), **(limits or {})})

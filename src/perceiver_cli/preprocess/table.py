@@ -1,10 +1,10 @@
 """Cells of a row: numbers, categories and dates, one input for each column (a date has several).
 
-An input is a sum of learned vectors of its column (Gorishniy et al. 2021, arXiv 2106.11959). A number has one vector,
-one times the number, standardised by training statistics, and one times each sine and cosine of it: the periodic
-embeddings of Gorishniy et al. 2022 (arXiv 2203.05556), here with fixed frequencies. A category has its own. A missing
-cell has the vector of missing cells if training had some, and is hidden from attention otherwise. So is a category that
-training did not have, unless rare ones, which share a vector, stand for it.
+An input is a sum of learned vectors of its column (Gorishniy et al. 2021, arXiv 2106.11959). A number has a constant
+vector, one times the number, standardised by training statistics, and one times each of its sines and cosines: the
+periodic embeddings of Gorishniy et al. 2022 (arXiv 2203.05556), here with fixed frequencies. A category has its own. A
+missing cell has the vector of missing cells if training had some, else it is hidden from attention. So is a category
+that training did not have, unless training had rare ones: these share a vector, which it takes.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class TableSpec(InputSpec):
     # The columns with their training statistics; "auto": the cells of the training rows, at most 100,000 of them.
     columns: Annotated[tuple[Column, ...], Field(max_length=4096)] | Literal["auto"] = "auto"
     embedding_channels: Size = 128  # width of the learned vectors
-    frequencies: Annotated[int, Field(ge=0, le=64)] = 4  # sines and cosines of a number
-    longest: Positive = 8.0  # period of the slowest sine in standard deviations; each other has half the period before
+    frequencies: Annotated[int, Field(ge=0, le=64)] = 4  # pairs of a sine and a cosine for a number
+    longest: Positive = 8.0  # period of the slowest sine in stds; each further sine has half the period before it
     max_categories: Size = 1000  # known categories of a column; rarer ones share a vector
     min_count: Size = 2  # training rows that a known category has
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0  # training: share of cells that are hidden
 
 
-MISSING = ("", "nan", "null", "n/a", "na", "<na>", "nat", "?")  # cells that programs write for nothing
-FARTHEST = 10.0  # standard deviations from the mean; a number farther off counts as there
+MISSING = ("", "nan", "null", "n/a", "na", "<na>", "nat", "?")  # what programs write into an empty cell
+FARTHEST = 10.0  # standard deviations from the mean, to which numbers are clipped
 MAX_CELL = 1 << 16  # characters of a cell that is no text
-FEW = 20  # rows up to which cells without a double are no names of the rows
+FEW = 20  # in more rows than these, cells that all differ are names of the rows
 WORDS, LETTERS = 2.5, 24  # mean words or letters of a cell, above which a column is text
 DIFFERENT, MANY = 0.5, 30  # share and number of different cells, above either of which it is text
-MADE_UP = 8  # columns where no data says how many there are
+MADE_UP = 8  # columns if no data says how many there are
 DAY_S = 86_400
 PLURALS = {"number": "numbers", "category": "categories", "date": "dates"}
 
@@ -313,7 +313,7 @@ def _title(column: Column) -> str:
 
 
 def _shown(column: Column, value: float, is_there: float) -> str:
-    """Return a value as its cell has it."""
+    """Return a value as it stands in its cell."""
     if not is_there:
         return "missing"
     if not column.is_number:

@@ -33,16 +33,16 @@ class TextSpec(InputSpec):
     # Bytes of a text that are read; a longer one is cut. "auto": those of 95 % of the training texts, rounded up.
     max_bytes: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = 2048
     max_auto_bytes: Size = 1024  # see max_bytes
-    # Of a longer text: its beginning, or as much of the beginning as of the end. Words stay whole.
+    # What is kept of a longer text: its beginning, or as much of the beginning as of the end. Words stay whole.
     keep: Literal["head", "ends"] = "head"
     embedding_channels: Size = 256  # width of the learned vectors
-    # Lengths of the n-grams of bytes that have vectors too; upper and lower case of ASCII are one. Empty: bytes alone.
+    # Lengths of the n-grams of bytes that have vectors too; case does not count in ASCII. Empty: bytes alone.
     ngrams: Annotated[tuple[Annotated[int, Field(ge=2, le=16)], ...], Field(max_length=8)] = ()
     ngram_vectors: Size = 1 << 14  # vectors of n-grams, which share them by a hash
     drop: Annotated[float, Field(ge=0, lt=1)] = 0.0  # training: share of inputs that are hidden
 
 
-# Suffixes of formats that other readers take apart: tables, pages and programs are text too, but rarely meant.
+# Suffixes of tables, which are text too, but rarely meant to be read as one.
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 # UTF-32 first: its mark for little endian begins with UTF-16's.
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
@@ -52,7 +52,7 @@ CONTROLS = re.compile("[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # characters that no tex
 WORD = re.compile(rb"\S+")
 WHOLE = 0.25  # share of the kept bytes up to which a cut moves back to the end of a word
 MOST = 0.95  # share of the training texts that max_bytes = "auto" keeps whole
-STEP_BYTES = 32  # max_bytes = "auto" is a multiple
+STEP_BYTES = 32  # max_bytes = "auto" is a multiple of it
 BLANK = 32  # the byte before the first
 MIXERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xFF51AFD7ED558CCD))  # odd multipliers (Knuth; MurmurHash3)
 
@@ -100,7 +100,7 @@ class TextModality(Modality[TextSpec]):
         return check_contract(source, np.frombuffer(kept, np.uint8), "text")
 
     def resolve(self, spec: TextSpec, sources: Sequence[Source], limits: Limits) -> TextSpec:
-        """Return `spec` with max_bytes: of `sources`, without any `max_auto_bytes`. Raises DataError without text."""
+        """Return `spec` with max_bytes for `sources`, else `max_auto_bytes`. Raises DataError if no source is text."""
         if spec.max_bytes != "auto":
             return spec
         longest = spec.model_copy(update={"max_bytes": spec.max_auto_bytes})

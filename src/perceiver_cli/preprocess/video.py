@@ -37,7 +37,7 @@ class VideoSpec(InputSpec):
     patch: tuple[Size, Size, Size] = (2, 8, 8)  # space-time patches; [1, 1, 1] is raw pixels
     short: Literal["loop", "hold"] = "loop"  # how a file shorter than the clip is filled up
     eval_windows: Size = 1  # clips of each file in evaluation, spread evenly over it; their scores are averaged
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # of values in 0..1, per channel
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # mean of values in 0..1, per channel
     std: tuple[Positive, ...] = (0.229, 0.224, 0.225)  # divisor of the values after mean
     eval_crop: Annotated[float, Field(gt=0, le=1)] = 0.875  # share of the shorter side that evaluation keeps
     # Training: a random time, and one Inception crop for all frames. No mirror by default: it turns left into right,
