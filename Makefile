@@ -6,7 +6,6 @@ BIN    := $(VENV)/bin
 # One more than there are cores: some tests wait for others.
 PYTEST := -m pytest -n $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1))) --dist worksteal
 
-SLOW   := tests/test_pages.py tests/benchmarks tests/model/test_export.py tests/slow
 
 .PHONY: help demo test slow faults fuzz lowest golden lint docs bench clean
 .DEFAULT_GOAL := help
@@ -23,10 +22,10 @@ demo: $(BIN)/perceiver  ## install, then train, evaluate and predict on scikit-l
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
 
 test: $(BIN)/perceiver  ## install, then run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW:%=--ignore %)
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
-slow: $(BIN)/perceiver  ## install, then run the slow tests: pages, examples, exports, benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(SLOW)
+slow: $(BIN)/perceiver  ## install, then run the slow tests: pages, examples, exports, benchmarks, growth
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m slow
 
 faults: $(BIN)/perceiver  ## install, then inject faults by force for ten minutes; with ARGS=--sample a few
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults $(ARGS)

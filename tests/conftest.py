@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from filelock import FileLock
 from PIL import Image
 
 from perceiver_cli.data.inputs import opened
@@ -36,15 +37,18 @@ SMALL = (
 )
 
 
-SLOW_FIRST = ("test_pages.py", "test_registry.py", "test_contest.py", "test_export.py", "test_pipes.py")
+SLOW = ("test_pages.py", "benchmarks", "test_export.py", "slow")  # files and folders whose tests are all slow
+FIRST = ("test_pages.py", "test_contest.py", "test_export.py", "test_registry.py", "test_pipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the slow tests first, so that several processes end together; skip those that need a GPU without one."""
+    """Mark the slow tests; run the slowest first, so that several processes end together; skip what needs a GPU."""
     for item in items:
+        if not {*SLOW}.isdisjoint(item.path.relative_to(Path(__file__).parent).parts):
+            item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-    items.sort(key=lambda item: SLOW_FIRST.index(name) if (name := item.path.name) in SLOW_FIRST else len(SLOW_FIRST))
+    items.sort(key=lambda item: FIRST.index(name) if (name := item.path.name) in FIRST else len(FIRST))
 
 
 def write_images(root: Path, counts: dict[str, int], side: int = 12, seed: int = 0) -> Path:
@@ -169,62 +173,86 @@ SMALL_CLIPS = (
 )
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the first of the test processes fills, and all others wait for and read."""
+    base = factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        if not (root / f"{name}.whole").exists():
+            (root / name).mkdir()
+            make(root / name)
+            (root / f"{name}.whole").touch()
+    return root / name
+
+
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and test/ of pictures with sounds: four classes of 24 and 8 pairs."""
-    root = tmp_path_factory.mktemp("pairs")
-    write_pairs(root / "train", 24, seed=1)
-    write_pairs(root / "test", 8, seed=2)
-    return root
+
+    def make(root: Path) -> None:
+        write_pairs(root / "train", 24, seed=1)
+        write_pairs(root / "test", 8, seed=2)
+
+    return shared(tmp_path_factory, "pairs", make)
 
 
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and test/ of videos with sound: four classes of 12 and 4 MP4 of a second."""
-    root = tmp_path_factory.mktemp("clips")
-    for split, count in (("train", 12), ("test", 4)):
-        for row in (0, 2):
-            for tone, hz in TONES_HZ.items():
-                for i in range(count):
-                    path = root / split / f"{'top' if row == 0 else 'bottom'}-{tone}" / f"{i:03d}.mp4"
-                    write_clip(path, row, hz, seed=i)
-    return root
+
+    def make(root: Path) -> None:
+        for split, count in (("train", 12), ("test", 4)):
+            for row in (0, 2):
+                for tone, hz in TONES_HZ.items():
+                    for i in range(count):
+                        path = root / split / f"{'top' if row == 0 else 'bottom'}-{tone}" / f"{i:03d}.mp4"
+                        write_clip(path, row, hz, seed=i)
+
+    return shared(tmp_path_factory, "clips", make)
 
 
 @pytest.fixture(scope="session")
 def paired(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small model that has learned `pairs`."""
-    output = tmp_path_factory.mktemp("paired") / "run"
-    events = list(Trainer(pairs, output, overrides=[*SMALL_PAIRS, "train.epochs=60", "train.lr=0.01"]).fit())
-    assert isinstance(events[-1], Finished)
-    return output
+
+    def make(root: Path) -> None:
+        options = [*SMALL_PAIRS, "train.epochs=60", "train.lr=0.01"]
+        assert isinstance(list(Trainer(pairs, root / "run", overrides=options).fit())[-1], Finished)
+
+    return shared(tmp_path_factory, "paired", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def filmed(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small model that has seen `clips` for a few steps."""
-    output = tmp_path_factory.mktemp("filmed") / "run"
-    list(Trainer(clips, output, overrides=[*SMALL_CLIPS, "train.steps=8"]).fit())
-    return output
+
+    def make(root: Path) -> None:
+        list(Trainer(clips, root / "run", overrides=[*SMALL_CLIPS, "train.steps=8"]).fit())
+
+    return shared(tmp_path_factory, "filmed", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def bars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """train/ and test/ with three classes of 40 and 10 grey 12 x 12 PNG."""
-    root = tmp_path_factory.mktemp("bars")
-    write_images(root / "train", {"left": 40, "middle": 40, "right": 40}, seed=1)
-    write_images(root / "test", {"left": 10, "middle": 10, "right": 10}, seed=2)
-    return root
+
+    def make(root: Path) -> None:
+        write_images(root / "train", {"left": 40, "middle": 40, "right": 40}, seed=1)
+        write_images(root / "test", {"left": 10, "middle": 10, "right": 10}, seed=2)
+
+    return shared(tmp_path_factory, "bars", make)
 
 
 @pytest.fixture(scope="session")
 def trained(bars: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with a small model, of the paper's byte arrays, that has learned `bars`."""
-    output = tmp_path_factory.mktemp("trained") / "run"
-    options = [*SMALL, "inputs.image.stem=none", "train.epochs=25", "train.lr=0.01"]
-    events = list(Trainer(bars, output, overrides=options).fit())
-    assert isinstance(events[-1], Finished)
-    return output
+
+    def make(root: Path) -> None:
+        options = [*SMALL, "inputs.image.stem=none", "train.epochs=25", "train.lr=0.01"]
+        assert isinstance(list(Trainer(bars, root / "run", overrides=options).fit())[-1], Finished)
+
+    return shared(tmp_path_factory, "trained", make) / "run"
 
 
 Perceive = Callable[..., "subprocess.CompletedProcess[bytes]"]

@@ -39,6 +39,7 @@ def run(tmp_path: Path) -> Run:
     return call
 
 
+@pytest.mark.slow
 def test_train_preprocess_and_predict(run: Run, tmp_path: Path) -> None:
     write_images(tmp_path / "data", {"red": 4, "猫": 4})
     trained = run("train", "data", "-o", "runs/one", "--steps", "2", "--workers", "1")

@@ -125,6 +125,7 @@ def test_a_writer_that_dies_is_noticed_by_every_consumer(here: Path, perceive: P
     assert not (here / "new").exists()
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_at_random_points_is_always_noticed(here: Path) -> None:
     from perceiver_cli.errors import IntegrityError, PerceiverError
     from perceiver_cli.records.shards import spooled
@@ -163,6 +164,7 @@ def test_bad_inputs_have_a_line_and_the_status_is_3(here: Path, bars: Path) -> N
     assert b"prepared 31 inputs, 2 of them unreadable: their records hold the error" in done.stderr
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_records(here: Path, tmp_path: Path) -> None:
     peaks = []
     script = (

@@ -232,6 +232,7 @@ def test_windows_need_time_and_a_length(trained: Path, bars: Path) -> None:
             Windows(window_s, hop_s)
 
 
+@pytest.mark.slow
 def test_a_long_file_in_windows_takes_no_more_memory_than_a_short_one(filmed: Path, tmp_path: Path) -> None:
     """By the highest resident size of a process for each; a quarter of an hour decoded at once would be 29 MB more."""
     script = (

@@ -294,6 +294,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".pcd", ".las"])
 def test_intensity_beats_positions_alone(perceive: Perceive, tmp_path: Path, suffix: str) -> None:
     for split, count in (("train", 12), ("test", 6)):

@@ -215,6 +215,7 @@ def test_text_that_begins_with_off_is_no_mesh() -> None:
         assert not POINTS.sniff(text, "a.txt")
 
 
+@pytest.mark.slow
 def test_modelnet40_trains_as_downloaded(perceive: Perceive, tmp_path: Path) -> None:
     """class/train/*.off and class/test/*.off; in many files the counts stand behind OFF without a blank."""
     rng = np.random.default_rng(0)

@@ -266,6 +266,7 @@ print(values.size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "per_pixel"), [("PNG", 8), ("TIFF", 8), ("WEBP", 20), ("JPEG2000", 24), ("AVIF", 12)])
 def test_a_large_picture_takes_the_memory_that_is_counted(kind: str, per_pixel: int, tmp_path: Path) -> None:
     side = 3000

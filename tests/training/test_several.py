@@ -69,6 +69,7 @@ def test_an_interrupted_set_goes_on_where_it_was(bars: Path, tmp_path: Path) -> 
     assert evaluate(Predictor(cut.folder), bars, "val").split_from == "run"
 
 
+@pytest.mark.slow
 def test_a_sweep_finds_the_better_rate_and_says_its_command(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
     small = [word for change in SMALL for word in ("--set", change)]
     rates = "train.lr=1e-9,0.01,1e30"  # learns nothing, learns, diverges

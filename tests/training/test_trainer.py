@@ -97,6 +97,7 @@ def test_resumed_is_uninterrupted_to_the_bit(bars: Path, tmp_path: Path, whole: 
     assert digest(run) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_random_and_resumed_is_uninterrupted(bars: Path, tmp_path: Path, whole: str, workers: int) -> None:
     """SIGKILL, twice, wherever it falls: in a step, a save, or before the first."""
