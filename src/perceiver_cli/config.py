@@ -212,6 +212,7 @@ class TrainConfig(Table):
     accumulate: Size = 1  # batches per optimiser step, shared out among processes
     # Add gradients in an order that does not depend on the number of processes: the same model to the bit.
     exact_sum: bool = True
+    split_inputs: Size = 1  # processes that share the inputs of one example, for more inputs than a device can hold
     threads: Size | None = None  # threads of each process on a CPU, whose number decides last bits; unset: its cores
     optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
     lr: Positive = 0.004  # peak learning rate

@@ -13,12 +13,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from perceiver_cli.config import ModelConfig, tiny_config
 from perceiver_cli.data.decoder import Decoded
 from perceiver_cli.data.examples import Example
 from perceiver_cli.errors import DataError, LostError, PerceiverError, UsageError
 from perceiver_cli.hardware import LAUNCHED, Place
+from perceiver_cli.inference.evaluation import evaluate
+from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.model.ranks import ALONE, Ranks, joined
@@ -32,7 +35,7 @@ from perceiver_cli.training.plan import shared_out
 from perceiver_cli.training.state import load_state
 from perceiver_cli.training.sums import BatchStatistics, Node, TreeSum, flat_total, tree_total
 from perceiver_cli.training.trainer import Trainer
-from tests.conftest import SMALL, write_images
+from tests.conftest import SMALL, SMALL_PAIRS, write_images
 
 # What changes a sum: the optimiser's norms, mixing, weights of classes, the average, the norm of the gradient.
 RECIPE = (
@@ -296,3 +299,39 @@ def test_inputs_in_slices_give_the_gradients_of_one_process(tmp_path: Path) -> N
 
     for error in as_ranks(2, tmp_path / "slices", work):
         assert error < 1e-5  # other forms of the cross-attend, in float32
+
+
+@pytest.mark.parametrize(("count", "kind"), [(2, "pairs"), (4, "bars")])
+def test_a_run_of_teams_learns_what_one_process_does(
+    count: int, kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Teams of two, each process with a half of every example's inputs; of two modalities, with their encodings."""
+    data = request.getfixturevalue(kind)
+    small = SMALL_PAIRS if kind == "pairs" else (*SMALL, "inputs.image.stem=none")
+    recipe = [*small, "train.batch_size=6", "train.accumulate=2", "train.steps=4", "train.optimizer=adamw"]
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        return load_file(folder / MODEL_FILE)
+
+    def work(ranks: Ranks) -> Any:
+        options = [*recipe, "train.split_inputs=2"]
+        list(Trainer(data, tmp_path / "teams", overrides=options, ranks=ranks).fit())
+
+    assert as_ranks(count, tmp_path / "processes", work) == [None] * count
+    list(Trainer(data, tmp_path / "alone", overrides=recipe).fit())
+    ours, expected = weights(tmp_path / "teams"), weights(tmp_path / "alone")
+    for name, tensor in expected.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    assert evaluate(Predictor(tmp_path / "teams"), data).num_examples > 0
+
+
+def test_teams_need_their_processes_and_inputs_that_can_be_cut(bars: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"split_inputs=2 in 1 process, .* multiple of 2; pass --devices 2"):
+        Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.split_inputs=2"])
+
+    def work(ranks: Ranks) -> Any:
+        Trainer(bars, tmp_path / "run", overrides=[*RECIPE, "train.split_inputs=2"], ranks=ranks)
+
+    for words in as_ranks(2, tmp_path / "stem", work):
+        assert words.startswith("UsageError: image inputs with the stem 'conv' cannot lie in slices")
+        assert words.endswith("pass --set inputs.image.stem=none")

@@ -12,7 +12,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -29,9 +29,16 @@ PORTS = 10_000, 50_000  # the first, and the number, of those from which a job o
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those of a job. Every method but `share` must be called by all of them."""
+    """The place of this process among those of a job. Every method but `share` must be called by all of them.
+
+    team_size: processes that hold slices of the same inputs, neighbours, and so work as one. group: torch's, of these
+    processes; None for all of the job.
+    """
 
     place: Place
+    timeout_s: float = TIMEOUT_S
+    team_size: int = 1
+    group: Any = None
 
     @property
     def rank(self) -> int:
@@ -48,10 +55,32 @@ class Ranks:
         """Whether this process is the one that decides, writes files and speaks."""
         return self.rank == 0
 
+    @property
+    def teams(self) -> int:
+        """The number of teams."""
+        return self.size // self.team_size
+
+    def leads(self, rank: int | None = None) -> bool:
+        """Return whether a process (this one) is the first of its team."""
+        return (self.rank if rank is None else rank) % self.team_size == 0
+
     def share(self, count: int, rank: int | None = None) -> range:
         """Return which of `count` equal pieces of work belong to a process (this one): neighbours, of equal number."""
-        rank = self.rank if rank is None else rank
-        return range(count * rank // self.size, count * (rank + 1) // self.size)
+        team = (self.rank if rank is None else rank) // self.team_size
+        return range(count * team // self.teams, count * (team + 1) // self.teams)
+
+    def in_teams(self, team_size: int) -> tuple[Ranks, Ranks]:
+        """Return these processes in teams, whose size divides their number, and the processes of this one's team."""
+        if team_size == 1:
+            return self, ALONE
+        mine = None
+        with self.talking():
+            for first in range(0, self.size, team_size):  # torch wants each group made by all
+                members = list(range(first, first + team_size))
+                group = dist.new_group(members, timedelta(seconds=self.timeout_s))
+                mine = group if self.rank in members else mine
+        place = Place(self.rank % team_size, team_size, self.place.local, self.place.local_size)
+        return replace(self, team_size=team_size), Ranks(place, self.timeout_s, group=mine)
 
     def device(self, name: str) -> str:
         """Return the device of this process, where `name` is the one asked for: each takes a GPU of its own."""
@@ -154,7 +183,7 @@ def joined(timeout_s: float = TIMEOUT_S) -> Ranks:
     here = place()
     if here.size == 1:
         return ALONE
-    ranks = Ranks(here)
+    ranks = Ranks(here, timeout_s)
     if not dist.is_initialized():
         # Each kind of device has its own connection: numbers on the CPU never wait for a GPU.
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -8,17 +8,20 @@ numbers travel, whatever M is. All else (latents, weights, logits, loss) is the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.model.attention import Memory
 from perceiver_cli.model.encoding import ModalityInputs, Segment
 from perceiver_cli.model.perceiver import Perceiver
 from perceiver_cli.model.ranks import Ranks
+from perceiver_cli.preprocess.base import Layout
 
 
 class SlicedMemory(Memory):
@@ -45,18 +48,64 @@ class SlicedMemory(Memory):
         return merged
 
 
+POINTWISE = ("none", "embed", "linear")  # stems that see one input at a time
+
+
+def check_slices(layouts: Mapping[str, Layout], num_slices: int) -> None:
+    """Raise UsageError if inputs of these layouts cannot lie in slices."""
+    for name, layout in layouts.items():
+        if layout.stem not in POINTWISE:
+            found = f"{name} inputs with the stem {layout.stem!r} cannot lie in slices: it mixes neighbours"
+            raise UsageError(found, f"pass --set inputs.{name}.stem=none")
+        if layout.learned_channels:
+            raise UsageError(f"{name} inputs with learned positions cannot lie in slices", "use Fourier features")
+        if layout.prepared_shape[0] < num_slices:
+            side = counted(layout.prepared_shape[0], "row")
+            raise UsageError(f"{name} inputs have {side}, too few for {num_slices} slices", "pass fewer")
+
+
+def slices_of(segments: Mapping[str, Segment], ranks: Ranks) -> tuple[dict[str, Segment], dict[str, range]]:
+    """Return this process's slice of whole segments along the first axis of each grid, or of its points; its places."""
+    sides = {name: ranks.share(segment.values.shape[1]) for name, segment in segments.items()}
+    parts = {}
+    for name, segment in segments.items():
+        values, mask, side = segment.values, segment.mask, sides[name]
+        if mask is not None and mask.shape[1] > 1:
+            row = prod(values.shape[2:-1])  # inputs of one place along the first axis
+            mask = mask[:, side.start * row : side.stop * row]
+        positions = None if segment.positions is None else segment.positions[:, side.start : side.stop]
+        parts[name] = Segment(values[:, side.start : side.stop], positions, mask)
+    return parts, sides
+
+
 def slice_logits(model: Perceiver, segments: dict[str, Segment], sides: dict[str, range], ranks: Ranks) -> Tensor:
     """Return the logits (B, classes) of examples of which each process has a slice along the first axis of each grid.
 
     segments: the slice of this process; sides: its places along that axis of the whole grid. After a backward pass the
-    gradients of all processes are those of one, but for parameters of the encoding: these are of the slice alone.
+    gradients of all processes are those of one; parameters of the encoding need `share_encoding` for it.
     """
     parts = []
     for name, segment in segments.items():
-        first, *rest = model.encoding.axis_tables(name, segment.values.device)
-        places = slice(sides[name].start, sides[name].stop)
-        parts.append(model.encoding.modality_inputs(name, segment, (first[places], *rest)))
+        tables = None
+        if segment.positions is None:
+            first, *rest = model.encoding.axis_tables(name, segment.values.device)
+            tables = (first[sides[name].start : sides[name].stop], *rest)
+        parts.append(model.encoding.modality_inputs(name, segment, tables))
     return model.classify(model.read(SlicedMemory(parts, ranks)))
+
+
+def share_encoding(model: Perceiver, ranks: Ranks) -> None:
+    """Let every later backward pass sum the gradients of the encoding's parameters over all slices."""
+
+    def total(grad: Tensor) -> Tensor:
+        grad = grad.contiguous().clone()
+        with ranks.talking():
+            dist.all_reduce(grad, group=ranks.group)
+        return grad
+
+    for parameter in model.encoding.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(total)  # type: ignore[no-untyped-call]
 
 
 class _Spread(torch.autograd.Function):
@@ -71,7 +120,7 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.contiguous().clone()
         with ctx.ranks.talking():
-            dist.all_reduce(grad)
+            dist.all_reduce(grad, group=ctx.ranks.group)
         return grad, None
 
 
@@ -82,10 +131,10 @@ class _Merge(torch.autograd.Function):
     def forward(ctx: Any, mean: Tensor, level: Tensor, ranks: Ranks) -> Tensor:
         top = level.clone()
         with ranks.talking():
-            dist.all_reduce(top, dist.ReduceOp.MAX)
+            dist.all_reduce(top, dist.ReduceOp.MAX, ranks.group)
             weight = (level - top).exp().unsqueeze(-1)
             sums = torch.cat([weight * mean, weight], dim=-1)
-            dist.all_reduce(sums)
+            dist.all_reduce(sums, group=ranks.group)
         total, share = sums[..., :-1] / sums[..., -1:], weight / sums[..., -1:]
         ctx.save_for_backward(mean, total, share)
         return total

@@ -22,7 +22,9 @@ from perceiver_cli.files import show_path, write_text
 from perceiver_cli.inference.evaluation import calibrated, report_of
 from perceiver_cli.inference.labelled import LabelledLogits, label_logits
 from perceiver_cli.model.checkpoint import Calibration, ModelInfo, not_finite, save_model
+from perceiver_cli.model.encoding import Segment
 from perceiver_cli.model.perceiver import Perceiver, compile_latents
+from perceiver_cli.model.slices import share_encoding, slice_logits, slices_of
 from perceiver_cli.run_folder import (
     ANSWERS_FILE,
     MANIFEST,
@@ -83,7 +85,9 @@ class Run:
         if train.compile:
             compile_latents(model, self.compute)
         self.model = model.to(self.compute.device).train()
-        self.ranks = plan.request.ranks
+        self.ranks, self.team = plan.request.ranks.in_teams(train.split_inputs)
+        if self.team.size > 1:
+            share_encoding(self.model, self.team)
         self.learning = [p for p in self.model.parameters() if p.requires_grad]
         self.statistics = BatchStatistics(self.model)
         self.average = Average(self.model, train.ema_decay) if train.ema_decay else None
@@ -242,12 +246,15 @@ class Run:
         for micro in ranks.share(count):
             batch = next(batches)
             bad |= {example.id: error for _, example, error in batch.bad if example.id not in self.plan.reader.bad}
-            if batch.examples:
+            loss = self.backward(batch, count, micro) if batch.examples else None
+            if loss is not None and ranks.leads():
                 read += 1
-                facts[micro, 0], facts[micro, 1] = 1, self.backward(batch, count, micro)
+                facts[micro, 0], facts[micro, 1] = 1, loss
                 facts[micro, 2:] = self.statistics.of_batch()
             used = [before or p.grad is not None for before, p in zip(used, self.learning, strict=True)]
-            if tree is not None:
+            if not ranks.leads():
+                self._taken()
+            elif tree is not None:
                 tree.add(Node(0, micro, self._taken()))
         read, num_bad, *users = map(int, ranks.totals([read, len(bad), *used]))
         self._note_bad(bad, new=num_bad > 0)
@@ -274,13 +281,21 @@ class Run:
         device, train = self.compute.device, self.config.train
         segments, targets = mixed(batch, train, [train.seed, self.step, micro, MIX_STREAM])
         with self.compute.autocast():
-            logits = self.model({name: segment.to(device) for name, segment in segments.items()})
+            logits = self._logits(segments)
         loss = torch.zeros((), device=device)
         for labels, share in targets:
             loss = loss + share * self._loss(logits, labels.to(device, non_blocking=True))
         loss = loss / accumulate
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
+
+    def _logits(self, segments: Mapping[str, Segment]) -> Tensor:
+        """Return the logits of a batch, of whose inputs a process of a team computes its slice."""
+        device, team = self.compute.device, self.team
+        parts, sides = slices_of(segments, team) if team.size > 1 else (segments, {})
+        parts = {name: segment.to(device) for name, segment in parts.items()}
+        logits: Tensor = slice_logits(self.model, parts, sides, team) if team.size > 1 else self.model(parts)
+        return logits
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return softmax cross-entropy, or sigmoid cross-entropy if examples have several labels (paper 4.2)."""
@@ -341,7 +356,8 @@ class Run:
         record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": self.lr}
         better = True  # without a validation split the latest model counts as the best
         if examples := self.plan.val_examples:
-            batch_size = max(self.config.train.batch_size, 64)
+            batch_size = self.config.train.batch_size
+            batch_size = batch_size if self.team.size > 1 else max(batch_size, 64)
             scored = label_logits(self.judged, self.plan.reader, examples, self.compute, batch_size, ranks=self.ranks)
             record |= self.ranks.from_first(lambda: self._scores(scored))
             self._check_loss(record["val_loss"])

@@ -28,6 +28,7 @@ from perceiver_cli.model.checkpoint import read_info
 from perceiver_cli.model.cost import MAX_PARAMETERS, Cost, estimate
 from perceiver_cli.model.device import Compute, choose_compute
 from perceiver_cli.model.ranks import ALONE, Ranks
+from perceiver_cli.model.slices import check_slices
 from perceiver_cli.preprocess import modality
 from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.spec import InputSpec
@@ -201,13 +202,16 @@ def make_plan(request: RunRequest) -> Plan:
     specs = resolve_specs(config.inputs, seen, config.data.limits)
     config = _settled(config, catalog, specs, path)
     if saved is None:
-        train = shared_out(config.train, request.ranks.size, notes)
+        train = shared_out(config.train, request.ranks.size // config.train.split_inputs, notes)
         config = config.model_copy(update={"train": train})
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
+    _check_split(config.train, request)
     compute = _compute_of(request, config.train, notes)
     num_classes = len(catalog.classes)
     reader = Reader(specs, config.data.limits, catalog.bad, num_classes if scanned.multi_label else 0)
+    if config.train.split_inputs > 1:
+        check_slices(reader.layouts, config.train.split_inputs)
     cost = estimate(config.model, reader.layouts, num_classes)
     folder = Path(output) if output is not None else next_run(config.name)
     val_from = _val_from(scanned, split_file, config.data.fold)
@@ -220,6 +224,14 @@ def make_plan(request: RunRequest) -> Plan:
         _check_resumable(plan, saved.fields["config"])
     _check_alike(plan)
     return plan
+
+
+def _check_split(train: TrainConfig, request: RunRequest) -> None:
+    """Raise UsageError if the processes of a run cannot share inputs as its recipe says."""
+    size, number = train.split_inputs, request.ranks.size
+    if number % size and not request.dry_run:
+        found = f"train.split_inputs={size} in {counted(number, 'process')}, expected a multiple of {size}"
+        raise UsageError(found, f"pass --devices {size * ceil(number / size)}")
 
 
 def _compute_of(request: RunRequest, train: TrainConfig, notes: list[str]) -> Compute:

@@ -71,7 +71,8 @@ def tree_total(tree: TreeSum, like: Sequence[Tensor], count: int, ranks: Ranks) 
     if ranks.size == 1:
         return tree.total()
     totals = [torch.empty_like(tensor) for tensor in like]
-    nodes = [nodes_of(ranks.share(count, rank)) for rank in range(ranks.size)]
+    # All of a team have the same sums: the first of them gives them.
+    nodes = [nodes_of(ranks.share(count, rank)) if ranks.leads(rank) else [] for rank in range(ranks.size)]
     for bucket in _buckets(like):
         rows = [torch.cat([t.flatten() for t in node.tensors[bucket]]) for node in tree.nodes]
         total = _meeting(rows, nodes, sum(t.numel() for t in totals[bucket]), ranks, like[bucket.start])

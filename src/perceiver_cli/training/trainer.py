@@ -125,7 +125,7 @@ class Trainer:
             if run.compute.device.type == "cuda":
                 torch.cuda.synchronize(run.compute.device)
             times.append(time.perf_counter() - before)
-        return median(times) * ceil(train.accumulate / plan.request.ranks.size)
+        return median(times) * ceil(train.accumulate * train.split_inputs / plan.request.ranks.size)
 
     def fit(self) -> Iterator[Event]:
         """Train and yield events. A generator closed early leaves the last saved state to resume from.
