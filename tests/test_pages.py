@@ -96,7 +96,7 @@ def test_wine_example(tmp_path: Path, warm_bin: Path) -> None:
     run(["perceiver", "train", "wine/wine.csv", *options], tmp_path, warm_bin)
     done = run(["perceiver", "evaluate", "wine/wine.csv", "-m", "wine/run", "--worth"], tmp_path, warm_bin)
     assert "(35 examples of image+table)" in done.stdout
-    assert re.search(r"worth: accuracy [\d.]+ = [\d.]+ by chance \+ the share of each input", done.stdout)
+    assert re.search(r"worth: accuracy [\d.]+ = [\d.]+ by chance \+ the share of each modality", done.stdout)
 
 
 @pytest.mark.parametrize("modality", ["image", "audio", "points", "video"])

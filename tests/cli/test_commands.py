@@ -254,7 +254,7 @@ def test_pairs_from_the_shell(perceive: Perceive, pairs: Path, paired: Path, tmp
     assert done.stdout.decode().splitlines()[0].split() == ["file", "used", "label", "prob", "others"]
     done = perceive("evaluate", pairs, "-m", paired, "--use", "image", "--json")
     assert json.loads(done.stdout)["modalities"] == ["image"]
-    assert b"note: answered from image alone, the model reads audio+image" in done.stderr
+    assert b"note: answered from image alone; the model reads audio+image" in done.stderr
     done = perceive("predict", folder, "-m", paired, "--use", "image,video")
     assert done.returncode == 2
     assert done.stderr.count(b"\n") == 1
@@ -303,7 +303,7 @@ def test_events_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Path)
     for more, message in (
         ([tmp_path / "d.mp4", "--format", "srt"], b"--format srt holds the events of one input"),
         (["--aggregate", "mean"], b"--merge keeps windows apart"),
-        (["--all-probs"], b"--all-probs is of inputs or windows"),
+        (["--all-probs"], b"--all-probs has no effect with --merge"),
         (["--every", "1", "--hop", "1"], b"--every and --hop are both"),
     ):
         refused = perceive(*run, *more)
@@ -329,13 +329,13 @@ def test_raw_sound_from_the_shell(perceive: Perceive, filmed: Path, tmp_path: Pa
     (line,) = lines(perceive(*run, *every, "--rate", "8000", stdin=short).stdout)
     assert (line["start_s"], line["end_s"]) == (0.0, 0.1)
     for options, message in (
-        (["--channels", "2"], b"--channels is of raw sound; pass --rate HZ"),
+        (["--channels", "2"], b"--channels needs raw sound; pass --rate HZ"),
         (["--rate", "7"], b"sample rate 7 Hz, expected 1000 to 768000"),
     ):
         refused = perceive(*run, *options, stdin=short)
         assert message in refused.stderr
         assert refused.returncode in (2, 3)
-    assert b"--rate is of raw sound on stdin" in perceive("predict", tmp_path / "a.wav", "--rate", "8k").stderr
+    assert b"--rate needs raw sound on stdin" in perceive("predict", tmp_path / "a.wav", "--rate", "8k").stderr
 
 
 # ---------------------------------------------------------------- preprocess and info
@@ -453,9 +453,9 @@ def test_files_that_claim_too_much_are_refused_from_the_header(
         (["train", ".", "--max-time", "soon"], 2, b"--max-time soon: not a time"),
         (["train", ".", "--preset", "imagenet", "--set", "train.lrr=1"], 2, b"did you mean train.lr"),
         (["train", "--resume", "-o", "none"], 2, b"no training state to resume"),
-        (["train", ".", "--seeds", "2", "--continue"], 2, b"--continue is for one run; go on with several by --resume"),
-        (["train", ".", "--folds", "2", "--devices", "2"], 2, b"--devices is for one run"),
-        (["lint", ".", "--labels", "x", "--workers", "2"], 2, b"--workers is not for --labels"),
+        (["train", ".", "--seeds", "2", "--continue"], 2, b"--continue takes one run; continue several with --resume"),
+        (["train", ".", "--folds", "2", "--devices", "2"], 2, b"--devices trains one run"),
+        (["lint", ".", "--labels", "x", "--workers", "2"], 2, b"--labels does not take --workers"),
         (["predict", "x.png"], 2, b"no model: there is no runs/latest here; pass -m RUN"),
         (["predict"], 2, b"nothing to predict"),
         (["train", ".", "-o", ""], 2, b"-o: the name is empty"),

@@ -20,7 +20,7 @@ FORMULAS = ("=", "+", "-", "@", "\t", "\r")  # first characters of a formula in 
 Format = Literal["auto", "table", "jsonl", "csv", "tsv", "audacity", "srt"]
 OTHER_WIDTH = 12  # of other columns
 FILE_WIDTH, LABEL_WIDTH = 40, 16
-LEAST_FILE, ROOM = 16, 22  # columns of a narrow terminal for a file, and for further answers beside it
+LEAST_FILE, ROOM = 16, 22  # columns of a narrow terminal for a file's name, and for further answers beside it
 OF_EVENTS = ("audacity", "srt")  # formats that hold the events of one input
 
 
@@ -32,7 +32,7 @@ def show_predictions(
     extra: Sequence[str] = (),
     reads: Sequence[str] = (),
 ) -> int:
-    """Print predictions as they come; return the exit code, 3 if any input was bad.
+    """Return the exit code, 3 if any input was bad; predictions are printed as they come.
 
     extra: columns of EXTRA_WIDTH. reads: the modalities whose formats are listed after files of an unknown format.
     """
@@ -58,7 +58,7 @@ def show_predictions(
 def show_events(
     events: Iterable["TimedEvent"], style: str, reads: Sequence[str] = (), repeated: Sequence[str] = ()
 ) -> int:
-    """Print events as they end; return the exit code, 3 if any input was bad. Raises UsageError, see OF_EVENTS.
+    """Return the exit code, 3 if any input was bad; events are printed as they end. Raises UsageError, see OF_EVENTS.
 
     repeated: columns of a manifest that CSV and TSV have too.
     """
@@ -117,7 +117,7 @@ def _time(seconds: float, digits: int) -> str:
 
 
 class _Errors:
-    """The errors of inputs, told as they come."""
+    """Prints the errors of inputs as they come."""
 
     def __init__(self) -> None:
         self.exit_code, self.is_unknown = 0, False
@@ -132,7 +132,7 @@ class _Errors:
             complain(f"perceiver predict: {error}")
 
     def end(self, reads: Sequence[str]) -> int:
-        """Print the formats of some modalities if a file is of an unknown one; return the exit code."""
+        """Return the exit code; first print the formats of `reads` if a file is of an unknown one."""
         from perceiver_cli.preprocess.detection import formats
 
         if self.is_unknown:
@@ -166,7 +166,7 @@ def _cells(prediction: "Prediction", top_k: int, all_probs: bool, extra: Sequenc
 
 
 def with_hint(predictions: Iterable["Prediction"], reads: Sequence[str], count: int) -> Iterator["Prediction"]:
-    """Yield predictions of `count` named inputs; say how files make one input if each of several was answered alone."""
+    """Yield predictions of `count` named inputs; print how files make one input if each was answered alone."""
     kinds: set[tuple[str, ...]] = set()
     for prediction in predictions:
         kinds.add(prediction.used)
@@ -187,7 +187,7 @@ def _extra(prediction: "Prediction", names: Sequence[str]) -> dict[str, str]:
 
 
 class AnswerTable:
-    """The widths of a table of answers. On a terminal of a few columns files have less room, and further answers.
+    """The widths of a table of answers: names of files and further answers get what a narrow terminal leaves.
 
     extra: columns of EXTRA_WIDTH.
     """

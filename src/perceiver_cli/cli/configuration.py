@@ -43,7 +43,7 @@ def show_options(
 ) -> None:
     """Explain the options of a recipe. To change one: --set KEY=VALUE.
 
-    With --run there is each value of a run, and who chose it: the default, the preset, the data or the user.
+    --run shows the values of a run, and who chose each: the default, the preset, the data or the user.
     """
     chosen = {} if run is None else values_of(run)
     every = [option for option in all_options() if run is None or option.key in chosen]

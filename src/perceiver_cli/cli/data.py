@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LISTED = 20  # findings of a kind in the text report
 NAMED = 5  # names on a line
-LEAST_FOR_SIZE = 50  # inputs before the size of all is told
+LEAST_FOR_SIZE = 50  # inputs to estimate the size of all from
 
 
 def preprocess(
@@ -63,7 +63,7 @@ def preprocess(
     shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Size of NAME-%06d.tar, e.g. 64M or 1G.")] = "256M",
     resume: Annotated[bool, typer.Option("--resume", help="Continue the shards of an earlier run.")] = False,
     part: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only the I-th of N equal parts, from 1: one per process.")
+        str | None, typer.Option(metavar="I/N", help="Prepare only the I-th of N equal parts, from 1.")
     ] = None,
     devices: options.Devices = None,
     workers: options.Workers = 0,
@@ -71,10 +71,10 @@ def preprocess(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once and write them as a tar of records. It is read by train, evaluate, predict and WebDataset.
+    """Decode files once into a tar of records, which train, evaluate, predict and WebDataset read.
 
-    Records hold the decoded files; training still takes random crops of them. Without -m or --preset the tiny preset
-    for the data is the recipe, and the data settles its "auto" values as in training. FILE.npy and FILE.safetensors
+    Records hold the decoded files; training still takes random crops of them. Without -m or --preset the recipe
+    is the tiny preset for the data, whose "auto" values are settled as in training. FILE.npy and FILE.safetensors
     hold one input as the paper's byte array with Fourier features (ImageNet: 50176 x 261). An unreadable input gets a
     record with its error, and the exit status is 3.
 
@@ -103,7 +103,7 @@ def preprocess(
     done = prepare.write_records(job, output, terminal.emit_bytes, workers, shard_bytes, resume=resume)
     say_notes(job.catalog.notes)
     bad = follow_preparing(done, output)
-    if own == (0, 1):  # the account is of all inputs
+    if own == (0, 1):  # the account covers all inputs
         say_lines(job.catalog.accounted(bad).brief())
         say_advice(after_preprocess(output, labelled=bool(job.catalog.classes), model=model))
     raise typer.Exit(EXIT_DATA if bad else 0)
@@ -114,7 +114,7 @@ def _part_of(
 ) -> tuple[tuple[int, int], str]:
     """Return (I, N) for the I-th of N parts of the inputs, from 0, and where it goes.
 
-    Among several processes each has its part, and a tar whose name says which.
+    Each of several processes has its own part, and a tar with the part in its name.
     """
     here = processes.started(devices, inputs)
     if here.size == 1:
@@ -123,9 +123,9 @@ def _part_of(
             raise UsageError(f"--part {part}: expected I/N with I from 1 to N, such as 3/8")
         return (int(match[1]) - 1, int(match[2])), output
     if part is not None:
-        raise UsageError(f"--part for {here.size} processes, which have their own", "leave one out")
+        raise UsageError(f"--part with {here.size} processes, which divide the inputs themselves", "leave one out")
     if output == "-":
-        raise UsageError(f"stdout for {here.size} processes", "pass -o NAME.tar: each writes one of its own")
+        raise UsageError(f"{here.size} processes cannot share stdout", "pass -o NAME.tar: each writes its own tar")
     stem, suffix = os.path.splitext(output)
     number = re.search(r"-?%0?\d*d$", stem)
     place = len(stem) if number is None else number.start()
@@ -146,7 +146,7 @@ def _byte_array(named: Any, output: str, model: str | None, preset: str | None, 
 
 
 def _model_input(named: Any, output: str, model: Path, limit: list[str] | None, read: Mapping[str, Any]) -> int:
-    """Write the inputs of an exported model and print a line for each example; return the exit code."""
+    """Return the exit code; write the inputs of an exported model and print a line for each example."""
     from perceiver_cli.data.model_inputs import write_model_inputs
 
     exit_code = 0
@@ -179,7 +179,7 @@ def lint(
     ] = None,
     output: Annotated[
         Path | None,
-        options.output("List of good files, FILE.csv or FILE.jsonl; of --labels a page, FILE.html."),
+        options.output("List of good files, FILE.csv or FILE.jsonl; with --labels a page, FILE.html."),
     ] = None,
     json: options.Json = False,
     workers: Annotated[int | None, typer.Option(min=0, max=256, help="Processes [default: one per core].")] = None,
@@ -191,16 +191,16 @@ def lint(
 
     Report unreadable files; the same content twice, in one or several splits, with the same or different labels;
     silent sound, pictures of one colour, clouds of few points; sizes of classes. The exit status is 3 if files are
-    unreadable or content is in several splits. With -o the good files are listed: one of each group of copies, in test
-    rather than train, and none if their labels differ.
+    unreadable or content is in several splits. -o lists the good files: one of each group of copies, in test rather
+    than train, and none if their labels differ.
     """
     options.check_data(data)
     given = options.data_options(root, path_columns, label_column, pair, columns)
     if labels is not None:
         if workers is not None:
-            raise UsageError("--workers is not for --labels, which one process judges", "leave it out")
+            raise UsageError("--labels does not take --workers: one process judges", "leave it out")
         if preset is not None:
-            raise UsageError("--preset is not for --labels, which reads data as its model does", "leave it out")
+            raise UsageError("--labels does not take --preset: it reads data as its model does", "leave it out")
         _lint_labels(data, labels, output, limit, given, json)
         return
     if output is not None:
@@ -272,7 +272,7 @@ def emit_findings(kind: str, findings: Sequence[str]) -> None:
 
 
 def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
-    """Print progress and errors while inputs are prepared; return the ids of bad ones."""
+    """Return the ids of bad inputs; progress and errors are printed while inputs are prepared."""
     last, bad, kept = None, set(), 0
     free = None if output == "-" else _free_bytes(Path(output).parent)
 
@@ -293,7 +293,7 @@ def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
             sizes = f"{size(last.num_bytes)} of about {size(in_all)}"
             progress(last.count, last.total, f"{(last.count - kept) / progress.seconds:,.0f}/s  {sizes}")
             if free is not None and in_all > free and last.count - kept >= LEAST_FOR_SIZE:
-                say(f"note: about {size(in_all)} in all, and {size(free)} are free where it is written")
+                say(f"note: about {size(in_all)} in all, but the disk has only {size(free)} free")
                 free = None
     failed = f", {len(bad)} of them unreadable: their records hold the error" if bad else ""
     written = f"; {size(last.num_bytes)}" if last is not None and last.num_bytes else ""

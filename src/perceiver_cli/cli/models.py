@@ -58,14 +58,14 @@ def info(
         ),
     ],
     on: options.On = None,
-    output: Annotated[Path | None, options.output("With a file of data: FILE.png to draw it.")] = None,
+    output: Annotated[Path | None, options.output("FILE.png to draw a file of data.")] = None,
     limit: options.Limit = None,
     json: options.Json = False,
 ) -> None:
     """Describe a preset, a model or a file of data.
 
-    Of a model: its size and shapes, without building it; --on adds what training costs on a machine. Of a file of data:
-    what it is taken for, what it declares, and what is decoded of it.
+    For a model it prints size and shapes without building it; --on adds what training costs on a machine. For a file of
+    data it prints the modality, what the file declares, and what is decoded from it.
     """
     from perceiver_cli.model.describe import describe, is_model
     from perceiver_cli.model.machines import estimate_lines
@@ -139,7 +139,9 @@ def bench(
     preset: Annotated[
         str, typer.Argument(autocompletion=completion.presets, help="Preset, growth or scale.")
     ] = "tiny-image",
-    mode: Annotated[Literal["forward", "train"], typer.Option(help="Call that growth measures.")] = "forward",
+    mode: Annotated[
+        Literal["forward", "train"], typer.Option(help="What growth measures: a forward pass or a training step.")
+    ] = "forward",
     plot: Annotated[str | None, typer.Option(help="Plot growth to FILE.svg or FILE.png.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
@@ -175,7 +177,7 @@ def bench(
 
 
 def _scale(trial: tuple[str, int | None, float, str, str], devices: str, json: bool) -> None:
-    """Print the speed of training with 1, 2, 4 ... processes; in one of these, measure."""
+    """Print the speed of training with 1, 2, 4 ... processes, or measure if this is one of them."""
     most = processes.count_of(devices)
     if LAUNCHED not in os.environ:
         for exponent in range(most.bit_length()):

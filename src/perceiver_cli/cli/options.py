@@ -114,7 +114,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", callback=_set_talk, he
 
 
 def length_changes(steps: int | None, limit_s: float | None = None, runs: int = 1) -> list[str]:
-    """Return the assignments that replace every length of a recipe by these; `runs` runs share the time limit."""
+    """Return the assignments that replace every length of a recipe by `lengths`; `runs` runs share the time limit."""
     lengths = {"max_steps": None, "steps": steps, "max_time_s": limit_s and limit_s / runs}
     return [f"train.{key}={value or 'none'}" for key, value in lengths.items()]
 
@@ -149,7 +149,7 @@ def data_options(
     pair: str | None = None,
     columns: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Return the options of how to read data that were given, by their names in `DataConfig`."""
+    """Return the given options about reading data, by their names in `DataConfig`."""
     from perceiver_cli.config import ANY, AUTO
     from perceiver_cli.preprocess import modality, names
 
@@ -171,15 +171,15 @@ def data_options(
 
 
 def passed_columns(text: str | None, style: str = "jsonl") -> dict[str, Any]:
-    """Return `pass_columns` of `--pass`, by its name in `DataConfig`, for an output in a format.
+    """Return the columns of `--pass` as the option `pass_columns` of `DataConfig`, for an output in a format.
 
-    Raises UsageError for a name of our own, or if the format needs all names.
+    Raises UsageError for the name of a key of answers, or for * in a format that needs all names.
     """
     if text is None:
         return {}
     names = tuple(filter(None, (name.strip() for name in text.split(","))))
     if own := sorted({*names} & OWN_KEYS):
-        raise UsageError(f"--pass {own[0]}: answers have a key {own[0]} of their own", "rename the column")
+        raise UsageError(f"--pass {own[0]}: answers already have a key {own[0]}", "rename the column")
     if "*" in names and style in ("csv", "tsv"):
         raise UsageError(f"--pass '*': {style} needs the names of its columns", "pass --pass A,B, or --format jsonl")
     return {"pass_columns": names}
@@ -242,7 +242,7 @@ def open_predictor(
 
 
 class Cut(NamedTuple):
-    """How long inputs are cut into windows, as options say; see `windows_of`."""
+    """The options that cut long inputs into windows; see `windows_of`."""
 
     window: float | None
     hop: float | None
@@ -260,13 +260,13 @@ class Cut(NamedTuple):
         one = "--merge" if self.merge else "--every"
         if any(seconds is not None and seconds <= 0 for seconds in (self.window, self.hop, self.every)):
             hop = next((hop for hop in (self.hop, self.every) if hop is not None), self.window)
-            raise UsageError(f"windows of {self.window or 0:g} s every {hop:g} s, expected more than 0 s of both")
+            raise UsageError(f"windows of {self.window or 0:g} s every {hop:g} s, expected more than 0 s for both")
         if not self.is_wanted:
             if self.hop is not None or self.aggregate is not None:
                 fault = f"--{'hop' if self.hop is not None else 'aggregate'} needs windows"
                 raise UsageError(fault, "pass --window SECONDS")
         elif workers:
-            raise UsageError("--workers reads whole files", "leave it out: windows are of one file at a time")
+            raise UsageError("--workers reads whole files", "leave it out: windows are cut from one file at a time")
         elif self.hop is not None and self.every is not None:
             raise UsageError("--every and --hop are both the seconds between windows", "pass one of them")
         elif (self.merge or self.every is not None) and self.aggregate not in (None, "none"):
@@ -276,7 +276,7 @@ class Cut(NamedTuple):
 def windows_of(cut: Cut, predictor: Any) -> Any:
     """Return the Windows that the options describe for a Predictor, or None.
 
-    A window is the model's clip by default. One follows another, or with --merge half over it.
+    A window is as long as the model's clip by default. Windows adjoin; with --merge each overlaps half of the last one.
     """
     if not cut.is_wanted:
         return None

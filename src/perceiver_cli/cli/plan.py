@@ -51,10 +51,10 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
 
 
 def done_of(event: StepDone, limit_s: float | None) -> tuple[float, float]:
-    """Return how much of a run is done, of how much: steps, or seconds where the steps are planned anew each time."""
+    """Return how much of a run is done, and its whole: in steps, or in seconds under a time limit."""
     return (event.step, event.total_steps) if limit_s is None else (min(event.elapsed_s, limit_s), limit_s)
 
 
 def step_facts(event: StepDone) -> str:
-    """Return the facts about a step that stand beside its number."""
+    """Return the facts to print beside a step's number."""
     return f"loss {event.loss:.3f}  {event.samples_per_s:.0f}/s  epoch {event.epoch:.1f}"

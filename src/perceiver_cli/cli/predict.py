@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from perceiver_cli.inference.evaluation import Report
     from perceiver_cli.inference.predictor import Prediction
 
-MANY_CLASSES, WORST = 100, 20  # classes up to which an evaluation prints all; beyond, those with the lowest figures
+MANY_CLASSES, WORST = 100, 20  # an evaluation of more classes prints only the WORST with the lowest figures
 
 
 def evaluate(
@@ -45,13 +45,16 @@ def evaluate(
         options.output("Folder for report.html, metrics.json, predictions.jsonl, confusion.png."),
     ] = None,
     by: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Also accuracy by a manifest's column, or by folder (parent).")
+        str | None,
+        typer.Option(
+            metavar="COLUMN", help="Add the accuracy for each value of a manifest's column, or each folder (parent)."
+        ),
     ] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="First fit a temperature on the validation split and store it.")
     ] = False,
     worth: Annotated[
-        bool, typer.Option("--worth", help="Share of each input (image, text, ...) in the accuracy, by Shapley.")
+        bool, typer.Option("--worth", help="Add the share of each modality in the accuracy (Shapley).")
     ] = False,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
@@ -88,7 +91,7 @@ def evaluate(
     with counting("evaluating") as progress:
         report = evaluate_shared(predictor, data, ranks, split, batch_size, workers, progress)
     ranks.meet()
-    if report is None:  # the first process has it
+    if report is None:  # only the first process has it
         return
     if worth:
         from perceiver_cli.inference.worth import worth as shares_of
@@ -126,18 +129,18 @@ def predict(
     use: options.Use = None,
     window: Annotated[float | None, typer.Option(help="Cut sound and video into windows of this many seconds.")] = None,
     hop: Annotated[float | None, typer.Option(help="Seconds between window starts [default: --window].")] = None,
-    every: Annotated[float | None, typer.Option(help="Answer every so many seconds, each window for itself.")] = None,
+    every: Annotated[float | None, typer.Option(help="Seconds between answers, one for each window.")] = None,
     aggregate: Annotated[
-        options.Aggregate | None, typer.Option(help="Combine windows' probabilities [default: mean]; none keeps each.")
+        options.Aggregate | None, typer.Option(help="Make one answer of all windows [default: mean]; none keeps each.")
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Join windows into events, of one class each, with their start and end.")
+        bool, typer.Option("--merge", help="Join windows into events: one class each, with start and end.")
     ] = False,
     max_gap: Annotated[
-        float | None, typer.Option(min=0, help="Seconds that an event may pause, for --merge [default: 0].")
+        float | None, typer.Option(min=0, help="Longest pause within an event in seconds, for --merge [default: 0].")
     ] = None,
     min_length: Annotated[
-        float | None, typer.Option(min=0, help="Seconds of the shortest event, for --merge [default: 0].")
+        float | None, typer.Option(min=0, help="Shortest event in seconds, for --merge [default: 0].")
     ] = None,
     style: Annotated[Format, typer.Option("--format", help="Format; auto: table on a terminal, else jsonl.")] = "auto",
     top_k: Annotated[int, typer.Option(min=1, help="Number of classes to print.")] = 5,
@@ -146,8 +149,12 @@ def predict(
     null: options.Null = False,
     stdin_name: options.StdinName = "-",
     rate: Annotated[str | None, typer.Option(metavar="HZ", help="Rate of raw sound on stdin, e.g. 16k.")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="Its channels, side by side [default: 1].")] = None,
-    encoding: Annotated[options.Encoding | None, typer.Option(help="Its samples [default: s16le].")] = None,
+    channels: Annotated[
+        int | None, typer.Option(min=1, help="Channels of raw sound, interleaved [default: 1].")
+    ] = None,
+    encoding: Annotated[
+        options.Encoding | None, typer.Option(help="Sample format of raw sound [default: s16le].")
+    ] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
@@ -167,9 +174,9 @@ def predict(
 ) -> None:
     """Classify files. Print one line per input, in input order.
 
-    An unreadable input gets a line with its error, and the exit status is 3. For a model of several modalities, one
-    input is a video with its sound, the files of one stem in a folder (017.png, 017.wav), or a row of a manifest (CSV,
-    TSV, JSONL) with a column for each modality. An input may lack a modality; "used" names those that it has.
+    An unreadable input gets a line with its error, and the exit status is 3. One input of several modalities is a video
+    with its sound, the files of one stem in a folder (017.png, 017.wav), or a row of a manifest (CSV, TSV, JSONL) with
+    a column for each modality. An input may lack a modality; "used" names those that it has.
     """
     from perceiver_cli.data.account import Account
     from perceiver_cli.inference.embeddings import check_embeddings, keeping_embeddings
@@ -192,7 +199,7 @@ def predict(
     predictor = options.open_predictor(path, ranks.device(device), precision, limit, use, given, views)
     windows, account = options.windows_of(cut, predictor), Account()
     if every is not None and "-" in (inputs or []):
-        batch_size = batch_size or 1  # each answer when it is due
+        batch_size = batch_size or 1  # an answer must not wait for a batch
     apart = windows is not None and windows.aggregate == "none"
     follow = _Following(inputs or [], place, pairs=len(predictor.modalities) > 1, apart=apart)
     wanted: dict[str, Any] = {"min_prob": min_prob, "embeddings": embeddings is not None, "account": account}
@@ -252,7 +259,7 @@ def explain(
     from perceiver_cli.malloc import give_back_freed
     from perceiver_cli.report.explanation import save
 
-    give_back_freed()  # the process computes a large model's gradient once
+    give_back_freed()  # a large model's gradient is computed once
     with working("explaining"):
         explanation = explained(predictor, named, label)
         if output is not None:
@@ -270,7 +277,7 @@ def explain(
 
 
 class _Following:
-    """What `predict` has done so far: inputs, and seconds of a long one."""
+    """How far `predict` is: inputs answered, and seconds of a long one."""
 
     def __init__(self, inputs: Sequence[str], place: sources.ListPlace, *, pairs: bool, apart: bool) -> None:
         self.inputs, self.place, self.pairs, self.apart = inputs, place, pairs, apart
@@ -279,7 +286,7 @@ class _Following:
 
     @cached_property
     def total(self) -> int | None:
-        """The number of files, without looking into them, or None: a list or a tar holds any number."""
+        """The number of files if it is known without opening one, else None: a list or a tar holds any number."""
         if self.place.list is not None or "-" in self.inputs or self.pairs:
             return None
         folders = [sum(len(files) for _, _, files in os.walk(name)) for name in self.inputs if os.path.isdir(name)]
@@ -294,7 +301,7 @@ class _Following:
         """Yield predictions, and note how many inputs have one."""
         for prediction in predictions:
             yield prediction
-            # It is printed now.
+            # The caller has printed it by now.
             self.done += not self.apart or prediction.path != self.path
             self.path = prediction.path
             self.place.answered(prediction.path, is_part=self.apart)
@@ -312,7 +319,7 @@ class _Following:
         self.counter(self.done - (self.apart and share < 1) + share, self.total, facts)
 
     def last_words(self) -> Iterator[str]:
-        """Yield what Ctrl-C says: how far it came, and what goes on."""
+        """Yield what Ctrl-C prints: how far it came, and the command that continues."""
         if self.done:
             yield f"stopped after {counted(self.done, 'input')}"
         if self.done and not self.inputs and (command := self.place.command()) is not None:
@@ -322,14 +329,14 @@ class _Following:
 def _check_merge(
     merge: bool, all_probs: bool, embeddings: Path | None, max_gap: float | None, min_length: float | None
 ) -> None:
-    """Raise UsageError for options that say nothing without --merge, or with it."""
+    """Raise UsageError for options that have no effect with --merge, or without it."""
     options_of_events = {"--max-gap": max_gap, "--min-length": min_length}
     options_of_lines = {"--all-probs": all_probs or None, "--embeddings": embeddings}
     named = [name for name, value in (options_of_lines if merge else options_of_events).items() if value is not None]
     if named and merge:
-        raise UsageError(f"{named[0]} is of inputs or windows, not of events", "leave it out, or --merge")
+        raise UsageError(f"{named[0]} has no effect with --merge", "leave one out")
     if named:
-        raise UsageError(f"{named[0]} is of events", "pass --merge")
+        raise UsageError(f"{named[0]} has no effect without --merge", "pass --merge")
 
 
 def show_report(report: "Report", as_json: bool) -> None:
@@ -386,13 +393,13 @@ def show_by(report: "Report", by: str) -> None:
 
 
 def show_worth(worth: Mapping[str, Any]) -> None:
-    """Print what each input adds to the accuracy, overall and for each class."""
-    emit(f"\nworth: accuracy {worth['accuracy']:.4f} = {worth['chance']:.4f} by chance + the share of each input\n")
+    """Print the share of each modality in the accuracy, overall and for each class."""
+    emit(f"\nworth: accuracy {worth['accuracy']:.4f} = {worth['chance']:.4f} by chance + the share of each modality\n")
     rows = []
     for name, each in worth["shares"].items():
         low, high = each["interval_95"]
         rows.append([name, f"{each['share']:.4f}", f"{low:.4f} to {high:.4f}", f"{worth['alone'][name]:.4f}"])
-    emit_table(["input", "share", "95 %", "accuracy alone"], rows)
+    emit_table(["modality", "share", "95 %", "accuracy alone"], rows)
     names, classes = list(worth["shares"]), list(worth["per_class"].items())
     if len(classes) <= MANY_CLASSES:
         by_class = ([show_text(name), *(f"{of[each]['share']:.3f}" for each in names)] for name, of in classes)

@@ -23,10 +23,10 @@ WATCH_S = 0.5  # between looks at the parent
 
 
 def shared(devices: str | None, timeout: str | None, inputs: Sequence[str | None] = ()) -> Ranks:
-    """Return the place of this process among those of the command, with only the first one's voice left.
+    """Return the place of this process among those of the command; all but the first print only errors.
 
-    With `--devices` it first starts them, waits, and ends with their status. Raises UsageError if one of `inputs` is
-    stdin, which several processes cannot share.
+    With `--devices` this process starts the others, waits for them, and ends with their status. Raises UsageError if
+    one of `inputs` is stdin, which several processes cannot share.
     """
     started(devices, inputs)
     return joined(timeout)
@@ -41,13 +41,15 @@ def joined(timeout: str | None) -> Ranks:
 
 
 def started(devices: str | None, inputs: Sequence[str | None] = ()) -> Place:
-    """Return what `shared` does before the processes talk, or if they tell each other nothing; without torch."""
+    """Return what `shared` does, but without torch: the processes are not connected to each other."""
     count = 1 if devices is None or LAUNCHED in os.environ else count_of(devices)
     if "-" in inputs and max(count, place().size) > 1:
-        raise UsageError("stdin is for one process", "write it to a file first")
+        raise UsageError("several processes cannot share stdin", "write it to a file first")
     if count > 1:
         if place().size > 1:
-            raise UsageError("--devices within torchrun or srun, which has started the processes", "leave it out")
+            raise UsageError(
+                "--devices within torchrun or srun, which has started the processes already", "leave it out"
+            )
         raise typer.Exit(run(count))
     here = place()
     if here.rank:

@@ -1,4 +1,4 @@
-"""Progress for a person who waits: a bar on a terminal, elsewhere a line now and then; and what Ctrl-C says."""
+"""Progress for a person who waits: a bar on a terminal, elsewhere a line at times; and what Ctrl-C prints."""
 
 import sys
 import time
@@ -13,9 +13,9 @@ BESIDE_AFTER_S, BESIDE_EVERY_S = 1.0, 0.1  # a bar beside data on a terminal: it
 
 
 class Counter:
-    """A bar, or a line every PLAIN_EVERY_S where stderr is no terminal. Call it with what is done, of how much.
+    """A bar, or a line every PLAIN_EVERY_S where stderr is no terminal. Call it with how much is done, and the whole.
 
-    beside_data: data goes to stdout meanwhile. On a terminal such a bar is drawn by calls alone, not by a thread, and
+    beside_data: data goes to stdout meanwhile. On a terminal only calls draw such a bar, no thread does, and it is
     erased before each line of data.
     """
 
@@ -30,7 +30,7 @@ class Counter:
             self.bar.start()
 
     def __call__(self, done: float, total: float | None = None, facts: str | None = None) -> None:
-        """Show that `done` of `total` is done. facts: beside it [default: the rate]."""
+        """Show that `done` of `total` is done, with `facts` beside it [default: the rate]."""
         now, rate = time.monotonic(), done / self.seconds
         facts = f"{rate:,.{0 if rate >= 10 else 1}f}/s" if facts is None else facts
         self.bar.update(self.task, completed=done, total=total, facts=facts)

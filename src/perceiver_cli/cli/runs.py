@@ -31,15 +31,17 @@ def compare(
         options.output("Also plot to FILE.png or FILE.svg."),
     ] = None,
     x: Annotated[Literal["seconds", "steps"], typer.Option(help="Axis of the curves in the plot.")] = "seconds",
-    data: Annotated[str | None, typer.Option(help="Also measure every model on this data: the same examples.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Also measure every model on the same examples of this data.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of --data [default: test, else val, else all].")] = None,
     json: options.Json = False,
 ) -> None:
     """Put runs side by side. Print scores with intervals and options that differ.
 
-    The best run comes first. p is the chance that a run and the best one are equally good, by their answers to the same
-    examples (McNemar's test): those of --data, else those of validation. Runs that differ in their seed or fold alone
-    form a group, with the mean and its interval.
+    The best run comes first. p is the probability that equally good runs differ as much as a run and the best one, by
+    their answers to the same examples (McNemar's test): those of --data, else those of validation. Runs that differ in
+    their seed or fold alone form a group, with the mean and its interval.
     """
     if output is not None:
         check_plot(output)
@@ -132,7 +134,7 @@ def _chance(p: float | None) -> str:
 
 
 def _value(value: Any) -> str:
-    """Return an option's value in few characters."""
+    """Return an option's value, shortened."""
     if isinstance(value, list):
         return "x".join(map(_value, value)) if all(isinstance(one, int) for one in value) else str(value)
     return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else show_text(str(value))

@@ -58,7 +58,7 @@ def summary_of(several: "Several") -> list[str]:
     scores = [member.score for member in several.members if member.score is not None]
     count = counted(len(several.members), several.request.kind[:-1])
     if len(scores) < 2:
-        return [f"{count}: without validation scores"]
+        return [f"{count}: no validation scores"]
     whole = read_info(several.folder / MODEL_FILE).metrics
     low, high = mean_interval(scores)
     spread = f"{min(scores):.4f} to {max(scores):.4f}, 95 % interval of the mean {low:.4f} to {high:.4f}"
@@ -78,7 +78,7 @@ def _figure(metrics: Mapping[str, Any]) -> str:
 def follow(several: "Several", again: list[str]) -> None:
     """Print the runs as they come; an interrupted one is saved, and the process ends by the signal.
 
-    again: the command that goes on with them.
+    again: the command that continues them.
     """
     received = on_first_signal(several.stop)
     display = _Progress()
@@ -111,7 +111,7 @@ class _Progress:
                 self.bar.update(self.task, description=self.title, completed=0, total=None, facts="")
             case Started(summary):
                 self.limit_s = summary["max_time_s"]
-                if not self.has_told_plan:  # the plans of the others differ little
+                if not self.has_told_plan:  # the plans of later runs differ little
                     say_start(event)
                 self.has_told_plan = True
             case Loaded(done, total, _):

@@ -19,17 +19,17 @@ from perceiver_cli.errors import UsageError
 from perceiver_cli.files import show_command, show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
-LINGER_S = 0.01  # wait for more paths before those so far are answered: a loop of the shell writes one in less
+LINGER_S = 0.01  # wait for more paths before the ones so far are answered: a shell loop writes the next one sooner
 
 
 @dataclass
 class ListPlace:
-    """How far the paths of a list are answered. list: its name, None without a list; "-" is stdin."""
+    """How many paths of a list are answered. list: its name, "-" for stdin, None without a list."""
 
     list: str | None = None
     null: bool = False
-    waiting: deque[tuple[int, str]] = field(default_factory=deque)  # the lines that are taken, and not answered
-    line: int = 0  # the last one that is answered
+    waiting: deque[tuple[int, str]] = field(default_factory=deque)  # lines taken but not yet answered
+    line: int = 0  # the last answered one
 
     def answered(self, path: str, *, is_part: bool) -> None:
         """Note an answer to a path, or to a part of its input."""
@@ -38,7 +38,7 @@ class ListPlace:
             self.line, _ = self.waiting.popleft()
 
     def command(self) -> str | None:
-        """Return the command that goes on with the rest of a list, or None if the list is a pipe or ends in NULs."""
+        """Return the command that answers the rest of a list, or None if the list is a pipe or its paths end in NUL."""
         if self.list in (None, "-") or self.null or not (self.waiting or self.line):
             return None
         first = self.waiting[0][0] if self.waiting else self.line + 1  # none waits right after an answer
@@ -48,15 +48,15 @@ class ListPlace:
 
 
 def raw_of(inputs: list[str], rate: str | None, channels: int | None, encoding: options.Encoding | None) -> Any:
-    """Return how the raw samples on stdin are written, as options say, or None without --rate."""
+    """Return the format of the raw samples on stdin from options, or None without --rate."""
     if rate is None:
         if channels is not None or encoding is not None:
             raise UsageError(
-                f"--{'channels' if channels is not None else 'encoding'} is of raw sound", "pass --rate HZ"
+                f"--{'channels' if channels is not None else 'encoding'} needs raw sound", "pass --rate HZ"
             )
         return None
     if "-" not in inputs:
-        raise UsageError("--rate is of raw sound on stdin", "pass - and pipe it in")
+        raise UsageError("--rate needs raw sound on stdin", "pass - and pipe it in")
     from perceiver_cli.preprocess.live_sound import Raw
 
     return Raw(round(options.number(f"--rate {rate}", rate)), channels or 1, encoding or "s16le")
@@ -121,7 +121,7 @@ def _row(cells: list[str]) -> Any:
 def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[tuple[int, str]]:
     """Yield the number of each line of a list and its path, as they arrive; blank lines are left out.
 
-    is_live: also yield "" each time that the writer of the list has no more of it yet.
+    is_live: also yield "" whenever the writer of the list pauses.
     """
     if path is None:
         return
@@ -144,7 +144,7 @@ def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[t
 
 
 def _is_idle(stream: io.BufferedReader) -> bool:
-    """Return whether nothing more comes from a pipe within LINGER_S; False where the system does not tell: Windows."""
+    """Return whether a pipe stays empty for LINGER_S; False on Windows, which cannot say."""
     try:
         return not select.select([stream], [], [], LINGER_S)[0]
     except OSError:

@@ -26,10 +26,11 @@ def sweep(
     ] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Number of runs [default: the whole grid, or 10].")] = None,
     max_time: Annotated[
-        str | None, typer.Option(help="Time of all runs, e.g. 1h30m; without a length each has its share.")
+        str | None, typer.Option(help="Time for all runs together, e.g. 1h30m; runs without a length share it.")
     ] = None,
     search: Annotated[
-        Literal["auto", "grid", "random", "tpe"], typer.Option(help="Choice of values; tpe learns from runs (optuna).")
+        Literal["auto", "grid", "random", "tpe"],
+        typer.Option(help="How values are chosen; tpe learns from finished runs (optuna)."),
     ] = "auto",
     prune: Annotated[bool, typer.Option("--prune/--no-prune", help="End runs that fall behind the median.")] = True,
     output: Annotated[
@@ -84,7 +85,7 @@ def sweep(
     chosen, count = settled(search, [parse_vary(text) for text in vary or []], runs)
     if seconds is not None and epochs is None and steps is None:
         overrides += options.length_changes(None, seconds, count)
-        seconds = None  # each run ends in its time
+        seconds = None  # each run has its own share of the time
     request = Request(
         kind="sweep", data=os.path.abspath(data), config=None if recipe is None else recipe.to_dict(),
         overrides=overrides, words=["perceiver", "train", data, *given], vary=list(vary or []), search=chosen,
@@ -94,19 +95,19 @@ def sweep(
 
 
 def _resumed(folder: Path, vary: list[str] | None, runs: int | None) -> "Request":
-    """Return the request of a sweep that goes on, with more runs if asked."""
+    """Return the request of a sweep to continue, with more runs if asked."""
     from perceiver_cli.training.several import load_request
 
     request = load_request(folder)
     if request.kind != "sweep":
         raise UsageError(f"{show_path(folder)}: holds {request.kind}", "go on with perceiver train --resume")
     if vary and vary != request.vary:
-        raise UsageError("--resume cannot change --vary", f"it is {' '.join(request.vary)}")
+        raise UsageError("--resume cannot change --vary", f"the sweep has {' '.join(request.vary)}")
     return request.model_copy(update={"num_runs": runs or request.num_runs})
 
 
 def run_sweep(request: "Request", folder: Path, seconds: float | None, as_json: bool) -> None:
-    """Train the runs of a sweep; print them and the command of the best."""
+    """Train the runs of a sweep; print them and the command that trains the best."""
     from perceiver_cli.training.search import parse_vary, proposer
     from perceiver_cli.training.several import Several
 

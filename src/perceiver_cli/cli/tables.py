@@ -56,14 +56,14 @@ def cut(text: str, width: int) -> str:
 
 
 def padded(text: str, width: int) -> str:
-    """Return a text with blanks up to a width on a terminal; a longer one as it is."""
+    """Return a text padded with blanks to a width on a terminal; a longer text unchanged."""
     from rich.cells import cell_len
 
     return text + " " * max(0, width - cell_len(text))
 
 
 def emit_facts(facts: Iterable[str], indent: str = "") -> None:
-    """Write facts on one line; on a terminal on as many as its width needs, broken between facts.
+    """Write facts on one line; on a terminal, lines break between facts to fit its width.
 
     indent: stands before all lines but the first.
     """

@@ -58,7 +58,7 @@ _stderr: IO[str] | None = None  # file 2 as it was before the libraries' pipe to
 
 @cache
 def talk() -> Console:
-    """Return the console on stderr; it turns quiet when its reader leaves, so that a run goes on."""
+    """Return the console on stderr; it turns quiet when the reader of stderr leaves, so that a run goes on."""
     from rich.console import Console
     from rich.theme import Theme
 
@@ -449,7 +449,7 @@ def show_facts(facts: Mapping[str, Any], as_json: bool) -> None:
 
 
 def wrapped(text: str, first: str) -> str:
-    """Return a text after the words `first`; on a terminal in lines of its width, the others below its beginning."""
+    """Return the words `first`, then a text; on a terminal its further lines are indented to where the text starts."""
     room = shutil.get_terminal_size().columns - len(first)
     if not is_terminal() or room < LEAST_ROOM:
         return first + text

@@ -58,7 +58,9 @@ def train(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weights, data order and augmentation.")] = None,
     device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = None,
     precision: Annotated[options.Floats | None, typer.Option(help="Precision of matrix products.")] = None,
-    recompute: Annotated[bool, typer.Option("--recompute", help="Save memory: compute activations twice.")] = False,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Save memory: compute activations a second time for the gradient.")
+    ] = False,
     compile_: Annotated[bool, typer.Option("--compile", help="Run through torch.compile, for GPUs.")] = False,
     devices: options.Devices = None,
     timeout: options.Timeout = None,
@@ -69,16 +71,21 @@ def train(
     label_column: options.LabelColumn = None,
     pair: options.Pair = None,
     balance: Annotated[
-        bool, typer.Option("--balance", help="Weigh classes, or labels, by how rare they are: each counts alike.")
+        bool, typer.Option("--balance", help="Give rare classes, or labels, more weight, so that all count the same.")
     ] = False,
     group_by: options.GroupBy = None,
-    seeds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train as many runs of different seeds.")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Train this number of runs, each with its own seed.")
+    ] = None,
     folds: Annotated[int | None, typer.Option(min=2, max=1000, help="Train a run for each fold of the data.")] = None,
     max_bad: Annotated[float | None, typer.Option(min=0, max=1, help="Share of unreadable files to accept.")] = None,
     limit: options.Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in -o, or runs/latest.")] = False,
     go_on: Annotated[
-        bool, typer.Option("--continue", help="Start the run in -o, or continue it: for what restarts commands.")
+        bool,
+        typer.Option(
+            "--continue", help="Start the run in -o, or continue it if it exists: for schedulers that restart commands."
+        ),
     ] = False,
     init_from: Annotated[
         str | None, typer.Option(autocompletion=completion.models, help="Start from weights of a run or model file.")
@@ -118,7 +125,7 @@ def train(
     }
     overrides = list(changes or [])
     if epochs is not None or steps is not None or max_time is not None:
-        # A length on the command line replaces every length of the recipe.
+        # One length on the command line replaces all lengths of the recipe.
         overrides += options.length_changes(steps, options.seconds(max_time), seeds or folds or 1)
     overrides += [Flag(f"{flag} {value}", key, value) for flag, (key, value) in flags.items() if value is not None]
     overrides += options.data_changes(options.data_options(root, path_columns, label_column, pair, columns))
@@ -130,9 +137,9 @@ def train(
         check_tensorboard()
     if (resume and is_several(output)) or ((seeds or folds) and not dry_run and on is None):
         if devices is not None:
-            raise UsageError("--devices is for one run, --seeds and --folds make several", "leave one out")
+            raise UsageError("--devices trains one run, --seeds and --folds train several", "leave one out")
         if go_on:
-            raise UsageError("--continue is for one run", "go on with several by --resume -o FOLDER")
+            raise UsageError("--continue takes one run", "continue several with --resume -o FOLDER")
         several_runs(data, output, recipe, overrides, seeds, folds, resume, init_from, replace, log)
         return
     ranks = processes.shared(devices, timeout, [data])
@@ -154,7 +161,7 @@ def train(
 
 
 def _where_it_was_cut(output: Path | None, ranks: "Ranks") -> tuple[bool, bool]:
-    """Return whether --continue resumes the run, and whether it replaces one that was cut before its first save."""
+    """Return whether --continue resumes the run, and whether it replaces a run without a saved state."""
     from perceiver_cli.run_folder import MANIFEST, METRICS_FILE, STATE_FOLDER
 
     if output is None:
@@ -217,7 +224,7 @@ def several_runs(
     data: str | None, output: Path | None, recipe: "Config | None", overrides: list[str], seeds: int | None,
     folds: int | None, resume: bool, init_from: str | None, replace: bool, log: str,
 ) -> None:  # fmt: skip
-    """Train the runs of seeds or folds, or go on with them."""
+    """Train the runs of seeds or folds, or continue them."""
     from perceiver_cli.training.several import Request, load_request, repeated
 
     if resume and output is not None:
@@ -233,7 +240,7 @@ def several_runs(
     if data is None or data == "-":
         raise UsageError("several runs need data that can be read again", "pass a folder, a manifest or records")
     if log != "none":
-        raise UsageError("--log is for one run", "leave it out with --seeds and --folds")
+        raise UsageError("--log takes one run", "leave it out with --seeds and --folds")
     kind: Literal["seeds", "folds"] = "seeds" if seeds else "folds"
     named = [text.partition("=")[2] for text in overrides if text.startswith("train.seed=")]
     first = int(named[-1]) if named and named[-1].isdecimal() else 0 if recipe is None else recipe.train.seed
@@ -276,7 +283,7 @@ def follow_training(events: Iterator[Event], stop: Callable[[], None]) -> None:
 
 
 def kept_line(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
-    """Return a line about the kept model, which may be a later one than that of the highest validation accuracy."""
+    """Return a line about the kept model, which may be later than the one with the highest validation accuracy."""
     accuracy = metrics["val_accuracy"]
     several = f", mAP {metrics['val_mAP']:.4f}" if "val_mAP" in metrics else ""  # which decides then
     line = (
@@ -284,14 +291,14 @@ def kept_line(metrics: Mapping[str, float], highest: Evaluated | None) -> str:
     )
     if several or highest is None or not highest.accuracy > accuracy:
         return line
-    return f"{line}; step {highest.step} had {highest.accuracy:.4f}, no more than chance apart"
+    return f"{line}; step {highest.step} had {highest.accuracy:.4f}, a difference that chance explains"
 
 
 def calibration_line(metrics: Mapping[str, float]) -> str:
     """Return a line about the temperature that the model file holds."""
     ece, before = metrics["val_ece"], metrics["val_ece_uncalibrated"]
-    told = f"temperature {metrics['temperature']:.3f}, fitted on validation"
-    return f"calibrated: {told}; calibration error (ECE) {ece:.4f} there, {before:.4f} without"
+    stored = f"temperature {metrics['temperature']:.3f}, fitted on validation"
+    return f"calibrated: {stored}; calibration error (ECE) {ece:.4f} there, {before:.4f} without"
 
 
 class _Display:
@@ -341,7 +348,7 @@ class _Display:
 
 
 def show_dry_run(trainer: "Trainer", on: Any) -> None:
-    """Print the plan of a run with what it costs here or on a named machine."""
+    """Print the plan of a run and its cost here or on a named machine."""
     say_notes(trainer.plan.notes)
     with working("measuring a step"):
         summary = trainer.dry_run(on)

@@ -44,7 +44,7 @@ def stored_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> S
 
 
 def settled_by_rows(source: Source, name: str, spec: InputSpec, limits: Limits) -> InputSpec:
-    """Return a spec without a stem, whose every "auto" has the value in the file's header, if any. Raises DataError."""
+    """Return a spec without a stem; the file's header, if any, gives the value of each "auto". Raises DataError."""
     _, header = _rows_in(source, limits)
     return stemless(spec) if header is None else header.settled({name: spec})[name]
 

@@ -68,7 +68,7 @@ class Header:
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def settled(self, specs: Mapping[str, InputSpec]) -> dict[str, InputSpec]:
-        """Return specs whose every "auto" has the stream's value. What has Fourier features is read without a stem."""
+        """Return `specs` with the stream's value in place of each "auto", and without a stem for Fourier features."""
         settled = {}
         for name, spec in specs.items():
             if name in self.inputs:
@@ -78,7 +78,7 @@ class Header:
         return settled
 
     def check(self, shown: str, specs: Mapping[str, InputSpec], whose: str) -> None:
-        """Raise DataError, which names the first option that differs, unless `specs` would give the same arrays."""
+        """Raise DataError with the first option that differs, unless `specs` would give the same arrays."""
         for name in sorted(specs.keys() & self.inputs.keys()):
             theirs, ours = self.preparation[name], self._options(specs[name])
             for key in sorted({*theirs, *ours}):

@@ -67,7 +67,7 @@ class Tar:
 
     def bytes_at(self, at: int, size: int) -> memoryview:
         """Return bytes of the tar, still on disk. Raises DataError if the tar has become too short."""
-        if self._map.size() < at + size:  # the system kills a process that reads past the end
+        if self._map.size() < at + size:  # the system would kill this process for a read past the end
             raise DataError(f"{self.shown}: became shorter while it was read, found {self._map.size()} bytes")
         return self._bytes[at : at + size]
 
