@@ -152,7 +152,7 @@ def test_a_model_of_several_is_measured_with_some_withheld_or_missing(
     withheld = evaluate(Predictor(paired, use=["image"]), pairs)
     assert withheld.split == "test"
     assert 0.2 < withheld.accuracy < 0.8  # the row is seen, the tone is guessed
-    assert "answered from image alone, the model reads audio+image" in withheld.notes
+    assert "answered from image alone; the model reads audio+image" in withheld.notes
     root = tmp_path / "pictures"
     for path in (pairs / "test").rglob("*.png"):
         (root / "test" / path.parent.name).mkdir(parents=True, exist_ok=True)

@@ -314,7 +314,7 @@ def test_explains_an_image(trained: Path, bars: Path, tmp_path: Path, perceive: 
         (["FILE", "--json", "--class", "dog"], "no class 'dog' in ", 2),
         (["FILE", "-o", "x.ply"], "a PLY holds points, ", 2),
         (["FOLDER", "--json"], "several inputs; explain one file at a time", 2),
-        (["FILE", "FILE", "--json"], "one too many, an input is one file of each of image", 2),
+        (["FILE", "FILE", "--json"], "one file too many: an input is one file of each of image", 2),
         (["EMPTY", "--json"], "nothing to predict: there is no file", 3),
         (["/dev/null", "--json"], "not a regular file", 3),
         (["missing.png", "--json"], "No such file", 3),

@@ -71,7 +71,7 @@ def test_inputs_and_their_errors_stay_apart_and_in_order() -> None:
     *two, bad, still = merged(rows)
     assert [(e.start_s, e.end_s) for e in two] == [(0, 2), (0, 1)]
     assert bad.to_dict() == {"path": "bad.wav", "error": "'bad.wav': cut"}
-    assert still.error == "'y.png': has no time axis, and so no events"
+    assert still.error == "'y.png': no time axis, so no events"
 
 
 def test_an_event_comes_as_soon_as_it_has_ended() -> None:

@@ -225,7 +225,7 @@ def test_an_input_with_a_bad_window_is_bad() -> None:
 
 
 def test_windows_need_time_and_a_length(trained: Path, bars: Path) -> None:
-    with pytest.raises(UsageError, match="windows are for audio and video, the model reads image"):
+    with pytest.raises(UsageError, match="windows are for audio and video; the model reads image"):
         list(Predictor(trained).predict([next(bars.rglob("*.png"))], windows=Windows(1, 1)))
     for window_s, hop_s in ((0, 1), (1, 0), (float("nan"), 1), (1, float("inf"))):
         with pytest.raises(UsageError, match="expected more than 0 s"):

@@ -275,7 +275,7 @@ def test_fine_tuning_starts_from_it(bars: Path, tmp_path: Path) -> None:
     (note,) = (note for note in trainer.plan.notes if "started from" in note)
     fresh = sum(name.startswith("cross_attends.0.") for name in donor.state_dict())  # as many as cross-attend 1 has
     taken = len(donor.state_dict()) - 2  # all but the head's weight and bias, which go by class
-    assert f"{taken} tensors taken, {fresh} fresh, 3 of 3 classes known to it" in note
+    assert f"{taken} tensors taken, {fresh} fresh, it knows 3 of 3 classes" in note
     # One warming-up step of the smallest rate has moved nothing far.
     tuned = load_model(tmp_path / "run" / "model.safetensors")[0].state_dict()
     for name, tensor in donor.state_dict().items():

@@ -241,7 +241,7 @@ def test_a_step_is_cut_for_more_processes_than_batches() -> None:
     assert (cut.batch_size, cut.accumulate) == (train.batch_size // 4, 4)
     assert len(notes) == 1
     assert shared_out(cut, 3, notes) is cut
-    with pytest.raises(UsageError, match="a step of 3 examples cannot be cut for 4 processes"):
+    with pytest.raises(UsageError, match="a step of 3 examples cannot be divided among 4 processes"):
         shared_out(train.model_copy(update={"batch_size": 3}), 4, notes)
 
 

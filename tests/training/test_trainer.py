@@ -259,7 +259,7 @@ def test_starting_from_another_model(trained: Path, bars: Path, tmp_path: Path) 
     )
     assert trainer.plan.config.model == load_config(trained / "config.toml").model
     list(trainer.fit())
-    assert any("1 of 2 classes known to it" in note for note in trainer.plan.notes)
+    assert any("it knows 1 of 2 classes" in note for note in trainer.plan.notes)
     ours, theirs = load_model(tmp_path / "run" / MODEL_FILE)[0], load_model(trained / MODEL_FILE)[0]
     torch.testing.assert_close(ours.latents, theirs.latents)
     torch.testing.assert_close(ours.head.weight[0], theirs.head.weight[0])

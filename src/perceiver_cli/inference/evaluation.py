@@ -48,9 +48,7 @@ from perceiver_cli.run_folder import run_of
 
 VERSION = 2  # of metrics.json and predictions.jsonl: since 2, `label` is the answer and `truth` the truth
 TOP = 5
-WHOLE_MATRIX = (
-    256  # classes up to which JSON has the whole confusion matrix; then it has [true, answer, count] of cells
-)
+WHOLE_MATRIX = 256  # classes; JSON has a larger confusion matrix as [true, answer, count] of its cells
 MAX_RESAMPLED, LEAST_RESAMPLES = 5e8, 100  # probabilities read for the mAP's interval, about 10 s
 
 
@@ -79,9 +77,9 @@ class Report:
     intervals_95: Mapping[str, Interval] = field(default_factory=dict)  # of the headline figures, by name
     examples: tuple[Example, ...] = field(default=(), repr=False)  # examples of the records
     files: Account = field(default_factory=Account)  # what became of every path of the data
-    facts: DataFacts = field(default_factory=DataFacts)  # of the data, for advice
+    facts: DataFacts = field(default_factory=DataFacts)  # about the data, for advice
     by: str | None = None  # column of a manifest, or "parent", whose values divide the examples
-    worth: Mapping[str, Any] | None = None  # of each input, see `inference.worth`
+    worth: Mapping[str, Any] | None = None  # worth of each modality, see `inference.worth`
 
     @cached_property
     def by_value(self) -> dict[str, dict[str, Any]]:
@@ -107,7 +105,7 @@ class Report:
 
     @property
     def balanced_accuracy(self) -> float | None:
-        """Mean accuracy of the classes with examples, each of one weight; None with several labels an example."""
+        """Mean accuracy of the classes with examples; None with several labels an example."""
         return self._mean_over_classes("accuracy")
 
     @property
@@ -307,7 +305,7 @@ def evaluate(
     Raises UsageError if there is no such split; DataError without usable files or without the model's modalities.
     """
     report = evaluate_shared(predictor, data, ALONE, split, batch_size, workers, progress)
-    assert report is not None, "this process is the first"
+    assert report is not None, "a process alone is the first"
     return report
 
 
@@ -320,7 +318,7 @@ def evaluate_shared(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report | None:
-    """Return in the first of several processes what `evaluate` does, None in the others."""
+    """Return what `evaluate` does in the first of several processes, None in the others."""
     reads, (catalog, used) = predictor.modalities, labelled_catalog(predictor, data)
     divided, origin = split_of_run(catalog, predictor)
     if split in ("test", "all") or (split is None and "test" in catalog.splits):
@@ -332,7 +330,7 @@ def evaluate_shared(
     missing = [c for c in predictor.classes if c not in present]
     notes = list(catalog.notes)
     if len(used) < len(reads):
-        notes.append(f"answered from {'+'.join(used)} alone, the model reads {'+'.join(reads)}")
+        notes.append(f"answered from {'+'.join(used)} alone; the model reads {'+'.join(reads)}")
     if missing:
         notes.append(f"no examples of {len(missing)} of the model's classes: {', '.join(map(show_path, missing[:10]))}")
     if predictor.info.members > 1 and not predictor.info.data_fingerprint and name != "test":
@@ -447,16 +445,16 @@ def is_data_of_run(catalog: Catalog, predictor: Predictor) -> bool:
 
 
 def note_on_calibration(predictor: Predictor, *, same: bool) -> list[str]:
-    """Return a note if the temperature was, or may have been, fitted on the validation split that is measured.
+    """Return a note if the temperature was, or may have been, fitted on the validation split to measure.
 
-    same: whether it is that of the run, on which `train` fits it.
+    same: whether this is the run's validation split, on which `train` fits the temperature.
     """
     calibration, by_training = predictor.info.calibration, predictor.info.metrics.get("temperature")
     if calibration is None or (not same and calibration.temperature == by_training):
         return []
     if calibration.temperature == by_training:
         return ["the temperature was fitted on these examples: the ECE is too low, expect a higher one on others"]
-    return ["the temperature was fitted on a validation split: if it is this one, the ECE is too low"]
+    return ["the temperature was fitted on a validation split: if on this one, the ECE is too low"]
 
 
 def split_of_run(catalog: Catalog, predictor: Predictor) -> tuple[Catalog, str]:
@@ -465,13 +463,13 @@ def split_of_run(catalog: Catalog, predictor: Predictor) -> tuple[Catalog, str]:
     A run's saved split is valid even if files were added since. Outside its run a model file has the split by hash, if
     the data are unchanged.
     """
-    catalog = replace(catalog, group_by=predictor.info.config.data.group_by)  # not that of the report
+    catalog = replace(catalog, group_by=predictor.info.config.data.group_by)  # not the column of `--by`
     path = predictor.path.parent / SPLIT_FILE
     saved = read_split(path).apply(catalog) if run_of(predictor.path) is not None and path.is_file() else None
     if saved is not None:
         return saved, "run"
     trained = predictor.info.config.data
-    with suppress(DataError):  # other data, too small to be divided so
+    with suppress(DataError):  # other data, too small for this split
         held = catalog if "val" in catalog.splits and trained.fold is None else validated(catalog, trained)
         if held is not catalog and held.fingerprint == predictor.info.data_fingerprint:
             return replace(held, notes=(*held.notes, "val is the split that the run held out, by hash")), "run"

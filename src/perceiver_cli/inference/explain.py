@@ -1,4 +1,4 @@
-"""Attention, evidence, heat and score maps: the inputs that a model reads, and the inputs that speak for a class.
+"""Attention, evidence, heat and score maps: which inputs a model reads, and which ones speak for a class.
 
 Axes: M inputs, N latents, H heads, n = H N queries, C input channels.
 
@@ -109,7 +109,7 @@ class ExplainedInput:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The evidence for class `label` (probability `prob`) in an input whose most probable class is `predicted`."""
+    """Why a model gives class `label` the probability `prob` for an input whose most probable class is `predicted`."""
 
     path: str
     label: str
@@ -202,12 +202,12 @@ def _together(paths: Sequence[Part], predictor: Predictor) -> dict[str, Source]:
     if len(by_kind) < len(files):
         spare = next(file for file in files if not any(file is used for used in by_kind.values()))
         kinds = "+".join(predictor.modalities)
-        raise UsageError(f"{spare.source.shown}: one too many, an input is one file of each of {kinds}")
+        raise UsageError(f"{spare.source.shown}: one file too many: an input is one file of each of {kinds}")
     return sources_of(by_kind, predictor.modalities)
 
 
 def log_odds(logits: Tensor, target: int, several: bool) -> Tensor:
-    """Return log p / (1 - p) of a class (B,), which still rises where the probability rounds to 1."""
+    """Return log(p / (1 - p)) of a class (B,), which differs even where probabilities round to 1."""
     if several:
         return logits[:, target]
     others = torch.cat([logits[:, :target], logits[:, target + 1 :]], dim=1)
@@ -244,7 +244,7 @@ def _folded(heat: Heat, count: int) -> Heat:
 
 
 def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, several: bool) -> dict[str, Heat]:
-    """Return one example's evidence for a class by modality, (*grid) or (M,), with sum 1, or 0 without evidence.
+    """Return one example's evidence for a class by modality, (*grid) or (M,), with sum 1, or all 0 without evidence.
 
     It needs the memory of a training step on the example with recomputed activations.
     """
@@ -269,7 +269,7 @@ def evidence(model: Perceiver, segments: Mapping[str, Segment], target: int, sev
 
 
 def _summed(gains: Tensor, layout: Layout) -> Tensor:
-    """Return the gains of an input's channels (..., C) in one sum (...), or in one for each group (..., groups)."""
+    """Return gains (..., C) summed over all channels (...), or over each group of channels (..., groups)."""
     if not layout.groups:
         return gains.sum(dim=-1)
     return gains[..., : -layout.presence].reshape(*gains.shape[:-1], layout.groups, -1).sum(dim=-1)
@@ -278,8 +278,8 @@ def _summed(gains: Tensor, layout: Layout) -> Tensor:
 def _blank(x: Tensor, layout: Layout) -> Tensor:
     """Return the blank input: values or positions (1, *grid, C) with their mean over all places; codes without weight.
 
-    With all weights 0 an embedding is 0, so the weights are a straight path to it from the blank one. Other values
-    that may be missing are 0 and stay there or missing.
+    Codes are blank with all weights 0, which makes their embedding 0. Other values that may be missing become 0
+    if they are present.
     """
     if layout.presence:
         values, weights = x[..., : -layout.presence], x[..., -layout.presence :]
@@ -405,7 +405,7 @@ def look(model: Perceiver, segments: Mapping[str, Segment]) -> tuple[dict[str, H
 
 
 def _without_hidden(scores: Heat) -> Heat:
-    """Return scores with the lowest in place of those of inputs that are hidden from attention."""
+    """Return scores with the lowest score for inputs that are hidden from attention."""
     shown = scores > NEVER / 2
     return np.where(shown, scores, scores[shown].min(initial=0.0) if shown.any() else 0.0)
 

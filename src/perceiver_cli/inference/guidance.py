@@ -11,7 +11,7 @@ from perceiver_cli.inference.evaluation import Report
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.run_folder import CONFIG_FILE, run_of
 
-FIGURES = ("accuracy", "ece", "intervals_95", "num_examples", "per_class", "split")  # that the rules look at
+FIGURES = ("accuracy", "ece", "intervals_95", "num_examples", "per_class", "split")  # the figures that the rules read
 
 
 def advice_on(report: Report, predictor: Predictor, data: str, *, has_report: bool) -> list[Advice]:

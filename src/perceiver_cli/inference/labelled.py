@@ -1,4 +1,4 @@
-"""The answers of a model to labelled examples, computed by one process or shared out among several."""
+"""The answers of a model to labelled examples, computed by one process or by several."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def label_logits(
 ) -> LabelledLogits | None:
     """Return a model's logits for examples, in evaluation mode. Raises DataError if none could be read.
 
-    ranks: each process answers every so-many-th batch, whole; the first gets everything, the others None.
+    ranks: N processes take whole batches in turn; the first one gets all answers, the others None.
     """
     multi_label = reader.multi_label_classes > 0
     batch_size = max(1, batch_size // reader.num_views)

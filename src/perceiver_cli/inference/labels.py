@@ -1,8 +1,7 @@
-"""Probably wrong labels, by what a model and its latents say of an example without having learned from its label.
+"""Probably wrong labels, by what a model and its latents say about an example without its label.
 
-Three answers are multiplied: the model's, that of a classifier on the mean latents out of fold (it learned from the
-others alone), and the vote of the nearest latents. Where another class has by far the larger product, the label is
-suspect.
+Three answers are multiplied: the model's, that of a classifier on mean latents that learned from other examples only,
+and the vote of the nearest latents. Where another class has by far the larger product, the label is suspect.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ PENALTY = 1e-3  # of the squared weights of the classifier on latents
 ITERATIONS = 200
 NEIGHBOURS, BLOCK = 10, 1024  # latents that vote on an example; rows compared at a time
 LEAST_VOTE = 0.05  # share of a vote that is spread over all classes, so that none has the probability 0
-MARGIN = 0.6  # by which the suggested class is the more probable
-LEAST = 20  # examples, of which labels can be judged
+MARGIN = 0.6  # the suggested class is more probable by at least this
+LEAST = 20  # examples that are enough to judge labels
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ class NearCopy:
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What a model says of the labels of data, the most suspect first. examples: those of the suspects, then copies."""
+    """What a model says about labels. examples: those of `suspects`, the most suspect first, then those of `copies`."""
 
     num_examples: int
     suspects: tuple[Suspect, ...]
@@ -86,14 +85,14 @@ class LabelReport:
 def check_labels(
     predictor: Predictor, data: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None
 ) -> LabelReport:
-    """Return suspect labels and near-copies of labelled data. Raises UsageError for several labels an example.
+    """Return suspect labels and near-copies in all splits of labelled data.
 
-    Of train, validation and test alike. Raises DataError for fewer than LEAST examples, IntegrityError for a model
+    Raises UsageError for several labels an example, DataError for fewer than LEAST examples, IntegrityError for a model
     whose answers are not finite.
     """
     catalog, _ = labelled_catalog(predictor, data)
     if catalog.multi_label or predictor.info.config.multi_label:
-        raise UsageError("--labels judges one label an example, this data or model has several")
+        raise UsageError("--labels judges one label an example; this data or model has several")
     reader = reader_of(predictor, catalog.bad)
     split_of = {example.id: split for split, examples in catalog.splits.items() for example in examples}
     every = [example for example in catalog.merged(catalog.splits) if example.labels]

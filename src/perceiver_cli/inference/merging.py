@@ -1,4 +1,4 @@
-"""Windows joined into events: what is in a recording, from when to when. No torch."""
+"""Windows joined into events: which classes a recording holds, each with its start and end. No torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from perceiver_cli.files import show_path
 if TYPE_CHECKING:
     from perceiver_cli.inference.predictor import Prediction
 
-EPSILON_S = 1e-6  # windows' times are rounded to it
+EPSILON_S = 1e-6  # times of windows are rounded to this
 
 
 @dataclass(frozen=True)
 class TimedEvent:
     """A class in a part of an input, or an error. prob: its mean over the time in which it is the answer.
 
-    names: of the input, as of a Prediction.
+    names: those of the input's Prediction.
     """
 
     path: str
@@ -45,9 +45,9 @@ def merged(windows: Iterable[Prediction], max_gap_s: float = 0.0, min_length_s: 
 
     Where windows overlap, the mean of their probabilities is the answer. An event is one class from the first to the
     last moment at which it is the answer: the most probable one unless it is below the `min_prob` of its windows; of
-    several labels each that reaches its threshold. max_gap_s: a class that is the answer again within this time goes
-    on. min_length_s: shorter events are left out. Memory holds the windows that overlap, and events that wait for
-    an earlier one that still goes on.
+    several labels each that reaches its threshold. max_gap_s: an event goes on if its class is the answer again within
+    this time. min_length_s: shorter events are left out. Memory holds the windows that overlap, and ended events that
+    began after one that still goes on.
     """
     current: _Input | None = None
     for window in windows:
@@ -56,7 +56,7 @@ def merged(windows: Iterable[Prediction], max_gap_s: float = 0.0, min_length_s: 
             current = None
         error = window.error
         if error is None and window.start_s is None:
-            error = f"{show_path(window.path)}: has no time axis, and so no events"
+            error = f"{show_path(window.path)}: no time axis, so no events"
         if error is not None:
             yield TimedEvent(window.path, error=error, names=window.names)
             continue
@@ -74,7 +74,7 @@ def end_of(window: Prediction) -> float:
 
 @dataclass
 class _Run:
-    """A class that has been the answer without a gap above the largest allowed one."""
+    """A class that has been the answer without too long a gap."""
 
     start_s: float
     end_s: float
@@ -105,14 +105,14 @@ class _Input:
         yield from self._in_order()
 
     def end(self) -> Iterator[TimedEvent]:
-        """Yield the events to the end of the input."""
+        """Yield the remaining events at the end of the input."""
         self._settle(max((end_of(window) for window in self.windows), default=self.at_s))
         for label in [*self.runs]:
             self._close(label)
         yield from self._in_order()
 
     def _settle(self, until_s: float) -> None:
-        """Take the answers up to a time before which no window begins any more."""
+        """Take the answers up to a time: no later window begins before it."""
         ends = {end for window in self.windows if (end := end_of(window)) < until_s}
         for end_s in sorted(ends | {until_s}):
             covering = [window for window in self.windows if end_of(window) > self.at_s + EPSILON_S]
@@ -122,7 +122,7 @@ class _Input:
         self.windows = [window for window in self.windows if end_of(window) > until_s + EPSILON_S]
 
     def _answer(self, start_s: float, end_s: float, covering: Sequence[Prediction]) -> None:
-        """Take the answer in a part of the input: that of the mean of the windows that cover it."""
+        """Take the answer in a part of the input, by the mean of the windows that cover it."""
         mean = replace(covering[0], probs=tuple(np.mean([window.probs for window in covering], axis=0).tolist()))
         self._close_before(start_s - self.max_gap_s)
         each = dict(zip(mean.classes, mean.probs, strict=True))
@@ -149,7 +149,7 @@ class _Input:
             self.ended.append(TimedEvent(self.path, *times, label, prob, names=self.names))
 
     def _in_order(self) -> Iterator[TimedEvent]:
-        """Yield the ended events before which none goes on, by their start."""
+        """Yield ended events by their start, up to one that still goes on."""
         first_s = min((run.start_s for run in self.runs.values()), default=inf)
         self.ended.sort(key=lambda event: (event.start_s, event.label))
         while self.ended and self.ended[0].start_s <= first_s:

@@ -56,7 +56,7 @@ class Windows:
 
     def __post_init__(self) -> None:
         if not (0 < self.window_s < inf and 0 < self.hop_s < inf):
-            raise UsageError(f"windows of {self.window_s:g} s every {self.hop_s:g} s, expected more than 0 s of both")
+            raise UsageError(f"windows of {self.window_s:g} s every {self.hop_s:g} s, expected more than 0 s for both")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Predictor:
             raise UsageError(f"cannot use {show_path(names)}: {show_path(self.path)} reads {reads}")
         specs = {name: spec for name, spec in config.inputs.items() if name in wanted}
         several = len(self.classes) if config.multi_label else 0
-        self.options: Mapping[str, Any] = {}  # those of `DataConfig` that go before the model's
+        self.options: Mapping[str, Any] = {}  # options of `DataConfig` that replace the model's
         self.reader = Reader(specs, limits or config.data.limits, multi_label_classes=several)
         self.reader.asked_views = views
 
@@ -180,11 +180,11 @@ class Predictor:
     def check_timed(self) -> None:
         """Raise UsageError if no modality in use has a time axis that could be cut into windows."""
         if not self.reader.timed:
-            raise UsageError(f"windows are for audio and video, the model reads {', '.join(self.reader.specs)}")
+            raise UsageError(f"windows are for audio and video; the model reads {', '.join(self.reader.specs)}")
 
     @property
     def clip_s(self) -> float:
-        """The seconds of sound or film that one answer is from. Raises UsageError for a model without a time axis."""
+        """The seconds of sound or video that one answer is from. Raises UsageError for a model without a time axis."""
         self.check_timed()
         return max(timed.clip_s(self.reader.specs[name]) for name, timed in self.reader.timed.items())
 
@@ -257,11 +257,11 @@ class Predictor:
         return max(1, batch_size // self.reader.num_views)
 
     def blank(self, min_prob: float = 0.0) -> Prediction:
-        """Return a prediction of nothing, with the fields that all have."""
+        """Return a prediction without an answer: the fields that all predictions of an example share."""
         return Prediction("", self.classes, thresholds=self._thresholds, min_prob=min_prob)
 
     def examples(self, named: Named, account: Account | None = None) -> Iterator[Example]:
-        """Yield the examples of an input of `predict`; `account` gets the paths that are none."""
+        """Yield the examples of an input of `predict`; `account` gets the paths that hold none."""
         reads, limits, use = self.info.config.inputs, self.reader.limits, self.reader.specs
         path = named if isinstance(named, str | os.PathLike) else None
         return examples_of(named, reads, limits, use, account, self.data_options(path))
@@ -285,13 +285,13 @@ class Predictor:
         return self.calibration.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
 
     def broken(self, path: str | None = None) -> IntegrityError:
-        """Return the error of a model whose answer, to one input or to some, is not finite."""
+        """Return the error of a model with an answer that is not finite, to the input at `path` or to any."""
         to = "" if path is None else f" to {show_path(path)}"
         hint = "" if self.compute.precision == "fp32" else "try --precision fp32"
         return IntegrityError(f"{show_path(self.path)}: an answer{to} is not finite", hint)
 
     def _fields(self, outputs: Outputs, paths: Sequence[str], embeddings: bool) -> Iterator[dict[str, Any]]:
-        """Yield for each example the fields of its Prediction that come from the model; an error if it is broken."""
+        """Yield for each example what its Prediction gets from the model, or an error if the answer is not finite."""
         logits = outputs.logits / self.calibration.temperature
         probabilities = logits.sigmoid() if self.info.config.multi_label else logits.softmax(dim=-1)
         finite = logits.isfinite().all(dim=-1) & outputs.embeddings.isfinite().all(dim=-1)

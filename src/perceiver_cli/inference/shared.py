@@ -1,4 +1,4 @@
-"""Predictions that several processes share out, in input order."""
+"""Predictions of several processes, in input order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,16 @@ from perceiver_cli.errors import PerceiverError, error_facts, error_from
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows
 from perceiver_cli.model.ranks import Ranks
 
-TOLD = ("path", "names", "probs", "error", "used", "notes", "start_s", "end_s")  # of a prediction; the rest is common
+TOLD = (
+    "path",
+    "names",
+    "probs",
+    "error",
+    "used",
+    "notes",
+    "start_s",
+    "end_s",
+)  # fields that differ between predictions; processes send only these
 
 
 def predict_shared(
@@ -34,7 +43,7 @@ def predict_shared(
 ) -> Iterator[Prediction]:
     """Yield what `Predictor.predict` does, in the first process; nothing in the others.
 
-    Each process lists the inputs by itself and answers every so-many-th batch, whole: the answers are those of one
+    Each process lists the inputs by itself, and N processes take whole batches in turn: the answers are those of one
     process. An error comes after the predictions of the inputs before it.
     """
     size = predictor.rows_at_once(batch_size, windows)
@@ -64,7 +73,7 @@ def predict_shared(
 
 
 def _by_example(predictor: Predictor, own: Iterable[Example], options: dict[str, Any]) -> Iterator[list[Prediction]]:
-    """Yield the predictions of each example: several if its windows are told apart, else one."""
+    """Yield the predictions of each example: one for each window if windows are kept apart, else one."""
     windows = options["windows"]
     if windows is not None and windows.aggregate == "none":
         for example in own:
@@ -86,7 +95,7 @@ def _packed(batch: Sequence[Sequence[Prediction]]) -> bytes:
 
 
 def _facts(prediction: Prediction) -> dict[str, Any]:
-    """Return what distinguishes a prediction, as JSON types: numbers keep every bit."""
+    """Return the fields of a prediction to send, as JSON types: numbers keep every bit."""
     facts = {name: getattr(prediction, name) for name in TOLD}
     return facts | ({} if prediction.embedding is None else {"embedding": prediction.embedding.tolist()})
 

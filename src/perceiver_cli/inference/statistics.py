@@ -118,7 +118,7 @@ def _bins(confidence: Floats) -> NDArray[np.int64]:
 def average_precisions(scores: Floats, targets: NDArray[Any]) -> Callable[[Floats], Floats]:
     """Return a function from weights (n,), one for each example, to the average precision (classes,) of each class.
 
-    scores, targets: (n, classes), not transposed: that mistake gave the first version of the paper 44.9 mAP on AudioSet
+    scores, targets: (n, classes). Transposed by mistake they gave the first version of the paper 44.9 mAP on AudioSet
     (its appendix F). Examples with equal scores are ranked as one: precision is read at the last of them. A class is
     NaN if its examples have no weight.
     """
@@ -168,9 +168,9 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_chance(right: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:
-    """Return the chance of so unequal answers to the same examples if two models were equally good.
+    """Return the probability that equally good models answer the same examples at least as unequally.
 
-    Only examples count that one model alone answers right (McNemar's test, exact).
+    Only examples that exactly one model answers right count (McNemar's exact test).
     """
     from scipy.stats import binomtest
 

@@ -1,8 +1,8 @@
-"""The worth of each input of a model: its exact Shapley share of the accuracy.
+"""The worth of each modality of a model: its exact Shapley share of the accuracy.
 
-With S a set of inputs, v(S) is whether the model's first answer from S alone is right, and by chance where an example
-has none of S: the share of its class. An input's share is the mean, over all orders of the inputs, of what it adds to
-those before it (Shapley 1953); the shares and chance add up to the accuracy. All 2^n sets of n inputs are answered.
+For a set S of modalities, v(S) is 1 if the model's first answer from S alone is right, else 0; for an example with none
+of S it is chance, the share of its class. A modality's share is the mean, over all orders of the modalities, of what it
+adds to those before it (Shapley 1953); the shares and chance add up to the accuracy. All 2^n sets are answered.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from perceiver_cli.inference.labelled import label_logits
 from perceiver_cli.inference.predictor import Predictor
 from perceiver_cli.inference.statistics import Interval, figure_interval
 
-MOST = 8  # inputs: 255 evaluations
+MOST = 8  # modalities: 255 evaluations
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Share:
-    """An input's part of an accuracy, and its bootstrap interval over examples, 95 %."""
+    """A modality's part of an accuracy, and its 95 % bootstrap interval over examples."""
 
     share: float
     interval_95: Interval
@@ -36,9 +36,9 @@ class Share:
 
 @dataclass(frozen=True)
 class Worth:
-    """Shares of the accuracy. chance: the accuracy without any input. alone: that of each input alone.
+    """Shares of the accuracy. chance: the accuracy without any modality. alone: that of each modality alone.
 
-    per_class: shares by class, of classes with examples.
+    per_class: shares by name of each class that has examples.
     """
 
     accuracy: float
@@ -65,15 +65,15 @@ def worth(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Worth:
-    """Return the worth of the inputs of a model on the examples of a report.
+    """Return the worth of the modalities of a model on the examples of a report.
 
-    Raises UsageError for a model of one input or of more than MOST, or for examples with several labels.
+    Raises UsageError for a model of one modality or of more than MOST, or for examples with several labels.
     """
     names = report.modalities
     if report.confusion is None:
-        raise UsageError("--worth measures accuracy with one label an example, this data has several")
+        raise UsageError("--worth measures accuracy with one label an example; this data has several")
     if not 2 <= len(names) <= MOST:
-        raise UsageError(f"--worth compares 2 to {MOST} inputs, this evaluation reads {'+'.join(names)}")
+        raise UsageError(f"--worth compares 2 to {MOST} modalities; this evaluation reads {'+'.join(names)}")
     labels = np.array([example.labels[0] for example in report.examples])
     chance = (np.bincount(labels) / len(labels))[labels]
     right = {frozenset(names): np.array([float(record["correct"]) for record in report.records]), frozenset(): chance}
@@ -102,7 +102,7 @@ def _right(
     batch_size: int | None,
     workers: int,
 ) -> NDArray[np.float64]:
-    """Return for each example whether the answer from some inputs is right, chance for one that lacks them."""
+    """Return for each example whether the answer from some modalities is right, or chance if it lacks them."""
     known = [example for example in report.examples if chosen & example.sources.keys()]
     right = chance.copy()
     if not known:
@@ -122,7 +122,7 @@ def _right(
 def _shapley(
     name: str, names: tuple[str, ...], right: dict[frozenset[str], NDArray[np.float64]]
 ) -> NDArray[np.float64]:
-    """Return for each example what an input adds, the mean over all orders of inputs."""
+    """Return for each example what a modality adds, the mean over all orders of modalities."""
     others = [other for other in names if other != name]
     total = np.zeros_like(next(iter(right.values())))
     for size in range(len(others) + 1):
@@ -132,7 +132,7 @@ def _shapley(
 
 
 def _shares(added: dict[str, NDArray[np.float64]], where: NDArray[np.bool_]) -> dict[str, Share]:
-    """Return the mean of what each input adds to some examples, with its interval."""
+    """Return the mean of what each modality adds to some examples, with its interval."""
     count = int(where.sum())
 
     def share(values: NDArray[np.float64]) -> Share:

@@ -1,4 +1,4 @@
-"""Decoded examples, once in the memory of a machine: each of its processes decodes a share, and all map the results."""
+"""Decoded examples, kept once per machine in memory: each process decodes a share, and all map the results."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ def preload_shared(
 ) -> Iterator[int]:
     """Decode examples until the processes of this machine together hold `budget_bytes`; yield the number done.
 
-    What one process finds unreadable is known to all. Sound and video too long to keep are decoded at each visit.
+    All processes learn what one finds unreadable. Sound and video too long to keep are decoded at each visit.
     """
     place = ranks.place
     own = examples[place.local :: place.local_size]
     done = 0
     for done in reader.preload(own, budget_bytes // place.local_size, workers):
         yield min(len(examples), done * place.local_size)
-        if stopping():  # the others still wait for what comes next
+        if stopping():  # the other processes still wait for the next exchange
             break
     with tempfile.NamedTemporaryFile(prefix="perceiver-", dir=_folder(reader, place.local_size)) as file:
         mine = {"host": socket.gethostname(), "path": file.name, "done": done, "kept": _written(reader, file)}
         every = ranks.exchange({**mine, "bad": reader.bad, "notes": reader.notes})
         kept: dict[str, Decoded] = {}
-        reader.bad.clear()  # in one order in all processes
+        reader.bad.clear()  # filled again, in the same order in all processes
         for theirs in every:
             reader.bad.update(theirs["bad"])
             reader.notes.update(theirs["notes"])
             if theirs["host"] == mine["host"]:
-                with suppress(OSError, ValueError):  # another container: decoded at each visit
+                with suppress(OSError, ValueError):  # another container has the file: decoded at each visit
                     kept |= _mapped(theirs["path"], theirs["kept"])
         reader.decoded.update(kept)
-        ranks.meet()  # all have mapped the files, which need no names any more
+        ranks.meet()  # all have mapped the files, whose names can go
     yield sum(theirs["done"] for theirs in every if theirs["host"] == every[0]["host"])
 
 
 def _folder(reader: Reader, processes: int) -> str:
-    """Return a folder for the arrays of some processes: in memory if there is room for all."""
+    """Return a folder for the arrays of this machine's processes: in memory if there is room for all."""
     needed = sum(decoded.nbytes for decoded in reader.decoded.values()) * processes
     with suppress(OSError, AttributeError):  # not on every system
         free = os.statvfs(IN_MEMORY)

@@ -54,7 +54,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The validation split was evaluated. best: whether this is the best model so far. score: that which decides."""
+    """The validation split was evaluated. best: whether the model is the best so far. score: what decides."""
 
     step: int
     epoch: float

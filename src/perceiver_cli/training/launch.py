@@ -1,4 +1,4 @@
-"""One command as several processes of this machine, with one voice and one exit status. No torch."""
+"""One command as several processes of this machine: one prints, and all give one exit status. No torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from perceiver_cli.errors import PerceiverError, ResourceError, error_from
 from perceiver_cli.hardware import LAUNCHED, machine_cores
 
 LOOK_S = 0.05  # between looks at the processes
-GRACE_S = 10.0  # for the others to end by themselves after one has failed
+GRACE_S = 10.0  # the others may take to end by themselves after one has failed
 
 
 def launch(count: int, words: Sequence[str], stderr: int | None = None) -> int:
@@ -44,7 +44,7 @@ def _process(rank: int, count: int, words: Sequence[str], folder: str) -> dict[s
     """Return the arguments of Popen of one process."""
     own = {
         "OMP_NUM_THREADS": str(max(1, machine_cores() // count)),
-        # The processes are on one machine: they need no other interface, and offer nothing on it.
+        # The processes are on one machine: they need no interface that others can reach.
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     }
     names = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count, LAUNCHED: folder}
@@ -53,7 +53,7 @@ def _process(rank: int, count: int, words: Sequence[str], folder: str) -> dict[s
         "env": {**own, **os.environ, **{name: str(value) for name, value in names.items()}},
         "stdin": subprocess.DEVNULL,
         "stdout": None if rank == 0 else subprocess.DEVNULL,
-        # A signal to the group of this process reaches them once, through it.
+        # A signal to this process's group reaches them once: this process forwards it.
         "start_new_session": True,
     }
 
@@ -105,7 +105,7 @@ def _ended(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> list[i
                 break
             time.sleep(LOOK_S)
         codes = [process.poll() for process in processes]
-        return [0 if code is None else code for code in codes]  # a killed one is not at fault
+        return [0 if code is None else code for code in codes]  # one that was killed here is not at fault
     finally:
         for process in processes:
             process.kill()
@@ -113,7 +113,7 @@ def _ended(processes: Sequence[subprocess.Popen[bytes]], folder: Path) -> list[i
 
 
 def _cause(codes: Sequence[int], folder: Path) -> PerceiverError | None:
-    """Return the error of the process that failed by itself, and not because another had gone; None without any."""
+    """Return the error of the process that failed first, not of one that lost another; None if none failed."""
     reports: list[Mapping[str, Any]] = []
     for path in folder.glob("failed-*"):
         with suppress(OSError, ValueError):

@@ -45,8 +45,8 @@ from perceiver_cli.training.timing import Progress, Timing
 
 MIX_STREAM = 1  # separates the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between reads of the loss, each of which waits for the GPU
-CALIBRATED_EXAMPLES = 20  # validation examples from which on a temperature is fitted: one number needs few
-MAX_LABEL_WEIGHT = 100.0  # of a rare label: one example in a thousand must not drown the rest
+CALIBRATED_EXAMPLES = 20  # validation examples that are enough to fit a temperature, one number
+MAX_LABEL_WEIGHT = 100.0  # of a rare label, so that one example in a thousand does not outweigh the rest
 FEW_STEPS = 500  # with fewer, the smallest sets still gain from more
 ENDLESS = 1 << 40  # batches
 
@@ -62,7 +62,7 @@ class Decision(NamedTuple):
 
 
 class StepFacts(NamedTuple):
-    """What a step saw: the loss of each of its batches, and how many had a readable file."""
+    """The loss of each batch of a step, and how many batches had a readable file."""
 
     losses: Tensor
     read: int
@@ -124,7 +124,7 @@ class Run:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether too many evaluations in a row were no better than an earlier one."""
+        """Whether too many evaluations in a row had no higher score than an earlier one."""
         patience = self.config.train.patience
         return patience is not None and self.stale >= patience
 
@@ -195,20 +195,20 @@ class Run:
             saved_at = None
         if saved_at != self.step:
             yield self._save()
-        # A run that is stopped before its first evaluation has no model file yet.
+        # A run that stops before its first evaluation has no model file yet.
         self.ranks.from_first(lambda: None if (plan.output / MODEL_FILE).exists() else self._save_model({}))
         yield Finished(plan.output / MODEL_FILE, self.step, stopped, dict(self.best), self.elapsed)
 
     def _length_note(self) -> str:
-        """Return a line on the steps and epochs that fit in the time, with a word if they are few."""
+        """Return a line about the steps and epochs that fit in the time, with a hint if they are few."""
         epochs = self.total_steps * self.plan.examples_per_step / len(self.plan.train_examples)
         line = f"about {counted(self.total_steps, 'step')}, {epochs:.3g} epochs, fit in the time"
         if self.total_steps < FEW_STEPS:
-            return f"{line}: few to learn from; a longer --max-time, or a smaller --batch-size or model, gives more"
+            return f"{line}, too few to learn much; a longer --max-time, or a smaller --batch-size or model, gives more"
         return line
 
     def _decide(self, timing: Timing, stopping: Callable[[], bool], at: Progress) -> Decision:
-        """Return what comes next by the clock of the first process; one that is asked to stop stops all."""
+        """Return what comes next by the clock of the first process; all stop if one is asked to."""
         mine = (at.total_steps, timing.over(at), timing.evaluation_due(at), timing.save_due(at))
         total, over, evaluate, save, stops = self.ranks.totals([*(n * self.ranks.first for n in mine), stopping()])
         return Decision(int(total), bool(over), bool(evaluate), bool(save), bool(stops))
@@ -270,7 +270,7 @@ class Run:
         return StepFacts(facts[:, 1], read)
 
     def _taken(self) -> list[Tensor]:
-        """Return the gradients of the parameters that learn, zeros where there is none, and leave none behind."""
+        """Return the gradients of the parameters that learn, zeros where there is none; clear them."""
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.learning]
         for parameter in self.learning:
             parameter.grad = None
@@ -328,7 +328,7 @@ class Run:
     def _check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise DivergedError if a tensor is not finite, DataError if nothing was learned: neither is ever saved."""
         if not self.learned:
-            raise DataError("no file that was read in training can be used", *list(self.plan.reader.bad.values())[:1])
+            raise DataError("none of the files read in training can be used", *list(self.plan.reader.bad.values())[:1])
         if broken := not_finite(tensors):
             raise self._diverged(f"{counted(len(broken), 'tensor')} not finite, such as {broken[0]},")
 
@@ -395,7 +395,7 @@ class Run:
         append_log(self.plan.output, log)
 
     def _save_model(self, metrics: Mapping[str, Any]) -> None:
-        """Write the model file without the paths of the data, because it may be shared, and how this machine reads."""
+        """Write the model file without paths of data and options of this machine, because it may be shared."""
         weights = self.judged.state_dict()
         self._check_tensors(weights)
         fixed = {"path": None, "root": None, "split": None, "workers": None, "cache_bytes": DataConfig().cache_bytes}
@@ -474,8 +474,8 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def within_one_error(value: float, top: float, count: int) -> bool:
     """Return whether a validation score is within one standard error of the highest so far, on `count` examples.
 
-    The latest model within it counts as the best (Breiman's one-standard-error rule): on few examples a lead of one or
-    two is chance, and a lucky early model would beat one that has trained longer.
+    The latest such model counts as the best (Breiman's one-standard-error rule): on few examples a lead of one or two
+    is chance, and a lucky early model would win over one that has trained longer.
     """
     return value >= top - sqrt(max(0.0, top * (1 - top)) / count)
 
@@ -483,8 +483,8 @@ def within_one_error(value: float, top: float, count: int) -> bool:
 def class_weights(counts: Sequence[int], power: float, several: int | None = None) -> Tensor:
     """Return loss weights (classes,): inverse frequency to a power, with mean 1 over the examples.
 
-    several: number of examples that have several labels; then the weight of each label where it is present, the number
-    of examples without it by those with it, to the power, at most MAX_LABEL_WEIGHT.
+    several: number of examples, if they have several labels. Then a label's weight where it is present is the ratio of
+    examples without it to examples with it, to the power, at most MAX_LABEL_WEIGHT.
     """
     frequency = torch.tensor(counts, dtype=torch.float64).clamp_min(1)
     if several is not None:

@@ -17,7 +17,7 @@ RATES = (1e-5, 1.0)  # first and last
 SMOOTHING = 0.9  # share that the moving average of the loss keeps at each step
 WORSE = 1.5  # the test ends at this multiple of the lowest loss
 MIN_STEPS = 10
-MARGIN = 0.3  # shown above the first and below the lowest loss, as a share of the fall
+MARGIN = 0.3  # of the plot above the first and below the lowest loss, as a share of the fall
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def suggest(rates: list[float], losses: list[float], smoothed: list[float]) -> C
 
 
 def usable(smoothed: Sequence[float]) -> tuple[int, int]:
-    """Return the places of the first rate at which half of the fall is done, and of the rate of the lowest loss."""
+    """Return the places of two rates: where the loss has first fallen by half, and where it is lowest."""
     best = int(np.argmin(smoothed))
     return int(np.argmax(np.asarray(smoothed) <= (smoothed[0] + smoothed[best]) / 2)), best
 

@@ -31,7 +31,7 @@ def mix(batch: Batch, mixup: float, cutmix: float, rng: np.random.Generator) -> 
     """
     cut = cutmix > 0 and (mixup == 0 or rng.random() < 0.5)
     share = float(rng.beta(cutmix, cutmix) if cut else rng.beta(mixup, mixup))
-    centers, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # the box, as shares of each axis
+    centers, side = (rng.random(), rng.random()), (1 - share) ** 0.5  # the box, in shares of each axis
     segments = {}
     for name, segment in batch.segments.items():
         values, other = segment.values, segment.values.flip(0)

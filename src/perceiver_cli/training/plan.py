@@ -52,7 +52,7 @@ class RunRequest:
     init_from: str | os.PathLike[str] | None
     latest: bool
     started_at: float
-    dry_run: bool = False  # nothing is refused for the machine's size
+    dry_run: bool = False  # no recipe is too large for the machine
     ranks: Ranks = ALONE
 
 
@@ -197,7 +197,7 @@ def make_plan(request: RunRequest) -> Plan:
             "train anew with --init-from to start from its weights",
         )
     notes += scanned.notes + _check_classes(scanned)
-    # All folds settle their inputs by the same examples, so that their models make one.
+    # All folds settle "auto" by the same examples, so that their models can make one ensemble.
     seen = catalog if config.data.fold is None else whole(catalog)
     specs = resolve_specs(config.inputs, seen, config.data.limits)
     config = _settled(config, catalog, specs, path)
@@ -235,7 +235,7 @@ def _check_split(train: TrainConfig, request: RunRequest) -> None:
 
 
 def _compute_of(request: RunRequest, train: TrainConfig, notes: list[str]) -> Compute:
-    """Return the device and precision of this process; those of a dry run may lack the device."""
+    """Return the device and precision of this process; a dry run takes the CPU if the device is missing."""
     try:
         return choose_compute(request.ranks.device(train.device), train.precision)
     except UsageError as error:
@@ -246,9 +246,9 @@ def _compute_of(request: RunRequest, train: TrainConfig, notes: list[str]) -> Co
 
 
 def shared_out(train: TrainConfig, size: int, notes: list[str]) -> TrainConfig:
-    """Return a recipe with a batch for each of `size` processes in every step, of the same number of examples.
+    """Return a recipe whose step keeps its number of examples but has a batch for each of `size` processes.
 
-    Raises UsageError if the batch cannot be cut into equal parts.
+    Raises UsageError if the batch cannot be divided into equal parts.
     """
     if train.accumulate >= size:
         return train
@@ -256,7 +256,9 @@ def shared_out(train: TrainConfig, size: int, notes: list[str]) -> TrainConfig:
     count = next((count for count in range(size, whole + 1) if whole % count == 0 and count % train.accumulate == 0), 0)
     if not count:
         step = counted(whole, "example")
-        raise UsageError(f"a step of {step} cannot be cut for {size} processes", f"pass --batch-size {size} or more")
+        raise UsageError(
+            f"a step of {step} cannot be divided among {size} processes", f"pass --batch-size {size} or more"
+        )
     notes.append(
         f"a step of {whole} examples is now {count} batches of {whole // count}, for {size} processes; "
         f"for larger ones pass --batch-size with --set train.accumulate={size}"
@@ -286,7 +288,7 @@ def _check_alike(plan: Plan) -> None:
 
 
 def _settled(config: Config, catalog: Catalog, specs: Mapping[str, InputSpec], path: str) -> Config:
-    """Return the recipe as the run keeps it: with the values that data and place settle."""
+    """Return the recipe that the run keeps, with the values that depend on data and run folder."""
     place: dict[str, Any] = {"path": path if path == "-" else os.path.abspath(path), "split": SPLIT_FILE}
     place |= {} if config.data.root is None else {"root": os.path.abspath(config.data.root)}
     place |= {"columns": dict(catalog.columns)} if catalog.columns else {}
@@ -308,7 +310,7 @@ def settled_training(config: Config, count: int) -> TrainConfig:
 
 
 def can_mix(config: Config) -> bool:
-    """Return whether two examples of this recipe can be mixed: those of one modality that stays meaningful."""
+    """Return whether examples can be mixed: they have one modality, whose mixtures still mean something."""
     return len(config.inputs) == 1 and all(modality(name).can_mix for name in config.inputs)
 
 
@@ -357,7 +359,7 @@ def _check_recipe(config: Config, catalog: Catalog, path: str) -> None:
         raise DataError(f"{show_path(path)}: holds {'+'.join(catalog.holds)}, but {config.name} reads {reads}")
     mixes = any(value not in (0, "auto") for value in (config.train.mixup, config.train.cutmix))
     if mixes and not can_mix(config):
-        raise UsageError(f"train.mixup and train.cutmix need pictures or sound alone, this run reads {reads}")
+        raise UsageError(f"train.mixup and train.cutmix need pictures or sound alone; this run reads {reads}")
 
 
 def _check_classes(catalog: Catalog) -> tuple[str, ...]:

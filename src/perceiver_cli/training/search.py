@@ -16,8 +16,8 @@ from perceiver_cli.config import parse_value
 from perceiver_cli.errors import UsageError
 from perceiver_cli.training.several import RunEntry
 
-DEFAULT_RUNS = 10  # of a sweep that has no end of its own
-DIGITS = 3  # of a drawn number: enough, and short in a command
+DEFAULT_RUNS = 10  # of a sweep whose number of runs nothing else sets
+DIGITS = 3  # of a drawn number: precise enough, and short in a command
 MAX_GRID = 10_000  # runs
 RANGE = re.compile(r"(log|lin):([^:]+):([^:]+)")
 Search = Literal["auto", "grid", "random", "tpe"]
@@ -60,9 +60,9 @@ def parse_vary(text: str) -> Vary:
         try:
             low, high = float(match[2]), float(match[3])
         except ValueError:
-            raise UsageError(f"--vary {text}: the ends of a range are numbers") from None
+            raise UsageError(f"--vary {text}: LOW and HIGH of a range must be numbers") from None
         if not (low < high and (match[1] == "lin" or low > 0)):
-            raise UsageError(f"--vary {text}: a range goes from a lower to a higher number, of log above 0")
+            raise UsageError(f"--vary {text}: expected LOW below HIGH, and with log both above 0")
         whole = all(re.fullmatch(r"-?\d+", end.strip()) for end in match.groups()[1:])
         return Vary(key, (), low, high, match[1] == "log", bool(whole))
     values = tuple(parse_value(part) for part in re.split(r",(?![^\[]*\])", rest))
@@ -74,7 +74,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def settled(search: Search, vary: Sequence[Vary], runs: int | None) -> tuple[Literal["grid", "random", "tpe"], int]:
-    """Return the search and the number of runs. auto: the grid if it is whole, else Optuna's if it is installed.
+    """Return the search and the number of runs. auto: the grid if runs cover it, else Optuna's if it is installed.
 
     Raises UsageError for a grid of ranges, or Optuna's search without it.
     """
@@ -89,7 +89,7 @@ def settled(search: Search, vary: Sequence[Vary], runs: int | None) -> tuple[Lit
     if search == "tpe" and not has_optuna:
         raise UsageError("--search tpe needs optuna", "pip install 'perceiver-cli[sweep]', or pass --search random")
     if size > MAX_GRID and runs is None:
-        raise UsageError(f"a grid of {size:,} runs", "pass --runs N")
+        raise UsageError(f"a grid of {size:,} runs, expected {MAX_GRID:,} at most", "pass --runs N")
     count = runs if runs is not None else size or DEFAULT_RUNS
     if search == "grid" or (search == "auto" and size and count >= size):
         return "grid", min(count, size)
@@ -101,7 +101,7 @@ def settled(search: Search, vary: Sequence[Vary], runs: int | None) -> tuple[Lit
 def proposer(search: str, vary: Sequence[Vary], runs: int, seed: int) -> Callable[[Sequence[RunEntry]], Values | None]:
     """Return a function from the runs so far to the values of the next one; None after the last.
 
-    A grid and random draws depend on the seed and the number of the run alone, so that a sweep goes on as it began.
+    Values of a grid and random draws depend only on the seed and the number of the run, so a resumed sweep is the same.
     """
 
     def propose(members: Sequence[RunEntry]) -> Values | None:
@@ -136,15 +136,15 @@ def _asked(vary: Sequence[Vary], members: Sequence[RunEntry], seed: int) -> Valu
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     kinds: dict[str, Any] = {}
     for one in vary:
-        if one.values:  # by its place: a list is no value of Optuna's
+        if one.values:  # by its place, because Optuna takes no lists as values
             kinds[one.key] = optuna.distributions.CategoricalDistribution(list(range(len(one.values))))
         elif one.is_whole:
             kinds[one.key] = optuna.distributions.IntDistribution(int(one.low), int(one.high), log=one.is_log)
         else:
             kinds[one.key] = optuna.distributions.FloatDistribution(one.low, one.high, log=one.is_log)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of experimental parts
-        # A new seed for each run: the first draws are random, and would be the same.
+        warnings.simplefilter("ignore")  # about experimental parts of Optuna
+        # A new seed for each run: with one seed all first draws would be the same.
         study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed + len(members)))
         for member in members:
             own = {one.key: one.values.index(v) if one.values else v for one in vary if (v := member.values[one.key])

@@ -2,7 +2,7 @@
 
 The folder holds `runs.json` (what was asked and the state of each run), a run folder for each, and at the end
 `model.safetensors`: the ensemble of seeds or folds, or the best model of a sweep. Folds also leave `predictions.jsonl`,
-the answer to each example of the model that was not trained on it, and `metrics.json`.
+the answer to each example by the model that was not trained on it, and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class RunEntry(BaseModel):
 
 
 class Request(BaseModel):
-    """What was asked: the runs, and what all of them have in common. words: of the command that trains such a run."""
+    """What was asked for: the runs, and their common options. words: of a command that trains one such run."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -95,7 +95,7 @@ class Request(BaseModel):
 
 @dataclass(frozen=True)
 class Began:
-    """A run of the folder began or goes on. place: from 1; total: planned runs."""
+    """A run of the folder began or goes on. place: its number, from 1; total: planned runs."""
 
     member: RunEntry
     place: int
@@ -155,7 +155,7 @@ class Several:
     def events(self) -> Iterator[Began | Ended | Event]:
         """Train the runs that have not ended, and yield events.
 
-        Raises as `Trainer.fit`; in a sweep a run that fails is noted, and the next one begins, unless it is the first.
+        Raises as `Trainer.fit` does; in a sweep a failed run is noted and the next one begins, unless it is the first.
         """
         try:
             make_folder(self.folder)
@@ -166,7 +166,7 @@ class Several:
                 yield from self._events()
             finally:
                 if not any((self.folder / member.name).exists() for member in self.members):
-                    with suppress(OSError):  # no run began: leave no folder without one
+                    with suppress(OSError):  # no run began: leave no empty folder
                         (self.folder / RUNS_FILE).unlink()
                         (self.folder / LOCK_FILE).unlink()
                         self.folder.rmdir()
@@ -241,7 +241,7 @@ class Several:
         elif not event.stopped_early:
             member.state = "done"
         if self.request.kind == "sweep" and member.state != "begun":
-            # Nothing resumes it, and the states of many runs fill a disk.
+            # Nothing resumes an ended run, and the states of many runs fill a disk.
             shutil.rmtree(self.folder / member.name / STATE_FOLDER, ignore_errors=True)
 
     def _behind(self, score: float, share: float) -> str:
@@ -254,14 +254,14 @@ class Several:
         return f"{score:.4f} at {share:.0%} of the run, below the median {median:.4f} of {len(others)} runs"
 
     def _score_at(self, member: RunEntry, share: float) -> float | None:
-        """Return the highest validation score of an ended run up to a share of its steps."""
+        """Return the highest validation score of an ended run in its first share of steps."""
         log = read_log(self.folder / member.name)
         steps = log[-1]["step"] if log else 0
         found = [score_of(record) for record in log if record["step"] <= share * steps * 1.001]
         return max((float(score) for score in found if score is not None), default=None)
 
     def _note_failure(self, member: RunEntry, error: Exception) -> None:
-        """Note why a run of a sweep failed; raise the error if it is not of this run alone."""
+        """Note why a run of a sweep failed; raise the error if other runs would fail too."""
         own = isinstance(error, DivergedError | UsageError | DataError | ResourceError) or is_out_of_memory(error)
         first = not any(other.state in ("done", "pruned") for other in self.members)
         if self.request.kind != "sweep" or not own or (first and not isinstance(error, DivergedError)):
@@ -273,7 +273,7 @@ class Several:
         write_text(self.folder / RUNS_FILE, json.dumps(self.request.model_dump(mode="json"), indent=1) + "\n")
 
     def _finish(self) -> None:
-        """Write what the runs give together: one model and, of folds, the answers to all examples."""
+        """Write the result of all runs: one model and, of folds, the answers to all examples."""
         if self.request.kind == "sweep":
             if not self.done:
                 return
@@ -287,9 +287,9 @@ class Several:
 
 
 def load_request(folder: Path) -> Request:
-    """Return what was asked of a folder of runs. Raises UsageError if it is none, IntegrityError if it is damaged."""
+    """Return what was asked of a folder of runs. Raises UsageError for another folder, IntegrityError for damage."""
     if (found := read_runs(folder)) is None:
-        raise UsageError(f"{show_path(folder)}: holds no {RUNS_FILE} to go on with", "leave out --resume")
+        raise UsageError(f"{show_path(folder)}: holds no {RUNS_FILE} to continue from", "leave out --resume")
     try:
         return Request.model_validate(found)
     except ValidationError as error:
@@ -331,7 +331,7 @@ def write_ensemble(folder: Path, kind: Kind, runs: Sequence[Path]) -> None:
     )  # fmt: skip
     tensors = {}
     for place, (run, info) in enumerate(zip(runs, infos, strict=True)):
-        # A member's temperature is put into its last layer: the mean is of the probabilities that the member answers.
+        # Each member's temperature goes into its last layer, so that the mean is over calibrated probabilities.
         temperature = info.calibration.temperature if info.calibration is not None else 1.0
         for name, tensor in read_tensors(run / MODEL_FILE)[1].items():
             tensors[f"members.{place}.{name}"] = tensor / temperature if name in HEAD else tensor

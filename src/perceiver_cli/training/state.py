@@ -45,7 +45,7 @@ def transfer_weights(model: Perceiver, classes: Sequence[str], source: str | os.
     fresh = sum(name not in taken and "head." not in name for name in ours)
     return (
         f"started from {show_path(source)}: {counted(len(taken), 'tensor')} taken, {fresh} fresh, "
-        f"{len(rows)} of {counted(len(classes), 'class')} known to it"
+        f"it knows {len(rows)} of {counted(len(classes), 'class')}"
     )
 
 
@@ -73,7 +73,7 @@ def save_state(run: Path, tensors: Mapping[str, Tensor], fields: Mapping[str, An
     write_text(folder / MANIFEST, json.dumps({"format": FORMAT, "states": states}, indent=1) + "\n")
     for old in folder.glob(STATE_PATTERN):
         if old.name not in {state["file"] for state in states}:
-            with suppress(OSError):  # a state that the manifest does not name does not count
+            with suppress(OSError):  # the manifest does not name it
                 old.unlink()
     return file
 

@@ -1,7 +1,7 @@
-"""Sums over the batches of a step in one order, whoever computes which: so the same bytes at any number of processes.
+"""Sums over the batches of a step in one order, so that any number of processes gives the same bytes.
 
-Batch k of a step is a leaf of a binary tree: leaves 2i and 2i + 1 are added first, then these sums in the same way. A
-process adds what lies within its own share; the rest is added where all shares meet.
+Batch k of a step is a leaf of a binary tree: leaves 2i and 2i + 1 are added first, then these sums in the same way.
+Each process adds the batches of its own share; the sums of shares are added after an exchange.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from perceiver_cli.model.ranks import Ranks
 
-BUCKET_BYTES = 64 << 20  # of gradients that travel at a time
+BUCKET_BYTES = 64 << 20  # of gradients sent at a time
 
 
 class Node(NamedTuple):
@@ -66,7 +66,7 @@ def nodes_of(leaves: range) -> list[tuple[int, int]]:
 def tree_total(tree: TreeSum, like: Sequence[Tensor], count: int, ranks: Ranks) -> list[Tensor]:
     """Return the sum of `count` leaves, of which each process has added its share to its own tree; like: its shapes.
 
-    As much travels as in an all-reduce: each process gets its slice of every sum, adds, and sends the result to all.
+    It sends as much as an all-reduce: each process gets its slice of every sum, adds, and sends the result to all.
     """
     if ranks.size == 1:
         return tree.total()
@@ -104,7 +104,7 @@ def _meeting(
 
 
 def flat_total(tensors: Sequence[Tensor], ranks: Ranks) -> None:
-    """Replace tensors by their sums over all processes, in the order that the network prefers."""
+    """Replace tensors by their sums over all processes, in whatever order the network adds."""
     if ranks.size == 1:
         return
     for bucket in _buckets(tensors):
@@ -131,9 +131,9 @@ def _unflatten(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 class BatchStatistics:
-    """The running statistics of batch norms, from the batches of a step in their order, whoever computed which.
+    """The running statistics of batch norms over a step's batches in order, whichever process computed a batch.
 
-    torch averages them as batches come; here each batch's own are taken, and averaged when all are known.
+    torch averages them as batches come; here each batch's own statistics are kept, and averaged when all are known.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -157,7 +157,7 @@ class BatchStatistics:
         return torch.cat([buffer.flatten() for buffer in self._buffers()]) if self.norms else torch.empty(0)
 
     def replay(self, batches: Tensor, seen: Tensor) -> None:
-        """Set the averages after a step. batches: (count, size) statistics; seen: (count,) 0 for a batch of nothing."""
+        """Set the averages after a step. batches: (count, size) statistics; seen: (count,) 0 for an empty batch."""
         if not self.norms:
             return
         buffers, rates = self._buffers(), [rate for rate in self.momentum for _ in range(2)]

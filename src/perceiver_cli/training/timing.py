@@ -7,7 +7,7 @@ from typing import NamedTuple
 from perceiver_cli.config import TrainConfig, duration_steps
 
 TIMED_STEPS = 5  # steps measured before the first plan of a timed run
-TOLD_STEPS = 20  # steps after which the planned number is told: the first ones are slow
+TOLD_STEPS = 20  # steps before the planned number is shown: the first ones are slow
 TIMED_EVALUATIONS = 10  # evaluations of a timed run, at equal intervals
 SAFETY = 0.02  # share of the time limit kept free
 STEPS_PER_FORWARD = 1 / 3  # time of a forward, in steps, until an evaluation has been measured
@@ -56,7 +56,7 @@ class Timing:
         return at.step + max(0, int((left_s - coming * evaluation_s) / step_s))
 
     def planned_first(self, step: int) -> bool:
-        """Return whether the last step gave the first plan of a run with a time limit that is worth telling."""
+        """Return whether the last step gave the first plan that is worth showing, of a run with a time limit."""
         return self.limit_s is not None and step - self.start.step == TOLD_STEPS
 
     def evaluation_due(self, at: Progress) -> bool:

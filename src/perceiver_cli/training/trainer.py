@@ -110,14 +110,14 @@ class Trainer:
         return {**facts, "seconds_per_step": step_s, "eta_s": eta_s}
 
     def _measured(self) -> float:
-        """Return the measured seconds of a step, which last as long as those of the process with the most batches."""
+        """Return the measured seconds of a step of the process with the most batches, for which all others wait."""
         run, plan = self.new_run(), self.plan
         train, times = plan.config.train, []
-        # Of no process's share: that of a batch or two may be empty.
+        # A batch of all the data: the share of a process may be empty.
         tasks = training_tasks(plan.train_examples, train.batch_size, train.seed, 0, TIMED_STEPS)
         for batch in plan.reader.batches(tasks):
             if not batch.examples:
-                raise DataError(f"no file of a batch can be read, the first: {batch.bad[0][2]}")
+                raise DataError(f"no file of a batch can be read; the first: {batch.bad[0][2]}")
             before = time.perf_counter()
             run.backward(batch, 1)
             run.optimizer.step()
@@ -136,7 +136,7 @@ class Trainer:
         run folder cannot be written, holds another run, or is in use.
         """
         ranks = self.plan.request.ranks
-        if self.plan.request.output is None:  # another process may have begun a run of this number since
+        if self.plan.request.output is None:  # another process may have taken this number since
             name = ranks.from_first(lambda: os.fspath(make_next_run(self.plan.config.name)))
             self.plan = replace(self.plan, output=Path(name))
         plan, output, resume = self.plan, self.plan.output, self.plan.saved is not None
@@ -148,7 +148,7 @@ class Trainer:
             if any(ranks.totals([self.stopping])):
                 return
             run = self.new_run()
-            # An older run is deleted only now, when nothing but training can still fail.
+            # An older run is deleted only now, after everything but training itself has succeeded.
             ranks.from_first(lambda: self._begin(resume=resume))
             yield from map(Note, plan.notes[num_told:])
             for event in run.events(lambda: self.stopping):
@@ -158,7 +158,7 @@ class Trainer:
             ranks.meet()
 
     def _begin(self, *, resume: bool) -> None:
-        """Write what a run folder holds before the first step."""
+        """Write the files that a run folder has before the first step."""
         output = self.plan.output
         begin_run(output, self.plan.config.to_toml(), fresh=not resume)
         if not (resume and (output / SPLIT_FILE).exists()):
