@@ -112,7 +112,7 @@ def _fold(text: str) -> str:
 
 Fold = Annotated[str, AfterValidator(_fold)]
 Pairs = Literal["media", "all", "none"]
-# The options of `DataConfig` that say how data is read, by the flag that sets each.
+# The options of `DataConfig` that say how to read data, by the flag that sets each.
 READING = {
     "root": "--root", "path_column": "--path-column", "label_column": "--label-column", "columns": "--column",
     "pair": "--pair",
@@ -129,14 +129,14 @@ class DataConfig(Table):
     fold: Fold | None = None  # "2/5": the second of five equal parts of train and val is the validation split
     root: str | None = None  # folder that a manifest's paths are relative to; unset: the manifest's own
     path_column: dict[str, str] | None = None  # column of paths of each modality, or "path" for files of any
-    # Cells of a manifest that are inputs: the kind of each column, or of "*" for the others (auto: by their content).
+    # Columns of a manifest that are inputs, and the kind of each; "*" is all other columns, auto is by content.
     columns: dict[str, str] | None = None
     label_column: str | None = None  # column of labels; unset: label, labels or the like
     group_by: str | None = None  # "parent" (folder) or a column, whose values stay in one split
     pass_columns: tuple[str, ...] = ()  # columns of a manifest that answers and records repeat, "*" for all
-    # Files of one stem in a folder that make one example: media, also tables of numbers (all), or none.
+    # Joins files of one stem in a folder to one example: media, also tables of numbers (all), or none.
     pair: Pairs = "media"
-    split: str | None = None  # file of an earlier run's split, which is reused
+    split: str | None = None  # file of an earlier run's split to use again
     max_bad: Fraction = 0.01  # share of unreadable files above which a run stops
     workers: Annotated[int, Field(ge=0, le=256)] | None = None  # unset: chosen by cores and device
     cache_bytes: Annotated[int, Field(ge=0)] = 2 << 30  # decoded files kept in memory
@@ -149,7 +149,7 @@ class DataConfig(Table):
         return [flag for name, flag in READING.items() if name != "pair" and getattr(self, name) is not None]
 
     def words(self) -> list[str]:
-        """Return how data is read as words of a command, without what is the default."""
+        """Return the words of a command that say how data is read; options at their defaults are left out."""
         words: list[str] = []
         for name, flag in READING.items():
             value = getattr(self, name)
@@ -163,7 +163,7 @@ class DataConfig(Table):
         known = sorted(preprocess.names())
         for name in self.path_column or ():
             if name not in (ANY, *known):
-                raise ValueError(f"path_column.{name} is no modality, known are {', '.join(known)}, {ANY} for any")
+                raise ValueError(f"path_column.{name} is not a modality; known are {', '.join(known)}, {ANY} for any")
         kinds = [AUTO, NONE, *preprocess.cell_kinds()]
         for name, kind in (self.columns or {}).items():
             if kind not in kinds:
@@ -206,19 +206,19 @@ class TrainConfig(Table):
     # Passes over the training examples; "auto": 40, or as many as make 2,000 steps.
     epochs: Annotated[float, Field(gt=0)] | Auto = 120.0
     max_steps: Annotated[int, Field(gt=0)] | None = None  # upper bound of the steps of `epochs`
-    steps: Annotated[int, Field(gt=0)] | None = None  # overrides epochs and max_steps
-    max_time_s: Positive | None = None  # overrides every other length: the schedule is planned to end with it
-    batch_size: Size = 64  # examples a batch, the share of one device
-    accumulate: Size = 1  # batches per optimiser step, shared out among processes
+    steps: Annotated[int, Field(gt=0)] | None = None  # replaces epochs and max_steps
+    max_time_s: Positive | None = None  # replaces every other length; the learning rate schedule ends with it
+    batch_size: Size = 64  # examples in a batch of one device
+    accumulate: Size = 1  # batches per optimiser step, divided among processes
     # Add gradients in an order that does not depend on the number of processes: the same model to the bit.
     exact_sum: bool = True
     split_inputs: Size = 1  # processes that share the inputs of one example, for more inputs than a device can hold
-    threads: Size | None = None  # threads of each process on a CPU, whose number decides last bits; unset: its cores
+    threads: Size | None = None  # threads of each process on a CPU; their number decides last bits; unset: its cores
     optimizer: Literal["adamw", "lamb"] = "lamb"  # the paper uses LAMB
     lr: Positive = 0.004  # peak learning rate
     betas: tuple[Decay, Decay] = (0.9, 0.999)  # decay rates of the optimiser's averages
     eps: Positive = 1e-6  # added to the optimiser's denominator
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # of matrices, not of biases and norms
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1  # decay of matrices; biases and norms have none
     schedule: Literal["constant", "cosine", "step"] = "constant"  # learning rate over the run
     warmup: Duration = "0 steps"  # linear rise of the learning rate from 0
     flat: Duration = "0 steps"  # cosine schedule: length of the peak before the fall
@@ -226,15 +226,15 @@ class TrainConfig(Table):
     decay_factor: Positive = 0.1  # factor of the learning rate at each of decay_at
     clip_norm: Positive | None = None  # largest norm of the gradient
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of the label spread over all classes
-    # Beta parameter of MixUp and of CutMix, 0 for none; with both, each batch draws one of them. Pictures or sound
-    # only. "auto": MixUp for fewer than 1,000 of these, CutMix too for pictures.
+    # Beta parameter of MixUp, or of CutMix; 0 is none. With both each batch draws one. For pictures or sound alone.
+    # "auto": MixUp for fewer than 1,000 examples, and CutMix too for pictures.
     mixup: Annotated[float, Field(ge=0)] | Auto = 0.0
-    cutmix: Annotated[float, Field(ge=0)] | Auto = 0.0  # as mixup
-    ema_decay: Decay = 0.0  # 0: no averaging
+    cutmix: Annotated[float, Field(ge=0)] | Auto = 0.0  # see mixup
+    ema_decay: Decay = 0.0  # decay of the averaged weights that are evaluated and saved; 0: no average
     freeze: Literal["none", "trunk"] = "none"  # trunk: only the last linear layer learns (a linear probe)
-    eval_every: Duration = "1 epoch"  # time between evaluations on the validation split
-    patience: Size | None = None  # ends the run after as many evaluations without a higher validation score
-    save_every: Duration = "1 epoch"  # saves the state to resume from, as every evaluation does
+    eval_every: Duration = "1 epoch"  # distance between evaluations on the validation split
+    patience: Size | None = None  # evaluations without a higher validation score that end the run
+    save_every: Duration = "1 epoch"  # distance between saves of the state to resume from; every evaluation saves too
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0  # seed for weights, data order and augmentation
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto is bf16 on a GPU, else fp32
@@ -261,7 +261,7 @@ class TrainConfig(Table):
 
 
 def _validation(key: str, table: Any) -> Callable[[], InputSpec]:
-    """Return the validation of a table of inputs by the options of its modality, or else of its key.
+    """Return a table of inputs, checked against the options of its modality, else of the modality named by its key.
 
     Raises ValueError for an unknown modality.
     """
@@ -272,7 +272,7 @@ def _validation(key: str, table: Any) -> Callable[[], InputSpec]:
     if options is None:
         known = ", ".join(sorted(preprocess.names()))
         raise ValueError(
-            f"[inputs.{key}]: unknown modality {name!r}, known are {known}; a file that registers it: --plugin FILE.py"
+            f"[inputs.{key}]: unknown modality {name!r}, known are {known}; or pass its file: --plugin FILE.py"
         )
     return partial(options.model_validate, table)
 
@@ -281,8 +281,10 @@ class Config(Table):
     """A complete recipe. `inputs` has one table per modality, e.g. `[inputs.image]`."""
 
     name: str = "custom"
-    multi_label: bool = False  # several labels per example: sigmoid instead of softmax; a run takes its data's
-    num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = None  # as published; a run takes its data's
+    multi_label: bool = False  # several labels an example: sigmoid instead of softmax; a run takes this from its data
+    num_classes: Annotated[int, Field(ge=2, le=1 << 20)] | None = (
+        None  # of a published model; a run takes the number from its data
+    )
     model: ModelConfig = ModelConfig()
     # Each table is validated here, so that pydantic's errors locate it.
     inputs: dict[str, Annotated[SerializeAsAny[InputSpec], BeforeValidator(lambda validation: validation())]]
@@ -357,7 +359,7 @@ class Config(Table):
 
 
 def parse_value(text: str) -> Any:
-    """Return a value in TOML, a bare word as text, or None for none."""
+    """Return the value of a text in TOML: a bare word is text, and the word none is None."""
     if text.strip() == "none":
         return None
     try:
@@ -416,8 +418,8 @@ def load_preset(name: str) -> Config:
 def tiny_config(modalities: Iterable[str]) -> Config:
     """Return the default recipe for data of these modalities: tiny-image, tiny-av and so on.
 
-    Modalities without a common preset combine their tiny presets: all inputs, of which training withholds a share, the
-    most epochs and the smallest batch.
+    Modalities without a common preset combine their tiny presets: all inputs, with a dropout of modalities in training,
+    the most epochs and the smallest batch.
     """
     names = sorted(modalities)
     every = preset_names()

@@ -68,7 +68,7 @@ class ResourceError(PerceiverError):
 
 
 class LostError(ResourceError):
-    """Another process of the same job has ended or does not answer; that one says why."""
+    """Another process of the same job has ended or does not answer; its own error says why."""
 
 
 class DivergedError(PerceiverError):
@@ -84,7 +84,7 @@ class IntegrityError(PerceiverError):
 
 
 def error_facts(error: PerceiverError) -> dict[str, Any]:
-    """Return an error as JSON types, for another process. lost: whether only the others of its job know the cause."""
+    """Return an error as JSON types, for another process. lost: whether only other processes of its job know why."""
     lost = isinstance(error, LostError)
     return {"status": error.exit_code, "message": error.message, "hint": error.hint, "lost": lost}
 

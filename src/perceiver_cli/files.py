@@ -18,7 +18,7 @@ from perceiver_cli.errors import DataError, PerceiverError, ResourceError, Usage
 
 MAX_SHOWN = 200  # characters of a path in a message
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # names of files that `atomic_write` has not finished
-# Error numbers for which no input is to blame, and the hint for each.
+# Error numbers that are no fault of an input, and the hint for each.
 SHORTAGES = {
     errno.EMFILE: "allow more open files (ulimit -n), or pass a smaller --workers",
     errno.ENFILE: "allow the system more open files, or pass a smaller --workers",
@@ -50,7 +50,7 @@ def show_path(path: str | os.PathLike[str]) -> str:
 
 
 def show_text(text: str | os.PathLike[str]) -> str:
-    """Return `text` escaped and cut as by `show_path`, its quotes as they are: for a cell of a table or a title."""
+    """Return `text` escaped and cut as by `show_path`, but with its own quotes: for a cell of a table or a title."""
     return _cut(_escaped(os.fspath(text), "\\"))
 
 
@@ -277,7 +277,7 @@ def cannot_write(path: Path, error: OSError) -> ResourceError:
 
 
 def cannot_read(path: str | os.PathLike[str], error: OSError | ValueError) -> PerceiverError:
-    """Return the error for an input that cannot be read: the path is to blame, or a shortage of this process."""
+    """Return the error for an input that cannot be read, by the path's fault or by a shortage of this process."""
     number = getattr(error, "errno", None) or 0
     kind = ResourceError if number in SHORTAGES else DataError
     return kind(f"{show_path(path)}: cannot read: {cause(error)}", SHORTAGES.get(number, ""))

@@ -29,7 +29,7 @@ def place() -> Place:
     Raises UsageError for variables that make no sense.
     """
     by_slurm = "WORLD_SIZE" not in os.environ
-    # A script of sbatch has no step: what it starts itself is alone, whatever the tasks of the job.
+    # A script of sbatch has no step: a process that it starts without srun is alone.
     if by_slurm and not all(name in os.environ for name in SLURM):
         return Place()
     try:
@@ -45,7 +45,7 @@ def place() -> Place:
         names = "SLURM_*" if by_slurm else ", ".join(TORCHRUN)
         raise UsageError(f"the variables {names} do not say which process this is: {error}", "unset them") from error
     if not (0 <= rank < size and 0 <= local < local_size <= size):
-        raise UsageError(f"process {rank} of {size}, {local} of {local_size} here: not a place", "unset WORLD_SIZE")
+        raise UsageError(f"process {rank} of {size}, {local} of {local_size} here: impossible", "unset WORLD_SIZE")
     return Place(rank, size, local, local_size)
 
 
@@ -62,7 +62,7 @@ def _slurm_tasks(text: str, node: int) -> int:
 
 
 def cores() -> int:
-    """Return the number of cores that this process may use, at least 1: its share, among several processes of a job."""
+    """Return the number of cores that this process may use, at least 1: its share if the job has several processes."""
     if "SLURM_CPUS_PER_TASK" in os.environ:  # then SLURM has bound the process to its own share
         return machine_cores()
     return max(1, machine_cores() // place().local_size)
@@ -78,7 +78,7 @@ def machine_cores() -> int:
 
 
 def memory_bytes() -> int | None:
-    """Return this process's share of the machine's memory, or None if the system does not tell (Windows)."""
+    """Return this process's share of the machine's memory, or None if it is unknown (Windows)."""
     with suppress(AttributeError, ValueError, OSError):
         page, count = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
         return page * count // place().local_size if min(page, count) > 0 else None

@@ -37,7 +37,7 @@ MANIFEST = "MANIFEST.json"  # in STATE_FOLDER, with the files of the committed s
 STATE_PATTERN = "step-*.safetensors"
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.toml"
-RUNS_FILE = "runs.json"  # in a folder of several runs: what each of them is
+RUNS_FILE = "runs.json"  # in a folder of several runs: its list of runs
 PREDICTIONS_FILE, SUMMARY_FILE = "predictions.jsonl", "metrics.json"  # of an evaluation
 ANSWERS_FILE = "validation.jsonl"  # the saved model's answer to each validation example, as in predictions.jsonl
 LOCK_FILE = ".lock"
@@ -194,7 +194,7 @@ def read_log(run: Path) -> list[dict[str, Any]]:
 
 
 def score_of(record: Mapping[str, Any]) -> float | None:
-    """Return the figure of an evaluation that decides: mAP with several labels an example, else accuracy."""
+    """Return the figure that decides between evaluations: mAP with several labels an example, else accuracy."""
     score: float | None = record.get("val_mAP", record.get("val_accuracy"))
     return score
 
@@ -219,7 +219,7 @@ def read_runs(folder: Path) -> Any:
 
 
 def damaged_runs(folder: Path, reason: object) -> IntegrityError:
-    """Return the error of a list of runs that is none."""
+    """Return the error of a broken list of runs."""
     return IntegrityError(f"{show_path(folder / RUNS_FILE)}: not a list of runs, or a damaged one: {reason}")
 
 
@@ -235,8 +235,10 @@ def runs_in(folder: str | os.PathLike[str]) -> list[Path] | None:
         names = [run["name"] for run in found["runs"]]
     except (KeyError, TypeError) as error:
         raise damaged_runs(path.parent, error) from error
-    if not all(isinstance(name, str) and RUN_NAME.fullmatch(name) for name in names):  # no path that leads out
-        raise IntegrityError(f"{show_path(path)}: names a run that is no folder here")
+    if not all(
+        isinstance(name, str) and RUN_NAME.fullmatch(name) for name in names
+    ):  # a path must not lead out of the folder
+        raise IntegrityError(f"{show_path(path)}: names a run that is not a folder here")
     return [path.parent / name for name in names if (path.parent / name / MODEL_FILE).is_file()]
 
 

@@ -71,7 +71,7 @@ def test_a_recipe_takes_its_part_of_what_there_is(clips: Path, pairs: Path, tmp_
     with pytest.raises(DataError, match=r"holds audio\+image, but tiny-av reads audio\+video"):
         Trainer(pairs, tmp_path / "run", load_preset("tiny-av"), overrides=SMALL)
     with pytest.raises(
-        UsageError, match=r"mixup and train\.cutmix need pictures or sound alone, this run reads audio\+image"
+        UsageError, match=r"mixup and train\.cutmix need pictures or sound alone; this run reads audio\+image"
     ):
         Trainer(pairs, tmp_path / "run", overrides=["train.mixup=0.2"])
 

@@ -1,4 +1,5 @@
-"""What to do next: rules from what a command saw to a whole command. A rule that does not help is no rule.
+"""What to do next: each rule turns what a command found into a whole command to run.
 
-Each rule has a test on a made case in which following it helps (tests/slow/test_advice.py). No torch.
+A rule is kept only if it helps: each has a test in which following it improves a result (tests/slow/test_advice.py). No
+torch.
 """

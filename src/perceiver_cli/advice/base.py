@@ -10,14 +10,14 @@ from typing import Any
 from perceiver_cli.files import perceiver_command, show_path
 
 MOST = 3  # pieces of advice at the end of a command
-UNEVEN = 10.0  # times the smallest class from which the largest drowns it
+UNEVEN = 10.0  # a class of this many times the examples of the smallest is advised about
 NAMED = 3  # classes in a sentence
 WEIGHTS = ("--set", "data.class_weight_power=0.5")
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What was seen, and the command that follows from it, as words; without words there is nothing to run."""
+    """What was seen, and the words of the command that follows from it; no words if there is nothing to run."""
 
     seen: str
     command: tuple[str, ...] = ()

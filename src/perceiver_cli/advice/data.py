@@ -11,7 +11,7 @@ from perceiver_cli.data.lint import LintReport
 from perceiver_cli.errors import counted
 
 CLEAN = "clean.csv"  # name that is proposed for a list of the good files
-ENOUGH_STEPS = 50  # of a range test in which the loss of a model that can learn falls
+ENOUGH_STEPS = 50  # of a range test: enough for the loss of a model that can learn to fall
 MORE_STEPS = 3  # factor of the steps of a range test that ended too early
 
 
@@ -20,7 +20,7 @@ def after_lint(
 ) -> list[Advice]:
     """Return what to do next: leave out what is bad, then train. options: how the data is read, as words.
 
-    output: the list of good files, if it was written. recipe: the option that names it, as words.
+    output: the list of good files, if it was written. recipe: the words of the option that names the recipe.
     """
     if report.data == "-" or not report.sizes.get("train"):
         return []
@@ -65,7 +65,7 @@ def after_lr_find(
 
 
 def after_preprocess(output: str, *, labelled: bool, model: str | None) -> list[Advice]:
-    """Return the command that reads the records in `output`. model: for which they were prepared, if for one."""
+    """Return the command that reads the records in `output`. model: the one they were prepared for, if any."""
     if output == "-":
         return []
     records = re.sub(r"%0?\d*d", "*", output)

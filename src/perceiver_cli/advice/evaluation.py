@@ -13,9 +13,9 @@ from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
 from perceiver_cli.run_folder import CONFIG_FILE
 
-UNEVEN_ENOUGH = 3.0  # times the smallest class from which weights help a class that is never answered
-BELOW_VAL = 0.03  # by which the interval of a test score lies below the validation score
-LARGE_ECE = 0.05  # calibration error that a temperature is worth
+UNEVEN_ENOUGH = 3.0  # the largest class over the smallest, from which weights help a class that is never answered
+BELOW_VAL = 0.03  # the least distance of a test score's interval below the validation score
+LARGE_ECE = 0.05  # the least calibration error for which a temperature is advised
 
 
 @dataclass(frozen=True)
@@ -73,18 +73,18 @@ def _never_answered(measured: Measured) -> Advice | None:
 
 
 def _below_validation(measured: Measured) -> Advice | None:
-    """Advise groups if other data than the validation split scores far lower: its files resemble training files."""
+    """Advise groups if other data scores far lower than the validation split: that split resembles training files."""
     ends, before = measured.report["intervals_95"].get("accuracy"), measured.val_accuracy
     if measured.report["split"] == "val" or ends is None or before is None or ends[1] > before - BELOW_VAL:
         return None
     counts = [row["count"] for row in measured.report["per_class"].values() if "count" in row]
     if measured.config.data.group_by is not None or ratio_of(counts) < ratio_of(measured.facts.counts.values()) / 2:
-        return None  # in groups already, or the mix of classes differs, which explains it
+        return None  # groups are in use already, or another mix of classes explains it
     seen = f"{before:.3f} on the run's validation files, {measured.report['accuracy']:.3f} here"
     if not measured.facts.shared_folders:
         return Advice(
-            f"{seen}: if files of one speaker, patient or film were in train and val, name a column of a manifest for "
-            "--group-by: the validation score is then one to trust"
+            f"{seen}: if train and val both had files of one speaker, patient or video, pass a column of a manifest to "
+            "--group-by for a validation score to trust"
         )
     group = ("--set", "data.split=none", "--group-by", "parent")
     return Advice(f"{seen}; for a score to trust, with each folder in one split", measured.again(*group))

@@ -15,13 +15,13 @@ from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
 from perceiver_cli.run_folder import CONFIG_FILE, score_of
 
-FEW_STEPS = 200  # below, a model that knows nothing was stopped too early
+FEW_STEPS = 200  # with fewer, a model that has learned nothing was stopped too early
 MANY_STEPS = 500  # proposed in their place
 LEAST_EVALUATIONS = 6  # for a rule about the shape of a curve
-NOISE = 1.2  # standard errors from which a fall between evaluations, of the same examples, is none of chance
+NOISE = 1.2  # standard errors; a larger fall between evaluations of the same examples is not chance
 JUMP = 0.03  # smallest such fall
 SLOWER = 4  # divisor of the learning rate of a curve that jumps
-PERFECT, LEAST_PERFECT = 0.995, 50  # a score that copies in both splits would explain, and its least examples
+PERFECT, LEAST_PERFECT = 0.995, 50  # a score that copies in both splits would explain, and how many examples it needs
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Trained:
 
 
 def after_training(trained: Trained) -> list[Advice]:
-    """Return what to do next, the most useful first: at most MOST pieces, of which the last is to evaluate."""
+    """Return what to do next, the most useful first: at most MOST pieces, the last of which is to evaluate."""
     if trained.data == "-":  # a pipe cannot be read again
         return []
     rules = (_drowned_classes, _knows_nothing, _jumps, _still_improves, _shared_folders, _too_good, _unreadable)
@@ -73,7 +73,7 @@ def _guess(trained: Trained) -> float:
 
 
 def _learned(trained: Trained) -> bool:
-    """Return whether a score is above that of one answer by more than chance, or by half of what is left to learn."""
+    """Return whether a score beats that of one answer by more than chance, or by half of what is left to learn."""
     guess = _guess(trained)
     return max(trained.scores(), default=0) > guess + min(2 * trained.error(guess), (1 - guess) / 2)
 
@@ -112,12 +112,12 @@ def _still_improves(trained: Trained) -> Advice | None:
     before, after = max(scores[:-third]), fmean(scores[-2:])
     if after < before + trained.error(before) or losses[-1] > 1.02 * min(losses):
         return None
-    seen = f"still improving, {before:.3f} to {after:.3f} in the last third; go on for as long again"
+    seen = f"still improving, {before:.3f} to {after:.3f} in the last third; continue for as long again"
     return Advice(seen, _longer(trained, 2 * trained.log[-1]["step"]))
 
 
 def _longer(trained: Trained, steps: int) -> tuple[str, ...]:
-    """Return the command that goes on with a run, to a number of steps or to twice its time."""
+    """Return the command that continues a run, to a number of steps or to twice its time."""
     if limit := trained.config.train.max_time_s:
         return "perceiver", "train", "--resume", "-o", trained.run, "--max-time", f"{2 * limit:g}"
     return "perceiver", "train", "--resume", "-o", trained.run, "--steps", str(steps)
@@ -133,11 +133,11 @@ def _drowned_classes(trained: Trained) -> Advice | None:
 
 
 def _shared_folders(trained: Trained) -> Advice | None:
-    """Advise groups if files of one folder are in both splits: a speaker, a patient or a film is then known."""
+    """Advise groups if files of one folder are in both splits: the model then knows a speaker, patient or video."""
     if not trained.facts.shared_folders:
         return None
     shared = f"files of {counted(trained.facts.shared_folders, 'folder')} are in both train and val"
-    seen = f"{shared}; if a folder is one speaker or film, the score is too good"
+    seen = f"{shared}; if a folder is one speaker or video, the score is too good"
     return Advice(seen, trained.again("--set", "data.split=none", "--group-by", "parent"))
 
 
@@ -146,13 +146,13 @@ def _too_good(trained: Trained) -> Advice | None:
     scores = trained.scores()
     if trained.num_val < LEAST_PERFECT or max(scores, default=0) < PERFECT:
         return None
-    return Advice("nearly every answer is right; that no copies are in both splits", trained.lint())
+    return Advice("nearly every answer is right; to check that no copies are in both splits", trained.lint())
 
 
 def _unreadable(trained: Trained) -> Advice | None:
     if not trained.num_bad:
         return None
-    return Advice(f"{counted(trained.num_bad, 'file')} could not be read; all faults", trained.lint())
+    return Advice(f"{counted(trained.num_bad, 'file')} could not be read; to see all faults", trained.lint())
 
 
 def _evaluate(trained: Trained) -> Advice:

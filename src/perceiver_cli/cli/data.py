@@ -71,7 +71,7 @@ def preprocess(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Decode files once into a tar of records, which train, evaluate, predict and WebDataset read.
+    """Decode files once and write them as a tar of records. Other commands and WebDataset read it.
 
     Records hold the decoded files; training still takes random crops of them. Without -m or --preset the recipe
     is the tiny preset for the data, whose "auto" values are settled as in training. FILE.npy and FILE.safetensors

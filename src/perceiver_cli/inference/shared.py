@@ -17,16 +17,8 @@ from perceiver_cli.errors import PerceiverError, error_facts, error_from
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows
 from perceiver_cli.model.ranks import Ranks
 
-TOLD = (
-    "path",
-    "names",
-    "probs",
-    "error",
-    "used",
-    "notes",
-    "start_s",
-    "end_s",
-)  # fields that differ between predictions; processes send only these
+# The fields that differ between predictions: processes send only these.
+SENT = ("path", "names", "probs", "error", "used", "notes", "start_s", "end_s")
 
 
 def predict_shared(
@@ -96,7 +88,7 @@ def _packed(batch: Sequence[Sequence[Prediction]]) -> bytes:
 
 def _facts(prediction: Prediction) -> dict[str, Any]:
     """Return the fields of a prediction to send, as JSON types: numbers keep every bit."""
-    facts = {name: getattr(prediction, name) for name in TOLD}
+    facts = {name: getattr(prediction, name) for name in SENT}
     return facts | ({} if prediction.embedding is None else {"embedding": prediction.embedding.tolist()})
 
 

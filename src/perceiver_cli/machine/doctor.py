@@ -39,7 +39,7 @@ OPTIONAL = {
     "optuna": ("sweep --search tpe", "sweep"),
 }
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
-SELF_TEST_STEPS = 40  # of training; a time would leave a slow or a cold machine too few
+SELF_TEST_STEPS = 40  # of training; in a time limit a slow or a cold machine would do too few
 SELF_TEST_BATCH = 8  # enough to learn in these steps, and a third of the time of the default
 FALLS_TO = 0.7  # largest accepted last loss, as a share of chance's
 SAME = 1e-5  # largest accepted difference of the loss before saving and after loading
@@ -117,7 +117,7 @@ def self_test(device: str = "auto") -> dict[str, Any]:
         predictor = Predictor(run, device)
         before = float(predictor.info.metrics["val_loss"])
         report = evaluate(predictor, data, "val")
-    # A GPU's loss is read now and then only, so that the first one may have fallen already: it begins at chance.
+    # A GPU's loss is read only every few steps, so the first value may have fallen already: compare with chance.
     chance, last, difference = log(len(predictor.classes)), losses[-1], abs(report.loss - before)
     if not last <= FALLS_TO * chance:
         raise PerceiverError(f"self-test: the loss went from {chance:.4f} to {last:.4f}, expected a fall", report_it)
@@ -129,7 +129,7 @@ def self_test(device: str = "auto") -> dict[str, Any]:
 
 
 def _write_pictures(folder: Path) -> None:
-    """Write class folders of PNGs: noise with a bright bar, in rows that tell the class."""
+    """Write class folders of PNGs: noise with a bright bar, whose rows depend on the class."""
     from PIL import Image
 
     rng = np.random.default_rng(0)

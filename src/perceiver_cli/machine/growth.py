@@ -133,7 +133,7 @@ OURS: Mapping[str, Measure] = {"ours": measure_model}
 def growth(trial: Trial, rounds: int, contenders: Mapping[str, Measure] = OURS) -> Iterator[dict[str, Any]]:
     """Yield rows of one cross-attend, then of the whole model, for GROWTH_INPUTS inputs.
 
-    The last rows of each, one per contender, hold `slope`, that of log time over log inputs from SLOPE_FROM inputs on.
+    The last rows of each, one per contender, hold `slope`: of log time over log inputs, from SLOPE_FROM inputs on.
     The trial's `side` and `alone` are ignored. rounds: processes per contender and size, in turn; contenders: functions
     by name that measure a trial, each called in its own process.
     """

@@ -1,4 +1,4 @@
-"""Examples a second of a training step that several processes share, and what they send each other."""
+"""Examples a second of a training step that several processes share, and the bytes that they send to each other."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ WEIGHT_BYTES = 64 << 20  # of an attention's weights (B, H, N or n, M) that a tr
 
 
 class Memory:
-    """The inputs of one forward; each cross-attend reads them in the form that costs it least.
+    """The inputs of one forward; each cross-attend reads them in its cheapest form.
 
     inputs: of each modality that is present, all with the same B.
     tileable: cut grids into tiles where that costs less; else make all rows, which can be traced.
@@ -83,7 +83,7 @@ class Memory:
         return self._projected[block]
 
     def kernel(self, device: torch.device, dtype: torch.dtype) -> kernels.Kernel:
-        """Return the fastest kernel that is right for these tiles: CUDA's refuse some widths, a CPU's none."""
+        """Return the fastest kernel that is right for the width of these tiles: CUDA kernels refuse some widths."""
         widest = max(tiles.key_width for tiles in self.tiles)
         return kernels.choose(device, dtype, widest) if device.type == "cuda" else kernels.choose(device, dtype)
 
@@ -106,9 +106,9 @@ class Memory:
 
 
 class _Average(torch.autograd.Function):
-    """The mean (B, n, C) of rows (B, M, C) under softmax(u . row), for u (B or 1, n, C). Keys and values are one.
+    """The mean (B, n, C) of rows (B, M, C) under softmax(u . row), for u (B or 1, n, C). Rows are keys and values.
 
-    PyTorch's fused attention makes gradients of keys and of values apart, even where none is needed.
+    PyTorch's fused attention makes one gradient of keys and another of values, even where none is needed.
     """
 
     @staticmethod
@@ -326,9 +326,10 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def _keeps_weights(x: Tensor, weights: int) -> bool:
-    """Return whether so many weights are kept for backward: on a CPU, and few beside what else a step keeps.
+    """Return whether a training step keeps its attention weights for backward: on a CPU, if they fit in WEIGHT_BYTES.
 
-    The backward pass of PyTorch's fused attention on a CPU is slower than products: eight times for 32 latents in bf16.
+    On a CPU the backward pass of PyTorch's fused attention, which keeps none, is slower than products of kept weights:
+    eight times for 32 latents in bf16. weights: their number.
     """
     is_step = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     return is_step and x.device.type == "cpu" and x.element_size() * weights <= WEIGHT_BYTES

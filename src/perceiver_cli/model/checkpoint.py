@@ -33,7 +33,7 @@ MAX_HEADER_BYTES = 8 << 20
 DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
 DEFAULT_THRESHOLD = 0.5
 MAX_MEMBERS = 1000  # models in one file
-MAX_EXTRA = 10_000  # parameters that a small model may have more than its file
+MAX_EXTRA = 10_000  # parameters by which a small model may exceed its file
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def save_model(path: Path, weights: Mapping[str, Tensor], info: ModelInfo) -> No
     if (calibration := header.pop("calibration")) is not None:
         header["calibration"] = asdict(calibration)
     if header["members"] == 1:
-        del header["members"]  # as before there were ensembles
+        del header["members"]  # the same bytes as before there were ensembles
     write_tensors(path, weights, header)
 
 

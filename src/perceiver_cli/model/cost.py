@@ -2,7 +2,7 @@
 
 Axes: M inputs, N latents, C input channels, D latent channels, W width of Q, K and V in the cross-attend.
 As in the paper's tables, FLOPs are those of matrix products, a multiply-add counts as 2, and every cross-attend
-projects K and V (the exact reformulation that runs here needs fewer).
+projects K and V (the exact reformulation that runs here needs fewer FLOPs).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ DEFAULT_CLASSES = 10  # for recipes that take the classes from the data
 
 
 def is_model(name: str) -> bool:
-    """Return whether a name is of no file of data: of a preset, a TOML file, a run, a model file, or of nothing."""
+    """Return False for a file of data, else True: for a preset, a TOML file, a run, a model file, or nothing."""
     if name in preset_names() or name.endswith((".toml", ".safetensors")):
         return True
     return not os.path.isfile(name)

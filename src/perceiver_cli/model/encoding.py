@@ -219,7 +219,7 @@ class ByteArrayEncoding(nn.Module):
 
 
 def with_features(prepared: ByteArray, spec: InputSpec) -> NDArray[np.float32]:
-    """Return (M, C) rows: the values of a byte array, at mean 0 and deviation 1, and its Fourier features."""
+    """Return (M, C) rows: the values of a byte array with mean 0 and std 1, then its Fourier features."""
     positions = None if prepared.positions is None else torch.from_numpy(prepared.positions[None].copy())
     segment = Segment(torch.from_numpy(prepared.values[None].copy()), positions)
     layout = modality(spec.modality).layout(spec)

@@ -57,12 +57,12 @@ Model = Perceiver | Ensemble
 
 
 def parts_of(model: Model) -> tuple[Perceiver, ...]:
-    """Return the members of a model: itself, if it is one."""
+    """Return the members of an ensemble, or a single model itself."""
     return model.parts if isinstance(model, Ensemble) else (model,)
 
 
 def joined(logits: Sequence[Tensor], *, multi_label: bool) -> Tensor:
-    """Return the logits (B, classes) of the mean probabilities of several models' or views' logits; of one, its own."""
+    """Return logits (B, classes) of the mean probabilities of several models or views; logits of one are unchanged."""
     if len(logits) == 1:
         return logits[0]
     stacked = torch.stack(list(logits))

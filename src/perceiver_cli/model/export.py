@@ -135,7 +135,7 @@ def traced(graph: Graph, metadata: Mapping[str, Any], suffix: str) -> tuple[byte
         program = torch.export.export(graph, tensors, dynamic_shapes={"tensors": shapes})
         program.example_inputs = None  # random numbers
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # it names folders of this machine
+            node.meta.pop("stack_trace", None)  # it holds paths of this machine
         data, run = _WRITERS[suffix](program, graph.names, metadata)
         # NumPy's maximum passes NaN on, which no tolerance admits.
         difference = float(np.max([_difference(graph, run, made_up(layouts, *sizes, rng)) for sizes in CHECKED]))
@@ -196,7 +196,7 @@ def _places(side: int) -> Tensor:
 def made_up(layouts: Mapping[str, Layout], count: int, more: int, rng: np.random.Generator) -> dict[str, Any]:
     """Return random inputs, arrays by name, of `count` examples; each side of a dynamic grid has `more` places.
 
-    Values are within two deviations of their mean, as real ones mostly are. With several modalities, the last example
+    Values are within two std of their mean, as real ones mostly are. With several modalities, the last example
     has only the first.
     """
     arrays: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub, which the user named: the only address that this program opens. No torch."""
+"""Files that the user names on the Hugging Face hub, the only address that this program opens. No torch."""
 
 from __future__ import annotations
 

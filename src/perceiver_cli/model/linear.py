@@ -1,4 +1,4 @@
-"""Linear layers after a cheap function (LayerNorm, GELU) that save its input for backward, not its output.
+"""Linear layers after a cheap function (LayerNorm, GELU), which keep its input for backward, not its output.
 
 PyTorch saves both. Here backward runs the cheap function again: less than 1 % of a training step, a third less memory.
 

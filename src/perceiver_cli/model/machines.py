@@ -1,4 +1,4 @@
-"""What training costs on a machine that need not be here: memory, time and disk, and what was assumed. No torch.
+"""What training costs on any machine: memory, time and disk, and what was assumed. No torch.
 
 The time is rough, within a factor of about two: matrix products at a share of the machine's peak, and no step faster
 than its launches. The shares are those of the imagenet model on an NVIDIA H200 and two CPU cores, as measured.
@@ -30,7 +30,7 @@ SHARED = 0.9  # efficiency of several GPUs
 BF16 = 0.6  # bytes of activations in bf16, as a share of those in float32
 RECORD_BYTES = 3584  # names and padding around the arrays of a record
 STATES = 2  # states to resume from, while a new one is written
-UNKNOWN_MEMORY = 16 << 30  # of a machine that does not tell
+UNKNOWN_MEMORY = 16 << 30  # of a machine whose memory is unknown
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def training_estimate(
         f"{_rounded(speed / 1e12)} TFLOP a second{how}",
         *([] if is_cpu else [f"no step faster than {launches:.2g} s, in which the GPU waits for launches"]),
         *([f"{target.count} GPUs share each step, as with --devices {target.count}"] if target.count > 1 else []),
-        "files are read as fast as they are needed; the time may be wrong by a factor of two",
+        "files are read as fast as the model needs them; the time may be wrong by a factor of two",
         "records of pictures and sounds of the model's own size",
     ]
     memory = state + ceil(per_step / rounds / target.count) * each

@@ -55,7 +55,9 @@ class Perceiver(nn.Module):
             nn.Sequential(*(SelfAttend(latent_channels, config.num_self_heads, widening, gelu) for _ in range(blocks)))
             for _ in range(config.num_latent_sets)
         )
-        self.recompute = False  # activations of latent Transformers in backward: a third more time, far less memory
+        self.recompute = (
+            False  # compute activations of latent Transformers again in backward: a third more time, far less memory
+        )
         self._folded: tuple[tuple[object, ...], Tensor] | None = None  # see _first_queries
         self._steady = False  # weights do not change: in evaluation mode, until a gradient is computed
         self.readout = QueryReadout(config) if config.head == "query" else None

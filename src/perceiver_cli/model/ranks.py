@@ -1,4 +1,4 @@
-"""The processes that share a computation, and what they tell each other: numbers, JSON and bytes, never pickles.
+"""The processes that share a computation, and what they send to each other: numbers, JSON and bytes, never pickles.
 
 A process is a rank, as in MPI. `joined()` finds the others by the variables of torchrun, SLURM or `--devices`.
 """
@@ -24,7 +24,7 @@ from perceiver_cli.errors import LostError, PerceiverError, UsageError, error_fa
 from perceiver_cli.hardware import LAUNCHED, Place, place
 
 TIMEOUT_S = 1800.0  # the longest that a process waits for another; one of them may read all files first
-PORTS = 10_000, 50_000  # the first, and the number, of those from which a job of SLURM takes one
+PORTS = 10_000, 50_000  # the first, and how many follow; a job of SLURM takes one of them
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that decides, writes files and speaks."""
+        """Whether this process is the one that decides, writes files and prints."""
         return self.rank == 0
 
     @property
@@ -61,11 +61,11 @@ class Ranks:
         return self.size // self.team_size
 
     def leads(self, rank: int | None = None) -> bool:
-        """Return whether a process (this one) is the first of its team."""
+        """Return whether a process [default: this one] is the first of its team."""
         return (self.rank if rank is None else rank) % self.team_size == 0
 
     def share(self, count: int, rank: int | None = None) -> range:
-        """Return which of `count` equal pieces of work belong to a process (this one): neighbours, of equal number."""
+        """Return which of `count` equal pieces of work belong to a process [default: this one]: an adjacent range."""
         team = (self.rank if rank is None else rank) // self.team_size
         return range(count * team // self.teams, count * (team + 1) // self.teams)
 
@@ -75,7 +75,7 @@ class Ranks:
             return self, ALONE
         mine = None
         with self.talking():
-            for first in range(0, self.size, team_size):  # torch wants each group made by all
+            for first in range(0, self.size, team_size):  # all processes must make each group
                 members = list(range(first, first + team_size))
                 group = dist.new_group(members, timedelta(seconds=self.timeout_s))
                 mine = group if self.rank in members else mine
@@ -83,7 +83,7 @@ class Ranks:
         return replace(self, team_size=team_size), Ranks(place, self.timeout_s, group=mine)
 
     def device(self, name: str) -> str:
-        """Return the device of this process, where `name` is the one asked for: each takes a GPU of its own."""
+        """Return the device of this process, given the requested one: each process takes its own GPU."""
         if self.size == 1 or name not in ("auto", "cuda") or not torch.cuda.is_available():
             if self.size > 1 and name.startswith(("cuda:", "mps")):
                 raise UsageError(f"--device {name}: one device for {self.size} processes", "pass --device cuda")
@@ -105,7 +105,7 @@ class Ranks:
         return total.tolist()
 
     def meet(self) -> None:
-        """Wait until all are here: the connection of one that leaves earlier breaks for those that still talk."""
+        """Wait for all processes: one that leaves early would break the connection of the others."""
         self.totals([0.0])
 
     def gather(self, payload: bytes) -> list[bytes]:
@@ -125,7 +125,7 @@ class Ranks:
         return [payload, *(data.numpy().tobytes() for data in theirs)]
 
     def told(self, payload: bytes) -> bytes:
-        """Return the bytes of the first process; those of the others are not looked at."""
+        """Return the bytes of the first process; bytes of the others are ignored."""
         if self.size == 1:
             return payload
         size = int(self.totals([len(payload) * self.first])[0])
@@ -143,7 +143,7 @@ class Ranks:
         return every
 
     def from_first(self, make: Callable[[], Any]) -> Any:
-        """Return what the first process makes, which must be JSON; its error is raised by all."""
+        """Return what the first process makes, which must be JSON; all raise its error."""
         if self.size == 1:
             return make()
         value, error = None, None
@@ -164,7 +164,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             which = f"process {self.rank} of {self.size}"
-            raise LostError(f"{which} lost the others: one ended or did not answer in time") from error
+            raise LostError(f"{which} lost the others: one of them ended or did not answer in time") from error
 
 
 ALONE = Ranks(Place())
@@ -204,7 +204,7 @@ def _meeting_point() -> str:
         return f"file://{folder}/store"
     if "MASTER_ADDR" in os.environ:
         return "env://"
-    # srun: the first of its nodes, at a port that all can compute.
+    # srun: the first of its nodes, at a port that every process can compute.
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
     first = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
     port = PORTS[0] + int(os.environ.get("SLURM_JOB_ID", "0")) % PORTS[1]

@@ -1,9 +1,9 @@
-"""One example whose inputs lie in slices on several processes, for inputs that one device cannot hold. Exact.
+"""One example in slices on several processes, for inputs that one device cannot hold. Exact.
 
 Axes: B batch, M inputs, n queries of all heads, C input channels.
 
-Each process attends to its own slice; softmaxes are merged by their normalisers. For each cross-attend (B, n, C + 2)
-numbers travel, whatever M is. All else (latents, weights, logits, loss) is the same in every process.
+Each process attends to its own slice; softmaxes are merged by their normalisers. For each cross-attend they send
+(B, n, C + 2) numbers, whatever M is. All else (latents, weights, logits, loss) is the same in every process.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from perceiver_cli.preprocess.base import Layout
 
 
 class SlicedMemory(Memory):
-    """The inputs of this process, as a part of those of all. inputs: its slice, of every modality that is present."""
+    """The slice of the inputs that this process holds. inputs: that slice of every modality that is present."""
 
     def __init__(self, inputs: Iterable[ModalityInputs], ranks: Ranks) -> None:
         super().__init__(inputs)
@@ -81,8 +81,8 @@ def slices_of(segments: Mapping[str, Segment], ranks: Ranks) -> tuple[dict[str, 
 def slice_logits(model: Perceiver, segments: dict[str, Segment], sides: dict[str, range], ranks: Ranks) -> Tensor:
     """Return the logits (B, classes) of examples of which each process has a slice along the first axis of each grid.
 
-    segments: the slice of this process; sides: its places along that axis of the whole grid. After a backward pass the
-    gradients of all processes are those of one; parameters of the encoding need `share_encoding` for it.
+    segments: the slice of this process; sides: its places along that axis of the whole grid. After a backward pass
+    every process has the gradients of the whole example; for parameters of the encoding call `share_encoding` before.
     """
     parts = []
     for name, segment in segments.items():
@@ -109,7 +109,7 @@ def share_encoding(model: Perceiver, ranks: Ranks) -> None:
 
 
 class _Spread(torch.autograd.Function):
-    """The same queries for all processes: their gradient is the sum of those of all slices."""
+    """The same queries for all processes: their gradient is the sum over all slices."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, ranks: Ranks) -> Tensor:
@@ -125,7 +125,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Merge(torch.autograd.Function):
-    """The mean (B, n, C) over all slices from that of one, and the log of its normaliser (B, n)."""
+    """The mean (B, n, C) over all slices, from this slice's mean and the log of its normaliser (B, n)."""
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, level: Tensor, ranks: Ranks) -> Tensor:

@@ -1,7 +1,7 @@
-"""Learned layers between the values of one modality and its byte array. The paper has none: its inputs are alone.
+"""Learned layers between the values of one modality and its byte array; the paper has none.
 
-A stem gives each input its surroundings before the latents look: convolutions on a grid, the nearest neighbours of a
-point. `docs/training.md` says what each is for; "none" is the paper's own.
+A stem mixes each input with its surroundings before latents attend to it: convolutions on a grid, nearest neighbours of
+a point. `docs/training.md` says what each is for; "none" is the paper's own.
 
 Axes: B batch, M values, m inputs after the stem, c value channels, k neighbours.
 """
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from perceiver_cli.model.cost import conv_stem_layers
 from perceiver_cli.preprocess.base import Layout
 
-SMALLEST_SCALE = 1e-6  # of offsets, for points that are all at one place
+SMALLEST_SCALE = 1e-6  # of offsets, where all points are at one place
 NORM_GROUPS = 8  # of the channels of a convolution
 
 
@@ -117,7 +117,7 @@ class NeighbourStem(nn.Module):
         with torch.autocast(positions.device.type, enabled=False):
             positions, values = positions.float(), values.float()
             distances, nearest = nearest_points(positions[:, : self.count], positions, self.neighbours)
-            # Offsets of any cloud have a mean square of 1 along an axis: their size depends on the number of points.
+            # Offsets get a mean square of 1 along an axis, because their size depends on the number of points.
             scale = distances.mean(dim=(1, 2)).div(self.dims).sqrt().clamp_min(SMALLEST_SCALE)[:, None, None]
             positions = positions / scale
             each = self.first(torch.cat([positions, values], dim=-1))  # (B, M, stem_channels)

@@ -125,7 +125,7 @@ class Tiles:
         start = 0
         for axis, scores in enumerate(self._by_tile(along, first, last)):
             others = [other for other in range(1, len(counts) + 1) if other != axis + 1 and spread.shape[other] > 1]
-            # All columns are summed: those of one axis alone are no faster.
+            # All columns are summed: to sum those of one axis is no faster.
             own = (spread.sum(dim=others, keepdim=True) if others else spread).flatten(1, len(counts))
             scores += own[..., start : start + self.sides[axis]].transpose(1, 2)
             start += self.sides[axis]

@@ -39,7 +39,7 @@ Point = tuple[float, float]
 
 @contextmanager
 def plain_text() -> Iterator[None]:
-    """Draw names literally: a dollar sign starts no mathematics, a letter missing in the font gives no warning.
+    """Draw names literally: a dollar sign starts no formula, and a letter missing in the font gives no warning.
 
     SVG keeps text as text and is the same on every run.
     """
@@ -99,7 +99,7 @@ def reliability_diagram(bins: Sequence[Bin | None]) -> str:
             share = f"mean probability {one.confidence:.3f}, {one.correct:.3f} of them right"
             bar.set_gid(f"title: {one.count:,} of {sum(counts):,}: {share}")
         dots = [(one.confidence, one.correct) for one in full.values()]
-        areas = DOT_AREA * np.array(counts) / max(counts)  # that of few answers must not stand out
+        areas = DOT_AREA * np.array(counts) / max(counts)  # a dot of few answers must not stand out
         axes.scatter(
             *zip(*dots, strict=True), areas.clip(min=4), ONE, clip_on=False, zorder=3, label="share that is right"
         )

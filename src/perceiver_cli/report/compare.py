@@ -1,6 +1,6 @@
-"""Several runs side by side: validation scores with intervals, costs, the options that differ, chance or not.
+"""Several runs side by side: validation scores with intervals, costs, options that differ, and tests of differences.
 
-Everything is read from the run folders, without torch; only scores on other data ask the models.
+Everything is read from run folders, without torch; only scores on other data run the models.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Axis = Literal["seconds", "steps"]
 
 @dataclass(frozen=True)
 class Tested:
-    """The accuracy on data that was named. chance: that the best run and this one are equally good (McNemar)."""
+    """The accuracy on the data of `--data`. chance: p of McNemar's test of the best run against this one."""
 
     split: str
     accuracy: float
     interval_95: Interval
     num_examples: int
-    chance: float | None = None  # None for the best run, or other examples
+    chance: float | None = None  # None for the best run, or for other examples
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class RunFacts:
     fingerprint: str
     curve: tuple[tuple[float, float], ...]  # (seconds, accuracy) of every evaluation
     curve_steps: tuple[int, ...] = ()  # steps of the evaluations in `curve`
-    chance: float | None = None  # of the best run being equally good, by the validation examples; None as in Tested
+    chance: float | None = None  # as in Tested, but on the validation examples
     tested: Tested | None = None
 
     @property
@@ -103,7 +103,7 @@ class Comparison:
 def compare(runs: Sequence[str], data: str | None = None, split: str | None = None) -> Comparison:
     """Return a comparison of run folders, folders of several runs, or model files; the best comes first.
 
-    With `data` the models are also asked about its split, as `evaluate` does. Raises UsageError for fewer than two or
+    With `data` the models also answer its split, as in `evaluate`. Raises UsageError for fewer than two or
     without a model, IntegrityError if a model file, log or split is damaged.
     """
     names = [name for run in runs for name in _expanded(run)]
@@ -133,7 +133,7 @@ def _expanded(run: str) -> list[str]:
 
 
 def _read(run: str) -> tuple[RunFacts, ModelInfo, Answers]:
-    """Return what a run says of itself, its model's header, and its answers on the validation split."""
+    """Return the row of a run, the header of its model, and its answers on the validation split."""
     path = find_model(run)
     info = read_info(path)
     in_run = run_of(path) is not None  # another model file does not belong to the run in its folder
@@ -187,7 +187,7 @@ def _tested(run: str, data: str, split: str | None) -> tuple[Tested, Answers]:
 
 
 def _with_chances(rows: Sequence[RunFacts], answers: Sequence[Answers], tests: Sequence[Answers]) -> list[RunFacts]:
-    """Return the runs, each but the first with the chance that the first is equally good, on the same examples."""
+    """Return the runs; each but the first gets p of McNemar's test against the first on the same examples."""
     compared = []
     for row, own, on_test in zip(rows, answers, tests, strict=True):
         if row is not rows[0]:
@@ -211,7 +211,7 @@ def _groups(rows: Sequence[RunFacts], infos: Sequence[ModelInfo]) -> tuple[Group
     for place, info in enumerate(infos):
         options = dict(_flat(info.config.to_dict()))
         kept = {key: value for key, value in options.items() if key not in REPEATED}
-        # Folds divide the same data in their own ways.
+        # Each fold divides the same data in its own way.
         kept["data"] = "" if options.get("data.fold") else info.data_fingerprint
         if rows[place].score >= 0:
             alike[json.dumps(kept, sort_keys=True)].append(place)
@@ -297,7 +297,7 @@ def short_keys(keys: Sequence[str]) -> dict[str, str]:
 
 
 def short_names(runs: Sequence[str]) -> list[str]:
-    """Return the names of runs without the folders that all of them have in common."""
+    """Return the names of runs without the folders that all of them share."""
     parts = [Path(run).parts for run in runs]
     folders = zip(*(own[:-1] for own in parts), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, folders))

@@ -129,11 +129,11 @@ def _medium(name: str, shown: ExplainedInput, label: str, *, several: bool) -> l
     ]
     has_parts = modality(shown.spec.modality).parts(shown.raw, shown.spec) is not None
     wide = shown.start_s is not None or has_parts
-    grid = shown.attention.shape  # a heat may also tell channels apart
-    if wide and len(grid) > 1 and min(grid) < pictures.LEAST_CELLS:  # why it is coarse
+    grid = shown.attention.shape  # heat may have an axis of channels too
+    if wide and len(grid) > 1 and min(grid) < pictures.LEAST_CELLS:  # the title says why it is coarse
         panels[1:] = [(f"{title} ({' x '.join(map(str, grid))} inputs)", draw) for title, draw in panels[1:]]
     height = LINE + GAP + pictures.size_of(shown.raw, shown.spec, WIDTH // 2 if wide else pictures.SIDE)[1]
-    rows = [[panel] for panel in panels[has_parts:]] if wide else [panels]  # names are legible under their heat
+    rows = [[panel] for panel in panels[has_parts:]] if wide else [panels]  # so that names are legible under their heat
     return [(height, partial(_panels, panels=row)) for row in rows]
 
 

@@ -174,7 +174,7 @@ class Gallery:
         return medium
 
     def beside(self, example: Example, detail: str) -> Medium | None:
-        """Return an example as `show` does, without counting it."""
+        """Return an example as `show` does, but do not count it."""
         medium = self._medium(example, detail)
         if medium.size > self.room:
             return None
@@ -291,7 +291,7 @@ def _log(predictor: Predictor) -> tuple[list[dict[str, Any]], str]:
 
 
 def _fitted(report: Report, predictor: Predictor) -> str:
-    """Return a sentence if the temperature was surely fitted on other examples; a note tells of the same ones."""
+    """Return a sentence if the temperature was certainly fitted on other examples; a note covers the same ones."""
     by_training = predictor.info.metrics.get("temperature") == report.temperature
     return (
         "It was fitted on the validation examples of the run, not on these."
@@ -307,8 +307,8 @@ def _why_higher(log: Sequence[Mapping[str, Any]], *, several: bool) -> str:
     if several or not (_is_drawable(train) and _is_drawable(val) and train > val):
         return ""
     return (
-        "The training loss lies above the validation loss, which is no fault: it is the mean since the evaluation "
-        "before, and of varied examples (crops, noise, dropout, MixUp) where the recipe varies them."
+        "The training loss lies above the validation loss. This is no fault: it is the mean since the previous "
+        "evaluation, and the recipe may make training examples harder (crops, noise, dropout, MixUp)."
     )
 
 

@@ -20,7 +20,7 @@ MAX_LISTED = 200  # classes
 
 
 def card(summary: Mapping[str, Any], info: ModelInfo) -> str:
-    """Return the card of a run's plan and best model as Markdown, every value escaped, without the data's full path."""
+    """Return the card of a run's plan and best model as Markdown: every value escaped, no full path of the data."""
     world = Environment(
         finalize=plain, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )

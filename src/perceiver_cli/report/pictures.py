@@ -36,11 +36,11 @@ HEAT, SCORE = "OrRd", "viridis"  # matplotlib's colour maps of heat and of score
 SIDE = 320  # default side of a medium
 TOP_PERCENTILE = 99.5  # heat drawn in the darkest colour, so that one very hot input does not bleach the others
 PALED = -139  # start of the grey scale under heat, so that black is drawn as 90 of 255
-FILM_FRAMES, FILM_TEXT = 6, 18
-LEAST_CELLS = 8  # smallest side of a grid whose cells are blended; a coarser grid shows its cells
+STRIP_FRAMES, STRIP_TEXT = 6, 18
+LEAST_CELLS = 8  # smallest side of a grid whose cells are blended into each other
 SPECTROGRAM_BINS, SPECTROGRAM_COLUMNS = 64, 400
 LANES, LANE = 240, (14, 60)  # height of all channels of a series together, least and most of one
-SOUND_LEFT, SOUND_MARGIN, SOUND_TEXT = 50, 12, 22  # for frequencies; for the label of the last second; below it
+SOUND_LEFT, SOUND_MARGIN, SOUND_TEXT = 60, 12, 22  # for frequencies; for the label of the last second; below it
 PITCHES_HZ = (250, 1000, 4000, 16000)  # that have a mark
 LETTER, LETTER_SIZE, LINE = 10, 9, 24  # width of a letter of a word, its size in points, height of a line
 MOST_NAMES, LONGEST_NAME = 200, 48  # words that are drawn, and letters of one
@@ -68,7 +68,7 @@ def size_of(raw: Array, spec: InputSpec, side: int) -> tuple[int, int]:
             return 2 * side, 5 * side // 6 + SOUND_TEXT
         case VideoSpec():
             tall, wide = raw.shape[1:3]
-            return 2 * side, min(2 * side, round(2 * side * tall / wide / min(FILM_FRAMES, len(raw)))) + FILM_TEXT
+            return 2 * side, min(2 * side, round(2 * side * tall / wide / min(STRIP_FRAMES, len(raw)))) + STRIP_TEXT
         case SeriesSpec():
             return 2 * side, raw.shape[1] * _lane(raw.shape[1]) + SOUND_TEXT
         case _:
@@ -118,12 +118,12 @@ def draw(
         case AudioSpec():
             _sound(figure, raw, spec, heat, start_s)
         case VideoSpec():
-            _film(figure, raw, spec, heat, start_s, framed=framed)
+            _strip(figure, raw, spec, heat, start_s, framed=framed)
         case SeriesSpec():
             _lanes(figure, raw, spec, heat, start_s)
         case PointsSpec():
             tints = None
-            if heat is not None:  # points without heat are a grey that is visible on white
+            if heat is not None:  # points without heat are grey, which is visible on white
                 share = np.sqrt(heat)[:, None]
                 tints = COLD * (1 - share) + colours(heat, HEAT) * share
             cloud(bare_axes(figure), raw[:, :3], tints)
@@ -182,7 +182,7 @@ def _still(axes: Any, values: Array, heat: Array | None, box: Box) -> None:
 
 
 def is_cropped(raw: Array, spec: InputSpec) -> bool:
-    """Return whether parts of a picture or film lie outside the crop that the model reads."""
+    """Return whether parts of a picture or video lie outside the crop that the model reads."""
     if not isinstance(spec, ImageSpec | VideoSpec) or not isinstance(spec.size, tuple):
         return False
     still = raw[0] if isinstance(spec, VideoSpec) else _seen(raw, spec)
@@ -244,7 +244,7 @@ def _lowest_hz(spec: AudioSpec) -> float:
 
 
 def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
-    """Return a spectrogram (mel bins, frames) to look at, the lowest bin last, the same for every model."""
+    """Return a spectrogram (mel bins, frames) for people, the lowest bin last, the same for every model."""
     assert spec.rate_hz != "auto"
     seconds = len(samples) / spec.rate_hz
     shown = spec.model_copy(
@@ -259,7 +259,7 @@ def _spectrogram(samples: Array, spec: AudioSpec) -> Array:
 
 
 def _lane(count: int) -> int:
-    """Return the height of each of so many channels."""
+    """Return the height of one channel in a picture of `count` channels."""
     return int(np.clip(LANES // count, *LANE))
 
 
@@ -288,10 +288,10 @@ def _lanes(figure: Any, raw: Array, spec: SeriesSpec, heat: Array | None, start_
     axes.xaxis.set_major_formatter("{x:g} s" if rate_hz != 1 else "{x:g}")
 
 
-def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float, *, framed: bool) -> None:
-    """Draw a strip of frames of (T, H, W, 3), evenly in time, each with its part of the heat (time, h, w)."""
-    places = _middles(FILM_FRAMES, len(frames))
-    room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - FILM_TEXT / figure.bbox.height, "wspace": 0.03}
+def _strip(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start_s: float, *, framed: bool) -> None:
+    """Draw frames of (T, H, W, 3) as a strip, evenly in time, each with its part of the heat (time, h, w)."""
+    places = _middles(STRIP_FRAMES, len(frames))
+    room = {"left": 0, "right": 1, "bottom": 0, "top": 1 - STRIP_TEXT / figure.bbox.height, "wspace": 0.03}
     strip = figure.subplots(1, len(places), squeeze=False, gridspec_kw=room)
     box = center_box(frames[0], spec, spec.size)
     for axes, place in zip(strip[0], places, strict=True):
@@ -304,7 +304,7 @@ def _film(figure: Any, frames: Array, spec: VideoSpec, heat: Array | None, start
 
 
 def _laid(names: Sequence[str], width: int) -> tuple[list[tuple[str, int, int]], int]:
-    """Return the text, left and top of each of the first names in lines of a width, and the height of the lines."""
+    """Return text, left and top of each of the first names, set in lines of a width, and the height of all lines."""
     places, left, top = [], 0, 0
     for number, name in enumerate(names):
         text = show_text(name) if number < MOST_NAMES else "…"
@@ -347,7 +347,7 @@ def cloud(axes: Any, points: Array, tints: Array | None) -> None:
     turned = (points - (points.min(axis=0) + points.max(axis=0)) / 2) @ _view()
     depth = spanned(turned[:, 2])  # 1 is nearest
     order = np.argsort(depth, kind="stable")
-    fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # less fading keeps colours distinct
+    fade = ((FAR if tints is None else FAR / 3) * (1 - depth))[:, None]  # colours must stay distinct
     shades = (np.full((len(points), 3), 0.27) if tints is None else tints) * (1 - fade) + fade
     side = min(axes.bbox.width, axes.bbox.height)
     radius = float(np.clip(side / np.sqrt(len(points)) / 3, 1.0, side / 60))
