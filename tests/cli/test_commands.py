@@ -110,7 +110,7 @@ def test_fine_tuning_says_what_was_taken(perceive: Perceive, here: Path, bars: P
     assert done.returncode == 0, done.stderr
     # The third cross-attend has 18 tensors, which nothing is known for.
     assert re.search(
-        rb"note: started from 'runs/latest': \d+ tensors taken, 18 fresh, 3 of 3 classes known", done.stderr
+        rb"note: started from 'runs/latest': \d+ tensors taken, 18 fresh, it knows 3 of 3 classes", done.stderr
     )
 
 
