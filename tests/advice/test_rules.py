@@ -72,6 +72,13 @@ def test_a_good_run_is_evaluated_and_nothing_else() -> None:
             "perceiver train --resume -o runs/a --max-time 120",
         ),
         (
+            trained(
+                [0.6, 0.8, 0.78], facts=DataFacts({"cat": 42, "dog": 28, "emu": 1}), overrides=["train.max_time_s=60"]
+            ),
+            "enough for 150 steps",
+            "perceiver train --resume -o runs/a --max-time 120",
+        ),
+        (
             trained(RISING, facts=DataFacts({"cat": 420, "dog": 10})),
             "42 times",
             "perceiver train data --config runs/a/config.toml --set data.class_weight_power=0.5",
@@ -105,6 +112,9 @@ def test_a_run_with_a_fault_hears_of_it(given: Trained, words: str, command: str
         (trained([0.7, 0.72, 0.7, 0.72, 0.7, 0.72, 0.7, 0.72]), "again and again"),  # within chance on 200 examples
         (trained([0.5, 0.9, 0.6, 0.9, 0.95, 0.95, 0.95, 0.94, 0.95]), "again and again"),  # calm in the end
         (trained([0.9, 1.0, 1.0], num_val=20), "no copies"),
+        (trained([0.5, 0.7, 0.8, 0.9], overrides=["train.max_time_s=60"]), "enough for"),  # 200 steps
+        (trained([0.5, 0.7, 0.8]), "enough for"),  # as many steps as were asked for
+        (trained([0.5, 1.0, 1.0], overrides=["train.max_time_s=60"]), "enough for"),  # nothing is left to learn
         (trained([0.5, 1.0, 1.0], num_val=4), "no better"),
     ],
 )

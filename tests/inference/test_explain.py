@@ -461,6 +461,12 @@ def test_every_medium_is_drawn_without_heat_too() -> None:
     )
 
 
+def test_the_labels_of_a_sound_are_whole_inside_the_frame_of_a_picture() -> None:
+    picture = np.asarray(pictures.sample(np.random.default_rng(0).normal(size=24_000), AudioSpec(rate_hz=16_000)))
+    assert picture[:, :2].min() == 255  # "250 Hz"
+    assert picture[-3:].min() == 255  # "0.5 s"; the report's frame is two pixels wide
+
+
 def test_scores_of_any_grid_have_the_colours_of_their_key() -> None:
     """The highest is yellow, the lowest violet; of three axes and more, the middles of the first stand side by side."""
     for shape in ((12,), (3, 12), (4, 3, 12), (4, 2, 3, 12)):

@@ -82,6 +82,16 @@ def test_a_longer_run(tmp_path: Path, follow: Follow) -> None:
     assert score(tmp_path / "run") > before + 0.1
 
 
+def test_more_time_than_a_little(tmp_path: Path, follow: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perceiver_cli.advice.training.FEW_STEPS", 10**6)  # how many fit depends on the machine
+    data = write_noisy(tmp_path / "data", dict.fromkeys("abcd", 200), level=60)
+    advice = train(data, tmp_path / "run", "train.max_time_s=12", "train.lr=0.006")
+    before, steps = score(tmp_path / "run"), read_log(tmp_path / "run")[-1]["step"]
+    follow(advice[:1], "which are few")
+    assert read_log(tmp_path / "run")[-1]["step"] > 1.3 * steps
+    assert score(tmp_path / "run") >= before
+
+
 def test_more_steps_than_a_few(tmp_path: Path, follow: Follow) -> None:
     data = write_noisy(tmp_path / "data", dict.fromkeys("abcd", 80))
     advice = train(data, tmp_path / "run", "train.steps=5", "train.eval_every=5 steps")

@@ -15,7 +15,7 @@ from perceiver_cli.data.survey import DataFacts
 from perceiver_cli.errors import counted
 from perceiver_cli.run_folder import CONFIG_FILE, score_of
 
-FEW_STEPS = 200  # with fewer, a model that has learned nothing was stopped too early
+FEW_STEPS = 200  # with fewer, a model that has learned nothing, or whose time was over, was stopped too early
 MANY_STEPS = 500  # proposed in their place
 LEAST_EVALUATIONS = 6  # for a rule about the shape of a curve
 NOISE = 1.2  # standard errors; a larger fall between evaluations of the same examples is not chance
@@ -62,7 +62,9 @@ def after_training(trained: Trained) -> list[Advice]:
     """Return what to do next, the most useful first: at most MOST pieces, the last of which is to evaluate."""
     if trained.data == "-":  # a pipe cannot be read again
         return []
-    rules = (_drowned_classes, _knows_nothing, _jumps, _still_improves, _shared_folders, _too_good, _unreadable)
+    rules = (
+        _cut_short, _drowned_classes, _knows_nothing, _jumps, _still_improves, _shared_folders, _too_good, _unreadable
+    )  # fmt: skip
     found = [advice for rule in rules if (advice := rule(trained)) is not None]
     return [*found[: MOST - 1], _evaluate(trained)]
 
@@ -76,6 +78,15 @@ def _learned(trained: Trained) -> bool:
     """Return whether a score beats that of one answer by more than chance, or by half of what is left to learn."""
     guess = _guess(trained)
     return max(trained.scores(), default=0) > guess + min(2 * trained.error(guess), (1 - guess) / 2)
+
+
+def _cut_short(trained: Trained) -> Advice | None:
+    """Advise more time if it was enough for a few steps only: what such a model lacks is steps, before all else."""
+    limit, step = trained.config.train.max_time_s, trained.log[-1]["step"] if trained.log else FEW_STEPS
+    if not limit or step >= FEW_STEPS or not _learned(trained) or max(trained.scores()) >= PERFECT:
+        return None
+    seen = f"the time was enough for {counted(step, 'step')}, which are few; go on for as long again"
+    return Advice(seen, _longer(trained, 2 * step))
 
 
 def _knows_nothing(trained: Trained) -> Advice | None:
@@ -105,7 +116,7 @@ def _jumps(trained: Trained) -> Advice | None:
 def _still_improves(trained: Trained) -> Advice | None:
     """Advise a longer run if the last third raised the score by more than chance and validation loss never rose."""
     scores = trained.scores()
-    if len(scores) < LEAST_EVALUATIONS or not _learned(trained):
+    if len(scores) < LEAST_EVALUATIONS or not _learned(trained) or _cut_short(trained) is not None:
         return None
     losses = [record["val_loss"] for record in trained.log if "val_loss" in record]
     third = len(scores) // 3

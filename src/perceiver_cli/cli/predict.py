@@ -114,7 +114,8 @@ def evaluate(
         words += ["--worth"] if worth else []
         words += [word for raised in limit or [] for word in ("--limit", raised)]
         words += [] if views is None else ["--views", str(views)]
-        write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
+        with working("drawing the report"):
+            write_text(output / REPORT_FILE, page(report, predictor, data, [*words, "-o", os.fspath(output)]))
         say(f"wrote {show_path(output / REPORT_FILE)}, and metrics.json, predictions.jsonl beside it")
     show_report(report, json)
     say_advice(advice_on(report, predictor, data, has_report=output is not None))

@@ -141,13 +141,14 @@ class Plan:
             "output": os.fspath(self.output),
         }
 
-    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> int:
-        """Return how many of `looked_at` decoded files are unreadable; raise DataError if too many. bad: error by id.
+    def check_bad(self, bad: Mapping[str, str], looked_at: int) -> list[str]:
+        """Return which of `looked_at` decoded files are unreadable; raise DataError if too many. bad: error by id.
 
         Up to FEW are never too many before all training files were decoded. At least one file must be readable.
         """
         ids = {example.id for split in ("train", "val") for example in self.catalog.splits.get(split, ())}
-        errors = [error for identity, error in bad.items() if identity in ids]
+        lost = {identity: error for identity, error in bad.items() if identity in ids}
+        errors = [*lost.values()]
         allowed, looked_at = self.config.data.max_bad, max(1, looked_at, len(errors))
         whole = looked_at >= len(self.train_examples)
         too_many = len(errors) > allowed * looked_at and (whole or len(errors) > FEW)
@@ -162,7 +163,7 @@ class Plan:
                 f"{len(errors)} of {counted(looked_at, 'file')} cannot be read, more than {allowed:.1%}; "
                 f"pass --max-bad {share} to continue without them: {listed}"
             )
-        return len(errors)
+        return [*lost]
 
 
 def make_plan(request: RunRequest) -> Plan:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from perceiver_cli.advice.base import Advice
+from perceiver_cli.advice.base import Advice, some
 from perceiver_cli.advice.training import Trained, after_training
 from perceiver_cli.config import Config
 from perceiver_cli.data.decoder import told_once
@@ -200,4 +200,4 @@ class Trainer:
         if (leak := leak_note(reader, self.plan.train_examples, self.plan.val_examples)) is not None:
             self.plan.notes.append(leak)
         if unreadable := self.plan.check_bad(reader.bad, self.looked_at):
-            self.plan.notes.append(f"left out {counted(unreadable, 'unreadable file')}")
+            self.plan.notes.append(f"left out {counted(len(unreadable), 'unreadable file')}: {some(unreadable)}")
