@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perceiver_cli.config import TrainConfig
-from perceiver_cli.training.timing import TIMED_STEPS, Progress, Timing
+from perceiver_cli.training.timing import TIMED_STEPS, Progress, Timing, steps_after_resume
 
 
 def simulated(limit_s: float, step_s: float, evaluation_s: float, start: Progress) -> list[Progress]:
@@ -39,6 +39,15 @@ def test_a_resumed_run_has_what_time_is_left() -> None:
     assert places[-1].elapsed_s < 99
     # Without any time left it does one step, so that there is something to save.
     assert [place.step for place in simulated(100, 0.1, 1.0, Progress(500, 880, 120.0))] == [501]
+
+
+def test_an_ended_run_goes_on_with_more_time_only() -> None:
+    ended = Progress(880, 880, 98.0)
+    assert steps_after_resume(ended, 100, 100) == steps_after_resume(ended, 50, 100) == 880
+    assert steps_after_resume(ended, 200, 100) == 1795
+    assert steps_after_resume(ended, 200, None) == 1795  # it had a number of steps
+    assert steps_after_resume(Progress(880, 880, 300.0), 200, 100) == 881  # it took longer than it had
+    assert steps_after_resume(Progress(500, 880, 60.0), 200, 100) == 880  # killed: the first steps change the plan
 
 
 def test_without_a_limit_the_plan_stays_and_durations_decide() -> None:

@@ -418,6 +418,15 @@ def test_resume_can_go_further_and_says_so(bars: Path, tmp_path: Path) -> None:
     assert any("the plan changed from 4 to 9 steps" in note for note in trainer.plan.notes)
 
 
+def test_an_ended_run_goes_on_with_more_time_and_else_says_that_it_ended(bars: Path, tmp_path: Path) -> None:
+    list(Trainer(bars, tmp_path / "run", overrides=[*SMALL, "train.max_time_s=0.5"]).fit())
+    ended = Trainer(None, tmp_path / "run", resume=True)
+    assert not [event for event in ended.fit() if isinstance(event, StepDone)]
+    assert any("this run ended at step" in note for note in ended.plan.notes)
+    longer = Trainer(None, tmp_path / "run", overrides=["train.max_time_s=1.5"], resume=True)
+    assert [event for event in longer.fit() if isinstance(event, StepDone)]
+
+
 def test_run_folders_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert next_run("tiny-image") == Path("runs/tiny-image-1")

@@ -41,7 +41,7 @@ from perceiver_cli.training.optimizer import Average, learning_rate, make_optimi
 from perceiver_cli.training.plan import Plan
 from perceiver_cli.training.state import TrainingState, save_state, transfer_weights
 from perceiver_cli.training.sums import BatchStatistics, Node, TreeSum, flat_total, tree_total
-from perceiver_cli.training.timing import Progress, Timing
+from perceiver_cli.training.timing import Progress, Timing, steps_after_resume
 
 MIX_STREAM = 1  # separates the random numbers of mixing from those of order and augmentation
 CUDA_CHECK_EVERY = 16  # steps between reads of the loss, each of which waits for the GPU
@@ -459,11 +459,14 @@ class Run:
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
             raise IntegrityError(f"{show_path(self.plan.output)}: the training state does not fit: {reason}") from error
-        if self.config.train.max_time_s:
-            self.total_steps = planned
+        if limit := self.config.train.max_time_s:
+            before = fields["config"]["train"].get("max_time_s")
+            self.total_steps = steps_after_resume(Progress(self.step, planned, self.elapsed_before), limit, before)
         elif self.total_steps != planned:
             change = f"the plan changed from {planned} to {counted(self.total_steps, 'step')}"
             self.plan.notes.append(f"{change}: the learning rate follows the new plan")
+        if self.step >= self.total_steps:
+            self.plan.notes.append(f"this run ended at step {self.step:,}: --steps or --max-time above its own go on")
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

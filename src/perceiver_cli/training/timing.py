@@ -21,6 +21,16 @@ class Progress(NamedTuple):
     elapsed_s: float
 
 
+def steps_after_resume(saved: Progress, limit_s: float, limit_before_s: float | None) -> int:
+    """Return the planned steps of a resumed run with a time limit: as saved, or more if an ended run got more time.
+
+    The first steps after the resume are measured, and change this plan.
+    """
+    if saved.step < saved.total_steps or limit_s <= (limit_before_s or 0):
+        return saved.total_steps
+    return max(saved.step + 1, int(saved.step * limit_s / max(saved.elapsed_s, 1e-9)))
+
+
 class Timing:
     """Decides when a run evaluates, saves and ends.
 
