@@ -247,12 +247,16 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+NAMED_PIPE = "a pipe, not a regular file; pipe the bytes in and pass - instead"  # <(command) of a shell is one
+
+
 def open_file(path: str | os.PathLike[str]) -> BinaryIO:
     """Return a regular file, open for reading; a FIFO could block its reader for ever. Raises OSError or ValueError."""
     handle = os.open(path, os.O_RDONLY | BINARY | NO_WAIT)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
+        is_pipe = stat.S_ISFIFO(os.fstat(handle).st_mode)
         os.close(handle)
-        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        raise OSError(errno.EINVAL, NAMED_PIPE if is_pipe else "not a regular file", os.fspath(path))
     return os.fdopen(handle, "rb")
 
 

@@ -229,6 +229,60 @@ def test_a_resident_predictor_answers_a_path_while_the_pipe_stays_open(here: Pat
     assert status == "status 3"
 
 
+def test_a_manifest_arrives_on_stdin(here: Path, perceive: Perceive) -> None:
+    paths = [f"data/test/{name}/00{n}.png" for name in ("left", "right") for n in range(3)]
+    rows = [{"path": path, "label": path.split("/")[2]} for path in paths]
+    table = "\n".join(["path,label", *(",".join(row.values()) for row in rows)]) + "\n"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (here / "m.csv").write_text(table)
+    expected = json.loads(perceive("evaluate", "m.csv", "--json", cwd=here).stdout)
+    for manifest in (table, lines, table.replace("\n", "\r\n")):
+        piped = perceive("evaluate", "-", "--json", cwd=here, stdin=manifest.encode())
+        assert piped.returncode == 0, piped.stderr
+        assert json.loads(piped.stdout)["accuracy"] == expected["accuracy"]
+        answers = perceive("predict", "-", cwd=here, stdin=manifest.encode()).stdout.splitlines()
+        assert [json.loads(answer)["path"] for answer in answers] == paths
+    trained = shell(f"perceiver train - -o run {SETS} --steps 1 < m.csv; perceiver lint - --json < m.csv", here)
+    assert trained.stdout.startswith(b"run/model.safetensors"), trained.stderr
+    renamed = table.replace("path,label", "where,kind")
+    named = ("--path-column", "where", "--label-column", "kind")
+    piped = perceive("evaluate", "-", "--json", *named, cwd=here, stdin=renamed.encode())
+    assert b"note: path from 'where', label from 'kind'\n" in piped.stderr
+    assert piped.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "message", "status"),
+    [
+        (
+            "perceiver predict --files-from m.csv",
+            "a manifest, not a list of paths; leave out --files-from: pass 'm.csv'",
+            2,
+        ),
+        ("perceiver predict --files-from - < m.csv", "a manifest, not a list of paths", 2),
+        ("perceiver predict -0 m.csv", "-0 has no effect without --files-from; pass --files-from - -0", 2),
+        ("mkfifo p.png; perceiver predict p.png", "a pipe, not a regular file; pipe the bytes in and pass -", 3),
+        ("mkfifo p; perceiver evaluate p", "a pipe, not a regular file; pipe the bytes in and pass -", 3),
+        ("ls data/test/left | perceiver evaluate -", "'stdin': not records; expected a stream from", 3),
+        ("perceiver predict a.wav b.wav --format srt", "--format srt holds the events of one input", 2),
+        ("perceiver predict a.png --format json", "'--format': 'json' is not one of 'auto'", 2),
+    ],
+)
+def test_what_people_of_the_shell_get_wrong(here: Path, warm_bin: Path, script: str, message: str, status: int) -> None:
+    (here / "m.csv").write_text("path,label\ndata/test/left/000.png,left\n")
+    done = shell(f"PATH={warm_bin}:$PATH; {script}", here)
+    assert message in done.stderr.decode()
+    assert done.returncode == status
+
+
+def test_a_list_is_counted(here: Path, perceive: Perceive) -> None:
+    names = [f"data/test/left/00{n}.png" for n in range(3)]
+    made = perceive("preprocess", *names, "-o", "x.tar", "--label-from", "parent", cwd=here)
+    assert b"\nall 3 files are used\n" in made.stderr
+    header = perceive("predict", "--files-from", "-", "--format", "csv", "--top-k", "1", cwd=here, stdin=b"")
+    assert header.stdout == b"path,label,prob,error\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_an_interrupted_command_says_what_goes_on(here: Path, warm_bin: Path, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("\n".join(["data/test/left/000.png"] * 5000) + "\n")

@@ -140,6 +140,10 @@ def test_one_row_on_the_command_line(sold: tuple[Path, Predictor], perceive: Per
     answer = json.loads(done.stdout)
     assert (answer["label"], answer["used"]) == ("1", ["table", "text"])
     assert b"each key once" in perceive("predict", "-m", sold[1].path, "--row", "price").stderr
+    wrong = perceive("predict", "-m", sold[1].path, "--row", "prize=15")
+    assert b"'--row': columns are 'prize'; the model reads 'title' or 'price'" in wrong.stderr
+    no_header = perceive("predict", "-m", sold[1].path, "-", stdin=b"one red shoe,10\n")
+    assert b"'-': no rows; expected JSON lines, or a CSV whose first line names 'title' or 'price'" in no_header.stderr
     assert b"--row is the only input" in perceive("predict", "a.png", "-m", sold[1].path, *row).stderr
 
 

@@ -31,10 +31,12 @@ def show_predictions(
     all_probs: bool,
     extra: Sequence[str] = (),
     reads: Sequence[str] = (),
+    blank: "Prediction | None" = None,
 ) -> int:
     """Return the exit code, 3 if any input was bad; predictions are printed as they come.
 
     extra: columns of EXTRA_WIDTH. reads: the modalities whose formats are listed after files of an unknown format.
+    blank: an answer without an input; CSV and TSV of no answers have its columns.
     """
     if style == "auto":
         style = "table" if terminal.is_terminal() else "jsonl"
@@ -52,6 +54,8 @@ def show_predictions(
             cells = _cells(prediction, top_k, all_probs, extra)
             emit((_csv_row(cells.keys(), style) if header else "") + _csv_row(cells.values(), style))
             header = False
+    if header and blank is not None and style in ("csv", "tsv"):
+        emit(_csv_row(_cells(blank, top_k, all_probs, extra).keys(), style))
     return errors.end(reads)
 
 
@@ -74,8 +78,7 @@ def show_events(
         errors.tell(event.error)
         only = event.path if only is None else only
         if style in OF_EVENTS and event.path != only:
-            fault = f"--format {style} holds the events of one input, found {show_path(only)} and"
-            raise UsageError(f"{fault} {show_path(event.path)}", "pass one input, or --format csv")
+            raise several_inputs(style, only, event.path)
         if style == "jsonl":
             emit_json(event.to_dict())
         elif style in ("csv", "tsv"):
@@ -86,6 +89,12 @@ def show_events(
         elif style == "table":
             emit(f"{show_text(event.path)}  (not read)\n")
     return errors.end(reads)
+
+
+def several_inputs(style: str, first: str, second: str) -> UsageError:
+    """Return the error of two inputs for a format of OF_EVENTS."""
+    fault = f"--format {style} holds the events of one input, found {show_path(first)} and {show_path(second)}"
+    return UsageError(fault, "pass one input, or --format csv")
 
 
 def _event_text(event: "TimedEvent", style: str, number: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from perceiver_cli.cli import options, processes, sources
-from perceiver_cli.cli.answers import OF_EVENTS, Format, show_events, show_predictions, with_hint
+from perceiver_cli.cli.answers import OF_EVENTS, Format, several_inputs, show_events, show_predictions, with_hint
 from perceiver_cli.cli.progress import BESIDE_AFTER_S, Counter, counting, working
 from perceiver_cli.cli.tables import emit_facts, emit_table
 from perceiver_cli.cli.terminal import (
@@ -186,6 +186,7 @@ def predict(
     cut = options.Cut(window, hop, every, aggregate, merge)
     cut.check(workers)
     _check_merge(merge, all_probs, embeddings, max_gap, min_length)
+    _check_one(style, inputs or [])
     processes.started(devices, [*(inputs or []), files_from])
     raw = sources.raw_of(inputs or [], rate, channels, encoding)
     named, place = sources.listed_to_predict(
@@ -227,7 +228,8 @@ def predict(
             exit_code = show_events(events, style, predictor.modalities, named_columns)
         else:
             predictions = with_hint(predictions, predictor.modalities, len(inputs or []))
-            exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities)
+            blank = replace(predictor.blank(min_prob), error="")
+            exit_code = show_predictions(predictions, style, top_k, all_probs, extra, predictor.modalities, blank)
     if account.folders:
         say_lines(account.brief())
     raise typer.Exit(exit_code)
@@ -325,6 +327,12 @@ class _Following:
             yield f"stopped after {counted(self.done, 'input')}"
         if self.done and not self.inputs and (command := self.place.command()) is not None:
             yield f"to continue: {command}"
+
+
+def _check_one(style: str, inputs: Sequence[str]) -> None:
+    """Raise UsageError for several inputs in a format that holds the events of one."""
+    if style in OF_EVENTS and len(inputs) > 1:
+        raise several_inputs(style, inputs[0], inputs[1])
 
 
 def _check_merge(

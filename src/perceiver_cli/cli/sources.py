@@ -80,6 +80,7 @@ def listed_to_predict(
         if inputs or files_from is not None:
             raise UsageError("--row is the only input", "leave out the files, or name them in the row")
         return iter([_row(row)]), ListPlace()
+    _check_null(files_from, null)
     if not inputs and files_from is None:
         raise UsageError("nothing to predict", "pass files, or - with bytes on stdin, or --files-from")
     if inputs.count("-") + (files_from == "-") > 1:
@@ -105,6 +106,12 @@ def listed_to_predict(
     return chain(map(opened, inputs), taken()), place
 
 
+def _check_null(files_from: str | None, null: bool) -> None:
+    """Raise UsageError for -0 without a list."""
+    if null and files_from is None:
+        raise UsageError("-0 has no effect without --files-from", "pass --files-from - -0")
+
+
 def _row(cells: list[str]) -> Any:
     """Return the row that KEY=VALUE words describe, as JSON."""
     from perceiver_cli.preprocess.source import Source
@@ -115,7 +122,7 @@ def _row(cells: list[str]) -> Any:
         if not equals or not name or name in values:
             raise UsageError(f"--row {cell}: expected KEY=VALUE, each key once", "such as --row title='red shoe'")
         values[name] = value
-    return Source("row.jsonl", json.dumps(values).encode())
+    return Source("--row", json.dumps(values).encode())
 
 
 def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[tuple[int, str]]:
@@ -131,7 +138,9 @@ def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[t
         raise UsageError(f"--files-from {show_path(path)}: cannot read: {error.strerror}") from error
     rest, end, number = b"", b"\0" if null else b"\n", 0  # the number of whole lines so far
     with stream:
-        for chunk in _chunks(stream):
+        for place, chunk in enumerate(_chunks(stream)):
+            if place == 0 and not null:
+                _check_list(chunk, path)
             *names, rest = (rest + chunk).split(end)
             for name in names:
                 number += 1
@@ -141,6 +150,15 @@ def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[t
                 yield number, ""
     if shown := _path_in_list(rest, path, null):
         yield number + 1, shown
+
+
+def _check_list(begun: bytes, path: str) -> None:
+    """Raise UsageError for a manifest in place of a list of paths."""
+    from perceiver_cli.data.manifest import PATH_COLUMNS, suffix_of_rows
+
+    if suffix_of_rows(begun, PATH_COLUMNS) is not None and not os.path.lexists(begun.splitlines()[0]):
+        fault = f"--files-from {show_path(path)}: a manifest, not a list of paths"
+        raise UsageError(fault, f"leave out --files-from: pass {show_path(path)}")
 
 
 def _is_idle(stream: io.BufferedReader) -> bool:
@@ -181,6 +199,7 @@ def inputs_to_prepare(
     from perceiver_cli.preprocess.source import Source, received
     from perceiver_cli.preprocess.spec import Limits
 
+    _check_null(files_from, null)
     if not inputs and files_from is None:
         raise UsageError("nothing to prepare", "pass files or folders, or - with bytes on stdin, or --files-from")
     if "-" in inputs:

@@ -154,7 +154,7 @@ class _Escaped(io.TextIOWrapper):
     """A stream that escapes control characters: usage errors and warnings quote the user's words."""
 
     def write(self, text: str) -> int:
-        super().write(printable(text))
+        super().write(printable(text.replace(": Value error, ", ": ")))  # pydantic's words, within Typer's
         return len(text)
 
 

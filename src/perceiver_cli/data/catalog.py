@@ -21,11 +21,9 @@ from numpy.typing import NDArray
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
-from perceiver_cli.data.archives import unpacked
-from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.folders import of_suffix, parent, suffix_of, tally
-from perceiver_cli.data.listing import Listing, listed, listed_stream
+from perceiver_cli.data.listing import Listing, Stdin, listed
 from perceiver_cli.data.manifest import NO_OPTIONS, Labels, Row, alike
 from perceiver_cli.data.pairing import (
     MOST,
@@ -200,6 +198,7 @@ def scan(
     reads: Iterable[str] | None = None,
     options: DataConfig = NO_OPTIONS,
     labels: Labels = "needed",
+    stdin: Stdin | None = None,
 ) -> Catalog:
     """Return the catalog of a folder (see `rows_in`), a manifest (see `read_manifest`) or records, "-" on stdin.
 
@@ -208,18 +207,18 @@ def scan(
     if at least half of a sample have any. With `reads`, the modalities of a recipe or model, they have only these.
     With `classes`, those of a model, examples of other classes get no label. options: columns of a manifest and its
     `root`; what makes pairs; `group_by`, whose groups are each in one split. labels: "scored" leaves out rows without a
-    label.
+    label. stdin: of an earlier call, if there was one.
 
     Raises DataError if nothing is usable, IntegrityError for records that are damaged or cut short.
     """
     name, group_by = os.fspath(data), options.group_by
     options = options.model_copy(update={"group_by": None}) if group_by == PARENT else options
     if name == "-":
-        with os.fdopen(0, "rb", closefd=False) as stdin:
-            head, stream = unpacked(stdin, "stdin")
-            if kind_of_stream(head) != "archives":
-                return _records_catalog(spooled(stream, "stdin"), "-", classes, reads, options, group_by)
-            listing = listed_stream(stream, "stdin", labels, options)
+        stdin = stdin or Stdin()
+        if (arrived := stdin.listing(labels, options)) is None:
+            shards = spooled(stdin.begun[1], "stdin")
+            return _records_catalog(shards, "-", classes, reads, options, group_by)
+        listing = arrived
     else:
         listing = listed(name, labels, options)
     if listing.tars:

@@ -23,7 +23,15 @@ from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import PAUSE, Example, passed_on
 from perceiver_cli.data.folders import of_suffix, suffix_of
 from perceiver_cli.data.listing import Listing, fitting, listed, listed_stream
-from perceiver_cli.data.manifest import NO_OPTIONS, Row, is_manifest, read_manifest
+from perceiver_cli.data.manifest import (
+    NO_OPTIONS,
+    PATH_COLUMNS,
+    ColumnError,
+    Row,
+    is_manifest,
+    read_manifest,
+    suffix_of_rows,
+)
 from perceiver_cli.data.pairing import (
     TABLE,
     as_points,
@@ -192,38 +200,50 @@ def _held_examples(
         else:
             source = Source(named.name, received(stream, limits))
             if (suffix := _suffix_of_rows(source, options)) is not None:
-                yield from _row_examples(replace(source, name=f"stdin{suffix}"), reads, use, options)
+                yield from _row_examples(replace(source, name="stdin"), suffix, reads, use, options)
             else:
-                yield _file_example(piped(source, only(use)), use)
-    elif isinstance(named, Source) and _suffix_of_rows(named, options) is not None:
-        yield from _row_examples(named, reads, use, options)
+                file = piped(source, only(use))
+                if file.error is not None and options[0].columns:
+                    expected = f"expected JSON lines, or a CSV whose first line names {_some(options[0].columns)}"
+                    file = replace(file, error=DataError(f"{source.shown}: no rows", expected))
+                yield _file_example(file, use)
+    elif isinstance(named, Source) and (suffix := _suffix_of_rows(named, options)) is not None:
+        yield from _row_examples(named, suffix, reads, use, options)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
 
 
-def _suffix_of_rows(source: Source, options: Sequence[DataConfig]) -> str | None:
-    """Return the suffix of a manifest in bytes, for a model that reads columns; None if the bytes are one file.
+def _some(columns: Collection[str]) -> str:
+    """Return the names of columns in words."""
+    return " or ".join(map(show_path, columns))
 
-    JSON begins with a bracket; the first line of a CSV names a column of the model.
+
+def _suffix_of_rows(source: Source, options: Sequence[DataConfig]) -> str | None:
+    """Return the suffix of a manifest in bytes, None if the bytes are one file.
+
+    A model that reads columns takes all JSON for rows.
     """
-    columns = options[0].columns
-    if not columns or not isinstance(source.data, bytes):
+    columns = options[0].columns or {}
+    if not isinstance(source.data, bytes):
         return None
-    if is_manifest(source.name, labelled=False):
+    if columns and is_manifest(source.name, labelled=False):
         return os.path.splitext(source.name)[1]
-    first = (
-        source.data.removeprefix(codecs.BOM_UTF8).lstrip()[:HEAD_BYTES].partition(b"\n")[0].decode("utf-8", "replace")
-    )
-    if first.startswith(("{", "[")):
-        return ".jsonl"
-    return ".csv" if {cell.strip().strip('"') for cell in re.split(r"[,;\t|]", first)} & columns.keys() else None
+    named = (name for each in options for name in (each.path_column or {}).values())
+    return suffix_of_rows(source.data, {*PATH_COLUMNS, *named, *columns}, is_json=bool(columns))
 
 
 def _row_examples(
-    source: Source, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
+    source: Source, suffix: str, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
 ) -> Iterator[Example]:
     """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder."""
-    manifest = fitting(lambda each: read_manifest(source, each, "ignored"), options)
+    named = source if source.name.endswith(suffix) else replace(source, name=source.name + suffix)
+    try:
+        manifest = fitting(lambda each: read_manifest(named, each, "ignored"), options)
+    except ColumnError as error:
+        if not options[0].columns:
+            raise
+        fault = error.message.replace(named.shown, source.shown)
+        raise DataError(fault, f"the model reads {_some(options[0].columns)}") from error
     listing = Listing(manifest.rows, folder=options[0].root or "", by_stem=False, columns=manifest.columns)
     yield from _listing_examples(listing, [*reads], use)
 

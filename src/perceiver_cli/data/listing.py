@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from perceiver_cli.config import DataConfig, load_config
 from perceiver_cli.data.account import Account
-from perceiver_cli.data.archives import Contents, contents_of_stream, opened
-from perceiver_cli.data.cells import SUFFIXES
-from perceiver_cli.data.containers import check_foreign, containers, count_containers, splits_of
+from perceiver_cli.data.archives import Contents, contents_of_stream, opened, unpacked
+from perceiver_cli.data.cells import MAX_MANIFEST_BYTES, SUFFIXES
+from perceiver_cli.data.containers import check_foreign, containers, count_containers, kind_of_stream, splits_of
 from perceiver_cli.data.folders import has_metadata, rows_in, rows_with_metadata, walk
-from perceiver_cli.data.manifest import NEEDED, NO_OPTIONS, ColumnError, Labels, Row, is_manifest, read_manifest
+from perceiver_cli.data.manifest import (
+    LABEL_COLUMNS,
+    LIKE_LABEL,
+    NEEDED,
+    NO_OPTIONS,
+    PATH_COLUMNS,
+    ColumnError,
+    Labels,
+    Row,
+    is_manifest,
+    read_manifest,
+    suffix_of_rows,
+)
 from perceiver_cli.data.parquet import rows_of_tables
 from perceiver_cli.data.paths import located
 from perceiver_cli.data.webdataset import rows_of
 from perceiver_cli.errors import DataError, UsageError, counted
-from perceiver_cli.files import show_path, status_of
+from perceiver_cli.files import NAMED_PIPE, show_path, status_of
 from perceiver_cli.preprocess.detection import looked_at
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import Source, received
+from perceiver_cli.preprocess.spec import Limits
+from perceiver_cli.records.stream import is_tar
 from perceiver_cli.run_folder import CONFIG_FILE
 
 T = TypeVar("T")
@@ -107,21 +123,52 @@ def listed(
         check_foreign(name)
         return _of_folder(name, labels, options)
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
-        read = read_manifest(name, options, labels)
-        folder = os.path.dirname(name) if options.root is None else options.root
-        rows, notes = located(read.rows, folder, show_path(name), labels)
-        account = Account(paths=sum(len(set(row.paths)) or 1 for row in rows) + len(read.unlabelled))
-        for path in read.unlabelled:
-            account.unlabelled.add(path)
-        return Listing(
-            rows, folder=folder, by_stem=False, multi_label=read.multi_label, columns=read.columns,
-            notes=(*read.notes, *notes), account=account,
-        )  # fmt: skip
+        return _of_manifest(Source(name), labels, options)
     if file is not None:
         return Listing([Row(name, file=file)], account=Account(paths=1))
     check_foreign(name)
-    fault = "no such folder" if status_of(name) is None else "neither a folder nor a manifest"
+    status = status_of(name)
+    if status is not None and stat.S_ISFIFO(status.st_mode):
+        raise DataError(f"{show_path(path)}: {NAMED_PIPE}")
+    fault = "no such folder" if status is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(SUFFIXES)}")
+
+
+def _of_manifest(source: Source, labels: Labels, options: DataConfig) -> Listing:
+    """Return the listing of a manifest; paths are relative to its folder, or to the current one if it is in no file."""
+    read = read_manifest(source, options, labels)
+    folder = os.path.dirname(source.name) if options.root is None else options.root
+    rows, notes = located(read.rows, folder, source.shown, labels)
+    account = Account(paths=sum(len(set(row.paths)) or 1 for row in rows) + len(read.unlabelled))
+    for path in read.unlabelled:
+        account.unlabelled.add(path)
+    return Listing(
+        rows, folder=folder, by_stem=False, multi_label=read.multi_label, columns=read.columns,
+        notes=(*read.notes, *notes), account=account,
+    )  # fmt: skip
+
+
+class Stdin:
+    """Labelled data on stdin. It is read once, however often it is listed: with other columns if the first fail."""
+
+    @cached_property
+    def begun(self) -> tuple[bytes, BinaryIO]:
+        """The first bytes, and the stream from its start, uncompressed."""
+        return unpacked(os.fdopen(0, "rb", closefd=False), "stdin")
+
+    @cached_property
+    def _rest(self) -> bytes:
+        return received(self.begun[1], Limits(file_bytes=MAX_MANIFEST_BYTES))
+
+    def listing(self, labels: Labels, options: DataConfig) -> Listing | None:
+        """Return the listing of an archive or a manifest, None for records and what else there is."""
+        head, stream = self.begun
+        if kind_of_stream(head) == "archives":
+            return listed_stream(stream, "stdin", labels, options)
+        columns = {*PATH_COLUMNS, *LABEL_COLUMNS, *LIKE_LABEL, *(options.path_column or {}).values()}
+        columns |= {*(options.columns or {}), *([options.label_column] if options.label_column else [])}
+        suffix = None if is_tar(head) else suffix_of_rows(head, columns)
+        return None if suffix is None else _of_manifest(Source(f"stdin{suffix}", self._rest), labels, options)
 
 
 def _matched(pattern: str, labels: Labels, wanted: str | None) -> Listing | None:

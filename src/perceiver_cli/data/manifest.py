@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any, Literal
 
 from perceiver_cli import preprocess
 from perceiver_cli.config import ANY, AUTO, NONE, REST, DataConfig
-from perceiver_cli.data.cells import LINES, SUFFIXES, Cells, as_label, read_cells
+from perceiver_cli.data.cells import LINES, SUFFIXES, Cells, as_label, decoded, read_cells
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.detection import File, looked_at
-from perceiver_cli.preprocess.source import Source
+from perceiver_cli.preprocess.source import HEAD_BYTES, Source
 from perceiver_cli.preprocess.table import inferred
 
 SPLIT_NAMES = {
@@ -154,6 +155,21 @@ def is_manifest(path: str | os.PathLike[str], *, labelled: bool = True) -> bool:
     """Return whether a path has a manifest's suffix; without `labelled`, the suffix of one that needs no labels."""
     suffix = Path(path).suffix.lower()
     return suffix in SUFFIXES and (labelled or suffix != LINES)
+
+
+def suffix_of_rows(data: bytes, columns: Collection[str], *, is_json: bool = False) -> str | None:
+    """Return the suffix of a manifest without a name by its first bytes, None for other bytes.
+
+    JSON begins with a bracket, and its first bytes name one of the columns, unless `is_json`: then all JSON is rows.
+    The first line of a CSV names one of them.
+    """
+    head = ""
+    with suppress(ValueError):  # UTF-16 that is none
+        head = decoded(data[:HEAD_BYTES]).lstrip()
+    if head.startswith(("{", "[")):
+        return ".jsonl" if is_json or any(f'"{name}"' in head for name in columns) else None
+    cells = {_plain(cell.strip().strip('"')) for cell in re.split(r"[,;\t|]", re.split(r"[\r\n]", head)[0])}
+    return ".csv" if cells & set(map(_plain, columns)) else None
 
 
 def read_manifest(

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import READING, Config, DataConfig, load_preset, tiny_config
+from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import unpacked
 from perceiver_cli.data.catalog import Catalog, of_listing, resolve_specs
 from perceiver_cli.data.containers import kind_of_stream
@@ -180,8 +181,11 @@ def _listing_of(
     rows = [row.below(each.folder) for each in listings for row in each.rows]
     several, notes = any(each.multi_label for each in listings), tuple(note for each in listings for note in each.notes)
     by_stem = all(each.by_stem for each in listings)
-    pair = ways(paths[0])[-1].pair
-    return Listing(rows, by_stem=by_stem, pair=pair, multi_label=several, notes=notes), f"{len(paths)} inputs"
+    account, pair = Account(), ways(paths[0])[-1].pair
+    for each in listings:
+        account.add(each.account)
+    listing = Listing(rows, by_stem=by_stem, pair=pair, multi_label=several, notes=notes, account=account)
+    return listing, f"{len(paths)} inputs"
 
 
 def _check_prepared(header: Header) -> None:

@@ -20,7 +20,7 @@ from perceiver_cli.data.account import Account
 from perceiver_cli.data.catalog import PARENT, Catalog, scan
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.folders import parent
-from perceiver_cli.data.listing import fitting
+from perceiver_cli.data.listing import Stdin, fitting
 from perceiver_cli.data.loader import Reader
 from perceiver_cli.data.splits import SPLIT_FILE, read_split, validated
 from perceiver_cli.data.survey import DataFacts, facts_of
@@ -425,7 +425,8 @@ def reader_of(predictor: Predictor, bad: Mapping[str, str] | None = None, use: C
 def labelled_catalog(predictor: Predictor, data: str | os.PathLike[str]) -> tuple[Catalog, tuple[str, ...]]:
     """Return labelled data for the model and the modalities that both have. Raises DataError if there are none."""
     classes, reads = predictor.classes, predictor.modalities
-    catalog = fitting(lambda options: scan(data, classes, reads, options, "scored"), predictor.data_options(data))
+    stdin, ways = Stdin(), predictor.data_options(data)
+    catalog = fitting(lambda options: scan(data, classes, reads, options, "scored", stdin), ways)
     used = tuple(name for name in predictor.reader.specs if name in catalog.modalities)
     if not used:
         wanted = "+".join(predictor.reader.specs)

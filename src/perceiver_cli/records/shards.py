@@ -209,7 +209,8 @@ def spooled(file: BinaryIO, name: str) -> Shards:
     head = file.read(HEAD_BYTES)
     if not is_tar(head):
         fault = "not records" if head else "empty"
-        raise DataError(f"{shown}: {fault}", "expected a stream from `perceiver preprocess`")
+        expected = "expected a stream from `perceiver preprocess`, a tar, a CSV with a header, or JSON lines"
+        raise DataError(f"{shown}: {fault}", expected)
     try:
         with tempfile.TemporaryFile() as copy:  # without a name, so that nothing is left if a signal ends the process
             copied = copy.write(head)

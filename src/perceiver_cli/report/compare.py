@@ -106,7 +106,10 @@ def compare(runs: Sequence[str], data: str | None = None, split: str | None = No
     With `data` the models also answer its split, as in `evaluate`. Raises UsageError for fewer than two or
     without a model, IntegrityError if a model file, log or split is damaged.
     """
-    names = [name for run in runs for name in _expanded(run)]
+    every = [name for run in runs for name in _expanded(run)]
+    # The pattern runs/* has a run and runs/latest, a link to it: the link is left out.
+    own = {os.path.realpath(name): name for name in sorted(every, key=os.path.islink, reverse=True)}
+    names = [name for name in dict.fromkeys(every) if own[os.path.realpath(name)] == name]
     if len(names) < 2:
         raise UsageError(
             f"{counted(len(names), 'run')} to compare", "pass two or more: perceiver compare runs/a runs/b"
