@@ -50,6 +50,10 @@ def test_runs_as_they_logged_themselves(trained: Path, short: Path) -> None:
     assert not any(key.startswith("model.") for key in found.differences)
     assert not any("different data" in note for note in found.notes)
     assert any("may be chance" in note for note in compare([str(trained), str(trained)]).notes)
+    link = short.parent / "linked"  # as runs/latest beside its run in runs/*
+    link.symlink_to(short)
+    assert [run.run for run in compare([str(trained), str(short), str(link)]).runs] == [str(trained), str(short)]
+    link.unlink()
 
 
 def test_runs_of_other_data_and_moved_models_are_said_so(trained: Path, filmed: Path, tmp_path: Path) -> None:

@@ -108,8 +108,8 @@ def compare(runs: Sequence[str], data: str | None = None, split: str | None = No
     """
     every = [name for run in runs for name in _expanded(run)]
     # The pattern runs/* has a run and runs/latest, a link to it: the link is left out.
-    own = {os.path.realpath(name): name for name in sorted(every, key=os.path.islink, reverse=True)}
-    names = [name for name in dict.fromkeys(every) if own[os.path.realpath(name)] == name]
+    own = {os.path.realpath(name) for name in every if not os.path.islink(name)}
+    names = [name for name in every if not os.path.islink(name) or os.path.realpath(name) not in own]
     if len(names) < 2:
         raise UsageError(
             f"{counted(len(names), 'run')} to compare", "pass two or more: perceiver compare runs/a runs/b"
