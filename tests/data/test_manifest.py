@@ -126,7 +126,7 @@ def test_text_of_windows_is_read_as_such_and_paths_keep_their_bytes(data: Path) 
         ("m.csv", "PK\x03\x04", "a spreadsheet or another zip, not a .csv manifest; save it as CSV"),
         ("m.csv", "id,species\na.png,x\n", "perhaps --path-column NAME --label-column NAME"),
         ("m.jsonl", '{"path": "a.png", "labels": [["a"]]}', "row 1 has a label that is a list"),
-        ("m.jsonl", '{"path": "a.png", "label": 1}\n{bad', "line 2: Expecting property name enclosed in double quotes at column 2"),
+        ("m.jsonl", '{"path": "a.png", "label": 1}\n{bad', "line 2: Expecting property name"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(data: Path, name: str, text: str, message: str) -> None:
