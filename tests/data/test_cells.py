@@ -156,7 +156,7 @@ def test_the_worth_of_inputs_adds_up(sold: tuple[Path, Predictor]) -> None:
     for each in measured.shares.values():
         assert each.interval_95[0] <= each.share <= each.interval_95[1]
     assert {*measured.per_class} == {"0", "1"}
-    with pytest.raises(UsageError, match="2 to 8 inputs"):
+    with pytest.raises(UsageError, match="2 to 8 modalities"):
         worth(predictor, replace(report, modalities=("text",)))
 
 
