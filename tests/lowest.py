@@ -12,7 +12,7 @@ def constraints() -> list[str]:
     project = tomllib.loads(PROJECT.read_text())["project"]
     declared = [
         *project["dependencies"],
-        *(each for extra in ("video", "heif") for each in project["optional-dependencies"][extra]),
+        *(each for extra in ("video", "heif", "lidar", "parquet") for each in project["optional-dependencies"][extra]),
     ]
     return [re.sub(r">=([\w.]+).*", r"==\1", requirement) for requirement in declared]
 
