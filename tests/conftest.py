@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from filelock import FileLock
 from PIL import Image
 
 from perceiver_cli.data.inputs import opened
@@ -177,12 +176,17 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     """Return a folder that the first of the test processes fills, and all others wait for and read."""
     base = factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
-    root.mkdir(exist_ok=True)
-    with FileLock(root / f"{name}.lock"):
-        if not (root / f"{name}.whole").exists():
+    claim, whole, end = root / f"{name}.claim", root / f"{name}.whole", time.monotonic() + 120
+    while not whole.exists():
+        assert time.monotonic() < end, f"another test process did not make {name}"
+        try:
+            claim.mkdir(parents=True)
+        except FileExistsError:
+            time.sleep(0.05)
+        else:
             (root / name).mkdir()
             make(root / name)
-            (root / f"{name}.whole").touch()
+            whole.touch()
     return root / name
 
 
