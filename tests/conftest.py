@@ -176,7 +176,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     """Return a folder that the first of the test processes fills, and all others wait for and read."""
     base = factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
-    claim, whole, end = root / f"{name}.claim", root / f"{name}.whole", time.monotonic() + 120
+    claim, whole, end = root / f"{name}.claim", root / f"{name}.whole", time.monotonic() + 300
     while not whole.exists():
         assert time.monotonic() < end, f"another test process did not make {name}"
         try:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
 from docs import blocks
+from tests.conftest import shared
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -31,17 +31,13 @@ def run(command: list[str | Path], cwd: Path, *programs: Path) -> subprocess.Com
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, warm_bin: Path) -> Path:
     """A folder with the data and the models that pages need, made once for all processes of the suite."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "docs-place"
-    with FileLock(f"{folder}.lock"), pytest.MonkeyPatch.context() as patch:
-        if not folder.exists():
+
+    def make(folder: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PATH", os.pathsep.join([str(warm_bin), str(BIN), os.environ["PATH"]]))
-            making = folder.with_suffix(".new")
-            shutil.rmtree(making, ignore_errors=True)
-            making.mkdir()
-            blocks.prepare(making)
-            making.rename(folder)
-    return folder
+            blocks.prepare(folder)
+
+    return shared(tmp_path_factory, "docs-place", make)
 
 
 @pytest.fixture
