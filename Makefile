@@ -38,7 +38,7 @@ lowest:  ## install the lowest versions of dependencies that pyproject.toml allo
 	$(PYTHON) -m venv .venv-lowest
 	$(PYTHON) tests/lowest.py > .venv-lowest/constraints.txt
 	.venv-lowest/bin/python -m pip install --quiet --constraint .venv-lowest/constraints.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST)
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python $(PYTEST) -W ignore::DeprecationWarning  # of new packages below old ones
 
 golden: $(BIN)/perceiver  ## record hashes of models, records and answers, to compare before and after refactoring
 	$(BIN)/python tests/golden/record.py golden.json

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image, ImageCms
 
@@ -87,7 +88,8 @@ def _rgb_case(mode: str) -> Image.Image:
         ("RGBA", "PNG", 0),
         ("RGBA", "TIFF", 0),
         ("CMYK", "TIFF", 1),
-        ("YCbCr", "TIFF", 3),
+        # Earlier versions of Pillow write fewer bytes than such a file needs.
+        pytest.param("YCbCr", "TIFF", 3, marks=pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow below 13")),
         ("RGBX", "TIFF", 0),
         ("P", "PNG", 0),
         ("P", "GIF", 0),

@@ -78,7 +78,7 @@ def working(description: str) -> Iterator[None]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=terminal.talk(), transient=True, disable=terminal.is_mute()) as progress:
+    with Progress(*columns, console=terminal.canvas(), transient=True, disable=terminal.is_mute()) as progress:
         progress.add_task(description, total=None)
         with terminal.at_signal(progress.stop):
             yield

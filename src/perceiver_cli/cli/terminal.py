@@ -391,13 +391,20 @@ def is_mute() -> bool:
     return quiet or not stderr_is_terminal()
 
 
+def canvas() -> Console:
+    """Return the console for what is drawn and erased again; it is quiet if `is_mute`."""
+    from rich.console import Console
+
+    return Console(quiet=True) if is_mute() else talk()  # before Rich 14.3 a disabled bar ends with an empty line
+
+
 def bar(*more: str, by_hand: bool = False) -> Progress:
     """Return a progress bar on stderr with more text columns, hidden if `is_mute`. by_hand: no thread refreshes it."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     return Progress(
-        *columns, *map(TextColumn, more), console=talk(), transient=True, disable=is_mute(), auto_refresh=not by_hand
+        *columns, *map(TextColumn, more), console=canvas(), transient=True, disable=is_mute(), auto_refresh=not by_hand
     )
 
 
