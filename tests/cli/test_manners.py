@@ -326,7 +326,7 @@ def test_errors_of_flags_name_the_flag(perceive: Perceive, bars: Path) -> None:
     assert (done.returncode, done.stderr) == (2, b"perceiver: --lr -1.0: Input should be greater than 0, found -1.0\n")
     done = perceive("train", bars, "--batch-size", "0")
     assert done.returncode == 2
-    assert b"'--batch-size': Input should be greater" in done.stderr
+    assert b"'--batch-size': " in done.stderr
 
 
 @pytest.mark.parametrize(

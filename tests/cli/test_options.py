@@ -99,7 +99,7 @@ def test_options_of_data_go_into_the_configuration_and_back_into_a_command() -> 
     assert options.data_options(None, ["a=b"], None) == {"path_column": {"path": "a=b"}}
     with pytest.raises(UsageError, match="--root 'nowhere': no such folder"):
         options.data_options("nowhere", None, None)
-    with pytest.raises(UsageError, match=r"path_column\.smell is no modality"):
+    with pytest.raises(UsageError, match=r"path_column\.smell is not a modality"):
         tiny_config(["image"]).override(["data.path_column.smell=x"])
     for text in ("none", '"none"'):
         toml = tiny_config(["image"]).override([f"data.pair={text}"]).to_toml()

