@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -138,7 +139,7 @@ class Command:
         self.process = subprocess.Popen(
             [*head, "-m", "perceiver_cli", "train", str(data), "-o", str(output), "--continue", *own, *recipe, *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         )  # fmt: skip
 
     def saved(self, step: int) -> None:
@@ -177,6 +178,19 @@ def kill(number: int) -> Callable[[Command], None]:
     return lambda command: os.kill(command.rank(number), signal.SIGKILL)
 
 
+def hang(command: Command) -> None:
+    """Stop rank 1, which never answers again."""
+    os.kill(command.rank(1), signal.SIGSTOP)
+
+
+def kill_in_a_save(command: Command) -> None:
+    """Kill rank 0 while the file of a state is not whole yet."""
+    rank, end = command.rank(0), time.monotonic() + 60
+    while time.monotonic() < end and not any((command.output / STATE_FOLDER).glob("*.tmp")):
+        pass
+    os.kill(rank, signal.SIGKILL)
+
+
 def to_group(command: Command) -> None:
     """Send SIGTERM to the whole group."""
     os.killpg(command.process.pid, signal.SIGTERM)
@@ -200,6 +214,9 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 ATTACKS: dict[str, tuple[Callable[[Command], None], tuple[str, ...], int, int, str]] = {
     "rank 1 killed": (kill(1), (), 2, 5, "process 1 of 2 was ended by SIGKILL"),
     "rank 0 killed": (kill(0), (), 2, 5, "process 0 of 2 was ended by SIGKILL"),
+    "rank 0 killed in a save": (kill_in_a_save, (), 2, 5, "process 0 of 2 was ended by SIGKILL"),
+    "rank 1 of 4 killed": (kill(1), (), 4, 5, "process 1 of 4 was ended by SIGKILL"),
+    "rank 1 hangs": (hang, (), 2, 5, "lost the others"),
     "SIGTERM to the group": (to_group, (), 2, -15, "to continue: perceiver train --resume"),
     "SIGTERM to the launcher": (to_launcher, (), 2, -15, "to continue: perceiver train --resume"),
     "launcher killed": (kill_launcher, (), 2, -9, ""),
@@ -214,7 +231,7 @@ def survives(name: str, data: Path, folder: Path, expected: str) -> None:
     attack, launcher, devices, status, words = ATTACKS[name]
     output = folder / re.sub(r"\W+", "-", name)
     begin = time.monotonic()
-    command = Command(output, data, launcher=launcher, devices=devices)
+    command = Command(output, data, "--timeout", "8s", launcher=launcher, devices=devices)
     command.saved(8)
     attack(command)
     code, lines = command.end()
@@ -224,6 +241,37 @@ def survives(name: str, data: Path, folder: Path, expected: str) -> None:
         Command(output, data, devices=4 if "rank 0" in name else 1).end()
     found = digest(output)
     report(f"survives: {name}", fine and found == expected, f"status {code}, {found}, {took:.0f} s: {lines[-1:]}")
+
+
+def machines(data: Path, folder: Path, expected: str) -> None:
+    """Print how a run of two machines, played by two agents of torchrun, ends after one dies, and after one comes."""
+    free = socket.create_server(("localhost", 0))
+    port = free.getsockname()[1]
+    free.close()
+    agent = (
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+        "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}",
+        "--rdzv-conf", "last_call_timeout=1",
+    )  # fmt: skip
+    for name in ("a machine dies", "a machine comes"):
+        output, begin = folder / name.replace(" ", "-"), time.monotonic()
+        first = Command(output, data, launcher=agent)
+        if name == "a machine comes":
+            first.saved(4)
+        while socket.socket().connect_ex(("localhost", port)):  # the first holds the meeting point: it must live
+            time.sleep(0.1)
+        second = Command(output, data, launcher=agent)
+        first.saved(8)
+        if name == "a machine dies":
+            agent_id = second.process.pid  # its processes have groups of their own
+            own = Path(f"/proc/{agent_id}/task/{agent_id}/children").read_text().split()
+            for number in (agent_id, *map(int, own)):
+                os.kill(number, signal.SIGKILL)
+        code, lines = first.end()
+        others = "" if name == "a machine dies" else f", the other {second.end()[0]}"
+        found, took = digest(output), time.monotonic() - begin
+        fine = code == 0 and found == expected
+        report(f"survives: {name}", fine, f"status {code}{others}, {found}, {took:.0f} s: {lines[-1:]}")
 
 
 def refusals(data: Path, folder: Path) -> None:
@@ -277,11 +325,14 @@ def main(place: str, *words: str) -> None:
             except Exception as error:
                 report(f"same bytes: {name}", False, f"{type(error).__name__}: {error}")
     data = checks["images, AdamW"][0]
-    if attacks := [name for name in ATTACKS if wanted(f"survives: {name}")]:
+    attacks = [name for name in ATTACKS if wanted(f"survives: {name}")]
+    if attacks or wanted("survives: machine"):
         Command(folder / "whole", data).end()
         expected = digest(folder / "whole")
         for name in attacks:
             survives(name, data, folder, expected)
+        if wanted("survives: machine"):
+            machines(data, folder, expected)
     if wanted("one line"):
         refusals(data, folder)
 
