@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from perceiver_cli.errors import ResourceError
-from perceiver_cli.files import atomic_write, show_path, write_text
+from perceiver_cli.files import atomic_write, show_path, similar_path, write_text
 
 HOSTILE = [
     b"\xff.png", b"[red]x[/]", b"[/]", b"\x1b]0;owned\x07", b"a\nb", b"a\rb", "a\u202eb".encode(), b"-rf", b"=cmd()",
@@ -93,3 +93,15 @@ def test_a_killed_process_leaves_nothing_behind(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script, tmp_path / "f"], capture_output=True, check=False)
     assert done.returncode == -9
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_path_may_have_a_similar_neighbour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    (tmp_path / "commands\n").mkdir()
+    assert similar_path("runs/frist") == ", perhaps 'runs/first'"
+    assert similar_path("rums/first/model.safetensors") == ", perhaps 'runs'"
+    assert similar_path("rums/first") == ", perhaps 'runs/first'"
+    assert similar_path("comands") == ", perhaps 'commands\\n'"
+    assert similar_path(tmp_path / "runs" / "other") == ""
+    assert similar_path("/nowhere at all") == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -11,12 +12,14 @@ import stat
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError, UsageError
 
 MAX_SHOWN = 200  # characters of a path in a message
+MOST_NAMES = 10_000  # of a folder that are compared with a name that is not there
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # names of files that `atomic_write` has not finished
 # Error numbers that are no fault of an input, and the hint for each.
 SHORTAGES = {
@@ -271,6 +274,20 @@ def status_of(path: str | os.PathLike[str]) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:
         raise cannot_read(path, error) from error
+
+
+def similar_path(path: str | os.PathLike[str]) -> str:
+    """Return ", perhaps PATH" for a path that does not exist: the nearest name beside its first missing part, or ""."""
+    missing = Path(path)
+    while status_of(missing.parent) is None and missing.parent != missing:
+        missing = missing.parent
+    with suppress(OSError), os.scandir(missing.parent) as entries:
+        names = [entry.name for entry in islice(entries, MOST_NAMES)]
+        if near := difflib.get_close_matches(missing.name, names, n=1, cutoff=0.75):
+            folder = missing.with_name(near[0])
+            whole = folder / Path(path).relative_to(missing)
+            return f", perhaps {show_path(folder if status_of(whole) is None else whole)}"
+    return ""
 
 
 def cannot_write(path: Path, error: OSError) -> ResourceError:

@@ -26,6 +26,7 @@ from perceiver_cli.files import (
     parse_json,
     remove_leftovers,
     show_path,
+    similar_path,
     status_of,
     sync_folder,
     write_text,
@@ -304,5 +305,6 @@ def find_model(name: str | None) -> Path:
         fault = f"{show_path(wanted)}: no model file"
         if status is None and re.fullmatch(r"deepmind/[\w.-]+", wanted):
             raise UsageError(fault, f"to get it from the hub: perceiver import {wanted} -o {path.name}.safetensors")
-        raise UsageError(fault, f"expected a run folder with {MODEL_FILE}, or the file")
+        near = similar_path(wanted) if status is None and status_of(wanted) is None else ""
+        raise UsageError(fault + near, f"expected a run folder with {MODEL_FILE}, or the file")
     return path

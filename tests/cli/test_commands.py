@@ -522,3 +522,11 @@ def test_binary_is_refused_on_a_terminal(bars: Path, tmp_path: Path, files: list
     os.close(main)
     assert done.returncode == 2
     assert b"stdout is a terminal; pass -o FILE" in done.stderr
+
+
+def test_a_resume_with_nothing_left_says_so(perceive: Perceive, bars: Path, tmp_path: Path) -> None:
+    words = ("preprocess", bars / "test", "-o", "x-%02d.tar")
+    assert b"prepared 30 inputs" in perceive(*words, cwd=tmp_path).stderr
+    again = perceive(*words, "--resume", cwd=tmp_path)
+    assert again.returncode == 0
+    assert b"prepared 0 inputs; an earlier run had prepared all" in again.stderr

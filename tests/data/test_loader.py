@@ -100,6 +100,9 @@ def test_folders_without_data_say_what_was_found(tmp_path: Path) -> None:
         scan(tmp_path)
     with pytest.raises(DataError, match="no such folder"):
         scan(tmp_path / "none")
+    write_images(tmp_path / "shapes", {"round": 2, "square": 2})
+    with pytest.raises(DataError, match=r"passed over 2 in no class folder; .* pass the one above it, '.*/shapes'$"):
+        scan(tmp_path / "shapes" / "round")
     (tmp_path / "a" / "x.doc").write_text("hello\n")
     with pytest.raises(DataError, match="neither a folder nor a manifest"):
         scan(tmp_path / "a" / "x.doc")

@@ -102,7 +102,7 @@ def preprocess(
     shard_bytes = round(options.number(f"--shard-size {shard_size}", shard_size))
     done = prepare.write_records(job, output, terminal.emit_bytes, workers, shard_bytes, resume=resume)
     say_notes(job.catalog.notes)
-    bad = follow_preparing(done, output)
+    bad = follow_preparing(done, output, resume=resume)
     if own == (0, 1):  # the account covers all inputs
         say_lines(job.catalog.accounted(bad).brief())
         say_advice(after_preprocess(output, labelled=bool(job.catalog.classes), model=model))
@@ -271,7 +271,7 @@ def emit_findings(kind: str, findings: Sequence[str]) -> None:
         emit(f"{kind}: {len(findings)}\n" + "".join(f"  {line}\n" for line in [*findings[:LISTED], *more]))
 
 
-def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
+def follow_preparing(done: Iterator["Done"], output: str, *, resume: bool) -> set[str]:
     """Return the ids of bad inputs; progress and errors are printed while inputs are prepared."""
     last, bad, kept = None, set(), 0
     free = None if output == "-" else _free_bytes(Path(output).parent)
@@ -297,7 +297,8 @@ def follow_preparing(done: Iterator["Done"], output: str) -> set[str]:
                 free = None
     failed = f", {len(bad)} of them unreadable: their records hold the error" if bad else ""
     written = f"; {size(last.num_bytes)}" if last is not None and last.num_bytes else ""
-    say(f"prepared {counted(0 if last is None else last.total, 'input')}{failed}{written}")
+    before = "; an earlier run had prepared all" if resume and last is None else ""
+    say(f"prepared {counted(0 if last is None else last.total, 'input')}{failed}{written}{before}")
     return bad
 
 

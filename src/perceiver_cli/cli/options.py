@@ -12,7 +12,7 @@ import typer
 
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.files import show_path, status_of
+from perceiver_cli.files import show_path, similar_path, status_of
 
 # Keys of a line of predict, evaluate or explain, which no column may take; `id` may be the manifest's.
 OWN_KEYS = {
@@ -139,7 +139,7 @@ def check_data(data: str | None) -> None:
         raise UsageError("no data given: the name is empty", "pass a folder, a manifest or records")
     elif data is not None and not glob.has_magic(data) and "{" not in data and status_of(data) is None:
         expected = "expected a folder of class folders, .csv, .tsv, .json, .txt, .parquet, .tar or .zip"
-        raise DataError(f"{show_path(data)}: no such folder", expected)
+        raise DataError(f"{show_path(data)}: no such folder{similar_path(data)}", expected)
 
 
 def data_options(

@@ -33,9 +33,9 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
     steps = summary["steps"]
     if steps:
         epochs = steps * summary["batch_size"] / summary["splits"]["train"]
-        length = f"{counted(steps, 'step')} ({epochs:.3g} epochs)"
+        length = f"{counted(steps, 'step')} ({epochs:.3g} epochs) of {summary['batch_size']}"
     else:
-        length = f"as many steps as fit in {clock(summary['max_time_s'])}"
+        length = f"as many steps of {summary['batch_size']} as fit in {clock(summary['max_time_s'])}"
     data = Path(summary["data"])
     place = data.relative_to(Path.cwd()) if data.is_relative_to(Path.cwd()) else data
     return [
@@ -45,8 +45,7 @@ def plan_lines(summary: Mapping[str, Any]) -> list[str]:
         *(f"{name}: {layout['words']}" for name, layout in summary["inputs"].items()),
         f"model: {shapes}; {summary['parameters']:,} parameters, {summary['flops'] / 1e9:.3g} GFLOP, "
         f"about {summary['training_bytes'] / 2**20:,.0f} MiB",
-        f"{length} of {summary['batch_size']} on {summary['device']} in {summary['precision']}, into "
-        f"{show_path(summary['output'])}",
+        f"{length} on {summary['device']} in {summary['precision']}, into {show_path(summary['output'])}",
     ]
 
 

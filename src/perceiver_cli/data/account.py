@@ -11,6 +11,7 @@ from perceiver_cli.files import show_path
 
 NAMED = 3  # paths that are shown for each reason
 REASONS = 5  # reasons that a summary shows
+FLAT = "in no class folder"
 
 
 @dataclass

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perceiver_cli.config import DataConfig
-from perceiver_cli.data.account import Account
+from perceiver_cli.data.account import FLAT, Account
 from perceiver_cli.data.examples import Example, Examples, Records
 from perceiver_cli.data.folders import of_suffix, parent, suffix_of, tally
 from perceiver_cli.data.listing import Listing, Stdin, listed
@@ -253,7 +253,11 @@ def of_listing(
         known = (error for error in looked if error is not None and not error.message.endswith(UNKNOWN))
         if (first := next(known, None)) is not None:
             raise DataError(f"{reason}, the first: {first.message}", first.hint)
-        raise DataError(reason, f"expected class/file or split/class/file with {formats(wanted)}")
+        form = "expected class/file or split/class/file"
+        if listing.account.passed_over.keys() == {FLAT}:
+            above = show_path(os.path.dirname(os.path.abspath(root)))
+            raise DataError(reason, f"{form}; if this is the folder of one class, pass the one above it, {above}")
+        raise DataError(reason, f"{form} with {formats(wanted)}")
     for number, row in enumerate(rows, start=1):
         if not row.paths and not row.cells:
             error = f"{show_path(root)}: row {number} names no file"

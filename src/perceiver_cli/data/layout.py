@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
+from perceiver_cli.data.account import FLAT
 from perceiver_cli.data.manifest import SPLIT_NAMES, Row, top_split
 from perceiver_cli.errors import counted
 from perceiver_cli.files import show_path
@@ -72,7 +73,7 @@ def _row(path: str, doubled: set[str], splits: Mapping[str, str], parted: set[st
     """Return the row of a file, or why it has none."""
     first, *others = _parts(path, doubled)
     if not others:
-        return "in no class folder"
+        return FLAT
     if splits:
         if first not in splits:
             return "beside the splits"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from perceiver_cli.config import DataConfig
-from perceiver_cli.data.account import Account
+from perceiver_cli.data.account import FLAT, Account
 from perceiver_cli.data.archives import Contents
 from perceiver_cli.data.cells import as_label
 from perceiver_cli.data.containers import name_of, splits_of
@@ -331,7 +331,7 @@ def _by_folder(packed: Packed, account: Account, notes: list[str]) -> list[Row]:
     if not rows:
         return []
     for path in sorted(packed.files.keys() - below.values()):
-        account.pass_over("in no class folder", path)
+        account.pass_over(FLAT, path)
     for path, why in rest.items():
         account.leave(why, path)
     found = []

@@ -206,7 +206,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with open_file(path) as file:
             length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:  # the library would take 100 MB
-            raise IntegrityError(f"{shown}: not a safetensors file, or a damaged one: header of {length} bytes")
+            raise IntegrityError(f"{shown}: not a model file (safetensors), or a damaged one")
         # For "pt" the library would open the file a second time, by its name.
         with safe_open(path, "numpy") as contents:
             others = {contents.get_slice(name).get_dtype() for name in contents.keys()} - DTYPES  # noqa: SIM118
