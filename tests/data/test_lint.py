@@ -93,7 +93,7 @@ def test_a_preset_says_how_files_are_read(tmp_path: Path, perceive: Perceive) ->
     assert [each["path"] for each in found["unreadable"]] == ["a/bad.txt"]
     assert f"perceiver train {tmp_path / 'c.csv'} --preset tiny-text".encode() in done.stderr
     refused = perceive("lint", tmp_path / "in", "--labels", "run", "--preset", "tiny-text")
-    assert (refused.returncode, b"--preset is not for --labels" in refused.stderr) == (2, True)
+    assert (refused.returncode, b"--labels does not take --preset" in refused.stderr) == (2, True)
 
 
 def test_a_class_of_silence_stays(tmp_path: Path) -> None:
