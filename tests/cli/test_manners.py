@@ -17,7 +17,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from perceiver_cli.advice.base import Advice
+from perceiver_cli.cli import terminal
 from perceiver_cli.config import Flag, load_preset
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.preprocess.spec import Limits
@@ -466,3 +469,17 @@ def test_matplotlib_is_quiet_where_home_cannot_be_written(trained: Path, bars: P
         assert done.returncode == 0, done.stderr
         assert done.stderr == b""
         assert not list((tmp_path / "tmp").iterdir())  # no folder stays behind
+
+
+def test_a_command_that_does_not_fit_has_a_line_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(terminal, "say", said.append)
+    monkeypatch.setattr(terminal, "stderr_is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "talk", lambda: Console(width=60))
+    command = ("perceiver", "evaluate", "data", "-m", "runs/one", "-o", "runs/one/report")
+    terminal.say_advice([Advice("short", command[:3]), Advice("to see its mistakes", command)])
+    assert said == [
+        "next: short: perceiver evaluate data",
+        "next: to see its mistakes:",
+        "  perceiver evaluate data -m runs/one -o runs/one/report",
+    ]

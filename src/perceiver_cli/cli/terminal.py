@@ -32,7 +32,7 @@ from perceiver_cli.errors import (
     error_facts,
     is_out_of_memory,
 )
-from perceiver_cli.files import SHORTAGES, cause, printable, show_path, show_text, write_text
+from perceiver_cli.files import SHORTAGES, cause, perceiver_command, printable, show_path, show_text, write_text
 from perceiver_cli.hardware import LAUNCHED
 
 if TYPE_CHECKING:
@@ -289,9 +289,13 @@ def say_notes(notes: Iterable[str]) -> None:
 
 
 def say_advice(advice: Iterable[Advice]) -> None:
-    """Print a line for each thing to do next."""
+    """Print a line for each thing to do next; on a terminal that is too narrow, the command has one of its own."""
     for each in advice:
-        say(f"next: {each}")
+        line = f"next: {each}"
+        if each.command and stderr_is_terminal() and len(line) > talk().width:
+            say(f"next: {each.seen}:")
+            line = f"  {perceiver_command(each.command)}"
+        say(line)
 
 
 def complain(message: str, style: str = "") -> None:
