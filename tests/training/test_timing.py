@@ -47,6 +47,8 @@ def test_an_ended_run_goes_on_with_more_time_only() -> None:
     assert steps_after_resume(ended, 200, 100) == 1795
     assert steps_after_resume(ended, 200, None) == 1795  # it had a number of steps
     assert steps_after_resume(Progress(880, 880, 300.0), 200, 100) == 881  # it took longer than it had
+    assert steps_after_resume(Progress(2, 3, 101.0), 100, 100) == 2  # its last evaluation took longer than planned
+    assert steps_after_resume(Progress(2, 3, 101.0), 303, 100) == 6
     assert steps_after_resume(Progress(500, 880, 60.0), 200, 100) == 880  # killed: the first steps change the plan
 
 

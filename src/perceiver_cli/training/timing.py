@@ -26,8 +26,12 @@ def steps_after_resume(saved: Progress, limit_s: float, limit_before_s: float | 
 
     The first steps after the resume are measured, and change this plan.
     """
-    if saved.step < saved.total_steps or limit_s <= (limit_before_s or 0):
+    # The last evaluation may have taken what was left for more steps.
+    late = limit_before_s is not None and saved.elapsed_s >= limit_before_s
+    if saved.step < saved.total_steps and not late:
         return saved.total_steps
+    if limit_s <= (limit_before_s or 0):
+        return saved.step
     return max(saved.step + 1, int(saved.step * limit_s / max(saved.elapsed_s, 1e-9)))
 
 
