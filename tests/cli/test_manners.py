@@ -448,6 +448,7 @@ def test_a_deleted_working_folder_is_named(tmp_path: Path) -> None:
     one_line(done, 2, b"the current folder was deleted")
 
 
+@pytest.mark.slow
 def test_matplotlib_is_quiet_where_home_cannot_be_written(trained: Path, bars: Path, tmp_path: Path) -> None:
     words = [
         sys.executable,

@@ -43,6 +43,7 @@ def here(trained: Path, bars: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_issues_pipelines(here: Path) -> None:
     """What the project promises to people of the shell, as it is written there."""
     done = shell(

@@ -211,6 +211,7 @@ def test_average_precision_with_ties_and_weights_is_scikit_learns() -> None:
     assert np.isnan(figure((targets[:, 0] == 0).astype(np.float64))[0])  # none of those that have the class counts
 
 
+@pytest.mark.slow
 def test_training_with_several_labels(tmp_path: Path) -> None:
     """Bars in two rows at once: each label has its own row, and the model finds both."""
     rng = np.random.default_rng(0)

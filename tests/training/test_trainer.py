@@ -151,6 +151,7 @@ def test_a_written_configuration_replays_the_run(bars: Path, tmp_path: Path, who
     assert digest(tmp_path / "b") == whole
 
 
+@pytest.mark.slow
 def test_added_files_change_neither_resume_nor_replay_nor_evaluation(bars: Path, tmp_path: Path, whole: str) -> None:
     data, run, cut = tmp_path / "data", tmp_path / "run", tmp_path / "cut"
     shutil.copytree(bars / "train", data)
