@@ -305,6 +305,6 @@ def find_model(name: str | None) -> Path:
         fault = f"{show_path(wanted)}: no model file"
         if status is None and re.fullmatch(r"deepmind/[\w.-]+", wanted):
             raise UsageError(fault, f"to get it from the hub: perceiver import {wanted} -o {path.name}.safetensors")
-        near = similar_path(wanted) if status is None and status_of(wanted) is None else ""
+        near = similar_path(wanted) if status_of(wanted) is None else ""
         raise UsageError(fault + near, f"expected a run folder with {MODEL_FILE}, or the file")
     return path

@@ -243,6 +243,12 @@ def survives(name: str, data: Path, folder: Path, expected: str) -> None:
     report(f"survives: {name}", fine and found == expected, f"status {code}, {found}, {took:.0f} s: {lines[-1:]}")
 
 
+def listens(port: int) -> bool:
+    """Return whether a process of this machine takes connections at a port."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
 def machines(data: Path, folder: Path, expected: str) -> None:
     """Print how a run of two machines, played by two agents of torchrun, ends after one dies, and after one comes."""
     free = socket.create_server(("localhost", 0))
@@ -258,7 +264,7 @@ def machines(data: Path, folder: Path, expected: str) -> None:
         first = Command(output, data, launcher=agent)
         if name == "a machine comes":
             first.saved(4)
-        while socket.socket().connect_ex(("localhost", port)):  # the first holds the meeting point: it must live
+        while not listens(port):  # the first holds the meeting point: it must live
             time.sleep(0.1)
         second = Command(output, data, launcher=agent)
         first.saved(8)

@@ -75,10 +75,9 @@ def counting(
 @contextmanager
 def working(description: str) -> Iterator[None]:
     """Show for the `with` that a step without parts goes on, and since when."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=terminal.canvas(), transient=True, disable=terminal.is_mute()) as progress:
+    with terminal.drawn(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()) as progress:
         progress.add_task(description, total=None)
         with terminal.at_signal(progress.stop):
             yield

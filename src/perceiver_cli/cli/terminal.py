@@ -37,7 +37,7 @@ from perceiver_cli.hardware import LAUNCHED
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
     from perceiver_cli.advice.base import Advice
 
@@ -395,21 +395,22 @@ def is_mute() -> bool:
     return quiet or not stderr_is_terminal()
 
 
-def canvas() -> Console:
-    """Return the console for what is drawn and erased again; it is quiet if `is_mute`."""
+def drawn(*columns: ProgressColumn, by_hand: bool = False) -> Progress:
+    """Return a progress display on stderr that erases itself, hidden if `is_mute`. by_hand: no thread refreshes it."""
     from rich.console import Console
+    from rich.progress import Progress
 
-    return Console(quiet=True) if is_mute() else talk()  # before Rich 14.3 a disabled bar ends with an empty line
+    # Before Rich 14.3 a disabled display ends with an empty line: a quiet console prints none.
+    console = Console(quiet=True) if is_mute() else talk()
+    return Progress(*columns, console=console, transient=True, disable=is_mute(), auto_refresh=not by_hand)
 
 
 def bar(*more: str, by_hand: bool = False) -> Progress:
-    """Return a progress bar on stderr with more text columns, hidden if `is_mute`. by_hand: no thread refreshes it."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    """Return a progress bar with more text columns; see `drawn`."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    return Progress(
-        *columns, *map(TextColumn, more), console=canvas(), transient=True, disable=is_mute(), auto_refresh=not by_hand
-    )
+    return drawn(*columns, *map(TextColumn, more), by_hand=by_hand)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ PORTS = 10_000, 50_000  # the first, and how many follow; a job of SLURM takes o
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among those of a job. Every method but `share` must be called by all of them.
+    """The place of this process among those of a job. All must call every method but `share` and `leads`.
 
     team_size: processes that hold slices of the same inputs, neighbours, and so work as one. group: torch's, of these
     processes; None for all of the job.
@@ -70,7 +70,10 @@ class Ranks:
         return range(count * team // self.teams, count * (team + 1) // self.teams)
 
     def in_teams(self, team_size: int) -> tuple[Ranks, Ranks]:
-        """Return these processes in teams, whose size divides their number, and the processes of this one's team."""
+        """Return these processes in teams, whose size divides their number, and the processes of this one's team.
+
+        The methods of the team that send something are for all of the job: send within a team by its `group`.
+        """
         if team_size == 1:
             return self, ALONE
         mine = None

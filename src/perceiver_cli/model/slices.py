@@ -9,6 +9,7 @@ Each process attends to its own slice; softmaxes are merged by their normalisers
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -97,15 +98,17 @@ def slice_logits(model: Perceiver, segments: dict[str, Segment], sides: dict[str
 def share_encoding(model: Perceiver, ranks: Ranks) -> None:
     """Let every later backward pass sum the gradients of the encoding's parameters over all slices."""
 
-    def total(grad: Tensor) -> Tensor:
-        grad = grad.contiguous().clone()
-        with ranks.talking():
-            dist.all_reduce(grad, group=ranks.group)
-        return grad
-
     for parameter in model.encoding.parameters():
         if parameter.requires_grad:
-            parameter.register_hook(total)  # type: ignore[no-untyped-call]
+            parameter.register_hook(partial(_total, ranks=ranks))  # type: ignore[no-untyped-call]
+
+
+def _total(grad: Tensor, ranks: Ranks) -> Tensor:
+    """Return the sum of a gradient over all slices."""
+    grad = grad.contiguous().clone()
+    with ranks.talking():
+        dist.all_reduce(grad, group=ranks.group)
+    return grad
 
 
 class _Spread(torch.autograd.Function):
@@ -118,10 +121,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.contiguous().clone()
-        with ctx.ranks.talking():
-            dist.all_reduce(grad, group=ctx.ranks.group)
-        return grad, None
+        return _total(grad, ctx.ranks), None
 
 
 class _Merge(torch.autograd.Function):

@@ -290,12 +290,12 @@ class Run:
         return loss.detach()
 
     def _logits(self, segments: Mapping[str, Segment]) -> Tensor:
-        """Return the logits of a batch, of whose inputs a process of a team computes its slice."""
-        device, team = self.compute.device, self.team
-        parts, sides = slices_of(segments, team) if team.size > 1 else (segments, {})
-        parts = {name: segment.to(device) for name, segment in parts.items()}
-        logits: Tensor = slice_logits(self.model, parts, sides, team) if team.size > 1 else self.model(parts)
-        return logits
+        """Return the logits of a batch; a process of a team computes those of its slice of the inputs."""
+        device = self.compute.device
+        if self.team.size == 1:
+            return self.model({name: segment.to(device) for name, segment in segments.items()})  # type: ignore[no-any-return]
+        parts, sides = slices_of(segments, self.team)
+        return slice_logits(self.model, {name: part.to(device) for name, part in parts.items()}, sides, self.team)
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return softmax cross-entropy, or sigmoid cross-entropy if examples have several labels (paper 4.2)."""
@@ -356,8 +356,8 @@ class Run:
         record: dict[str, Any] = {"step": self.step, "epoch": self.epoch, "train_loss": train_loss, "lr": self.lr}
         better = True  # without a validation split the latest model counts as the best
         if examples := self.plan.val_examples:
-            batch_size = self.config.train.batch_size
-            batch_size = batch_size if self.team.size > 1 else max(batch_size, 64)
+            least = 64 if self.team.size == 1 else 1  # inputs in slices are too large for more than a step has
+            batch_size = max(self.config.train.batch_size, least)
             scored = label_logits(self.judged, self.plan.reader, examples, self.compute, batch_size, ranks=self.ranks)
             record |= self.ranks.from_first(lambda: self._scores(scored))
             self._check_loss(record["val_loss"])
