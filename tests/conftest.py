@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
+from packaging.version import Version
 from PIL import Image
 
 from perceiver_cli.data.inputs import opened
@@ -34,6 +36,11 @@ SMALL = (
     "model.schedule=c0 t0 c1 t0",
     "train.batch_size=16",
 )
+
+
+def at_least(package: str, wanted: str) -> bool:
+    """Return whether an installed package has this version or a later one: what a test expects may be a library's."""
+    return Version(version(package)) >= Version(wanted)
 
 
 SLOW = ("test_pages.py", "benchmarks", "test_export.py", "slow")  # files and folders whose tests are all slow

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import pytest
 from PIL import Image, ImageCms
 
@@ -27,7 +26,7 @@ from perceiver_cli.preprocess.pixels import to_image
 from perceiver_cli.preprocess.randaugment import RANDAUGMENT
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
-from tests.conftest import decode, detect
+from tests.conftest import at_least, decode, detect
 
 LIMITS = Limits()
 COLORS = np.array([[[255, 0, 0], [0, 255, 0], [0, 0, 255]], [[255, 255, 255], [0, 0, 0], [200, 100, 50]]], np.uint8)
@@ -89,7 +88,9 @@ def _rgb_case(mode: str) -> Image.Image:
         ("RGBA", "TIFF", 0),
         ("CMYK", "TIFF", 1),
         # Earlier versions of Pillow write fewer bytes than such a file needs.
-        pytest.param("YCbCr", "TIFF", 3, marks=pytest.mark.skipif(PIL.__version__ < "13", reason="Pillow below 13")),
+        pytest.param(
+            "YCbCr", "TIFF", 3, marks=pytest.mark.skipif(not at_least("pillow", "13"), reason="Pillow below 13")
+        ),
         ("RGBX", "TIFF", 0),
         ("P", "PNG", 0),
         ("P", "GIF", 0),
