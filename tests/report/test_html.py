@@ -99,14 +99,25 @@ def test_the_page_agrees_with_the_metrics_and_says_how_to_make_it_again(
     assert all(name in found.text for name in ("Loss while training", "Accuracy while training", "probability"))
     assert f"the ECE, {metrics['ece']:.4f}" in found.text
 
-    (*advice, again, train) = re.findall(r"<pre>(.*?)</pre>", html)
-    assert advice
-    assert all(command.startswith("perceiver ") for command in advice)
+    (*_advice, again, train) = re.findall(r"<pre>(.*?)</pre>", html)
     words = shlex.split(again.replace("&#39;", "'"))
     assert words[:2] == ["perceiver", "evaluate"]
     assert train.startswith("perceiver train DATA --config")
     assert perceive(*words[1:], cwd=tmp_path).returncode == 0
     assert (tmp_path / "out" / "report.html").read_text() == html
+
+
+def test_the_page_says_what_to_do_next(trained: Path, confused: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = Predictor(trained)
+    report = evaluate(predictor, confused)
+    never = report.per_class | {"left": report.per_class["left"] | {"precision": None}}
+    uneven = replace(report.facts, counts={"left": 1, "right": 9})
+    monkeypatch.setattr(Report, "per_class", property(lambda _: never))
+    html = page(replace(report, facts=uneven), predictor, str(confused), COMMAND)
+    command = re.findall(r"<pre>(.*?)</pre>", html)[0]
+    assert command.startswith("perceiver train ")
+    assert command.endswith("--set data.class_weight_power=0.5")
+    assert "never answered" in Page(html).text
 
 
 def test_nothing_in_the_page_comes_from_elsewhere(trained: Path, confused: Path) -> None:
