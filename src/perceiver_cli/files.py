@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import select
 import shlex
 import stat
 import unicodedata
@@ -18,6 +19,7 @@ from typing import IO, Any, BinaryIO
 
 from perceiver_cli.errors import DataError, PerceiverError, ResourceError, UsageError
 
+LINGER_S = 0.01  # wait for more of a pipe before what has come is answered: a shell loop writes the next line sooner
 MAX_SHOWN = 200  # characters of a path in a message
 MOST_NAMES = 10_000  # of a folder that are compared with a name that is not there
 TEMPORARY = re.compile(r"\..*\.[0-9a-f]{16}\.tmp")  # names of files that `atomic_write` has not finished
@@ -205,6 +207,14 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
         sync_folder(each.parent)
+
+
+def is_idle(stream: IO[bytes]) -> bool:
+    """Return whether a pipe stays empty for LINGER_S; False on Windows, which cannot say."""
+    try:
+        return not select.select([stream], [], [], LINGER_S)[0]
+    except OSError:
+        return False
 
 
 def parse_json(text: str | bytes) -> Any:

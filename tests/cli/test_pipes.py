@@ -230,6 +230,27 @@ def test_a_resident_predictor_answers_a_path_while_the_pipe_stays_open(here: Pat
     assert status == "status 3"
 
 
+def test_rows_of_json_are_answered_one_by_one_and_a_bad_one_takes_no_other(here: Path, warm_bin: Path) -> None:
+    done = shell(
+        f"coproc PERCEIVER {{ {warm_bin}/perceiver predict -; }}\n"
+        'row() { printf \'{"path": "data/test/left/%s.png"}\\n\' "$1"; }\n'
+        'row 000 >&"${PERCEIVER[1]}"; read -r -u "${PERCEIVER[0]}" answer; echo "$answer"\n'  # the pipe is still open
+        '{ printf "%s\\n" "{oops" "[1]"; row 001; } >&"${PERCEIVER[1]}"; eval "exec 3<&${PERCEIVER[0]}"\n'
+        'pid=$PERCEIVER_PID; eval "exec ${PERCEIVER[1]}>&-"; cat <&3; wait "$pid"; echo "status $?"\n',
+        here,
+        timeout=60,
+    )
+    *lines, status = done.stdout.decode().splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert [answer["path"] for answer in answers] == [
+        "data/test/left/000.png", "row 2", "row 3", "data/test/left/001.png"
+    ]  # fmt: skip
+    assert [answer.get("label") for answer in answers] == ["left", None, None, "left"]
+    assert "column 2" in answers[1]["error"]
+    assert "not an object" in answers[2]["error"]
+    assert status == "status 3"
+
+
 def test_a_manifest_arrives_on_stdin(here: Path, perceive: Perceive) -> None:
     paths = [f"data/test/{name}/00{n}.png" for name in ("left", "right") for n in range(3)]
     rows = [{"path": path, "label": path.split("/")[2]} for path in paths]

@@ -5,7 +5,6 @@ import io
 import json
 import os
 import re
-import select
 import sys
 from collections import deque
 from collections.abc import Iterator
@@ -16,10 +15,9 @@ from typing import Any
 
 from perceiver_cli.cli import options, terminal
 from perceiver_cli.errors import UsageError
-from perceiver_cli.files import show_command, show_path
+from perceiver_cli.files import is_idle, show_command, show_path
 
 PIPE_BYTES = 1 << 20  # read from stdin at a time
-LINGER_S = 0.01  # wait for more paths before the ones so far are answered: a shell loop writes the next one sooner
 
 
 @dataclass
@@ -146,7 +144,7 @@ def _lines(path: str | None, null: bool, *, is_live: bool = False) -> Iterator[t
                 number += 1
                 if shown := _path_in_list(name, path, null):
                     yield number, shown
-            if is_live and _is_idle(stream):
+            if is_live and is_idle(stream):
                 yield number, ""
     if shown := _path_in_list(rest, path, null):
         yield number + 1, shown
@@ -159,14 +157,6 @@ def _check_list(begun: bytes, path: str) -> None:
     if suffix_of_rows(begun, PATH_COLUMNS) is not None and not os.path.lexists(begun.splitlines()[0]):
         fault = f"--files-from {show_path(path)}: a manifest, not a list of paths"
         raise UsageError(fault, f"leave out --files-from: pass {show_path(path)}")
-
-
-def _is_idle(stream: io.BufferedReader) -> bool:
-    """Return whether a pipe stays empty for LINGER_S; False on Windows, which cannot say."""
-    try:
-        return not select.select([stream], [], [], LINGER_S)[0]
-    except OSError:
-        return False
 
 
 def _chunks(stream: io.BufferedReader) -> Iterator[bytes]:

@@ -165,7 +165,11 @@ def _json(text: str, fits: Fits) -> Cells:
     elif text.strip() == "{" or lines[0].strip() == "{":  # written over several lines
         rows = [parse_json(text)]
     else:
-        rows = [_json_line(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
+        rows = [
+            _json_line(line, number if len(lines) > 1 else None)
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
     if len(rows) == 1 and isinstance(rows[0], dict) and any(isinstance(cell, dict) for cell in rows[0].values()):
         raise ValueError("one object that holds objects, expected an array with an object for each row")
     if not all(isinstance(row, dict) for row in rows):
@@ -173,13 +177,13 @@ def _json(text: str, fits: Fits) -> Cells:
     return Cells(list(dict.fromkeys(name for row in rows for name in row)), rows)
 
 
-def _json_line(line: str, number: int) -> Any:
+def _json_line(line: str, number: int | None) -> Any:
     """Return the value of a line. Raises ValueError with its number: the parser counts from this line's start."""
     try:
         return parse_json(line)
     except ValueError as error:
         fault = re.sub(r": line \d+ (column \d+) \(char \d+\)$", r" at \1", str(error))
-        raise ValueError(f"line {number}: {fault}") from error
+        raise ValueError(fault if number is None else f"line {number}: {fault}") from error
 
 
 def _path_label_lines(text: str, fits: Fits) -> Cells:

@@ -7,10 +7,13 @@ have the same few methods, so that no caller distinguishes them.
 from __future__ import annotations
 
 import codecs
+import io
+import json
 import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
@@ -19,6 +22,7 @@ from typing import BinaryIO, ClassVar
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import unpacked
+from perceiver_cli.data.cells import MAX_MANIFEST_BYTES, decoded
 from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import PAUSE, Example, passed_on
 from perceiver_cli.data.folders import of_suffix, suffix_of
@@ -44,7 +48,7 @@ from perceiver_cli.data.pairing import (
     tables_beside,
 )
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import show_path
+from perceiver_cli.files import is_idle, parse_json, show_path
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Span
 from perceiver_cli.preprocess.detection import File, detected, looked_at, only, other_kind
@@ -186,6 +190,10 @@ def _held_examples(
         else:
             source = Source(named.name, named.raw.as_wav(received(named.file, limits)), (SOUND,))
         yield _file_example(File(named.name, source), use)
+    elif (
+        isinstance(named, Pipe) and isinstance(named.file, io.BufferedReader) and _is_lines_of_rows(named.file, options)
+    ):
+        yield from _arriving_rows(named.file, reads, use, options)
     elif isinstance(named, Pipe):
         head, stream = unpacked(named.file, named.name)
         hears = named.is_live and SOUND in use and "video" not in use
@@ -232,20 +240,82 @@ def _suffix_of_rows(source: Source, options: Sequence[DataConfig]) -> str | None
     return suffix_of_rows(source.data, {*PATH_COLUMNS, *named, *columns}, is_json=bool(columns))
 
 
-def _row_examples(
-    source: Source, suffix: str, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
+def _is_lines_of_rows(file: io.BufferedReader, options: Sequence[DataConfig]) -> bool:
+    """Return whether a pipe begins with a row as a line of JSON. Waits for its first bytes, which stay in the pipe."""
+    begun = file.peek()
+    first = begun.removeprefix(codecs.BOM_UTF8).split(b"\n")[0].strip()
+    return first.startswith(b"{") and first != b"{" and _suffix_of_rows(Source("stdin", begun), options) is not None
+
+
+def _arriving_rows(
+    file: io.BufferedReader, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
 ) -> Iterator[Example]:
-    """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder."""
+    """Yield the examples of lines of JSON as they arrive, and a PAUSE whenever the pipe is empty.
+
+    A line that is no row is an example with an error. A name that is in another row alone is an empty cell. Raises
+    DataError for a first line that is no row: all others are alike.
+    """
+    ids, number, rest, is_last = Counter[str](), 0, b"", False
+    while not is_last:
+        chunk = file.read1(READ_BYTES)
+        is_last = not chunk
+        *lines, rest = (rest + chunk).split(b"\n")
+        if len(rest) > MAX_MANIFEST_BYTES:
+            raise DataError(f"stdin: a line of more than {MAX_MANIFEST_BYTES:,} bytes", "expected a row a line")
+        for line in [*lines, rest] if is_last else lines:
+            if line.strip(codecs.BOM_UTF8 + b" \t\r"):
+                number += 1
+                yield from _line_examples(line, number, reads, use, options, ids)
+        if not is_last and is_idle(file):
+            yield PAUSE
+
+
+def _line_examples(
+    line: bytes,
+    number: int,
+    reads: Mapping[str, InputSpec],
+    use: Collection[str],
+    options: Sequence[DataConfig],
+    ids: Counter[str],
+) -> list[Example]:
+    """Return the example of a row that is a line of JSON. Raises DataError for the first of a pipe that is no row."""
+    columns = [*(options[0].columns or {}), *(options[0].path_column or {}).values()]
+    try:
+        with suppress(ValueError):
+            row = parse_json(decoded(line))
+            if isinstance(row, dict) and not row.keys().isdisjoint(columns):
+                line = json.dumps(dict.fromkeys(columns) | row).encode()
+        return [*_row_examples(Source("stdin", line), ".jsonl", reads, use, options, first=number, ids=ids)]
+    except DataError as error:
+        if number == 1:
+            raise
+        return [Example(f"row {number}", {}, error=str(error))]
+
+
+def _row_examples(
+    source: Source,
+    suffix: str,
+    reads: Mapping[str, InputSpec],
+    use: Collection[str],
+    options: Sequence[DataConfig],
+    *,
+    first: int = 1,
+    ids: Counter[str] | None = None,
+) -> Iterator[Example]:
+    """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder.
+
+    first: the number of its first row. ids: of the rows before it.
+    """
     named = source if source.name.endswith(suffix) else replace(source, name=source.name + suffix)
     try:
-        manifest = fitting(lambda each: read_manifest(named, each, "ignored"), options)
+        manifest = fitting(lambda each: read_manifest(named, each, "ignored", first=first), options)
     except ColumnError as error:
         if not options[0].columns:
             raise
         fault = error.message.replace(named.shown, source.shown)
         raise DataError(fault, f"the model reads {_some(options[0].columns)}") from error
     listing = Listing(manifest.rows, folder=options[0].root or "", by_stem=False, columns=manifest.columns)
-    yield from _listing_examples(listing, [*reads], use)
+    yield from _listing_examples(listing, [*reads], use, first, Counter() if ids is None else ids)
 
 
 def piped(source: Source, wanted: str | None = None) -> File:
@@ -292,13 +362,18 @@ def _row_example(row: Row, number: int, folder: str, reads: Collection[str], use
     return replace(example, sources={**example.sources, **cells}, passed=row.passed)
 
 
-def _listing_examples(listing: Listing, reads: Collection[str], use: Collection[str]) -> Iterator[Example]:
-    """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality."""
+def _listing_examples(
+    listing: Listing, reads: Collection[str], use: Collection[str], first: int = 1, ids: Counter[str] | None = None
+) -> Iterator[Example]:
+    """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality.
+
+    first, ids: see `_row_examples`.
+    """
     is_folder = listing.by_stem and listing.folder != ""
     by_stem = is_folder and listing.pair != "none" and len(reads) > 1
     suffixes = frozenset[str]().union(*(modality(name).suffixes for name in reads))
-    ids = Counter[str]()
-    rows = enumerate(listing.rows, start=1)
+    ids = Counter() if ids is None else ids
+    rows = enumerate(listing.rows, start=first)
     for _, folder_rows in groupby(rows, key=lambda pair: os.path.dirname(pair[1].path) if by_stem else pair[0]):
         groups: dict[str, list[File]] = defaultdict(list)
         passed: dict[str, Mapping[str, str]] = {}

@@ -179,6 +179,7 @@ def read_manifest(
     *,
     split: str = "train",
     beside: str | None = None,
+    first: int = 1,
 ) -> Manifest:
     """Return the rows of a manifest; it is multi-label if its labels are a column `labels`, or lists.
 
@@ -187,8 +188,8 @@ def read_manifest(
     `split` and the option `group_by`. A text file has lines instead: a path, a blank and a label.
 
     split: default of rows without a split. beside: folder of the metadata below the data folder; a split folder of the
-    file's path then gives the default. Raises DataError for a file that contradicts its suffix or a row without a
-    needed label; ColumnError for missing columns, with the most similar ones.
+    file's path then gives the default. first: the number of the first row. Raises DataError for a file that contradicts
+    its suffix or a row without a needed label; ColumnError for missing columns, with the most similar ones.
     """
     source = path if isinstance(path, Source) else Source(os.fspath(path))
     shown = source.shown
@@ -205,7 +206,7 @@ def read_manifest(
     beside = beside if options.root is None else None
     rows, unlabelled, left_out = [], 0, list[str]()
     inputs = _by_modality(roles.cells)
-    for number, of_row in enumerate(cells.rows, start=1):
+    for number, of_row in enumerate(cells.rows, start=first):
         try:
             own, passed = _inputs(of_row, inputs, number), {name: _text(of_row.get(name)) for name in roles.passed}
             row = _row(of_row, roles, is_several, split, beside, cells=own or NOTHING, passed=passed or NOTHING)
