@@ -10,7 +10,7 @@ import pytest
 
 from perceiver_cli.config import Config, load_preset
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec
+from perceiver_cli.preprocess.points import MODALITY as POINTS, PointsSpec, estimated_normals
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.records.format import Header
@@ -90,8 +90,24 @@ def test_a_missing_column_is_a_line() -> None:
         load(data, "a.xyz", "red")
     with pytest.raises(DataError, match="no column intensity: its columns are none besides x, y, z"):
         load(exported("stl"), "a.stl", "intensity")
-    with pytest.raises(DataError, match="no column nx, ny, nz"):
-        load(data, "a.xyz", *NORMALS)  # a cloud has no faces to take them from
+    with pytest.raises(DataError, match="no column nz: its columns are 'nx', 'ny'"):
+        load(b"x,y,z,nx,ny\n" + text(side([XYZ, UNIT[:, :2]]), ","), "a.csv", *NORMALS)
+
+
+def test_normals_of_a_cloud_without_any_are_those_of_the_plane_through_neighbours() -> None:
+    ball = RNG.normal(size=(2000, 3))
+    ball /= np.linalg.norm(ball, axis=1, keepdims=True)
+    source = Source("ball.xyz", text(side([5 + 0.1 * ball, XYZ[:1, :1] * np.ones((2000, 1))])))
+    spec = PointsSpec(columns=("intensity", *NORMALS), pool_points=2000)
+    points = POINTS.load(source, spec, Limits())
+    outwards = (points[:, 4:] * (points[:, :3] - points[:, :3].mean(axis=0)) * 10).sum(axis=1)
+    assert np.quantile(outwards, 0.01) > 0.95
+    assert np.allclose(np.linalg.norm(points[:, 4:], axis=1), 1, atol=1e-6)
+    assert source.notes == ["no normals: estimated from the neighbours of each point"]
+    plane = side([RNG.random((300, 2)), np.zeros((300, 1))])
+    assert np.allclose(np.abs(estimated_normals(plane)), (0, 0, 1))
+    assert np.isfinite(estimated_normals(np.array([[0.0, 0, 0], [1, 0, 0]]))).all()
+    assert np.isfinite(estimated_normals(np.repeat(plane[:2], 50, axis=0) * 1e25)).all()  # many at one place
 
 
 def test_a_column_that_is_not_finite_drops_its_point() -> None:

@@ -38,7 +38,8 @@ class PointsSpec(InputSpec):
     # Points sampled once from each file and kept; each visit in training draws num_points from these.
     pool_points: Annotated[int, Field(ge=1, le=1 << 24)] = 8192
     # Other numbers of each point, as values beside its position: names as in the file ("intensity", "red", "nx", ...),
-    # or "4" for the fourth number of a row. Colours become 0 to 1; normals unit vectors, of a mesh those of its faces.
+    # or "4" for the fourth number of a row. Colours become 0 to 1; normals unit vectors: of a mesh those of its faces,
+    # of a cloud without any those of the plane through each point's neighbours.
     columns: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(max_length=64)] = ()
     mean: tuple[float, ...] | Literal["auto"] = "auto"  # mean of each column; "auto": that of the training files
     std: tuple[Positive, ...] | Literal["auto"] = "auto"  # divisor of each column after mean; "auto": as mean
@@ -55,6 +56,7 @@ POOL_SEED = 0  # the pool of a file is the same in every run
 MAX_COORDINATE = 1e30  # squares cannot overflow float64, and sums cannot overflow float32
 BLOCK_FACES = 1 << 20  # faces per block of areas, to bound memory
 FAR = 1000  # distance from zero, in sizes of the shape, from which float32 rounds it visibly
+NEIGHBOURS = 12  # of a point, itself among them, that give the normal of a cloud without normals
 PROBES = 16  # files that are decoded to settle mean and std
 TINY_POINTS = 64  # a cloud with fewer points is a fault
 
@@ -106,6 +108,11 @@ class PointsModality(Modality[PointsSpec]):
             wrong = faces.max() if faces.max() >= len(vertices) else faces.min()
             raise DataError(f"{source.shown}: a face names vertex {wrong}, found {len(vertices)} vertices")
         points, drawn = _pool(vertices, faces, values, spec)
+        if set(NORMALS) <= set(spec.columns):
+            places = [spec.columns.index(name) for name in NORMALS]
+            if not len(faces) and not values[:, places].any():
+                source.note("no normals: estimated from the neighbours of each point")
+                drawn[:, places] = estimated_normals(points)
         return np.hstack([_near_zero(points), drawn]).astype(np.float32)
 
     def loaded(self, spec: PointsSpec) -> tuple[str, tuple[int | None, ...]]:
@@ -236,8 +243,8 @@ def random_rotation(axis: str, rng: Rng) -> NDArray[np.float32]:
 def _values(source: Source, mesh: Mesh, names: Sequence[str]) -> Floats:
     """Return the named columns (V, c) of a mesh: colours in 0..1, unit normals, other numbers as they are.
 
-    Normals of a surface are zeros here, as they are those of the faces drawn later. Raises DataError for a column that
-    the file lacks.
+    Normals of a surface, and of a cloud without any, are zeros here: they come from the points drawn later. Raises
+    DataError for a column that the file lacks.
     """
     values = np.zeros((len(mesh.vertices), len(names)))
     wanted = [name for name in names if not (len(mesh.faces) and name in NORMALS)]
@@ -245,6 +252,8 @@ def _values(source: Source, mesh: Mesh, names: Sequence[str]) -> Floats:
         return values
     with as_data_errors(source, "columns"):
         columns = mesh.columns()
+        if set(NORMALS).isdisjoint(columns):
+            wanted = [name for name in wanted if name not in NORMALS]
         if missing := [name for name in wanted if name not in columns]:
             present = ", ".join(map(show_path, columns)) or "none besides x, y, z"
             raise DataError(f"{source.shown}: no column {', '.join(missing)}: its columns are {present}",
@@ -272,6 +281,22 @@ def _unit(vectors: Array) -> Array:
     """Return vectors (N, 3) at length 1; zeros stay zeros."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
+
+
+def estimated_normals(points: Floats) -> Floats:
+    """Return a unit vector (P, 3) for each point of a cloud: the normal of the plane through its nearest neighbours.
+
+    Hoppe et al. 1992. Of its two directions the one away from the mean of the cloud.
+    """
+    from scipy.spatial import cKDTree
+
+    nearest = cKDTree(points).query(points, k=np.arange(min(NEIGHBOURS, len(points))) + 1)[1]
+    around = points[nearest]  # (P, neighbours, 3)
+    around = around - around.mean(axis=1, keepdims=True)
+    around /= np.abs(around).max(axis=(1, 2), keepdims=True).clip(np.finfo(float).tiny)  # squares keep their digits
+    normals = np.linalg.eigh(around.swapaxes(1, 2) @ around)[1][:, :, 0]  # of the smallest eigenvalue
+    away = (normals * (points - points.mean(axis=0))).sum(axis=1, keepdims=True)
+    return np.asarray(np.where(away < 0, -normals, normals))
 
 
 def _finite(source: Source, mesh: Mesh, values: Floats) -> tuple[Mesh, Floats]:
