@@ -232,8 +232,8 @@ def test_a_resident_predictor_answers_a_path_while_the_pipe_stays_open(here: Pat
 
 def test_rows_of_json_are_answered_one_by_one_and_a_bad_one_takes_no_other(here: Path, warm_bin: Path) -> None:
     done = shell(
-        f"coproc PERCEIVER {{ {warm_bin}/perceiver predict -; }}\n"
-        'row() { printf \'{"path": "data/test/left/%s.png"}\\n\' "$1"; }\n'
+        f"coproc PERCEIVER {{ {warm_bin}/perceiver predict - --pass from; }}\n"
+        'row() { printf \'{"path": "data/test/left/%s.png", "from": {"camera": 1}}\\n\' "$1"; }\n'
         'row 000 >&"${PERCEIVER[1]}"; read -r -u "${PERCEIVER[0]}" answer; echo "$answer"\n'  # the pipe is still open
         '{ printf "%s\\n" "{oops" "[1]"; row 001; } >&"${PERCEIVER[1]}"; eval "exec 3<&${PERCEIVER[0]}"\n'
         'pid=$PERCEIVER_PID; eval "exec ${PERCEIVER[1]}>&-"; cat <&3; wait "$pid"; echo "status $?"\n',
@@ -246,6 +246,7 @@ def test_rows_of_json_are_answered_one_by_one_and_a_bad_one_takes_no_other(here:
         "data/test/left/000.png", "row 2", "row 3", "data/test/left/001.png"
     ]  # fmt: skip
     assert [answer.get("label") for answer in answers] == ["left", None, None, "left"]
+    assert answers[3]["from"] == '{"camera": 1}'
     assert "column 2" in answers[1]["error"]
     assert "not an object" in answers[2]["error"]
     assert status == "status 3"

@@ -283,8 +283,11 @@ def _line_examples(
     try:
         with suppress(ValueError):
             row = parse_json(decoded(line))
-            if isinstance(row, dict) and not row.keys().isdisjoint(columns):
-                line = json.dumps(dict.fromkeys(columns) | row).encode()
+            if isinstance(row, dict):
+                # An object beside the inputs is only passed on, as its text; alone it would not look like a row.
+                row = {k: json.dumps(v) if isinstance(v, dict) and k not in columns else v for k, v in row.items()}
+                absent = {} if row.keys().isdisjoint(columns) else dict.fromkeys(columns)
+                line = json.dumps(absent | row).encode()
         return [*_row_examples(Source("stdin", line), ".jsonl", reads, use, options, first=number, ids=ids)]
     except DataError as error:
         if number == 1:
