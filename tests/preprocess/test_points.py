@@ -86,7 +86,7 @@ def refused(data: bytes, name: str = "x", limits: Limits = LIMITS) -> DataError:
     try:
         with pytest.raises(DataError) as caught:
             load(data, name, limits=limits)
-        assert time.process_time() - start < 0.5
+        assert time.process_time() - start < 5  # what it must not do would take minutes
         assert tracemalloc.get_traced_memory()[1] < 8 << 20
     finally:
         tracemalloc.stop()
