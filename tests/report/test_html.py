@@ -99,7 +99,8 @@ def test_the_page_agrees_with_the_metrics_and_says_how_to_make_it_again(
     assert all(name in found.text for name in ("Loss while training", "Accuracy while training", "probability"))
     assert f"the ECE, {metrics['ece']:.4f}" in found.text
 
-    (*_advice, again, train) = re.findall(r"<pre>(.*?)</pre>", html)
+    (*advice, again, train) = re.findall(r"<pre>(.*?)</pre>", html)
+    assert all(command.startswith("perceiver ") for command in advice)
     words = shlex.split(again.replace("&#39;", "'"))
     assert words[:2] == ["perceiver", "evaluate"]
     assert train.startswith("perceiver train DATA --config")

@@ -108,11 +108,10 @@ class PointsModality(Modality[PointsSpec]):
             wrong = faces.max() if faces.max() >= len(vertices) else faces.min()
             raise DataError(f"{source.shown}: a face names vertex {wrong}, found {len(vertices)} vertices")
         points, drawn = _pool(vertices, faces, values, spec)
-        if set(NORMALS) <= set(spec.columns):
-            places = [spec.columns.index(name) for name in NORMALS]
-            if not len(faces) and not values[:, places].any():
-                source.note("no normals: estimated from the neighbours of each point")
-                drawn[:, places] = estimated_normals(points)
+        places = _normals_among(spec.columns)
+        if places and not len(faces) and not values[:, places].any():
+            source.note("no normals: estimated from the neighbours of each point")
+            drawn[:, places] = estimated_normals(points)
         return np.hstack([_near_zero(points), drawn]).astype(np.float32)
 
     def loaded(self, spec: PointsSpec) -> tuple[str, tuple[int | None, ...]]:
@@ -187,8 +186,7 @@ class PointsModality(Modality[PointsSpec]):
                 points, change = points @ turn, change @ turn
             if spec.jitter:
                 points = points + rng.normal(0, spec.jitter * np.abs(points).max(), points.shape).astype(np.float32)
-            if set(NORMALS) <= set(spec.columns):
-                places = [spec.columns.index(name) for name in NORMALS]
+            if places := _normals_among(spec.columns):
                 values[:, places] = _unit(values[:, places] @ change)
         points = _centred(points)
         points /= np.abs(points).max() or 1.0
@@ -263,7 +261,7 @@ def _values(source: Source, mesh: Mesh, names: Sequence[str]) -> Floats:
         for name in wanted:
             values[:, names.index(name)] = np.asarray(columns[name], np.float64) / (white if name in COLOURS else 1.0)
         if set(NORMALS) <= set(wanted):
-            places = [names.index(name) for name in NORMALS]
+            places = _normals_among(names)
             values[:, places] = _unit(values[:, places])
     return values
 
@@ -275,6 +273,11 @@ def _white(colours: Sequence[Array]) -> float:
     top = max(float(np.max(array, initial=0)) for array in colours)
     is_float = any(array.dtype.kind == "f" for array in colours)
     return 1.0 if is_float and top <= 1 else 255.0 if top <= 255 else 65535.0
+
+
+def _normals_among(names: Sequence[str]) -> list[int]:
+    """Return the places of nx, ny and nz among the names of columns; none unless all three are there."""
+    return [names.index(name) for name in NORMALS] if set(NORMALS) <= set(names) else []
 
 
 def _unit(vectors: Array) -> Array:
@@ -333,8 +336,7 @@ def _pool(vertices: Floats, faces: NDArray[np.int64], values: Floats, spec: Poin
             u, v = np.where(u + v > 1, 1 - weights, weights)  # fold back the far half of the parallelogram
             at, one, other = (values[faces[drawn, corner]] for corner in range(3))
             between = at + u * (one - at) + v * (other - at)
-            if set(NORMALS) <= set(spec.columns):
-                places = [spec.columns.index(name) for name in NORMALS]
+            if places := _normals_among(spec.columns):
                 between[:, places] = _unit(np.cross(first - origin, second - origin))
             return np.asarray(origin + u * (first - origin) + v * (second - origin)), between
     if len(vertices) <= count:
