@@ -24,7 +24,8 @@ def _section(name: str, command: Any) -> Iterator[str]:
     yield f"## {name}\n"
     if command.help:
         yield f"{command.help}\n"
-    rows = [(_names(each), each.help or "", _default(each)) for each in command.params if each.name not in OF_TYPER]
+    shown = [each for each in command.params if each.name not in OF_TYPER and not getattr(each, "hidden", False)]
+    rows = [(_names(each), each.help or "", _default(each)) for each in shown]
     if rows:
         yield "| argument or option | meaning | default |\n|---|---|---|"
         yield "\n".join(f"| {names} | {_cell(meaning)} | {default} |" for names, meaning, default in rows) + "\n"

@@ -52,7 +52,7 @@ def _command(above: str, command: Any) -> Iterator[str]:
 
 def _parameters(command: Any) -> Iterator[str]:
     for each in command.params:
-        if each.name not in OF_TYPER:
+        if each.name not in OF_TYPER and not getattr(each, "hidden", False):
             names = (
                 [each.metavar or each.name]
                 if each.param_type_name == "argument"

@@ -62,8 +62,9 @@ def commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
 
 
 def documented(command: Any) -> list[Any]:
-    """Return a command's arguments and options, except those that Typer itself adds and describes."""
-    return [each for each in command.params if each.name not in ("help", "install_completion", "show_completion")]
+    """Return a command's arguments and options, except hidden ones and those that Typer itself adds and describes."""
+    of_typer = ("help", "install_completion", "show_completion")
+    return [each for each in command.params if each.name not in of_typer and not getattr(each, "hidden", False)]
 
 
 COMMANDS = dict(commands("perceiver", get_command(app)))

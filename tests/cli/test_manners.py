@@ -46,6 +46,14 @@ def control(data: bytes) -> list[int]:
     return [byte for byte in data if byte < 0x20 and byte != 0x0A]
 
 
+@pytest.mark.parametrize("command", ["export", "info"])
+@pytest.mark.parametrize("option", ["-m", "--model"])
+def test_a_model_as_an_option_where_it_is_the_argument_is_told(command: str, option: str, perceive: Perceive) -> None:
+    done = perceive(command, option, "my run")
+    told = f"perceiver: {option} 'my run': {command} takes the model as its argument; type: perceiver {command} 'my run'\n"
+    assert (done.returncode, done.stderr.decode()) == (2, told.replace("--model", "-m"))
+
+
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory, perceive: Perceive) -> Path:
     """A folder with data/ of two classes, each name once readable and once cut, and a run that learned from it."""

@@ -34,6 +34,7 @@ def export(
     model: Annotated[str | None, typer.Argument(help="Run folder or model file [default: as for predict].")] = None,
     output: Annotated[Path, options.output("FILE.onnx or FILE.pt2.")] = Path("model.onnx"),
     json: options.Json = False,
+    misplaced: options.NoModelOption = None,
 ) -> None:
     """Write a model as ONNX or torch.export for other programs. Its metadata holds the classes and the preparation.
 
@@ -61,6 +62,7 @@ def info(
     output: Annotated[Path | None, options.output("FILE.png to draw a file of data.")] = None,
     limit: options.Limit = None,
     json: options.Json = False,
+    misplaced: options.NoModelOption = None,
 ) -> None:
     """Describe a preset, a model or a file of data.
 

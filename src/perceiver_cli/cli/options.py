@@ -12,7 +12,7 @@ import typer
 
 from perceiver_cli.cli import completion, terminal
 from perceiver_cli.errors import DataError, UsageError
-from perceiver_cli.files import show_path, similar_path, status_of
+from perceiver_cli.files import perceiver_command, show_path, similar_path, status_of
 
 # Keys of a line of predict, evaluate or explain, which no column may take; `id` may be the manifest's.
 OWN_KEYS = {
@@ -34,6 +34,16 @@ Model = Annotated[
         help="Run folder or model file [default: $PERCEIVER_MODEL, then runs/latest].",
     ),
 ]
+
+
+def _refuse_model(context: typer.Context, model: str | None) -> None:
+    """Raise UsageError for the option -m of a command that takes the model as its argument."""
+    if model is not None:
+        command = perceiver_command([*context.command_path.split(), model])
+        raise UsageError(f"-m {show_path(model)}: {context.info_name} takes the model as its argument", f"type: {command}")
+
+
+NoModelOption = Annotated[str | None, typer.Option("--model", "-m", hidden=True, callback=_refuse_model)]
 Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")]
 Views = Annotated[
     int | None,
