@@ -17,7 +17,7 @@ from scipy.special import softmax
 from perceiver_cli.errors import IntegrityError, ResourceError, UsageError
 from perceiver_cli.inference.evaluation import calibrate, evaluate
 from perceiver_cli.inference.predictor import UNKNOWN, Prediction, Predictor
-from perceiver_cli.inference.statistics import calibration_error, fit_temperature, fit_thresholds
+from perceiver_cli.inference.statistics import Selective, calibration_error, fit_temperature, fit_thresholds, selective
 from perceiver_cli.model.checkpoint import Calibration, load_model, read_info, read_table, save_model, store_calibration
 from perceiver_cli.training.trainer import Trainer
 from tests.conftest import SMALL, Perceive, write_images
@@ -52,6 +52,19 @@ def test_a_model_that_is_always_right_gets_a_finite_temperature() -> None:
     logits = 3.0 * np.eye(3)[[0, 1, 2, 0]]
     assert fit_temperature(logits, np.array([0, 1, 2, 0])) == pytest.approx(0.05)
     assert fit_temperature(-logits, np.array([0, 1, 2, 0])) == pytest.approx(20)
+
+
+def test_the_least_probability_of_an_answer_is_chosen_by_what_stays_answered() -> None:
+    prob = np.array([0.9996, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4567, 0.3])
+    correct = np.array([1, 1, 1, 1, 1, 1, 0, 1, 0, 0], bool)
+    low, middle, high = selective(prob, correct)
+    assert low == Selective(0.456, 0.9, 7 / 9)
+    assert middle == Selective(0.5, 0.8, 7 / 8)
+    assert high == Selective(0.8, 0.5, 1.0)
+    assert selective(np.ones(4), np.ones(4, bool)) == ()  # any value leaves all of them
+    assert selective(np.array([np.nan, 0.5]), np.ones(2, bool)) == selective(np.array([]), np.array([])) == ()
+    (only,) = selective(np.array([0.2, 1.0, 1.0, 1.0, 1.0]), np.ones(5, bool))
+    assert (only.min_prob, only.answered) == (1.0, 0.8)
 
 
 def test_calibration_error_by_hand() -> None:

@@ -98,6 +98,11 @@ def test_the_page_agrees_with_the_metrics_and_says_how_to_make_it_again(
     assert "test/right/moved-00" in found.text
     assert all(name in found.text for name in ("Loss while training", "Accuracy while training", "probability"))
     assert f"the ECE, {metrics['ece']:.4f}" in found.text
+    for each in metrics["min_probs"]:
+        row = f"{each['min_prob']:.3f} {pages.percent(each['answered'])} {pages.percent(each['accuracy'])}"
+        assert " ".join(row.split()) in found.text
+    assert metrics["min_probs"]
+    assert b"\npredict --min-prob  answered  accuracy\n" in done.stdout
 
     (*advice, again, train) = re.findall(r"<pre>(.*?)</pre>", html)
     assert all(command.startswith("perceiver ") for command in advice)

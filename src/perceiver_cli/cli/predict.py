@@ -160,7 +160,7 @@ def predict(
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
     passed: options.Pass = None,
-    min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability.')] = 0.0,
+    min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability; evaluate lists a few.')] = 0.0,
     views: options.Views = None,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,
@@ -378,6 +378,10 @@ def show_report(report: "Report", as_json: bool) -> None:
         for name, row in each
     )
     emit_table(["class", *columns], rows)
+    if report.accuracy < 1 and report.min_probs:
+        emit("\n")
+        sure = ((f"{each.min_prob:.3f}", f"{each.answered:.3f}", f"{each.accuracy:.3f}") for each in report.min_probs)
+        emit_table(["predict --min-prob", "answered", "accuracy"], sure)
     if report.by is not None:
         show_by(report, report.by)
     if report.worth is not None:

@@ -32,6 +32,7 @@ from perceiver_cli.inference.statistics import (
     RESAMPLES,
     Bin,
     Interval,
+    Selective,
     average_precisions,
     calibration_error,
     calibration_gaps,
@@ -39,6 +40,7 @@ from perceiver_cli.inference.statistics import (
     fit_temperature,
     fit_thresholds,
     reliability,
+    selective,
     share_interval,
 )
 from perceiver_cli.model.checkpoint import Calibration, store_calibration
@@ -98,6 +100,12 @@ class Report:
         }  # fmt: skip
 
     @property
+    def min_probs(self) -> tuple[Selective, ...]:
+        """What a few values of `predict --min-prob` would leave answered."""
+        prob, correct = (np.array([record[key] for record in self.records]) for key in ("prob", "correct"))
+        return selective(prob, correct)
+
+    @property
     def mean_average_precision(self) -> float | None:
         """Mean over the classes with examples (mAP); None with one label an example."""
         averages = [value for value in self.average_precision or () if value is not None]
@@ -149,6 +157,7 @@ class Report:
             "ece": self.ece,
             "ece_uncalibrated": self.ece_uncalibrated,
             "temperature": self.temperature,
+            "min_probs": [vars(each) for each in self.min_probs],
             "intervals_95": {name: list(ends) for name, ends in self.intervals_95.items()},
             "num_examples": self.num_examples,
             "split": self.split,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import exp, log, nan
+from math import ceil, exp, floor, log, nan
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,8 @@ from perceiver_cli.model.checkpoint import DEFAULT_THRESHOLD
 Floats = NDArray[np.float64]
 BINS = 15  # of equal width in 0..1, as in Guo et al.
 TEMPERATURES = (0.05, 20.0)  # limits; the best temperature of a model without mistakes is 0
+ANSWERED = (0.9, 0.75, 0.5)  # shares of inputs that keep their answer, see `selective`
+MIN_PROB_STEPS = 1000  # in 0..1
 MIN_PROB = 1e-12  # makes the logit of a probability of 0 or 1 finite
 
 
@@ -90,6 +92,31 @@ def reliability(confidence: Floats, correct: NDArray[Any]) -> tuple[Bin | None, 
     bins = _bins(confidence.reshape(-1))
     columns = (np.bincount(bins, weights, BINS) for weights in (None, confidence.reshape(-1), correct.reshape(-1)))
     return tuple(Bin(int(n), c / n, t / n) if n else None for n, c, t in np.stack([*columns], axis=1).tolist())
+
+
+@dataclass(frozen=True)
+class Selective:
+    """A smallest probability of an answer (--min-prob): the share of inputs that keep one, and their accuracy."""
+
+    min_prob: float
+    answered: float
+    accuracy: float
+
+
+def selective(prob: Floats, correct: NDArray[Any]) -> tuple[Selective, ...]:
+    """Return the smallest probabilities at which about each share of ANSWERED keeps its answer, the lowest first.
+
+    prob, correct: (n,) of the first answers. Each is rounded down to a thousandth, and its figures are those of the rounded
+    one. One at which all keep their answer is left out: a model that is sure of everything has none.
+    """
+    if not len(prob) or not np.isfinite(prob).all():
+        return ()
+    rising, count = np.sort(prob), len(prob)
+    ends = (floor(rising[count - ceil(count * share)] * MIN_PROB_STEPS) / MIN_PROB_STEPS for share in ANSWERED)
+    kept = {end: prob >= end for end in ends}
+    return tuple(
+        Selective(end, float(own.mean()), float(correct[own].mean())) for end, own in kept.items() if not own.all()
+    )
 
 
 def calibration_error(confidence: Floats, correct: NDArray[Any]) -> float:
