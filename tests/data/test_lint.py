@@ -13,8 +13,10 @@ import soundfile
 from PIL import Image
 
 from perceiver_cli.advice.data import after_lint
+from perceiver_cli.cli.data import show_lint
 from perceiver_cli.data.clean import left_out, write_clean
 from perceiver_cli.data.lint import LintReport, lint
+from perceiver_cli.data.unlike import Collected, Traits, misnamed
 from perceiver_cli.errors import UsageError
 from perceiver_cli.preprocess import modality as modality_named
 from tests.conftest import Perceive, write_clip, write_images
@@ -107,6 +109,82 @@ def test_a_class_of_silence_stays(tmp_path: Path) -> None:
     report = lint(tmp_path, workers=0)
     assert len(report.faults["silent"]) == 3
     assert set(left_out(report).values()) <= {"copy"}
+
+
+def sounds(root: Path, count: int = 24) -> Path:
+    """Write mono WAV of 0.2 to 0.6 s in two classes. Returns the folder."""
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        (root / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        samples = 0.5 * rng.standard_normal(1600 + 3200 * number // count)
+        soundfile.write(root / "ab"[number % 2] / f"{number:02d}.wav", samples, 8000)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sound_unlike_the_rest_or_its_name_is_told(tmp_path: Path, workers: int) -> None:
+    """A sound of minutes among short ones, stereo among mono and an MP3 named .wav went without a word."""
+    rng = np.random.default_rng(1)
+    data = sounds(tmp_path / "data")
+    assert not any(lint(data, workers=workers).odd.values())
+    soundfile.write(data / "a" / "long.wav", 0.5 * rng.standard_normal(60 * 8000), 8000)
+    soundfile.write(data / "a" / "stereo.wav", 0.5 * rng.standard_normal((3200, 2)), 8000)
+    soundfile.write(data / "b" / "other.wav", 0.5 * rng.standard_normal(3200), 8000, format="MP3")
+    report = lint(data, workers=workers)
+    (long,), (stereo,), (misnamed,) = (report.odd[kind] for kind in ("odd_length", "odd_channels", "misnamed"))
+    assert long[:3] == ("train", "a/long.wav", 60.0)
+    assert 0.2 < long.usual < 0.6
+    assert stereo == ("train", "a/stereo.wav", 2, 1)
+    assert misnamed == ("train", "b/other.wav", "MP3", "")
+    assert not report.failed
+    assert report.to_dict()["odd_channels"] == [{"path": "a/stereo.wav", "split": "train", "found": 2, "usual": 1}]
+    assert left_out(report) == {}  # they can be read: a list of good files keeps them
+
+
+def test_files_unlike_the_rest_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = sounds(tmp_path / "data")
+    for name in ("stereo", "again"):
+        soundfile.write(data / "a" / f"{name}.wav", np.random.default_rng(2).uniform(-1, 1, (3200, 2)), 8000)
+    write_images(tmp_path / "pictures", {"a": 6})
+    (tmp_path / "pictures" / "a" / "000.png").rename(tmp_path / "pictures" / "a" / "photo.JPG")
+    show_lint(lint(data, workers=0), False)
+    show_lint(lint(tmp_path / "pictures", workers=0), False)
+    printed = capsys.readouterr().out
+    assert "other channels than the rest: 2\n  'a/again.wav': 2 channels, most have 1\n" in printed
+    assert "another format than the name says: 1\n  'a/photo.JPG': PNG by its content\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("head", "name", "found"),
+    [
+        (b"ID3\x04" + bytes(40), "a.wav", "MP3"),
+        (b"ID3\x04" + bytes(40), "a.flac", ""),  # a tag before the sound
+        (b"NIST_1A\n", "a.wav", ""),  # corpora of speech
+        (b"RIFF\0\0\0\0WAVEfmt ", "a.mp3", "WAV"),
+        (b"RIFF\0\0\0\0WEBPVP8 ", "a.webp", ""),
+        (b"\xff\xd8\xff\xe0", "a.png", "JPEG"),
+        (b"\0\0\0\x20ftypisom", "a.MP4", ""),
+        (b"\x1a\x45\xdf\xa3", "a.mp4", "Matroska"),
+        (b"\0\0\0\x20ftypheic", "a.heic", ""),
+        (b"v 0 0 0\n", "a.obj", ""),
+        (b"\xff\xd8\xff\xe0", "picture", ""),  # a name that says nothing
+    ],
+)
+def test_a_name_that_says_another_format(head: bytes, name: str, found: str) -> None:
+    assert misnamed(head, name) == found
+
+
+def test_a_length_is_far_only_from_nearly_all_others() -> None:
+    def far(seconds: list[float]) -> list[int]:
+        collected = Collected()
+        for each in seconds:
+            collected.add(Traits(each))
+        return [*collected.unlike()["odd_length"]]
+
+    spread = [0.5 * 1.3**k for k in range(20)]  # 0.5 to 73 s
+    assert far(spread) == []
+    assert far([*spread[:10], 600.0, 0.01, float("nan")]) == [10, 11]
+    assert far([1.0] * 8 + [600.0]) == []  # too few to say
 
 
 def test_records_have_no_list(tmp_path: Path, perceive: Perceive, faulty: Path) -> None:

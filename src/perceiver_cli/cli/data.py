@@ -330,6 +330,14 @@ def show_lint(report: "LintReport", as_json: bool) -> None:
         "constant": [f"{show_path(name)} ({modality})" for _, name, modality in report.faults["constant"]],
         "tiny clouds": [show_path(name) for _, name, _ in report.faults["tiny"]],
     }
+    words = {
+        "odd_length": ("a length far from the rest", "{} s, the median is {} s"),
+        "odd_channels": ("other channels than the rest", "{} channels, most have {}"),
+        "misnamed": ("another format than the name says", "{} by its content"),
+    }
+    for key, (kind, text) in words.items():
+        odd = report.odd.get(key, ())
+        kinds[kind] = [f"{show_path(each.id)}: {text.format(each.found, each.usual)}" for each in odd]
     for kind, findings in kinds.items():
         emit_findings(kind, findings)
     emit("\n".join(report.files.lines()) + "\n")

@@ -39,8 +39,8 @@ Model = Annotated[
 def _refuse_model(context: typer.Context, model: str | None) -> None:
     """Raise UsageError for the option -m of a command that takes the model as its argument."""
     if model is not None:
-        command = perceiver_command([*context.command_path.split(), model])
-        raise UsageError(f"-m {show_path(model)}: {context.info_name} takes the model as its argument", f"type: {command}")
+        fault = f"-m {show_path(model)}: {context.info_name} takes the model as its argument"
+        raise UsageError(fault, f"type: {perceiver_command([*context.command_path.split(), model])}")
 
 
 NoModelOption = Annotated[str | None, typer.Option("--model", "-m", hidden=True, callback=_refuse_model)]

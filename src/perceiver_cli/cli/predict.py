@@ -160,7 +160,9 @@ def predict(
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
     passed: options.Pass = None,
-    min_prob: Annotated[float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability; evaluate lists a few.')] = 0.0,
+    min_prob: Annotated[
+        float, typer.Option(min=0, max=1, help='Answer "unknown" below this probability; evaluate lists a few.')
+    ] = 0.0,
     views: options.Views = None,
     embeddings: Annotated[Path | None, typer.Option(help="Write mean latents to FILE.npy or FILE.safetensors.")] = None,
     batch_size: options.BatchSize = None,

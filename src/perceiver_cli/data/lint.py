@@ -20,6 +20,7 @@ from perceiver_cli.data.catalog import Catalog, resolve_specs, scan
 from perceiver_cli.data.decoder import Decoder, notes_of, told_once
 from perceiver_cli.data.examples import Example
 from perceiver_cli.data.manifest import NO_OPTIONS
+from perceiver_cli.data.unlike import KINDS, Collected, Odd, Traits, traits_of
 from perceiver_cli.data.workers import in_order
 from perceiver_cli.errors import DataError, PerceiverError
 from perceiver_cli.hardware import cores
@@ -59,7 +60,8 @@ class LintReport:
     """The faults of a data set.
 
     sizes: number of examples in each split; counts: of each class in it. unreadable: (split, id, error). copies: groups
-    of the same content. faults: (split, id, modality) of silent sound, constant pictures and clouds, tiny clouds.
+    of the same content. faults: (split, id, modality) of silent sound, constant pictures and clouds, tiny clouds. odd:
+    files that can be read but are unlike the rest, or unlike their name.
     """
 
     catalog: Catalog = field(repr=False)
@@ -70,6 +72,7 @@ class LintReport:
     unreadable: tuple[tuple[str, str, str], ...] = ()
     copies: tuple[Copies, ...] = ()
     faults: Mapping[str, Sequence[tuple[str, str, str]]] = field(default_factory=dict)
+    odd: Mapping[str, Sequence[Odd]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     files: Account = field(default_factory=Account)  # what became of every path
 
@@ -103,6 +106,7 @@ class LintReport:
                 kind: [{"path": name, "split": split, "modality": m} for split, name, m in self.faults.get(kind, ())]
                 for kind in FAULTS
             },
+            **{kind: [each.to_dict() for each in self.odd.get(kind, ())] for kind in KINDS},
             "imbalance": self.imbalance,
             "missing_classes": self.missing,
             "notes": list(self.notes),
@@ -121,7 +125,7 @@ def lint(
     """Return the faults of a folder, a manifest or records; each example is decoded once, as a recipe reads it.
 
     raised: limits per input. workers: processes; None is one per core. options: how to read data. preset: the recipe;
-    None is the tiny one for the data, as in training. Memory: 32 bytes of hashes per example. Raises DataError if
+    None is the tiny one for the data, as in training. Memory: 38 bytes per example. Raises DataError if
     nothing is usable.
     """
     recipe = None if preset is None else load_preset(preset)
@@ -134,32 +138,49 @@ def lint(
     digests = np.zeros((ends[-1], 2, DIGEST_BYTES), np.uint8)
     unreadable: dict[int, tuple[str, str, str]] = {}
     faults: dict[str, list[tuple[str, str, str]]] = {kind: [] for kind in FAULTS}
-    partly: dict[str, str] = {}
-    for number, (identity, hashes, own_faults, own_notes, error) in enumerate(in_order(examine, examples, workers)):
+    partly, collected, examined = dict[str, str](), Collected(), in_order(examine, examples, workers)
+    for number, (identity, hashes, own_faults, own_notes, traits, error) in enumerate(examined):
         split = splits[bisect(ends, number)]
         if error is not None:
             unreadable[number] = (split, identity, error)
         digests[number] = np.frombuffer(hashes, np.uint8).reshape(2, DIGEST_BYTES)
         for kind, name in own_faults:
             faults[kind].append((split, identity, name))
+        collected.add(traits)
         if own_notes:
             partly[identity] = "; ".join(own_notes)
         if progress is not None:
             progress(number + 1, ends[-1])
-    copies = []
-    for same in _same(digests, set(unreadable)):
-        members = []
-        for number in same:
-            place = bisect(ends, number)
-            example = catalog.splits[splits[place]][number - (ends[place - 1] if place else 0)]
-            members.append((splits[place], example.id, tuple(catalog.classes[label] for label in example.labels)))
-        copies.append(Copies(tuple(members), len(np.unique(digests[same, 1], axis=0)) == 1))
+
+    def place_of(number: int) -> tuple[str, Example]:
+        place = bisect(ends, number)
+        return splits[place], catalog.splits[splits[place]][number - (ends[place - 1] if place else 0)]
+
+    copies = tuple(_copies(catalog.classes, digests, set(unreadable), place_of))
+    odd = {
+        kind: [Odd(split, e.id, *pair) for number, pair in found.items() for split, e in [place_of(number)]]
+        for kind, found in collected.unlike().items()
+    }
     sizes = {split: len(catalog.splits[split]) for split in splits}
     counts = {split: catalog.counts(split) for split in splits}
-    bad, groups = tuple(unreadable.values()), tuple(copies)
+    bad = tuple(unreadable.values())
     files = catalog.accounted({identity for _, identity, _ in bad})
     notes = (*catalog.notes, *told_once(partly))
-    return LintReport(catalog, os.fspath(data), catalog.modalities, sizes, counts, bad, groups, faults, notes, files)
+    return LintReport(
+        catalog, os.fspath(data), catalog.modalities, sizes, counts, bad, copies, faults, odd, notes, files
+    )
+
+
+def _copies(
+    classes: Sequence[str],
+    digests: NDArray[np.uint8],
+    unreadable: set[int],
+    place_of: Callable[[int], tuple[str, Example]],
+) -> Iterator[Copies]:
+    """Yield the groups of the same content. place_of: the split and the example of a number."""
+    for same in _same(digests, unreadable):
+        members = ((split, e.id, tuple(classes[label] for label in e.labels)) for split, e in map(place_of, same))
+        yield Copies(tuple(members), len(np.unique(digests[same, 1], axis=0)) == 1)
 
 
 def _same(digests: NDArray[np.uint8], unreadable: set[int]) -> Iterator[list[int]]:
@@ -190,8 +211,8 @@ def _decoder(catalog: Catalog, recipe: Config | None, limits: Limits) -> Decoder
 
 def _examined(
     decoder: Decoder, example: Example
-) -> tuple[str, bytes, list[tuple[str, str]], tuple[str, ...], str | None]:
-    """Return its id, hashes of its arrays and its files, faults as (kind, modality), notes, and its error, if any."""
+) -> tuple[str, bytes, list[tuple[str, str]], tuple[str, ...], Traits, str | None]:
+    """Return its id, hashes of arrays and of files, faults as (kind, modality), notes, traits, its error or None."""
     decoded, files = (hashlib.blake2b(digest_size=DIGEST_BYTES) for _ in range(2))
     faults: list[tuple[str, str]] = []
     try:
@@ -206,6 +227,7 @@ def _examined(
         for each in {each.origin: each for each in inputs.values()}.values():
             for block in each.content():
                 files.update(block)
+        traits = traits_of(inputs, decoder.limits)
     except PerceiverError as error:
-        return example.id, bytes(2 * DIGEST_BYTES), [], (), str(error)
-    return example.id, decoded.digest() + files.digest(), faults, notes_of(inputs), None
+        return example.id, bytes(2 * DIGEST_BYTES), [], (), Traits(), str(error)
+    return example.id, decoded.digest() + files.digest(), faults, notes_of(inputs), traits, None

@@ -106,8 +106,8 @@ class Selective:
 def selective(prob: Floats, correct: NDArray[Any]) -> tuple[Selective, ...]:
     """Return the smallest probabilities at which about each share of ANSWERED keeps its answer, the lowest first.
 
-    prob, correct: (n,) of the first answers. Each is rounded down to a thousandth, and its figures are those of the rounded
-    one. One at which all keep their answer is left out: a model that is sure of everything has none.
+    prob, correct: (n,) of the first answers. Each is rounded down to a thousandth, and its figures are those of the
+    rounded one. One at which all keep their answer is left out: a model that is sure of everything has none.
     """
     if not len(prob) or not np.isfinite(prob).all():
         return ()

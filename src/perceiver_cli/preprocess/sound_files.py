@@ -52,11 +52,13 @@ class Sound(NamedTuple):
 
     samples: the declared number of samples per channel, or None.
     read(first, stop): yields checked blocks (n,) float32 of one channel, or of the mean of all.
+    channels: those of the file.
     """
 
     rate_hz: int
     samples: int | None
     read: Callable[[int, float], Iterator[Samples]]
+    channels: int
 
 
 class _Reader:
@@ -81,7 +83,12 @@ class _Reader:
 
 def is_sound(head: bytes) -> bool:
     """Return whether a file begins as one of FORMATS."""
-    return any(re.match(signature, head, re.DOTALL) for signature in FORMATS.values())
+    return format_of(head) is not None
+
+
+def format_of(head: bytes) -> str | None:
+    """Return the name in FORMATS of a file that begins with `head`, or None."""
+    return next((name for name, signature in FORMATS.items() if re.match(signature, head, re.DOTALL)), None)
 
 
 @contextmanager
@@ -91,7 +98,9 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
         with as_data_errors(source, "sound"):
             rate_hz, channels, blocks = source.data.heard(source)
             _checked_header(source, rate_hz, channels, channel, limits)
-            yield Sound(rate_hz, None, lambda first, stop: (_checked(source, block, channel) for block in blocks))
+            yield Sound(
+                rate_hz, None, lambda first, stop: (_checked(source, block, channel) for block in blocks), channels
+            )
         return
     with ExitStack() as stack:
         head = source.head()
@@ -109,7 +118,7 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
             duration_s = track.duration_s
             source.check_limit(duration_s, "seconds", "audio_seconds", limits)
             read = partial(_read_track, source, track, rate_hz, channel, limits)
-            yield Sound(rate_hz, round(duration_s * rate_hz), read)
+            yield Sound(rate_hz, round(duration_s * rate_hz), read, codec.layout.nb_channels)
             return
         sound = stack.enter_context(sound)
         # soundfile would seek after every block: slow, and an error if a FLAC declares no length.
@@ -117,7 +126,8 @@ def open_sound(source: Source, channel: Channel, limits: Limits) -> Iterator[Sou
         rate_hz = _checked_header(source, sound.samplerate, sound.channels, channel, limits)
         declared = int(sound.frames) if sound.frames < UNKNOWN_FRAMES else None
         source.check_limit((declared or 0) / rate_hz, "seconds", "audio_seconds", limits)
-        yield Sound(rate_hz, declared, partial(_read_file, source, sound, file, declared, channel, limits))
+        read = partial(_read_file, source, sound, file, declared, channel, limits)
+        yield Sound(rate_hz, declared, read, sound.channels)
 
 
 def _by_libsndfile(source: Source, file: BinaryIO, limits: Limits) -> Any:
