@@ -201,8 +201,10 @@ def test_groups_by_folder_and_by_column(tmp_path: Path) -> None:
     assert 0 < len({e.group for e in by_folder.splits["val"]}) < 8
     with pytest.raises(DataError, match="'speaker'; expected 'speakr' for --group-by; perhaps --group-by 'speaker'"):
         scan(tmp_path / "m.csv", options=DataConfig(group_by="speakr"))
-    with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent"):
+    with pytest.raises(DataError, match="no column 'speaker': classes are folders; group by parent") as folder:
         scan(tmp_path / "in", options=DataConfig(group_by="speaker"))
+    how = f"a manifest with columns path, label and 'speaker'; to begin one: perceiver lint {tmp_path}/in -o files.csv"
+    assert str(folder.value).endswith(how)
     write_images(tmp_path / "flat", {"a": 3, "b": 3})
     with pytest.raises(DataError, match="no class has two groups by 'parent', so none is held out"):
         scan(tmp_path / "flat", options=DataConfig(group_by="parent")).hold_out(0.3)

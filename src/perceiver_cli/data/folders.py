@@ -27,7 +27,7 @@ from perceiver_cli.data.manifest import (
 )
 from perceiver_cli.data.paths import located
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import cannot_read, show_path
+from perceiver_cli.files import cannot_read, perceiver_command, show_path
 from perceiver_cli.preprocess.detection import File
 from perceiver_cli.run_folder import METRICS_FILE, MODEL_FILE, PREDICTIONS_FILE, SUMMARY_FILE
 
@@ -175,7 +175,9 @@ def rows_in(
         notes.append(f"the classes are those of folders: {unlabelled}")
     if rows and options.group_by is not None:
         fault = f"{show_path(top)}: no column {show_path(options.group_by)}: classes are folders"
-        raise DataError(fault, "group by parent")
+        begun = perceiver_command(["perceiver", "lint", os.fspath(top), "-o", "files.csv"])
+        columns = f"path, label and {show_path(options.group_by)}"
+        raise DataError(fault, f"group by parent, or pass a manifest with columns {columns}; to begin one: {begun}")
     if rows and options.of_manifest:
         fault = f"{show_path(top)}: classes are folders: no manifest to which {', '.join(options.of_manifest)} applies"
         raise ColumnError(fault, "name the manifest")
