@@ -14,9 +14,12 @@ import soundfile
 import torch
 
 from perceiver_cli.config import load_preset
+from perceiver_cli.data import prepare
 from perceiver_cli.data.examples import PAUSE, Example
+from perceiver_cli.data.inputs import Pipe
 from perceiver_cli.data.loader import collate
-from perceiver_cli.errors import UsageError
+from perceiver_cli.errors import DataError, UsageError
+from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.predictor import Prediction, Predictor, Windows, aggregated, forward
 from perceiver_cli.model.cost import estimate
 from perceiver_cli.preprocess import modality
@@ -44,6 +47,22 @@ def test_answers_in_the_order_asked_with_bad_inputs_in_their_place(
         assert sum(found[0].probs) == pytest.approx(1)
         assert "cut.png" in str(found[1].error)
         assert "No such file" in str(found[3].error)
+
+
+def test_records_of_another_modality_are_refused_once(predictor: Predictor, tmp_path: Path) -> None:
+    """Each record had an error of its own: "no image"."""
+    for number in range(3):
+        soundfile.write(tmp_path / f"{number}.wav", tone_of(300 + number, 0.3, np.random.default_rng(0)), RATE_HZ)
+    tar = tmp_path / "sounds.tar"
+    job = prepare.plan([*map(str, sorted(tmp_path.glob("*.wav")))])
+    assert [*prepare.write_records(job, str(tar), lambda data: None)][-1].total == 3
+    told = r"sounds\.tar': holds audio, expected image; pass a model of audio with -m$"
+    with pytest.raises(DataError, match=told):
+        list(predictor.predict(tar))
+    with tar.open("rb") as file, pytest.raises(DataError, match="'stdin': holds audio, expected image"):
+        list(predictor.predict(Pipe("-", file)))
+    with pytest.raises(DataError, match="holds audio, but '.*' reads image"):
+        evaluate(predictor, tar)
 
 
 def test_bytes_and_workers_answer_the_same(predictor: Predictor, bars: Path) -> None:

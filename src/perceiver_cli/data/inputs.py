@@ -169,7 +169,7 @@ def examples_of(
     account.add(listing.account)
     for example in chain(
         _held_examples(named, reads, limits, use, options),
-        _tar_examples(listing.tars, reads, limits, options[-1].pass_columns),
+        _tar_examples(listing.tars, reads, limits, use, options[-1].pass_columns),
     ):
         account.paths += 0 if example is PAUSE else len(example.files)
         yield example
@@ -202,7 +202,8 @@ def _held_examples(
             return
         kind = kind_of_stream(head)
         if kind == "records" or (kind is None and is_tar(head)):  # damaged ones too
-            yield from _stream_examples(Feed(stream, show_path("stdin")), reads, limits, options[-1].pass_columns)
+            feed = Feed(stream, show_path("stdin"))
+            yield from _stream_examples(feed, reads, limits, use, options[-1].pass_columns)
         elif kind == "archives":
             yield from _listing_examples(listed_stream(stream, named.name, "ignored"), [*reads], use)
         else:
@@ -334,12 +335,12 @@ def piped(source: Source, wanted: str | None = None) -> File:
 
 
 def _tar_examples(
-    tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits, passed: Sequence[str]
+    tars: Iterable[str], reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str], passed: Sequence[str]
 ) -> Iterator[Example]:
     """Yield the examples of tars of records."""
     for tar in tars:
         with Source(tar).open(UNLIMITED) as file:
-            yield from _stream_examples(Feed(file, show_path(tar)), reads, limits, passed)
+            yield from _stream_examples(Feed(file, show_path(tar)), reads, limits, use, passed)
 
 
 def _file_example(file: File, use: Collection[str]) -> Example:
@@ -407,12 +408,15 @@ def _listing_examples(
 
 
 def _stream_examples(
-    feed: Feed, reads: Mapping[str, InputSpec], limits: Limits, passed: Sequence[str]
+    feed: Feed, reads: Mapping[str, InputSpec], limits: Limits, use: Collection[str], passed: Sequence[str]
 ) -> Iterator[Example]:
     """Yield the examples of a stream of records as they arrive, one at a time. Raises as `examples_of`."""
     checked = None
     for header, record in read_records(feed, limits, feed.take):
         if header is not checked:
+            if header.inputs and header.inputs.keys().isdisjoint(use):
+                held = "+".join(sorted(header.inputs))
+                raise DataError(f"{feed.shown}: holds {held}, expected {either(use)}", f"pass a model of {held} with -m")
             header.check(feed.shown, reads, "the model")
         checked, facts = header, record.facts
         stored = {
