@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from perceiver_cli.cli.configuration import Option, options_of, shown, tables
+from perceiver_cli.cli.configuration import Option, options_of, shown
+from perceiver_cli.config import option_tables
 
 PAGE = Path(__file__).parent / "configuration.md"
 HEAD = """# Configuration
@@ -25,7 +26,7 @@ Durations are text: `"500 steps"`, `"3 epochs"`, `"5%"` of the run.
 
 def page() -> str:
     """Return the page: a table of options for each TOML table."""
-    return HEAD + "".join(_section(name, table) for name, table in tables().items())
+    return HEAD + "".join(_section(name, table) for name, table in option_tables().items())
 
 
 def _section(name: str, table: type[BaseModel]) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import tomli_w
-from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError, model_validator
 
 from perceiver_cli import preprocess
 from perceiver_cli.errors import UsageError
@@ -28,6 +28,7 @@ from perceiver_cli.presets import preset_names, preset_text
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SCHEDULE_STEPS = 4096
 REPETITION = re.compile(r"\(([^()]*)\)x(\d{1,4})")  # in a schedule
+NOT_OPTIONS = ("modality", "limits")  # fields of tables that are a tag, or a table of their own
 TINY_DROPOUT = 0.2  # of each modality, in a combination of tiny presets
 
 
@@ -456,3 +457,23 @@ def load_config(path: Path) -> Config:
         return config
     options = config.data.model_copy(update={"split": str(path.parent / config.data.split)})
     return config.model_copy(update={"data": options})
+
+
+def option_tables() -> dict[str, type[BaseModel]]:
+    """Return the tables of a recipe by name, such as "train" or "inputs.image"."""
+    every: dict[str, type[BaseModel]] = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
+    every["data.limits"] = Limits
+    for name in sorted(preprocess.names()):
+        if (spec := preprocess.spec_type(name)) is not None:
+            every[f"inputs.{name}"] = spec
+    return every
+
+
+def option_keys() -> list[str]:
+    """Return the key of every option, such as "train.lr"."""
+    return [
+        f"{name}.{key}"
+        for name, table in option_tables().items()
+        for key in table.model_fields
+        if key not in NOT_OPTIONS
+    ]

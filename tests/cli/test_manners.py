@@ -20,7 +20,8 @@ from PIL import Image
 from rich.console import Console
 
 from perceiver_cli.advice.base import Advice
-from perceiver_cli.cli import terminal
+from perceiver_cli.cli import completion, terminal
+from perceiver_cli.cli.configuration import all_options
 from perceiver_cli.config import Flag, load_preset
 from perceiver_cli.errors import UsageError, counted
 from perceiver_cli.preprocess.spec import Limits
@@ -376,20 +377,31 @@ def test_the_shell_completes_presets_runs_and_models(tmp_path: Path) -> None:
     assert completions("perceiver li", tmp_path) == ["lint"]
 
 
-def test_completing_imports_no_torch(tmp_path: Path) -> None:
+def test_the_shell_completes_keys_of_options(tmp_path: Path) -> None:
+    assert completions("perceiver train x --set train.lr", tmp_path) == ["train.lr="]
+    assert completions("perceiver preprocess x --set inputs.image.si", tmp_path) == ["inputs.image.size="]
+    assert completions("perceiver sweep x --vary data.limits.image_p", tmp_path) == ["data.limits.image_pixels="]
+    assert [f"{option.key}=" for option in all_options()] == completion.settings("")
+
+
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [("perceiver predict -m r", ["torch", "numpy", "PIL"]), ("perceiver train x --set train.l", ["torch"])],
+)
+def test_completing_imports_no_torch(tmp_path: Path, words: str, heavy: list[str]) -> None:
     env = {
         **os.environ,
         "_PERCEIVER_COMPLETE": "complete_bash",
-        "COMP_WORDS": "perceiver predict -m r",
-        "COMP_CWORD": "3",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
     }
     script = (
         "import sys; from perceiver_cli.cli.app import app\n"
         "try: app(prog_name='perceiver')\n"
         "except SystemExit: pass\n"
-        "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not set(sys.argv[1:]) & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", script], env=env, cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, "-c", script, *heavy], env=env, cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize(("shell", "file"), [("bash", ".bashrc"), ("zsh", ".zshrc"), ("fish", ".config/fish")])

@@ -61,7 +61,7 @@ def test_records_of_another_modality_are_refused_once(predictor: Predictor, tmp_
         list(predictor.predict(tar))
     with tar.open("rb") as file, pytest.raises(DataError, match="'stdin': holds audio, expected image"):
         list(predictor.predict(Pipe("-", file)))
-    with pytest.raises(DataError, match="holds audio, but '.*' reads image"):
+    with pytest.raises(DataError, match=r"holds audio, but '.*' reads image"):
         evaluate(predictor, tar)
 
 

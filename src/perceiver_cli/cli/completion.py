@@ -1,4 +1,4 @@
-"""Completion for Tab: names of presets, run folders and model files. Imports nothing slow."""
+"""Completion for Tab: names of presets, run folders and model files, keys of options. Never imports torch."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ def models(incomplete: str) -> list[str]:
 def presets_and_models(incomplete: str) -> list[str]:
     """Return the results of `presets` and `models`."""
     return presets(incomplete) + models(incomplete)
+
+
+def settings(incomplete: str) -> list[str]:
+    """Return the options of a recipe whose keys begin with the text, as KEY=."""
+    from perceiver_cli.config import option_keys
+
+    return [f"{key}=" for key in option_keys() if key.startswith(incomplete)]
 
 
 def _beginning(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:

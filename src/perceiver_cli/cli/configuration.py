@@ -103,33 +103,23 @@ def flat(config: "Config") -> dict[str, Any]:
     return {f"{name}.{key}": value for name, table in sections.items() for key, value in table.items()}
 
 
-def tables() -> "dict[str, type[BaseModel]]":
-    """Return the tables of a recipe by name, such as "train" or "inputs.image"."""
-    from perceiver_cli import preprocess
-    from perceiver_cli.config import DataConfig, ModelConfig, TrainConfig
-    from perceiver_cli.preprocess.spec import Limits
-
-    every: dict[str, type[BaseModel]] = {"model": ModelConfig, "train": TrainConfig, "data": DataConfig}
-    every["data.limits"] = Limits
-    for name in sorted(preprocess.names()):
-        if (spec := preprocess.spec_type(name)) is not None:
-            every[f"inputs.{name}"] = spec
-    return every
-
-
 def all_options() -> list[Option]:
     """Return every option, in the order of the tables."""
-    return [option for name, table in tables().items() for option in options_of(name, table)]
+    from perceiver_cli.config import option_tables
+
+    return [option for name, table in option_tables().items() for option in options_of(name, table)]
 
 
 def options_of(name: str, table: "type[BaseModel]") -> list[Option]:
     """Return the options of one table; their meanings are the comments in its source."""
     from pydantic_core import PydanticUndefined, to_jsonable_python
 
+    from perceiver_cli.config import NOT_OPTIONS
+
     comments = _comments(table)
     rows = []
     for key, field in table.model_fields.items():
-        if key not in ("modality", "limits"):
+        if key not in NOT_OPTIONS:
             default = None if field.default is PydanticUndefined else to_jsonable_python(field.default)
             kind = " ".join(filter(None, (_kind(field.annotation), _bounds(field.metadata))))
             rows.append(Option(f"{name}.{key}", kind, default, comments.get(key, "")))

@@ -71,7 +71,12 @@ Preset = Annotated[
     str | None,
     typer.Option(autocompletion=completion.presets, help="Recipe [default: the named model's, or a tiny one]."),
 ]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change an option of a recipe.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", autocompletion=completion.settings, help="Change an option of a recipe."
+    ),
+]
 ConfigFile = Annotated[Path | None, typer.Option(help="Recipe in a TOML file, e.g. config.toml of a run.")]
 FilesFrom = Annotated[str | None, typer.Option(help="File that lists more paths, or - for stdin.")]
 Null = Annotated[bool, typer.Option("--null", "-0", help="Paths of --files-from end in NUL (find -print0).")]

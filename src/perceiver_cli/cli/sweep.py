@@ -22,7 +22,11 @@ def sweep(
     data: Annotated[str | None, typer.Argument(help=options.DATA_HELP)] = None,
     vary: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUES", help="Values of an option: A,B,C or log:LOW:HIGH or lin:LOW:HIGH."),
+        typer.Option(
+            metavar="KEY=VALUES",
+            autocompletion=completion.settings,
+            help="Values of an option: A,B,C or log:LOW:HIGH or lin:LOW:HIGH.",
+        ),
     ] = None,
     runs: Annotated[int | None, typer.Option(min=1, help="Number of runs [default: the whole grid, or 10].")] = None,
     max_time: Annotated[

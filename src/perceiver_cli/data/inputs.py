@@ -416,7 +416,9 @@ def _stream_examples(
         if header is not checked:
             if header.inputs and header.inputs.keys().isdisjoint(use):
                 held = "+".join(sorted(header.inputs))
-                raise DataError(f"{feed.shown}: holds {held}, expected {either(use)}", f"pass a model of {held} with -m")
+                raise DataError(
+                    f"{feed.shown}: holds {held}, expected {either(use)}", f"pass a model of {held} with -m"
+                )
             header.check(feed.shown, reads, "the model")
         checked, facts = header, record.facts
         stored = {
