@@ -156,6 +156,21 @@ def test_names_of_classes_and_files_are_text(tmp_path: Path) -> None:
     assert all(link.startswith(("data:", "#")) for link in found.links())
 
 
+def test_names_of_classes_break_after_separators_and_are_whole(trained: Path, confused: Path) -> None:
+    """On a phone they broke within a word, and the matrix cut them."""
+    report = evaluate(Predictor(trained), confused)
+    names = ("wall_socket", "in/out.door", "<b>_x")
+    renamed = dict(zip(report.classes, names, strict=True))
+    records = tuple(r | {"truth": renamed[r["truth"]], "label": renamed[r["label"]]} for r in report.records)
+    html = made(trained, confused, classes=names, records=records)[1]
+    for broken in ("wall_<wbr>socket", "in/<wbr>out.<wbr>door", "&lt;b&gt;_<wbr>x"):
+        assert html.count(f'<span class="name">{broken}</span>') == 3  # of classes, rows and columns of the matrix
+    assert "_<wbr>x taken for wall_<wbr>socket" in html
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert "ellipsis" not in style
+    assert "overflow: hidden" not in style
+
+
 def test_shown_text_is_one_line_and_short() -> None:
     assert shown("a\nb\x1b\udcff") == "a\\nb\\x1b\\xff"
     assert shown("plain ascii\n") == "plain ascii\\n"
