@@ -138,7 +138,7 @@ class _Errors:
         if error is not None:
             self.exit_code = EXIT_DATA
             self.is_unknown |= error.endswith(UNKNOWN)
-            complain(f"perceiver predict: {error}")
+            complain(error)
 
     def end(self, reads: Sequence[str]) -> int:
         """Return the exit code; first print the formats of `reads` if a file is of an unknown one."""

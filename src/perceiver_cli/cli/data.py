@@ -154,7 +154,7 @@ def _model_input(named: Any, output: str, model: Path, limit: list[str] | None, 
     for line in write_model_inputs(every, str(model), output, options.raised_limits(limit), read):
         if "error" in line:
             exit_code = EXIT_DATA
-            complain(f"perceiver preprocess: {line['error']}")
+            complain(line["error"])
         emit_json(line)
     say(f"wrote {show_path(output)}")
     return exit_code
@@ -287,7 +287,7 @@ def follow_preparing(done: Iterator["Done"], output: str, *, resume: bool) -> se
         for last in done:
             if last.error is not None:
                 bad.add(last.example)
-                complain(f"perceiver preprocess: {last.error}")
+                complain(last.error)
             kept = last.count if not last.num_bytes else kept  # by an earlier run
             in_all = last.num_bytes * (last.total - kept) / max(1, last.count - kept)
             sizes = f"{size(last.num_bytes)} of about {size(in_all)}"

@@ -102,7 +102,7 @@ def evaluate(
     say_notes(report.notes)
     say_lines(report.files.brief())
     for _, error in report.bad[:20]:
-        complain(f"perceiver evaluate: {error}")
+        complain(error)
     if output is not None:
         from perceiver_cli.config import DataConfig
         from perceiver_cli.report.html import REPORT_FILE, page

@@ -144,7 +144,7 @@ def _fail(error: PerceiverError, *, quote_libraries: bool = False) -> None:
     if debug:
         traceback.print_exc()
     if not _told_launcher(error):
-        complain(f"perceiver: {error}")
+        complain(error)
     if quote_libraries:
         _libraries.last_words()
     sys.exit(error.exit_code)
@@ -273,7 +273,8 @@ def hush() -> None:
 def say(message: str, style: str = "") -> None:
     """Print one line on stderr, in a style of rich on a terminal; nothing with -q."""
     if not quiet:
-        complain(message, style)
+        _libraries.heard()
+        _print(message, style)
 
 
 def say_lines(lines: Iterable[str]) -> None:
@@ -298,10 +299,10 @@ def say_advice(advice: Iterable[Advice]) -> None:
         say(line)
 
 
-def complain(message: str, style: str = "") -> None:
-    """Print one line on stderr, with -q too: an error, or an unreadable input."""
+def complain(error: PerceiverError | str) -> None:
+    """Print the line of an error on stderr, with -q too: of a command, or of one unreadable input."""
     _libraries.heard()
-    _print(message, style)
+    _print(f"perceiver: {error}")
 
 
 def _print(message: str, style: str = "") -> None:

@@ -42,6 +42,8 @@ FORMATS = {
     ".avi": ("avi",),
 }
 
+Pair = tuple[float | str, float | str]  # what was found, and what is usual
+
 
 class Traits(NamedTuple):
     """What of an example is compared. seconds: NaN without a time axis. channels: 0 without sound.
@@ -102,12 +104,12 @@ class Collected:
         self.seconds.append(traits.seconds)
         self.channels.append(min(traits.channels, 65_535))
 
-    def unlike(self) -> dict[str, dict[int, tuple[float | str, float | str]]]:
+    def unlike(self) -> dict[str, dict[int, Pair]]:
         """Return by kind and number of an example what was found and what is usual; "" for a misnamed file."""
-        misnamed = {number: (content, "") for number, content in self.contents.items()}
+        misnamed: dict[int, Pair] = {number: (content, "") for number, content in self.contents.items()}
         return dict(zip(KINDS, (self._lengths(), self._channels(), misnamed), strict=True))
 
-    def _lengths(self) -> dict[int, tuple[float | str, float | str]]:
+    def _lengths(self) -> dict[int, Pair]:
         """Return the lengths that are FAR above what all but FEW have, or as far below."""
         known = sorted(seconds for seconds in self.seconds if not isnan(seconds))
         if len(known) < LEAST:
@@ -117,7 +119,7 @@ class Collected:
         usual = round(float(np.median(known)), 3)
         return {k: (round(s, 3), usual) for k, s in enumerate(self.seconds) if not isnan(s) and not low <= s <= high}
 
-    def _channels(self) -> dict[int, tuple[float | str, float | str]]:
+    def _channels(self) -> dict[int, Pair]:
         """Return the numbers of channels other than the most common one, if FEW have them."""
         counts = Counter(number for number in self.channels if number)
         if (total := counts.total()) < LEAST:
