@@ -78,7 +78,7 @@ def test_labels_are_not_needed_to_predict(tmp_path: Path) -> None:
         ("m.csv", "path,label\nx.png,a\ny.png,b,c\n", "row 2 has more cells than columns"),
         ("m.csv", "path,label\n,a\n", "the manifest names no file"),
         ("m.jsonl", '{"path": "x.png", "label": "a"}\n{"path": "y.png"}\n', "row 2 has no label"),
-        ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "a line that is not an object"),
+        ("m.jsonl", '{"path": "x.png", "label": "a"}\n[1]\n', "row 2 is not an object"),
         ("m.jsonl", '{"image": ["x.png"], "label": "a"}\n', "row 1 has a path that is not text"),
         ("m.jsonl", "{", "not a .jsonl manifest"),
         ("m.csv", "path,label\nnone.png,a\n", "1 of 1 file do not exist, the first 'none.png'"),

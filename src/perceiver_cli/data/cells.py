@@ -47,12 +47,12 @@ class Cells:
     notes: tuple[str, ...] = ()
 
 
-def read_cells(source: Source, fits: Fits) -> Cells:
-    """Return the cells of a manifest, read by its suffix.
+def read_cells(source: Source, fits: Fits, suffix: str | None = None) -> Cells:
+    """Return the cells of a manifest, read by its suffix, or by the one that bytes without a name would have.
 
     fits: chooses the separator of a CSV by its header. Raises DataError for a file that contradicts its suffix.
     """
-    shown, suffix = source.shown, Path(source.name).suffix.lower()
+    shown, suffix = source.shown, suffix or Path(source.name).suffix.lower()
     if suffix == PARQUET:
         if source.data is not None:
             raise DataError(f"{shown}: a Parquet manifest inside an archive", "unpack it, or save it as CSV")
@@ -165,25 +165,30 @@ def _json(text: str, fits: Fits) -> Cells:
     elif text.strip() == "{" or lines[0].strip() == "{":  # written over several lines
         rows = [parse_json(text)]
     else:
-        rows = [
-            _json_line(line, number if len(lines) > 1 else None)
-            for number, line in enumerate(lines, start=1)
-            if line.strip()
-        ]
+        rows = [_json_line(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if len(rows) == 1 and isinstance(rows[0], dict) and any(isinstance(cell, dict) for cell in rows[0].values()):
         raise ValueError("one object that holds objects, expected an array with an object for each row")
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("a line that is not an object")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is not an object")
     return Cells(list(dict.fromkeys(name for row in rows for name in row)), rows)
 
 
-def _json_line(line: str, number: int | None) -> Any:
+def cells_of_line(line: bytes, number: int) -> Cells:
+    """Return the cells of the only row of a line of JSON. Raises ValueError with its number for another line."""
+    row = _json_line(decoded(line), number)
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is not an object")
+    return Cells([*row], [row])
+
+
+def _json_line(line: str, number: int) -> Any:
     """Return the value of a line. Raises ValueError with its number: the parser counts from this line's start."""
     try:
         return parse_json(line)
     except ValueError as error:
         fault = re.sub(r": line \d+ (column \d+) \(char \d+\)$", r" at \1", str(error))
-        raise ValueError(fault if number is None else f"line {number}: {fault}") from error
+        raise ValueError(f"line {number}: {fault}") from error
 
 
 def _path_label_lines(text: str, fits: Fits) -> Cells:

@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby
 from typing import BinaryIO, ClassVar
 
-from perceiver_cli.config import DataConfig
+from perceiver_cli.config import REST, DataConfig
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import unpacked
-from perceiver_cli.data.cells import MAX_MANIFEST_BYTES, decoded
+from perceiver_cli.data.cells import MAX_MANIFEST_BYTES, cells_of_line
 from perceiver_cli.data.containers import kind_of_stream
 from perceiver_cli.data.examples import PAUSE, Example, passed_on
 from perceiver_cli.data.folders import of_suffix, suffix_of
@@ -31,8 +29,10 @@ from perceiver_cli.data.manifest import (
     NO_OPTIONS,
     PATH_COLUMNS,
     ColumnError,
+    Manifest,
     Row,
     is_manifest,
+    manifest_of,
     read_manifest,
     suffix_of_rows,
 )
@@ -48,7 +48,7 @@ from perceiver_cli.data.pairing import (
     tables_beside,
 )
 from perceiver_cli.errors import DataError
-from perceiver_cli.files import is_idle, parse_json, show_path
+from perceiver_cli.files import is_idle, show_path
 from perceiver_cli.preprocess import modality, with_time
 from perceiver_cli.preprocess.base import Array, ByteArray, Span
 from perceiver_cli.preprocess.detection import File, detected, looked_at, only, other_kind
@@ -193,7 +193,7 @@ def _held_examples(
     elif (
         isinstance(named, Pipe) and isinstance(named.file, io.BufferedReader) and _is_lines_of_rows(named.file, options)
     ):
-        yield from _arriving_rows(named.file, reads, use, options)
+        yield from _Rows([*reads], use, options).of_lines(named.file)
     elif isinstance(named, Pipe):
         head, stream = unpacked(named.file, named.name)
         hears = named.is_live and SOUND in use and "video" not in use
@@ -209,7 +209,7 @@ def _held_examples(
         else:
             source = Source(named.name, received(stream, limits))
             if (suffix := _suffix_of_rows(source, options)) is not None:
-                yield from _row_examples(replace(source, name="stdin"), suffix, reads, use, options)
+                yield from _Rows([*reads], use, options).of_source(replace(source, name="stdin"), suffix)
             else:
                 file = piped(source, only(use))
                 if file.error is not None and options[0].columns:
@@ -217,7 +217,7 @@ def _held_examples(
                     file = replace(file, error=DataError(f"{source.shown}: no rows", expected))
                 yield _file_example(file, use)
     elif isinstance(named, Source) and (suffix := _suffix_of_rows(named, options)) is not None:
-        yield from _row_examples(named, suffix, reads, use, options)
+        yield from _Rows([*reads], use, options).of_source(named, suffix)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
 
@@ -248,78 +248,68 @@ def _is_lines_of_rows(file: io.BufferedReader, options: Sequence[DataConfig]) ->
     return first.startswith(b"{") and first != b"{" and _suffix_of_rows(Source("stdin", begun), options) is not None
 
 
-def _arriving_rows(
-    file: io.BufferedReader, reads: Mapping[str, InputSpec], use: Collection[str], options: Sequence[DataConfig]
-) -> Iterator[Example]:
-    """Yield the examples of lines of JSON as they arrive, and a PAUSE whenever the pipe is empty.
+@dataclass
+class _Rows:
+    """The rows of a manifest that is not in a file, as examples. ids: of the rows so far. Paths are relative to root.
 
-    A line that is no row is an example with an error. A name that is in another row alone is an empty cell. Raises
-    DataError for a first line that is no row: all others are alike.
+    reads, use, options: see `examples_of`.
     """
-    ids, number, rest, is_last = Counter[str](), 0, b"", False
-    while not is_last:
-        chunk = file.read1(READ_BYTES)
-        is_last = not chunk
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_MANIFEST_BYTES:
-            raise DataError(f"stdin: a line of more than {MAX_MANIFEST_BYTES:,} bytes", "expected a row a line")
-        for line in [*lines, rest] if is_last else lines:
-            if line.strip(codecs.BOM_UTF8 + b" \t\r"):
-                number += 1
-                yield from _line_examples(line, number, reads, use, options, ids)
-        if not is_last and is_idle(file):
-            yield PAUSE
 
+    reads: Collection[str]
+    use: Collection[str]
+    options: Sequence[DataConfig]
+    ids: Counter[str] = field(default_factory=Counter)
 
-def _line_examples(
-    line: bytes,
-    number: int,
-    reads: Mapping[str, InputSpec],
-    use: Collection[str],
-    options: Sequence[DataConfig],
-    ids: Counter[str],
-) -> list[Example]:
-    """Return the example of a row that is a line of JSON. Raises DataError for the first of a pipe that is no row."""
-    columns = [*(options[0].columns or {}), *(options[0].path_column or {}).values()]
-    try:
-        with suppress(ValueError):
-            row = parse_json(decoded(line))
-            if isinstance(row, dict):
-                # An object beside the inputs is only passed on, as its text; alone it would not look like a row.
-                row = {k: json.dumps(v) if isinstance(v, dict) and k not in columns else v for k, v in row.items()}
-                absent = {} if row.keys().isdisjoint(columns) else dict.fromkeys(columns)
-                line = json.dumps(absent | row).encode()
-        return [*_row_examples(Source("stdin", line), ".jsonl", reads, use, options, first=number, ids=ids)]
-    except DataError as error:
-        if number == 1:
-            raise
-        return [Example(f"row {number}", {}, error=str(error))]
+    def of_source(self, source: Source, suffix: str) -> Iterator[Example]:
+        """Yield the examples of bytes in the format of a suffix."""
+        yield from self._examples(lambda each: read_manifest(source, each, "ignored", suffix=suffix))
 
+    def of_lines(self, file: io.BufferedReader) -> Iterator[Example]:
+        """Yield the examples of lines of JSON as they arrive, and a PAUSE whenever the pipe is empty.
 
-def _row_examples(
-    source: Source,
-    suffix: str,
-    reads: Mapping[str, InputSpec],
-    use: Collection[str],
-    options: Sequence[DataConfig],
-    *,
-    first: int = 1,
-    ids: Counter[str] | None = None,
-) -> Iterator[Example]:
-    """Yield the examples of the rows of a manifest that is not in a file; paths are relative to the current folder.
+        A line that is no row is an example with an error. Raises DataError for a first line that is no row: all others
+        are alike.
+        """
+        number, rest, is_last = 0, b"", False
+        while not is_last:
+            chunk = file.read1(READ_BYTES)
+            is_last = not chunk
+            *lines, rest = (rest + chunk).split(b"\n")
+            if len(rest) > MAX_MANIFEST_BYTES:
+                raise DataError(f"stdin: a line of more than {MAX_MANIFEST_BYTES:,} bytes", "expected a row a line")
+            for line in [*lines, rest] if is_last else lines:
+                if line.strip(codecs.BOM_UTF8 + b" \t\r"):
+                    number += 1
+                    try:
+                        yield from self._of_line(line, number)
+                    except DataError as error:
+                        if number == 1:
+                            raise
+                        yield Example(f"row {number}", {}, error=str(error))
+            if not is_last and is_idle(file):
+                yield PAUSE
 
-    first: the number of its first row. ids: of the rows before it.
-    """
-    named = source if source.name.endswith(suffix) else replace(source, name=source.name + suffix)
-    try:
-        manifest = fitting(lambda each: read_manifest(named, each, "ignored", first=first), options)
-    except ColumnError as error:
-        if not options[0].columns:
-            raise
-        fault = error.message.replace(named.shown, source.shown)
-        raise DataError(fault, f"the model reads {_some(options[0].columns)}") from error
-    listing = Listing(manifest.rows, folder=options[0].root or "", by_stem=False, columns=manifest.columns)
-    yield from _listing_examples(listing, [*reads], use, first, Counter() if ids is None else ids)
+    def _of_line(self, line: bytes, number: int) -> Iterator[Example]:
+        """Yield the example of a line of JSON; a column that is in other rows alone is an empty cell."""
+        try:
+            cells = cells_of_line(line, number)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"stdin: {error}", "expected an object of JSON a line") from error
+        columns = {*(self.options[0].columns or {}), *(self.options[0].path_column or {}).values()} - {REST}
+        if not columns.isdisjoint(cells.columns):
+            cells = replace(cells, columns=[*dict.fromkeys([*cells.columns, *sorted(columns)])])
+        yield from self._examples(lambda each: manifest_of(cells, "stdin", each, "ignored", first=number), number)
+
+    def _examples(self, read: Callable[[DataConfig], Manifest], first: int = 1) -> Iterator[Example]:
+        """Yield the examples of the rows that are read. first: the number of the first."""
+        try:
+            manifest = fitting(read, self.options)
+        except ColumnError as error:
+            if not self.options[0].columns:
+                raise
+            raise DataError(error.message, f"the model reads {_some(self.options[0].columns)}") from error
+        listing = Listing(manifest.rows, folder=self.options[0].root or "", by_stem=False, columns=manifest.columns)
+        yield from _listing_examples(listing, self.reads, self.use, first, self.ids)
 
 
 def piped(source: Source, wanted: str | None = None) -> File:
@@ -371,7 +361,7 @@ def _listing_examples(
 ) -> Iterator[Example]:
     """Yield the examples of a listing; in a folder, files of one stem make one if each is of another modality.
 
-    first, ids: see `_row_examples`.
+    first: the number of the first row. ids: of the rows before it.
     """
     is_folder = listing.by_stem and listing.folder != ""
     by_stem = is_folder and listing.pair != "none" and len(reads) > 1

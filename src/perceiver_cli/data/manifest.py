@@ -177,28 +177,43 @@ def read_manifest(
     options: DataConfig = NO_OPTIONS,
     labels: Labels = "needed",
     *,
+    suffix: str | None = None,
     split: str = "train",
     beside: str | None = None,
-    first: int = 1,
 ) -> Manifest:
-    """Return the rows of a manifest; it is multi-label if its labels are a column `labels`, or lists.
+    """Return the rows of a manifest; see `manifest_of`.
 
-    Columns, by `options` or by their usual names: `path`, or one for each modality (`image`, `audio`, ...), where an
-    empty cell is a missing modality; `label`, or `labels` separated by ; , or | (in JSON also a list); optionally
-    `split` and the option `group_by`. A text file has lines instead: a path, a blank and a label.
-
-    split: default of rows without a split. beside: folder of the metadata below the data folder; a split folder of the
-    file's path then gives the default. first: the number of the first row. Raises DataError for a file that contradicts
-    its suffix or a row without a needed label; ColumnError for missing columns, with the most similar ones.
+    suffix: of bytes without a name. Raises DataError for a file that contradicts its suffix, and as `manifest_of`.
     """
     source = path if isinstance(path, Source) else Source(os.fspath(path))
-    shown = source.shown
 
     def fits(columns: list[str]) -> bool:
         paths = {*_path_columns(Cells(columns, []), options).values(), *(options.columns or {})} - {REST}
         return paths <= set(columns) and (bool(paths) or options.columns is not None)
 
-    cells = read_cells(source, fits)
+    return manifest_of(read_cells(source, fits, suffix), source.shown, options, labels, split=split, beside=beside)
+
+
+def manifest_of(
+    cells: Cells,
+    shown: str,
+    options: DataConfig = NO_OPTIONS,
+    labels: Labels = "needed",
+    *,
+    split: str = "train",
+    beside: str | None = None,
+    first: int = 1,
+) -> Manifest:
+    """Return the rows of a manifest's cells; it is multi-label if its labels are a column `labels`, or lists.
+
+    Columns, by `options` or by their usual names: `path`, or one for each modality (`image`, `audio`, ...), where an
+    empty cell is a missing modality; `label`, or `labels` separated by ; , or | (in JSON also a list); optionally
+    `split` and the option `group_by`. A text file has lines instead: a path, a blank and a label.
+
+    shown: its name in errors. split: default of rows without a split. beside: folder of the metadata below the data
+    folder; a split folder of the file's path then gives the default. first: the number of the first row. Raises
+    DataError for a row without a needed label; ColumnError for missing columns, with the most similar ones.
+    """
     roles = _roles(shown, cells, options, labels)
     is_several = roles.label is not None and (
         _plain(roles.label) == "labels" or any(isinstance(row.get(roles.label), list) for row in cells.rows)
@@ -223,7 +238,7 @@ def read_manifest(
         rows.append(row)
     if unlabelled and not rows:
         raise DataError(f"{shown}: no row has a label: column {show_path(roles.label or '')} is empty")
-    notes = [*cells.notes] if Path(source.name).suffix.lower() == LINES else [roles.note(cells.columns), *cells.notes]
+    notes = [roles.note(cells.columns), *cells.notes]
     if unlabelled:
         left = ", left out" if labels in ("needed", "scored") else ""
         where = show_path(roles.label or "")
