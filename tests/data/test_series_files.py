@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from perceiver_cli.config import DataConfig
 from perceiver_cli.data.catalog import resolve_specs, scan
@@ -76,6 +77,39 @@ def test_tables_without_names_are_asked_for(moved: tuple[Path, Predictor], tmp_p
         scan(tmp_path)
     assert scan(tmp_path, reads=["series"]).modalities == ("series",)
     assert len(list(moved[1].predict(tmp_path))) == 4
+
+
+def test_sensors_in_sound_files_are_series_where_they_are_asked_for(tmp_path: Path, perceive: Perceive) -> None:
+    rng = np.random.default_rng(1)
+    for label, name in enumerate(("slow", "fast")):
+        for number in range(12):
+            path = tmp_path / "data" / name / f"{number}.wav"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, recorded(rng, label)[:, 1:] / 4, RATE_HZ, "FLOAT")
+    sets = [word for each in (*SMALL, *SERIES) for word in ("--set", each)]
+    trained = perceive("train", "data", "--preset", "tiny-series", "-o", "run", *sets, cwd=tmp_path)
+    assert b"2 channels ('1', '2'), 2 s at 100 Hz" in trained.stderr
+    (tmp_path / "data/slow/0.wav").rename(tmp_path / "x")
+    (tmp_path / "data/fast/bad.wav").write_bytes((tmp_path / "x").read_bytes()[:500])
+    of_folder = perceive("predict", "-m", "run", "data", cwd=tmp_path)
+    answers = [json.loads(line) for line in of_folder.stdout.splitlines()]
+    assert sum(answer.get("label") == Path(answer["path"]).parent.name for answer in answers) >= 20
+    assert [answer["path"] for answer in answers if "error" in answer] == ["data/fast/bad.wav"]
+    piped = perceive("predict", "-m", "run", "-", cwd=tmp_path, stdin=(tmp_path / "x").read_bytes())
+    assert json.loads(piped.stdout)["label"] == "slow"
+
+
+def test_a_folder_of_parquet_files_is_a_folder_of_series(moved: tuple[Path, Predictor], tmp_path: Path) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for number in (1, 2):
+        rows = recorded(np.random.default_rng(number), number % 2)
+        parquet.write_table(
+            pyarrow.table(dict(zip(("time", "ax", "ay"), rows.T, strict=True))), tmp_path / f"{number}.parquet"
+        )
+    (tmp_path / "0.parquet").write_bytes((tmp_path / "1.parquet").read_bytes()[:-9])
+    answers = [*moved[1].predict(tmp_path)]
+    assert [Path(answer.path).name for answer in answers] == ["0.parquet", "1.parquet", "2.parquet"]
+    assert [answer.label for answer in answers] == [None, "fast", "slow"]
 
 
 def test_arrays_of_many_channels_are_series_not_byte_arrays(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
 from perceiver_cli.errors import DataError, LimitError, UsageError
 from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.detection import File, detected, looked_at, taker
 from perceiver_cli.preprocess.recordings import Recording, is_recording, read_recording
+from perceiver_cli.preprocess.resampling import rate_of
 from perceiver_cli.preprocess.series import MODALITY, SeriesSpec
 from perceiver_cli.preprocess.source import Source
 from perceiver_cli.preprocess.spec import Limits
@@ -94,6 +96,26 @@ def test_arrays_and_parquet_hold_the_same() -> None:
     assert np.diff(recording.times) == pytest.approx(1.0)  # type: ignore[arg-type]
 
 
+def wav(values: np.ndarray, rate_hz: int = 100, subtype: str = "DOUBLE", form: str = "WAV") -> bytes:
+    soundfile.write(file := io.BytesIO(), values, rate_hz, subtype, format=form)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "subtype"), [("WAV", "DOUBLE"), ("FLAC", "PCM_24"), ("W64", "PCM_32"), ("AIFF", "FLOAT")]
+)
+def test_a_sound_file_holds_channels_at_its_rate(form: str, subtype: str) -> None:
+    source = Source("a.wav", wav(WAVES / 2, subtype=subtype, form=form))
+    recording = read_recording(source, LIMITS)
+    assert (recording.names, recording.is_named) == (("1", "2"), False)
+    assert recording.values == pytest.approx(WAVES / 2, abs=1e-6)
+    assert recording.times is not None
+    assert rate_of(recording.times) == pytest.approx(100)
+    assert detected(source).kinds == ("audio",)  # unless series are asked for
+    asked = detected(source, "series")
+    assert (asked.kinds, asked.is_table) == (("series",), False)
+
+
 def hostile() -> Iterator[tuple[str, bytes, str]]:
     yield "cut", NAMED[:-8].encode(), "row 40 has 2 cells, expected 3"
     yield "words", NAMED.replace("0.327", "0.3x7").encode(), "row 2, column 'ax' has '0.3x7', expected a number"
@@ -117,6 +139,11 @@ def hostile() -> Iterator[tuple[str, bytes, str]]:
         b"time,bx\n" + b"\n".join(b"%d,1" % n for n in range(20)),
         "columns 'bx'; expected some of 'ax', 'ay'",
     )
+    yield "cut sound", wav(WAVES)[:-40], "declared 640 bytes of sound, found 600"
+    liar = wav(WAVES).replace(b"data\x80\x02", b"data\xff\xff")
+    yield "sound that lies", liar, "declared 65535 bytes of sound, found 640"
+    yield "sound without samples", wav(np.empty((0, 2))), "no samples"
+    yield "no sound", b"fLaC" + bytes(99), "cannot decode"
     yield "parquet", b"PAR1" + bytes(40) + b"PAR1", "cannot decode the series"
 
 

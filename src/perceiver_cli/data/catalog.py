@@ -43,7 +43,7 @@ from perceiver_cli.data.pairing import (
 )
 from perceiver_cli.errors import DataError, counted
 from perceiver_cli.files import show_path
-from perceiver_cli.preprocess import modality
+from perceiver_cli.preprocess import modality, names
 from perceiver_cli.preprocess.base import TrainingSet
 from perceiver_cli.preprocess.detection import (
     UNKNOWN,
@@ -382,7 +382,7 @@ def _by_content(listing: Listing, rows: Sequence[Row], reads: set[str] | None, n
             notes.append(f"{shares['audio']:.0%} of the videos have sound, which is not read")
 
     # A file of another kind with the suffix of a usable kind is damaged (an empty .png); others are passed over.
-    kind_of = {suffix: kind for kind in sorted(usable) for suffix in modality(kind).suffixes}
+    kind_of = {suffix: kind for kind in reversed(names()) if kind in usable for suffix in modality(kind).suffixes}
     kind_of |= {suffix_of(file.path): kind for file in files if (kind := file.among(usable)) is not None}
     groups: dict[str | int, list[tuple[File, Row]]] = defaultdict(list)
     for number, (file, row) in enumerate(pairs):

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 
 from perceiver_cli.data.account import Account
 from perceiver_cli.data.archives import holds_records, kind_of, unpacked
@@ -170,20 +171,24 @@ def name_of(path: str) -> str:
     return (f"{folder}/" if top_split(folder) else "") + name.partition(".")[0]
 
 
-def check_foreign(name: str) -> None:
-    """Raise DataError for a file of a format that is not read, or a folder of nothing but such files."""
+def check_foreign(name: str, wanted: str | None) -> None:
+    """Raise DataError for a file of a format that is not read, or a folder of nothing but such files.
+
+    wanted: see `looked_at`.
+    """
     paths = [name]
     if os.path.isdir(name):
         names, folders = _names(name)
         paths = [os.path.join(name, each) for each in names if not each.lower().endswith(PAGES)] if not folders else []
-    first = next(map(_refused, paths), None)
-    if first is not None and all(map(_refused, paths)):
+    refused = partial(_refused, wanted)
+    first = next(map(refused, paths), None)
+    if first is not None and all(map(refused, paths)):
         raise first
 
 
-def _refused(path: str) -> DataError | None:
+def _refused(wanted: str | None, path: str) -> DataError | None:
     """Return the error of a file whose format is known, and is not one that is read; None for another file."""
-    file = looked_at(Source(path))
+    file = looked_at(Source(path), None, wanted)
     with suppress(PerceiverError):
         return file.error if file.error is not None and described(file.source.head(), path) else None
     return None

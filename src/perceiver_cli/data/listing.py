@@ -33,6 +33,7 @@ from perceiver_cli.data.manifest import (
 )
 from perceiver_cli.data.parquet import rows_of_tables
 from perceiver_cli.data.paths import located
+from perceiver_cli.data.table_files import holds_files
 from perceiver_cli.data.webdataset import rows_of
 from perceiver_cli.errors import DataError, UsageError, counted
 from perceiver_cli.files import NAMED_PIPE, show_path, status_of
@@ -117,21 +118,34 @@ def listed(
     file = None if is_data else looked_at(Source(name), None, wanted)
     if file is not None and file.source.kinds:  # also a table of numbers: it is a point cloud, not a manifest
         return Listing([Row(name, file=file)], account=Account(paths=1))
-    if (found := containers(name)) is not None and (labels != "optional" or found[0] != "records"):
+    found = containers(name)
+    if found is not None and found[0] == "tables" and _is_input(found[1][0], wanted):
+        found = None  # a folder of inputs, of which each is a table of its own
+    if found is not None and (labels != "optional" or found[0] != "records"):
         return _of_containers(name, *found, labels, options)
     if os.path.isdir(name):
-        check_foreign(name)
+        check_foreign(name, wanted)
         return _of_folder(name, labels, options)
     if is_manifest(name, labelled=labels != "ignored") and os.path.isfile(name):
         return _of_manifest(Source(name), labels, options)
     if file is not None:
         return Listing([Row(name, file=file)], account=Account(paths=1))
-    check_foreign(name)
+    check_foreign(name, wanted)
     status = status_of(name)
     if status is not None and stat.S_ISFIFO(status.st_mode):
         raise DataError(f"{show_path(path)}: {NAMED_PIPE}")
     fault = "no such folder" if status is None else "neither a folder nor a manifest"
     raise DataError(f"{show_path(path)}: {fault}", f"expected a folder of class folders, or {', '.join(SUFFIXES)}")
+
+
+def _is_input(table: str, wanted: str | None) -> bool:
+    """Return whether a table is itself an input of the wanted modality, not a container of files."""
+    if wanted is None or not looked_at(Source(table), None, wanted).source.kinds:
+        return False
+    try:
+        return not holds_files(table)
+    except DataError:  # a damaged one
+        return True
 
 
 def _of_manifest(source: Source, labels: Labels, options: DataConfig) -> Listing:

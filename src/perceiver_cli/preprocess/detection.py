@@ -46,7 +46,7 @@ def detected(source: Source, wanted: str | None = None) -> Source:
     kinds += tuple(name for name in every if name not in kinds and modality(name).also_reads(head))
     if not kinds:
         head = _of_table(source, head)
-    if not kinds and wanted is not None and modality(wanted).may_read(head, source.name):
+    if wanted is not None and wanted not in kinds and modality(wanted).may_read(head, source.name):
         kinds = (wanted,)
     if not kinds:
         raise _refusal(source, head, every)

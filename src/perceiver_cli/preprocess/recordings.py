@@ -1,4 +1,4 @@
-"""Recordings, which are files of numbers over time: text tables (CSV, TSV), arrays (NPY), Parquet and Arrow.
+"""Recordings, which are files of numbers over time: text tables (CSV, TSV), arrays (NPY), Parquet, Arrow, WAV and FLAC.
 
 Each column is a channel, and one may hold the times. A line of names may stand above the rows. Sizes are checked before
 memory is allocated. Objects in arrays are never unpickled.
@@ -23,6 +23,7 @@ from perceiver_cli.errors import DataError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess.columnar import ARROW, MAX_COLUMNS, PARQUET, check_columns, read_columns
 from perceiver_cli.preprocess.point_tables import header_of
+from perceiver_cli.preprocess.sound_files import is_lossless, read_channels
 from perceiver_cli.preprocess.source import HEAD_BYTES, Source, as_data_errors
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.preprocess.time_columns import (
@@ -81,7 +82,7 @@ class Form(NamedTuple):
 
 def is_recording(head: bytes) -> bool:
     """Return whether a file that begins with `head` can be a recording."""
-    if head.startswith((PARQUET, *ARROW)):
+    if head.startswith((PARQUET, *ARROW)) or is_lossless(head):
         return True
     if head.startswith(NPY):
         with suppress(Exception):  # NumPy reads the header as Python, which fails in dozens of ways
@@ -115,13 +116,20 @@ def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str
     a file that is too large.
     """
     with as_data_errors(source, "series"), source.open(limits) as file:
-        head = file.read(len(NPY))
+        head = file.read(HEAD_BYTES)
         file.seek(0)
+        if is_lossless(head):
+            rate_hz, values = read_channels(source, file, limits)
+            check_columns(source, values.shape[1])
+            if not values.size:
+                raise DataError(f"{source.shown}: no samples in the file")
+            numbered = tuple(str(place) for place in range(1, values.shape[1] + 1))
+            return Recording(numbered, False, values, np.arange(len(values)) / rate_hz)
         if head.startswith((PARQUET, *ARROW)):
             names, kinds, values = read_columns(source, file, limits)
         else:
             data = file.read()
-            names, kinds, values = _array(source, data, limits) if head == NPY else _text(source, data, limits)
+            names, kinds, values = _array(source, data, limits) if head.startswith(NPY) else _text(source, data, limits)
     is_named = any(names)
     names = names if is_named else tuple(str(place) for place in range(1, len(names) + 1))
     return _divided(source, Recording(names, is_named, values), kinds, time, unit)

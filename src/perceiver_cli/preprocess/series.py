@@ -36,6 +36,7 @@ from perceiver_cli.preprocess.base import (
 from perceiver_cli.preprocess.recordings import Recording, is_named_recording, is_recording, read_recording
 from perceiver_cli.preprocess.resampling import SAME_RATE, at_rate
 from perceiver_cli.preprocess.series_summary import CONSTANT, Summary, channels_of
+from perceiver_cli.preprocess.sound_files import is_lossless
 from perceiver_cli.preprocess.source import Source, probed
 from perceiver_cli.preprocess.spec import Auto, InputSpec, Limits, Positive, Size
 from perceiver_cli.preprocess.time_columns import Floats
@@ -109,8 +110,8 @@ class SeriesModality(TimedModality[SeriesSpec]):
     steps = "samples"
     reads_spans = False
     precedence = 7
-    formats = "CSV, TSV, NPY, Parquet and Arrow of numbers over time, if they are asked for"
-    suffixes = frozenset({".csv", ".tsv", ".npy", ".parquet", ".arrow", ".feather"})
+    formats = "CSV, TSV, NPY, Parquet, Arrow, WAV and FLAC of numbers over time, if they are asked for"
+    suffixes = frozenset({".csv", ".tsv", ".npy", ".parquet", ".arrow", ".feather", ".wav", ".flac"})
     decides = ("channels", "mean", "std", "time", "time_unit", "file_rate_hz", "rate_hz")
     surveyed = 32
     preparation = (
@@ -129,7 +130,7 @@ class SeriesModality(TimedModality[SeriesSpec]):
         return is_named_recording(head)
 
     def is_table(self, head: bytes, name: str) -> bool:
-        return True
+        return not is_lossless(head)
 
     def clip_s(self, spec: SeriesSpec) -> float:
         return _steps(spec) / _rate(spec)

@@ -41,6 +41,7 @@ FORMATS = {
     "W64": rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0",
     "NIST SPHERE": rb"NIST_1A\r?\n",
 }
+LOSSY = ("OGG", "MP3")
 # FFmpeg's readers, by the first bytes of a file with an encoding that libsndfile does not know.
 SECOND = {b"RIFF": "wav", b"FORM": "aiff", b".snd": "au", b"caff": "caf", b"riff": "w64", b"OggS": "ogg"}
 MP3_PADDING = 3 * 1152  # samples: the frames of an MP3 hold a little more than its sound
@@ -89,6 +90,29 @@ def is_sound(head: bytes) -> bool:
 def format_of(head: bytes) -> str | None:
     """Return the name in FORMATS of a file that begins with `head`, or None."""
     return next((name for name, signature in FORMATS.items() if re.match(signature, head, re.DOTALL)), None)
+
+
+def is_lossless(head: bytes) -> bool:
+    """Return whether a file begins as one of FORMATS that keep every sample as it was measured."""
+    return any(re.match(signature, head, re.DOTALL) for name, signature in FORMATS.items() if name not in LOSSY)
+
+
+def read_channels(source: Source, file: BinaryIO, limits: Limits) -> tuple[int, NDArray[np.float64]]:
+    """Return the rate and all channels (samples, channels) of a lossless file; full scale is 1.
+
+    Raises DataError for a file that declares more than it holds, LimitError for one that is too large.
+    """
+    import soundfile
+
+    with soundfile.SoundFile(_Reader(sound_claims.checked(source, file))) as sound:
+        declared, blocks, total = int(sound.frames), [np.empty((0, sound.channels))], 0
+        while len(block := sound.read(BLOCK_FRAMES, "float64", always_2d=True)):
+            total += len(block)
+            source.check_decoded(total * sound.channels, 8, limits)
+            blocks.append(block)
+    if declared < UNKNOWN_FRAMES and total != declared:
+        raise DataError(f"{source.shown}: found {total} of {declared} samples: truncated or damaged")
+    return sound.samplerate, np.concatenate(blocks)
 
 
 @contextmanager
