@@ -19,7 +19,7 @@ from perceiver_cli.data.manifest import Labels, Row, read_manifest
 from perceiver_cli.errors import DataError
 from perceiver_cli.inference.evaluation import evaluate
 from perceiver_cli.inference.explain import explain
-from perceiver_cli.inference.predictor import Predictor
+from perceiver_cli.inference.predictor import Predictor, Windows
 from perceiver_cli.preprocess.series import SeriesSpec
 from perceiver_cli.preprocess.spec import Limits
 from perceiver_cli.report.explanation import to_arrays, to_picture
@@ -109,7 +109,7 @@ def test_a_folder_of_parquet_files_is_a_folder_of_series(moved: tuple[Path, Pred
     (tmp_path / "0.parquet").write_bytes((tmp_path / "1.parquet").read_bytes()[:-9])
     answers = [*moved[1].predict(tmp_path)]
     assert [Path(answer.path).name for answer in answers] == ["0.parquet", "1.parquet", "2.parquet"]
-    assert [answer.label for answer in answers] == [None, "fast", "slow"]
+    assert [answer.error is None and answer.label for answer in answers] == [False, "fast", "slow"]
 
 
 def test_arrays_of_many_channels_are_series_not_byte_arrays(tmp_path: Path) -> None:
@@ -154,6 +154,17 @@ def test_records_windows_and_pipes_answer_the_same(
     assert rows.prob == pytest.approx(whole.prob, abs=1e-5)
     parts = perceive("predict", path, "-m", predictor.path, "--window", "1", "--hop", "1", "--aggregate", "none").stdout
     assert [json.loads(line)["start_s"] for line in parts.splitlines()] == [0.0, 1.0]
+
+
+def test_windows_without_samples_are_left_out_and_noted(moved: tuple[Path, Predictor], tmp_path: Path) -> None:
+    rows = recorded(np.random.default_rng(0), 1)
+    rows[100:, 0] += 5  # a gap from 1 to 6 s
+    write(tmp_path / "a.csv", rows)
+    each = [*moved[1].predict(tmp_path / "a.csv", windows=Windows(1, 1, "none"))]
+    assert [answer.start_s for answer in each] == [0, 6]
+    assert [answer.notes for answer in each] == [(), ("the windows from 1 s on to this one have no samples",)]
+    (whole,) = moved[1].predict(tmp_path / "a.csv", windows=Windows(1, 1))
+    assert whole.notes == each[1].notes
 
 
 def test_time_and_channel_are_explained_and_shown(moved: tuple[Path, Predictor]) -> None:

@@ -114,8 +114,8 @@ class Decoder:
         """Yield ((start, end) in seconds, decoded arrays) of every window of an example.
 
         A modality without a time axis is the same in each window; an example without one is one window without time.
-        Windows past the end of the shorter of sound and picture hold the longer alone. Raises DataError for a bad file,
-        at once or after some windows.
+        Windows past the end of the shorter of sound and picture hold the longer alone; one without samples is left out,
+        which the next notes. Raises DataError for a bad file, at once or after some windows.
         """
         inputs = self.inputs(example)
         if any(each.is_prepared for each in inputs.values()):
@@ -125,6 +125,7 @@ class Decoder:
         if not seconds:
             yield None, Decoded(still, {}, {})
             return
+        gap_s: float | None = None  # where windows without samples began
         for at_once in zip_longest(*(inputs[name].windows(window_s, hop_s) for name in seconds)):
             moving = {name: window for name, window in zip(seconds, at_once, strict=True) if window is not None}
             start, _ = next(iter(moving.values()))  # sound comes first: frames are coarser
@@ -132,8 +133,13 @@ class Decoder:
             end = min(start + window_s, max(start, whole_s))
             if isinf(whole_s):  # sound that arrives: nothing but its samples tells its end
                 end = start + len(moving[SOUND][1]) / self.timed[SOUND].steps_hz(self.specs[SOUND])
-            arrays = still | {name: array for name, (_, array) in moving.items()}
-            yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start), whole_s=whole_s)
+            moving = {name: each for name, each in moving.items() if self.timed[name].has_samples(each[1])}
+            if not moving:
+                gap_s = start if gap_s is None else gap_s
+                continue
+            notes = () if gap_s is None else (f"the windows from {gap_s:g} s on to this one have no samples",)
+            arrays, gap_s = still | {name: array for name, (_, array) in moving.items()}, None
+            yield (start, end), Decoded(arrays, {}, dict.fromkeys(moving, end - start), notes=notes, whole_s=whole_s)
 
     def inputs(self, example: Example) -> dict[str, Input]:
         """Return an example's inputs by modality, not decoded yet. Raises as `decode`."""

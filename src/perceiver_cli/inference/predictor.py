@@ -337,8 +337,9 @@ class Predictor:
                     start_s, end_s = (None, None) if span is None else (round(span[0], 6), round(span[1], 6))
                     used = self._choice(decoded.names)
                     window = replace(
-                        blank, path=example.path, names=example.names, used=used, start_s=start_s, end_s=end_s
-                    )
+                        blank, path=example.path, names=example.names, used=used, notes=decoded.notes, start_s=start_s,
+                        end_s=end_s,
+                    )  # fmt: skip
                     yield number, window, self.reader.views(decoded)
                     if progress is not None:
                         progress(end_s or 0.0, decoded.whole_s)
@@ -370,6 +371,7 @@ def aggregated(predictions: Iterable[Prediction], aggregate: Literal["mean", "ma
     total: Any = None
     embedding: Any = None
     used: set[str] = set()
+    notes: list[str] = []
     count = 0
     for window in predictions:
         if window.error is not None:
@@ -378,10 +380,13 @@ def aggregated(predictions: Iterable[Prediction], aggregate: Literal["mean", "ma
         if window.embedding is not None:
             embedding = window.embedding if embedding is None else embedding + window.embedding
         used |= set(window.used)
+        notes += window.notes
         count += 1
     probs = tuple((total / count if aggregate == "mean" else total).tolist())
     embedding = None if embedding is None else embedding / np.float32(count)
-    return replace(window, probs=probs, used=tuple(sorted(used)), start_s=None, end_s=None, embedding=embedding)
+    return replace(
+        window, probs=probs, used=tuple(sorted(used)), notes=tuple(notes), start_s=None, end_s=None, embedding=embedding
+    )
 
 
 @dataclass(frozen=True)

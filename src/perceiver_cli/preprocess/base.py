@@ -298,6 +298,10 @@ class TimedModality(Modality[S]):
         """Return the start in seconds of the clip that evaluation reads from the array of `load`: the middle clip."""
         return max(0.0, len(raw) / self.steps_hz(spec) - self.clip_s(spec)) / 2
 
+    def has_samples(self, window: Array) -> bool:
+        """Return whether a window of a file holds any sample; one that lies in a gap does not."""
+        return True
+
     @abstractmethod
     def steps_hz(self, spec: S) -> float:
         """Return the steps per second along the first axis of the arrays of `load`."""

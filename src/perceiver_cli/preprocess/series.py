@@ -138,6 +138,9 @@ class SeriesModality(TimedModality[SeriesSpec]):
     def steps_hz(self, spec: SeriesSpec) -> float:
         return _rate(spec)
 
+    def has_samples(self, window: Array) -> bool:
+        return bool(window[..., 1].any())
+
     def first_s(self, raw: Array, spec: SeriesSpec) -> float:
         """Return the start in seconds of the clip of evaluation: the middle one, or the nearest with samples."""
         spare = len(raw) - _steps(spec)
