@@ -5,6 +5,7 @@ The message is one line: the input, its state, the expected state. The hint says
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import ceil
 from typing import Any
@@ -97,11 +98,11 @@ def error_from(facts: Mapping[str, Any]) -> PerceiverError:
 
 # What libraries say when memory runs out; each raises its own type. In order: torch on a CPU, CUDA, cuBLAS, the loader
 # of shared objects, C's strerror(ENOMEM), C++, Pillow, threads.
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate", "CUDA error: out of memory", "STATUS_ALLOC_FAILED",
-    "failed to map segment from shared object", "Cannot allocate memory", "std::bad_alloc",
-    "out of memory", "can't start new thread",
-)  # fmt: skip
+# What libraries say. A primitive is oneDNN's; it says more if an operation is not supported.
+OUT_OF_MEMORY = re.compile(
+    "DefaultCPUAllocator: can't allocate|out of memory|STATUS_ALLOC_FAILED|failed to map segment from shared object|"
+    "Cannot allocate memory|std::bad_alloc|can't start new thread|could not (?:create|execute) a primitive$"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -109,7 +110,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     chain: BaseException | None = error
     while chain is not None:
         named = isinstance(chain, MemoryError) or type(chain).__name__ == "OutOfMemoryError"  # torch's, without import
-        if named or (not isinstance(chain, PerceiverError) and any(words in str(chain) for words in OUT_OF_MEMORY)):
+        if named or (not isinstance(chain, PerceiverError) and OUT_OF_MEMORY.search(str(chain))):
             return True
         chain = chain.__cause__
     return False
