@@ -59,6 +59,22 @@ def fail(number: int) -> object:
     return (lambda: 0) if number == 60 else number
 
 
+class Greedy:
+    """An item for which a worker has no memory: an error where it is received."""
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return refuse, ()
+
+
+def refuse() -> None:
+    raise MemoryError
+
+
+def test_a_worker_without_memory_for_its_work_ends_it() -> None:
+    with pytest.raises(ResourceError, match="for lack of memory"):
+        list(in_order(str, [Greedy()], 1))
+
+
 def test_errors_of_a_worker_come_as_they_are() -> None:
     with pytest.raises(DataError, match="a bad file; look at it"):
         list(in_order(fail, range(40), 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import random
 import resource
@@ -60,6 +61,8 @@ class Child:
             if pid:
                 break
             if time.monotonic() - begun > LIMIT_S:
+                os.killpg(self.pid, signal.SIGUSR2)  # see `start`
+                time.sleep(1)
                 os.killpg(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
                 return f"hung for {LIMIT_S:.0f} s: {self.said()}"
@@ -95,6 +98,7 @@ def start(place: Place, *arguments: str | Path, cwd: Path | None = None, room_mi
             os.setpgid(0, 0)
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # as `main` sets it, before its imports
             signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
+            faulthandler.register(signal.SIGUSR2, file=2)  # a process that hangs says where
             if room_mib is not None:
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
                 limit = used + int(room_mib * 2**20)

@@ -118,10 +118,11 @@ def _work(link: Connection, others: Sequence[Connection], call: Callable[[Any], 
     chunks: SimpleQueue[Sequence[Any]] = SimpleQueue()
 
     def take() -> None:  # so that neither side waits for the other to read
-        with suppress(EOFError, OSError):
+        try:
             while True:
                 chunks.put(link.recv())
-        os._exit(0)
+        finally:  # the parent has ended, or memory: it would wait for ever for a worker that waits for this thread
+            os._exit(0)
 
     threading.Thread(target=take, daemon=True).start()
     with suppress(OSError):
