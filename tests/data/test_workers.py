@@ -110,6 +110,18 @@ def test_a_worker_that_dies_while_it_sends_is_told(bars: Path, monkeypatch: pyte
         list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 2))
 
 
+def test_a_batch_for_which_a_worker_has_no_memory_ends_the_work(bars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue of multiprocessing drops what it cannot send, and prints it."""
+
+    def too_large(self: object, protocol: object) -> object:
+        raise MemoryError
+
+    monkeypatch.setattr("perceiver_cli.data.loader.Batch.__reduce_ex__", too_large)
+    reader = Reader({"image": ImageSpec(size=12)}, Limits())
+    with pytest.raises(ResourceError, match="for lack of memory"):
+        list(reader.batches(ordered_tasks(scan(bars).examples("train"), 1), 2))
+
+
 def test_a_temporary_folder_that_is_too_long_for_sockets_is_told(
     bars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import socket
@@ -176,7 +177,15 @@ def begin_worker(number: int = 0) -> None:
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [getattr(signal, name) for name in names])
     sys.excepthook = _hook
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_cannot_send)  # type: ignore[attr-defined]
     end_with_parent()
+
+
+def _cannot_send(error: Exception, item: object) -> None:
+    """End this worker: a queue would drop what it cannot send, and the parent would wait for it for ever."""
+    if not isinstance(error, MemoryError):
+        traceback.print_exception(error)
+    os._exit(1)
 
 
 def _hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
