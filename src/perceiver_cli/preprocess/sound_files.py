@@ -94,7 +94,7 @@ def format_of(head: bytes) -> str | None:
 
 def is_lossless(head: bytes) -> bool:
     """Return whether a file begins as one of FORMATS that keep every sample as it was measured."""
-    return any(re.match(signature, head, re.DOTALL) for name, signature in FORMATS.items() if name not in LOSSY)
+    return format_of(head) not in (None, *LOSSY)
 
 
 def read_channels(source: Source, file: BinaryIO, limits: Limits) -> tuple[int, NDArray[np.float64]]:
