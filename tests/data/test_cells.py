@@ -145,6 +145,8 @@ def test_one_row_on_the_command_line(sold: tuple[Path, Predictor], perceive: Per
     no_header = perceive("predict", "-m", sold[1].path, "-", stdin=b"one red shoe,10\n")
     assert b"'-': no rows; expected JSON lines, or a CSV whose first line names 'title' or 'price'" in no_header.stderr
     assert b"--row is the only input" in perceive("predict", "a.png", "-m", sold[1].path, *row).stderr
+    several = perceive("explain", "-", "-m", sold[1].path, "--json", stdin=b"title,price\na shoe,1\na shoe,2\n")
+    assert b"several inputs; explain one row: --row KEY=VALUE, or a line of JSON on stdin" in several.stderr
 
 
 def test_the_worth_of_inputs_adds_up(sold: tuple[Path, Predictor]) -> None:

@@ -313,7 +313,7 @@ def test_explains_an_image(trained: Path, bars: Path, tmp_path: Path, perceive: 
         (["FILE", "-o", "x.jpg"], "expected .png or .ply or .npz", 2),
         (["FILE", "--json", "--class", "dog"], "no class 'dog' in ", 2),
         (["FILE", "-o", "x.ply"], "a PLY holds points, ", 2),
-        (["FOLDER", "--json"], "several inputs; explain one file at a time", 2),
+        (["FOLDER", "--json"], "several inputs; explain one file, or one of each modality", 2),
         (["FILE", "FILE", "--json"], "one file too many: an input is one file of each of image", 2),
         (["EMPTY", "--json"], "nothing to predict: there is no file", 3),
         (["/dev/null", "--json"], "not a regular file", 3),

@@ -147,7 +147,11 @@ def explain(predictor: Predictor, named: Named | Sequence[Part], label: str | No
     examples = list(islice(predictor.examples(named), 2))
     if len(examples) != 1:
         count = "several inputs" if examples else "no inputs"
-        raise UsageError(f"{show_path(str(named))}: {count}", "explain one file at a time, or one of each modality")
+        of_cells = any(modality(name).cells for example in examples for name in example.sources)
+        one = (
+            "one row: --row KEY=VALUE, or a line of JSON on stdin" if of_cells else "one file, or one of each modality"
+        )
+        raise UsageError(f"{show_path(str(named))}: {count}", f"explain {one}")
     (example,) = examples
     reader, model = predictor.reader, predictor.model
     if not isinstance(model, Perceiver):
