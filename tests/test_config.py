@@ -28,6 +28,8 @@ def test_presets_say_what_they_are_and_replay(name: str) -> None:
     ("change", "message"),
     [
         ("train.lrr=1", "unknown key train.lrr, did you mean train.lr"),
+        ("lr=1", "unknown key lr, did you mean train.lr"),
+        ("bands=1", "did you mean inputs.audio.bands or inputs.image.bands or inputs.points.bands"),
         ("inputs.image.sizee=3", "unknown key inputs.image.sizee, did you mean inputs.image.size"),
         ("modle.num_latents=3", "unknown key modle, did you mean model"),
         ("data.limits.zzz=3", "known are file_bytes"),

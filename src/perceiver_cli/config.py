@@ -42,7 +42,9 @@ class ModelConfig(Table):
 
     num_latents: Size = 512  # rows of the latent array
     latent_channels: Size = 1024  # width of the latent array
-    schedule: str = "c0 t0 (c1 t0)x7"  # order and weight sets of cross-attends c and latent Transformers t
+    # Order of cross-attends c and latent Transformers t, each with the number of its weights: the same number again is
+    # weight sharing. (c1 t0)x7 repeats seven times.
+    schedule: str = "c0 t0 (c1 t0)x7"
     self_attends_per_block: Annotated[int, Field(ge=1, le=1024)] = 6  # layers of each latent Transformer
     num_cross_heads: Size = 1  # heads of a cross-attend
     num_self_heads: Size = 8  # heads of a latent self-attention
@@ -404,7 +406,9 @@ def _first_problem(error: ValidationError) -> tuple[str, str]:
     if problem["type"] == "unknown_key":
         key, known = problem["ctx"]["key"], problem["ctx"]["known"]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        advice = f"did you mean {'.'.join([*names, *near])}" if near else f"known are {', '.join(known)}"
+        same = [] if names else [one for one in option_keys() if one.rpartition(".")[2] == key]
+        near = [".".join([*names, *near])] if near and not same else same
+        advice = f"did you mean {' or '.join(near[:3])}" if near else f"known are {', '.join(known)}"
         return "", f"unknown key {'.'.join([*names, key])}, {advice}; perceiver options explains all"
     message, value = problem["msg"].removeprefix("Value error, "), problem.get("input")
     shown = "" if isinstance(value, dict | Table) or problem["type"] == "value_error" else f", found {value!r:.80}"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,6 +64,13 @@ def test_records_of_another_modality_are_refused_once(predictor: Predictor, tmp_
         list(predictor.predict(Pipe("-", file)))
     with pytest.raises(DataError, match=r"holds audio, but '.*' reads image"):
         evaluate(predictor, tar)
+
+
+@pytest.mark.parametrize("named", [[np.zeros((4, 4))], np.zeros((4, 4)), [3.5], [None]])
+def test_what_is_no_input_is_told(predictor: Predictor, named: Any) -> None:
+    """It had no answer, and no error."""
+    with pytest.raises(TypeError, match="an input is a path, bytes, or a mapping of these by modality; found"):
+        list(predictor.predict(named))
 
 
 def test_bytes_and_workers_answer_the_same(predictor: Predictor, bars: Path) -> None:

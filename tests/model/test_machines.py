@@ -67,7 +67,9 @@ def test_a_dry_run_refuses_nothing_for_the_size_of_this_machine(tmp_path: Path) 
     assert any("the plan is for the CPU" in note for note in trainer.plan.notes)
     assert any("a step needs about" in note for note in trainer.plan.notes)
     assert "estimate" not in Trainer(data, tmp_path / "run", overrides=list(SMALL), dry_run=True).dry_run()
-    assert trainer.dry_run("h100x8")["estimate"]["machine"] == "8 x NVIDIA H100 of 80 GB"
+    elsewhere = Trainer(data, tmp_path / "run", config, dry_run=True)
+    assert elsewhere.dry_run("h100x8")["estimate"]["machine"] == "8 x NVIDIA H100 of 80 GB"
+    assert not any("a step needs about" in note for note in elsewhere.plan.notes)
     assert not (tmp_path / "run").exists()
 
 

@@ -69,6 +69,8 @@ def test_runs_of_other_data_and_moved_models_are_said_so(trained: Path, filmed: 
     )
     with pytest.raises(UsageError, match="1 run to compare"):
         compare([str(trained)])
+    with pytest.raises(UsageError, match="'none': no such run folder or model file"):
+        compare(["none"])
 
 
 def test_the_command(perceive: Perceive, trained: Path, short: Path, tmp_path: Path) -> None:

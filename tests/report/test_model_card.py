@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,20 @@ def test_a_run_has_a_card(trained: Path, bars: Path) -> None:
     assert f"`{info.data_fingerprint}`" in text
     assert "perceiver train DATA --config config.toml" in text
     assert str(bars) not in text  # the model travels; where the data lay does not
+
+
+def test_the_card_says_which_positions_the_inputs_have(trained: Path) -> None:
+    info = read_info(trained / "model.safetensors")
+    spec = info.config.inputs["image"]
+    shape = {"image": {"shape": [6, 6], "channels": 22, "words": ""}}
+    summary = {
+        "classes": {"a": 1}, "modalities": ["image"], "splits": {}, "inputs": shape, "parameters": 1, "flops": 1,
+        "device": "cpu", "precision": "fp32", "data": "d",
+    }  # fmt: skip
+    for positions, words in (("fourier", "Fourier features"), ("learned", "learned positions")):
+        inputs = {"image": spec.model_copy(update={"positions": positions})}
+        changed = replace(info, config=info.config.model_copy(update={"inputs": inputs}))
+        assert f"22 channels, {words} included" in card(summary, changed)
 
 
 def test_names_are_text(trained: Path) -> None:

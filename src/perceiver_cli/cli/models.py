@@ -145,7 +145,7 @@ def bench(
         Literal["forward", "train"], typer.Option(help="What growth measures: a forward pass or a training step.")
     ] = "forward",
     plot: Annotated[str | None, typer.Option(help="Plot growth to FILE.svg or FILE.png.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step [default: the preset's].")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a batch [default: the preset's].")] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="Seconds for each measurement.")] = 5.0,
     rounds: Annotated[int, typer.Option(min=1, help="Processes per measurement of growth.")] = 3,
     device: options.Device = "auto",
@@ -170,7 +170,7 @@ def bench(
     from perceiver_cli.model.device import choose_compute
 
     if preset != "growth":
-        terminal.show_facts(speed.bench(preset, batch_size, seconds, device, precision, workers), json)
+        terminal.show_facts(speed.bench(preset, batch_size, seconds, device, precision, workers, terminal.say), json)
         return
     rows = list(show_rows(growth(Trial("imagenet", mode, seconds, device, precision), rounds), json))
     if plot is not None:

@@ -53,7 +53,9 @@ def train(
     patience: Annotated[
         int | None, typer.Option(min=1, help="End after this many evaluations without a higher validation score.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a batch; a step has train.accumulate of these.")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed for weights, data order and augmentation.")] = None,
     device: Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda, cuda:N or mps.")] = None,
@@ -177,7 +179,9 @@ def lr_find(
     preset: options.Preset = None,
     config: options.ConfigFile = None,
     changes: options.Changes = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Examples per step.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Examples of a batch; a step has train.accumulate of these.")
+    ] = None,
     root: options.Root = None,
     path_columns: options.PathColumns = None,
     columns: options.Columns = None,
@@ -349,9 +353,9 @@ class _Display:
 
 def show_dry_run(trainer: "Trainer", on: Any) -> None:
     """Print the plan of a run and its cost here or on a named machine."""
-    say_notes(trainer.plan.notes)
     with working("measuring a step"):
         summary = trainer.dry_run(on)
+    say_notes(trainer.plan.notes)
     show_plan(summary, trainer.plan.account)
 
 

@@ -220,6 +220,8 @@ def _held_examples(
         yield from _Rows([*reads], use, options).of_source(named, suffix)
     elif isinstance(named, bytes | Source):
         yield _file_example(looked_at(source_of(named), None, only(use)), use)
+    elif not isinstance(named, str | os.PathLike):  # whose examples are listed
+        raise TypeError(f"an input is a path, bytes, or a mapping of these by modality; found {type(named).__name__}")
 
 
 def _some(columns: Collection[str]) -> str:

@@ -86,7 +86,7 @@ def training_estimate(
     each = int((cost.recomputed_bytes if train.recompute else cost.activation_bytes) * (BF16 if in_bf16 else 1))
     moments = state - 4 * cost.parameters  # without gradients
     record = RECORD_BYTES + sum(_record_bytes(settled(config.inputs[name]), each) for name, each in layouts.items())
-    how = "" if is_cpu else f", {SHARE:.0%} of the peak in {'bf16' if in_bf16 else 'TF32'}"
+    how = "" if is_cpu else f", {share:.0%} of the peak in {'bf16' if in_bf16 else 'TF32'}"
     assumed = [
         f"{examples:,} training examples, {per_step:,} a step",
         f"{_rounded(cost.flops / 1e9)} GFLOP a forward pass, {passes} of them a step",

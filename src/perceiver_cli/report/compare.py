@@ -110,6 +110,8 @@ def compare(runs: Sequence[str], data: str | None = None, split: str | None = No
     # The pattern runs/* has a run and runs/latest, a link to it: the link is left out.
     own = {os.path.realpath(name) for name in every if not os.path.islink(name)}
     names = [name for name in every if not os.path.islink(name) or os.path.realpath(name) not in own]
+    if gone := [name for name in names if not os.path.lexists(name)]:
+        raise UsageError(f"{show_path(gone[0])}: no such run folder or model file")
     if len(names) < 2:
         raise UsageError(
             f"{counted(len(names), 'run')} to compare", "pass two or more: perceiver compare runs/a runs/b"

@@ -217,10 +217,8 @@ def make_plan(request: RunRequest) -> Plan:
     folder = Path(output) if output is not None else next_run(config.name)
     val_from = _val_from(scanned, split_file, config.data.fold)
     plan = Plan(request, config, catalog, reader, compute, cost, folder, val_from, saved, notes)
-    if (reason := too_large(plan)) is not None:
-        if not request.dry_run:
-            raise reason
-        notes.append(str(reason))
+    if not request.dry_run and (reason := too_large(plan)) is not None:
+        raise reason
     if saved is not None:
         _check_resumable(plan, saved.fields["config"])
     _check_alike(plan)

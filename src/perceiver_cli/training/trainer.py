@@ -99,10 +99,12 @@ class Trainer:
         if the model does not fit here, or on a CPU would take longer than MEASURED_S.
         """
         plan = self.plan
+        too_much = too_large(plan) if on is None else None
+        plan.notes.extend([] if too_much is None else [str(too_much)])
         facts = {**plan.summary(), "files": plan.account.to_dict()}
         cost = training_estimate(on or "cpu", plan.config, plan.cost, plan.reader.layouts, len(plan.train_examples))
         slow = plan.compute.device.type == "cpu" and cost["seconds_per_step"] * TIMED_STEPS > MEASURED_S
-        if on is not None or slow or too_large(plan) is not None:
+        if on is not None or slow or too_much is not None:
             step_s = cost["seconds_per_step"]
             return {**facts, "seconds_per_step": step_s, "eta_s": 3600 * cost["hours"], "estimate": cost}
         step_s = self._measured()
