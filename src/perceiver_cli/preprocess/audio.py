@@ -32,6 +32,7 @@ from perceiver_cli.preprocess.base import (
     lengths_in_words,
     patchify,
     share_in_words,
+    stem_in_words,
     strength_of,
     varied_in_words,
 )
@@ -235,12 +236,13 @@ class AudioModality(TimedModality[AudioSpec]):
 
     def in_words(self, spec: AudioSpec) -> str:
         features = "raw samples" if spec.features == "raw" else f"{spec.num_mels} mel bands"
-        channel = "" if spec.channel == "mix" else f", channel {spec.channel}"
+        features += "" if spec.channel == "mix" else f", channel {spec.channel}"
+        features += stem_in_words(spec.stem)
         start = " from the first audible sample on" if spec.start == "onset" else ""
         changes = {"speed": spec.speed, "equaliser": spec.equalizer_db, "noise": spec.noise, "level": spec.gain_db}
         changes |= {"masks": spec.time_masks + spec.frequency_masks}
         varied = varied_in_words(name for name, strength in changes.items() if strength)
-        return f"{_clip_s(spec):g} s{start} at {_khz(_rate(spec))} kHz, {features}{channel}{varied}"
+        return f"{_clip_s(spec):g} s{start} at {_khz(_rate(spec))} kHz, {features}{varied}"
 
     def declared(self, source: Source, limits: Limits) -> dict[str, Any]:
         with open_sound(source, "mix", limits) as sound:

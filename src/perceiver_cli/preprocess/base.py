@@ -346,6 +346,11 @@ def strength_of(variation: float | Auto) -> float:
     return 0.0 if variation == "auto" else variation
 
 
+def stem_in_words(stem: str) -> str:
+    """Return what is learned before the latents look: the paper's models have no stem."""
+    return {"conv": ", behind a stem of convolutions", "neighbours": ", behind a stem of neighbours"}.get(stem, "")
+
+
 def varied_in_words(changes: Iterable[str]) -> str:
     """Return what training varies, after a semicolon: "; varied in training by mirror, crops"; "" without changes."""
     named = ", ".join(changes)

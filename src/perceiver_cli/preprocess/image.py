@@ -34,6 +34,7 @@ from perceiver_cli.preprocess.base import (
     check_contract,
     patchify,
     share_in_words,
+    stem_in_words,
     varied_in_words,
 )
 from perceiver_cli.preprocess.foreign import is_camera_raw
@@ -329,6 +330,7 @@ class ImageModality(Modality[ImageSpec]):
     def in_words(self, spec: ImageSpec) -> str:
         size, patch = _settled(spec)
         inputs = "single pixels" if patch == (1, 1) else f"{patch[0]} x {patch[1]} patches"
+        inputs += stem_in_words(spec.stem)
         whole = ", whole" if spec.fit == "pad" else ""
         smallest = crop_area(spec)[0]
         changes = {"mirror": varied(spec, "flip"), "colours": varied(spec, "color_jitter")}

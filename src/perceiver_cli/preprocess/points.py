@@ -13,7 +13,7 @@ from pydantic import Field
 from perceiver_cli.errors import DataError, UsageError
 from perceiver_cli.files import show_path
 from perceiver_cli.preprocess import register
-from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract
+from perceiver_cli.preprocess.base import Array, ByteArray, Layout, Modality, Rng, check_contract, stem_in_words
 from perceiver_cli.preprocess.geometry import COLOURS, NORMALS, Floats, Mesh
 from perceiver_cli.preprocess.mesh_files import FORMATS, mesh_format, read_mesh
 from perceiver_cli.preprocess.point_tables import may_be_points
@@ -119,7 +119,7 @@ class PointsModality(Modality[PointsSpec]):
 
     def in_words(self, spec: PointsSpec) -> str:
         columns = f", with {', '.join(spec.columns)}" if spec.columns else ""
-        return f"{spec.num_points:,} points of each surface or cloud{columns}"
+        return f"{spec.num_points:,} points of each surface or cloud{columns}{stem_in_words(spec.stem)}"
 
     def resolve(self, spec: PointsSpec, sources: Sequence[Source], limits: Limits) -> PointsSpec:
         """Return `spec` with mean and std of each column in a sample of `sources`; 0 and 1 without sources.
