@@ -19,7 +19,7 @@ def test_rate_and_faults(tmp_path: Path) -> None:
     make(tmp_path / "data", share=0.1)
     plan = Trainer(tmp_path / "data", tmp_path / "run", overrides=["data.max_bad=0.1"]).plan
     assert len(plan.catalog.classes) == len(SIZES)
-    assert " at 16 kHz, 64 mel bands; " in plan.reads["audio"]
+    assert " at 16 kHz, 64 mel bands, behind a stem" in plan.reads["audio"]
     assert " files are 8 kHz; " in plan.reads["audio"]
     report = lint(tmp_path / "data")
     assert len(report.unreadable) == 4
