@@ -84,8 +84,8 @@ def test_dry_run_writes_nothing(bars: Path, tmp_path: Path) -> None:
     assert plan["val_from"] == "held out by a hash of each name"
     assert plan["inputs"]["image"]["shape"] == [12, 12]
     assert (
-        plan["inputs"]["image"]["words"]
-        == "12 x 12 grey, whole, single pixels, behind a stem of convolutions; varied in training by colours, crops from 35% on"
+        plan["inputs"]["image"]["words"] == "12 x 12 grey, whole, single pixels, behind a stem of convolutions; "
+        "varied in training by colours, crops from 35% on"
     )
     assert plan["eta_s"] == pytest.approx(plan["seconds_per_step"] * 66)
     assert plan["training_bytes"] > plan["parameters"] * 16
