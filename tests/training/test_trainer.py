@@ -200,7 +200,7 @@ def test_a_time_limit_is_a_plan(bars: Path, tmp_path: Path) -> None:
     steps = [event for event in events if isinstance(event, StepDone)]
     assert 1.0 < took < 8.0  # wide: other tests share the cores
     assert steps[-1].lr < 0.1 * max(step.lr for step in steps)
-    assert steps[-1].step == events[-1].step > 2  # type: ignore[union-attr]
+    assert steps[-1].step == events[-1].step > 10  # type: ignore[union-attr]
     assert len([event for event in events if isinstance(event, Evaluated)]) >= 3
 
 
