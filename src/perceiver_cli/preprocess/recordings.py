@@ -123,16 +123,20 @@ def read_recording(source: Source, limits: Limits, time: str = "auto", unit: str
             check_columns(source, values.shape[1])
             if not values.size:
                 raise DataError(f"{source.shown}: no samples in the file")
-            numbered = tuple(str(place) for place in range(1, values.shape[1] + 1))
-            return Recording(numbered, False, values, np.arange(len(values)) / rate_hz)
+            return Recording(_numbered(values.shape[1]), False, values, np.arange(len(values)) / rate_hz)
         if head.startswith((PARQUET, *ARROW)):
             names, kinds, values = read_columns(source, file, limits)
         else:
             data = file.read()
             names, kinds, values = _array(source, data, limits) if head.startswith(NPY) else _text(source, data, limits)
     is_named = any(names)
-    names = names if is_named else tuple(str(place) for place in range(1, len(names) + 1))
+    names = names if is_named else _numbered(len(names))
     return _divided(source, Recording(names, is_named, values), kinds, time, unit)
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    """Return the names of channels in a file without names."""
+    return tuple(str(place) for place in range(1, count + 1))
 
 
 def _divided(source: Source, every: Recording, kinds: Sequence[Kind], time: str, unit: str) -> Recording:
